@@ -1,0 +1,38 @@
+"""Measures whether tasks trained together interfere, and whether a remedy reduced it.
+
+The names below are imported when they are first used, so that ``import gradprobe`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from gradprobe.attachment import attach
+    from gradprobe.errors import GradprobeError
+    from gradprobe.probes.probe import GradientProbe
+    from gradprobe.runfile import Run, RunWriter, open_run
+
+_HOME = {
+    "attach": "gradprobe.attachment",
+    "open_run": "gradprobe.runfile",
+    "GradientProbe": "gradprobe.probes.probe",
+    "GradprobeError": "gradprobe.errors",
+    "Run": "gradprobe.runfile",
+    "RunWriter": "gradprobe.runfile",
+}
+
+__all__ = ["GradientProbe", "GradprobeError", "Run", "RunWriter", "attach", "open_run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gradprobe' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

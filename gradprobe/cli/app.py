@@ -1,0 +1,72 @@
+"""The commands, and how an error becomes a message and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+import typer
+
+from gradprobe import __version__
+from gradprobe.cli.data import app as data_app
+from gradprobe.cli.plot import plot
+from gradprobe.cli.record import record
+from gradprobe.cli.summary import summary
+from gradprobe.errors import GradprobeError
+
+INTERRUPTED = 130
+
+EXAMPLES = """
+Measures whether tasks trained together interfere, and whether a remedy reduced it.
+
+\b
+Example:
+  gradprobe record --trainer gradnorm --out conflict.h5
+  gradprobe plot conflict.h5
+"""
+
+app = typer.Typer(
+    help=EXAMPLES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(record)
+app.command()(plot)
+app.command()(summary)
+app.add_typer(data_app, name="data", help="Make the embedded data set, or check one of your own.")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    if version:
+        print(f"gradprobe {__version__}")
+        raise typer.Exit
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command.
+
+    Returns:
+        0 done, 1 failed, 2 wrong usage, 3 file unreadable or incomplete, 130 stopped by Ctrl-C.
+    """
+    try:
+        code = app(list(arguments), standalone_mode=False, prog_name="gradprobe")
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr)
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except GradprobeError as error:
+        print(f"gradprobe: {error}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print("gradprobe: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `gradprobe summary run.h5 | head`
+        sys.stderr.close()
+        return 1

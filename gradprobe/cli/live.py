@@ -1,0 +1,239 @@
+"""What is shown while a training is recorded: a live table in a terminal, plain lines elsewhere. All on stderr."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gradprobe import measures
+from gradprobe.rows import Header, Row
+from gradprobe.trainers.settings import TASKS, Settings
+
+SHOWN_METRICS = ("mAP50", "mAP50-95", "precision", "recall", "f1", "accuracy", "macro_f1", "auroc")
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+class Display:
+    """The plain form: a line per epoch, and one every few seconds between. Also the base of the live form.
+
+    It is told of the training (:class:`gradprobe.trainers.loop.Watcher`) and takes rows
+    (:class:`gradprobe.rows.Sink`).
+    """
+
+    line_seconds = 15.0
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.messages = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.epochs, self.steps_per_epoch, self.first_step = settings.epochs, 0, 0
+        self.losses: dict[str, float] = {}
+        self.norms: dict[str, float] = {}
+        self.weights: dict[str, float] = {}
+        self.cosines: dict[str, deque[float]] = {}
+        self.metrics: list[tuple[int, dict[str, float]]] = []
+        self.rows = 0
+        self._header: Header | None = None
+        self._line_due = time.monotonic() + self.line_seconds
+        self._begun = time.monotonic()
+
+    # ---- told by the command and the loop
+
+    def begin(self, epochs: int, steps_per_epoch: int, first_step: int) -> None:
+        """Training starts, at ``first_step`` if it is resumed."""
+        self.epochs, self.steps_per_epoch, self.first_step = epochs, steps_per_epoch, first_step
+        self._begun = time.monotonic()
+        text = f"{self.settings.trainer}: {epochs} epochs of {steps_per_epoch} steps, measured every "
+        self.say(text + ("step" if self.settings.every == 1 else f"{self.settings.every} steps"))
+
+    def phase(self, what: str) -> None:
+        """What goes on now."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        self.say(f"note: {text}")
+
+    def stepped(self, epoch: int, step: int, losses: Mapping[str, float]) -> None:
+        """A step is done."""
+        self.losses = dict(losses)
+        if time.monotonic() >= self._line_due:
+            self._line_due = time.monotonic() + self.line_seconds
+            self.line(epoch, step)
+
+    def evaluated(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """An epoch is done."""
+        self.metrics.append((epoch, dict(metrics)))
+        self.epoch_line(epoch, metrics)
+
+    def result(self, text: str) -> None:
+        """Where the file is, and what to do next: the answer of the command, on stdout."""
+        print(text)
+
+    # ---- as a sink
+
+    def start(self, header: Header) -> None:
+        """The shared layers are known."""
+        self._header = header
+        self.say(f"{len(header.layers)} shared layers, {int(header.layer_size.sum()):,} parameters")
+
+    def write(self, row: Row) -> None:
+        """A measured row."""
+        if self._header is None:
+            return
+        norms, cosines = row.shared(self._header.reach)
+        self.rows += 1
+        self.norms = dict(zip(self._header.tasks, norms.tolist(), strict=True))
+        self.weights = dict(zip(self._header.tasks, row.weight.tolist(), strict=True))
+        for pair, value in zip(measures.pairs(self._header.tasks), cosines.tolist(), strict=True):
+            self.cosines.setdefault("|".join(pair), deque(maxlen=40)).append(value)
+
+    def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """The loop tells metrics by :meth:`evaluated`."""
+
+    def annotate(self, values: Mapping[str, Any]) -> None:
+        """Nothing to show."""
+
+    def close(self, end: str) -> None:
+        """Nothing to show."""
+
+    # ---- lines
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.messages.print(text, markup=False)
+
+    def line(self, epoch: int, step: int) -> None:
+        """How far the training is, in one line."""
+        total, done = self.epochs * self.steps_per_epoch, step + 1
+        fresh = max(done - self.first_step, 1)
+        left = (time.monotonic() - self._begun) / fresh * (total - done)
+        parts = [f"epoch {epoch + 1}/{self.epochs} step {done}/{total}", f"{_minutes(left)} left"]
+        parts += [f"{t}: loss {_number(self.losses.get(t))} weight {_number(self.weights.get(t))}" for t in TASKS]
+        parts += [f"cos({pair}) {_number(values[-1])}" for pair, values in self.cosines.items()]
+        self.say("  ".join(parts))
+
+    def epoch_line(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of an epoch, in one line."""
+        shown = "  ".join(f"{name} {_number(metrics[name])}" for name in SHOWN_METRICS if name in metrics)
+        self.say(f"epoch {epoch + 1}/{self.epochs} on val: {shown}")
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to put away."""
+
+
+class LiveDisplay(Display):
+    """The same in a terminal: a bar with time left, and tables that change in place."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("steps,"),
+            TimeElapsedColumn(),
+            TextColumn("gone,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=self.messages,
+        )
+        self._bar = self._progress.add_task("starting", total=None)
+        self._live = Live(
+            get_renderable=self._render, console=self.messages, refresh_per_second=4, vertical_overflow="crop"
+        )
+
+    def begin(self, epochs: int, steps_per_epoch: int, first_step: int) -> None:
+        """Start the bar."""
+        super().begin(epochs, steps_per_epoch, first_step)
+        self._progress.reset(self._bar, total=epochs * steps_per_epoch, completed=first_step)
+
+    def phase(self, what: str) -> None:
+        """Shown before the bar."""
+        epoch = f"epoch {len(self.metrics) + 1}/{self.epochs} " if self.steps_per_epoch else ""
+        self._progress.update(self._bar, description=epoch + what)
+
+    def stepped(self, epoch: int, step: int, losses: Mapping[str, float]) -> None:
+        """Move the bar."""
+        self.losses = dict(losses)
+        self._progress.update(self._bar, completed=step + 1, description=f"epoch {epoch + 1}/{self.epochs} training")
+
+    def epoch_line(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """The table shows it."""
+
+    def _render(self) -> Group:
+        return Group(self._progress, *([self._task_table()] if self.losses else []), *self._metric_tables())
+
+    def _task_table(self) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("task")
+        for name in ("loss", "weight", "gradient norm"):
+            table.add_column(name, justify="right")
+        table.add_column("cosine on the shared layers (each a single minibatch: mostly noise)", no_wrap=True)
+        lines = [f"{pair} {values[-1]:+.2f} {sparkline(values)}" for pair, values in self.cosines.items()]
+        for index, task in enumerate(TASKS):
+            table.add_row(
+                task,
+                _number(self.losses.get(task)),
+                _number(self.weights.get(task)),
+                _number(self.norms.get(task)),
+                lines[index] if index < len(lines) else "",
+            )
+        return table
+
+    def _metric_tables(self) -> list[Table]:
+        if not self.metrics:
+            return []
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("epoch", justify="right")
+        for name in SHOWN_METRICS:
+            table.add_column(name, justify="right")
+        for epoch, metrics in self.metrics[-6:]:
+            table.add_row(str(epoch + 1), *(_number(metrics.get(name)) for name in SHOWN_METRICS))
+        return [table]
+
+    def __enter__(self) -> Display:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+
+def make_display(settings: Settings) -> Display:
+    """The live form where stderr is a terminal that can show it, else plain lines."""
+    console = Console(stderr=True)
+    return LiveDisplay(settings) if console.is_terminal and not console.is_dumb_terminal else Display(settings)
+
+
+def sparkline(values: deque[float]) -> str:
+    """Cosines as a row of blocks, -1 lowest, +1 highest; NaN is a space.
+
+    >>> sparkline(deque([-1.0, 0.0, 1.0, float("nan")]))
+    '▁▅█ '
+    """
+    return "".join(" " if math.isnan(v) else SPARKS[min(int((v + 1) / 2 * 8), 7)] for v in values)
+
+
+def _number(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{value:.3g}" if abs(value) < 0.1 or abs(value) >= 1000 else f"{value:.3f}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

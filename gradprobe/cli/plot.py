@@ -1,0 +1,55 @@
+"""`gradprobe plot`: figures of one run, and what they show in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def plot(
+    file: Annotated[Path, typer.Argument(help="The run file, finished or still being written.")],
+    what: Annotated[
+        str,
+        typer.Option(help="overview, losses, weights, norms, cosine, heatmap, layers or metrics."),
+    ] = "overview",
+    format: Annotated[
+        str | None, typer.Option(help="png, svg or pdf.", show_default="png, or the suffix of --out")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the figure goes.", show_default="FILE.png or FILE-WHAT.png beside the run"),
+    ] = None,
+    data: Annotated[bool, typer.Option("--data/--no-data", help="Write the numbers as CSV beside the figure.")] = True,
+) -> None:
+    """Draw a run, and say in words what it shows.
+
+    Example: gradprobe plot conflict.h5 --what weights --format svg
+    """
+    from rich.console import Console
+
+    from gradprobe import plots
+    from gradprobe.runfile import Run
+    from gradprobe.summary import sentences
+
+    with Run(file) as run:
+        written = plots.write(run, what, _target(file, what, format, out), data=data)
+        said = sentences(run)
+    console = Console(highlight=False)
+    for text in (*map(str, written), "", *said):
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def _target(file: Path, what: str, format: str | None, out: Path | None) -> Path:
+    """Where the figure goes: beside the run unless told otherwise."""
+    from gradprobe.errors import UsageError
+
+    if out is None:
+        name = file.stem if what == "overview" else f"{file.stem}-{what}"
+        return file.with_name(f"{name}.{format or 'png'}")
+    if not out.suffix:
+        return out.with_name(f"{out.name}.{format or 'png'}")
+    if format is not None and out.suffix[1:].lower() != format:
+        raise UsageError(f"--out {out} and --format {format} contradict each other; leave one of them out.")
+    return out

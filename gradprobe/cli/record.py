@@ -1,0 +1,80 @@
+"""``gradprobe record``: train with a probe and keep what it measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+from gradprobe.trainers.settings import PRESETS, TRAINERS, Settings
+
+D = Settings()  # for the defaults in the help
+
+
+def record(
+    trainer: Annotated[str | None, Option(help=f"{', '.join(TRAINERS)}. [default: {D.trainer}]")] = None,
+    out: Annotated[Path | None, Option(help="The run file. [default: conflict.h5]")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace a run that is there.")] = False,
+    resume: Annotated[Path | None, Option(help="Go on with this run from its last whole epoch.")] = None,
+    preset: Annotated[str, Option(help=f"A named configuration: {', '.join(PRESETS)}.")] = "",
+    data: Annotated[str | None, Option(help=f"data.yaml, or phantom. [default: {D.data}]")] = None,
+    cfg: Annotated[str | None, Option(help=f"YOLOv5 model. [default: {D.cfg}]")] = None,
+    weights: Annotated[str | None, Option(help="Start from this state_dict (a .pt file).")] = None,
+    hyp: Annotated[Path | None, Option(help="A YOLOv5 hyp yaml: loss gains and optimizer.")] = None,
+    imgsz: Annotated[int | None, Option(help=f"Image size, a multiple of 32. [default: {D.imgsz}]")] = None,
+    epochs: Annotated[int | None, Option(help=f"[default: {D.epochs}]")] = None,
+    batch_size: Annotated[int | None, Option(help=f"[default: {D.batch_size}]")] = None,
+    device: Annotated[str | None, Option(help=f"cpu, 0, mps. [default: {D.device}]")] = None,
+    seed: Annotated[int | None, Option(help=f"Weights, data order, phantoms. [default: {D.seed}]")] = None,
+    optimizer: Annotated[str | None, Option(help=f"AdamW or SGD. [default: {D.optimizer}]")] = None,
+    lr: Annotated[float | None, Option(help=f"First learning rate. [default: {D.lr}]")] = None,
+    lrf: Annotated[float | None, Option(help=f"Last one, as a fraction of it. [default: {D.lrf}]")] = None,
+    momentum: Annotated[float | None, Option(help=f"SGD's, or AdamW's beta1. [default: {D.momentum}]")] = None,
+    weight_decay: Annotated[float | None, Option(help=f"[default: {D.weight_decay}]")] = None,
+    clip_norm: Annotated[
+        float | None, Option(help="Clip the global gradient norm; couples tasks. [default: off]")
+    ] = None,
+    task_weights: Annotated[
+        str | None, Option(help="Such as det=1,cls=0.01; GradNorm's first. [default: 1 each]")
+    ] = None,
+    gradnorm_alpha: Annotated[float | None, Option(help=f"Pull to equal rates. [default: {D.gradnorm_alpha}]")] = None,
+    gradnorm_lr: Annotated[float | None, Option(help=f"Of the weights' own Adam. [default: {D.gradnorm_lr}]")] = None,
+    gradnorm_momentum: Annotated[float | None, Option(help=f"Its beta1. [default: {D.gradnorm_momentum}]")] = None,
+    gradnorm_layer: Annotated[str | None, Option(help="W. [default: the last convolution of SPPF]")] = None,
+    min_weight: Annotated[float | None, Option(help=f"GradNorm's lower bound. [default: {D.min_weight}]")] = None,
+    max_weight: Annotated[float | None, Option(help="GradNorm's upper bound. [default: none]")] = None,
+    weight_sum: Annotated[
+        float | None, Option(help="What GradNorm's weights sum to. [default: number of tasks]")
+    ] = None,
+    every: Annotated[int | None, Option(help=f"Measure every so many steps. [default: {D.every}]")] = None,
+    bn_batches: Annotated[
+        int | None, Option(help=f"To recompute BatchNorm before evaluating. [default: {D.bn_batches}]")
+    ] = None,
+    skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad images out instead of refusing the data.")] = False,
+    keep_going: Annotated[bool, Option("--keep-going", help="Go on after a loss that is not finite.")] = False,
+    project: Annotated[Path | None, Option(help="Folder of the run, as YOLOv5 names it.")] = None,
+    name: Annotated[str | None, Option(help="Its sub-folder.")] = None,
+) -> None:
+    """Train detection and classification together and record what their gradients do to each other."""
+    from gradprobe.cli.recording import Request, record_run
+
+    flags: dict[str, Any] = {
+        key: value
+        for key, value in locals().items()
+        if key in Settings.__dataclass_fields__ and key not in ("skip_bad", "keep_going", "task_weights")
+    }
+    flags["skip_bad"], flags["keep_going"] = skip_bad or None, keep_going or None
+    record_run(
+        Request(
+            flags=flags,
+            task_weights=task_weights,
+            preset=preset,
+            hyp=hyp,
+            out=out,
+            project=project,
+            name=name,
+            overwrite=overwrite,
+            resume=resume,
+        )
+    )

@@ -1,0 +1,230 @@
+"""What ``gradprobe record`` does, from the flags to the closed file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradprobe.cli.live import Display, make_display
+from gradprobe.errors import UsageError
+from gradprobe.provenance import argv, environment
+from gradprobe.runfile import RunWriter
+from gradprobe.trainers.settings import Settings, parse_task_weights, resolve
+
+if TYPE_CHECKING:
+    from gradprobe.trainers.checkpoint import Paths
+    from gradprobe.trainers.hyp import DetectionHyp
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line; None: not given."""
+
+    flags: Mapping[str, Any]
+    task_weights: str | None = None
+    preset: str = ""
+    hyp: Path | None = None
+    out: Path | None = None
+    project: Path | None = None
+    name: str | None = None
+    overwrite: bool = False
+    resume: Path | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done."""
+
+    settings: Settings
+    hyp: DetectionHyp
+    ignored_hyp: tuple[str, ...]
+    out: Path
+    overwrite: bool
+    state: Mapping[str, Any] | None  # of the checkpoint to go on from
+
+
+def record_run(request: Request) -> None:
+    """Train, record, and say where the file is.
+
+    Raises:
+        GradprobeError: See the tree; the file, where one was begun, is closed and valid.
+        KeyboardInterrupt: Stopped; the file is closed and valid.
+    """
+    # On two busy cores, threads that spin while they wait make a step seven times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    plan = make_plan(request)
+    display = make_display(plan.settings)
+    writer = RunWriter(
+        plan.out, overwrite=plan.overwrite, resume_at=plan.state["probe"]["clock"]["step"] if plan.state else None
+    )
+    with interruptible():
+        try:
+            with display:
+                test = train(plan, writer, display)
+        except BaseException as error:
+            with uninterrupted():
+                writer.close(_end(error))
+            _say_where(display, plan, writer, stopped=True)
+            raise
+        with uninterrupted():
+            if test:
+                writer.annotate({"test": test})
+            writer.close("finished")
+    _say_where(display, plan, writer, stopped=False)
+
+
+def make_plan(request: Request) -> Plan:
+    """Everything that can be wrong with the flags is found here, before anything is written."""
+    from gradprobe.trainers.hyp import DetectionHyp, read_hyp
+
+    if request.resume is not None:
+        return _plan_to_resume(request)
+    file = read_hyp(request.hyp) if request.hyp is not None else None
+    flags = dict(request.flags)
+    if request.task_weights is not None:
+        flags["task_weights"] = parse_task_weights(request.task_weights)
+    settings = resolve(flags, preset=request.preset, hyp=file.optimizer if file else None)
+    return Plan(
+        settings=settings,
+        hyp=file.loss if file else DetectionHyp(),
+        ignored_hyp=file.ignored if file else (),
+        out=output_path(request),
+        overwrite=request.overwrite,
+        state=None,
+    )
+
+
+def output_path(request: Request) -> Path:
+    """``--out``, or ``--project``/``--name``/conflict.h5, or conflict.h5."""
+    if request.out is not None:
+        if request.project is not None or request.name is not None:
+            raise UsageError("--out names the file already; leave out --project and --name, or --out.")
+        return request.out
+    if request.project is not None or request.name is not None:
+        return (request.project or Path("runs")) / (request.name or "exp") / "conflict.h5"
+    return Path("conflict.h5")
+
+
+def _plan_to_resume(request: Request) -> Plan:
+    from gradprobe.trainers import checkpoint
+    from gradprobe.trainers.hyp import DetectionHyp
+
+    assert request.resume is not None
+    given = [name for name, value in request.flags.items() if value is not None]
+    if given or request.task_weights or request.preset or request.hyp or request.out or request.overwrite:
+        raise UsageError("--resume goes on with the settings of that run; give no other flags with it.")
+    state = checkpoint.load(checkpoint.Paths(request.resume).checkpoint)
+    values = dict(state["settings"], task_weights=tuple(state["settings"]["task_weights"]))
+    return Plan(
+        settings=Settings(**values),
+        hyp=DetectionHyp(**state["hyp"]),
+        ignored_hyp=tuple(state["ignored_hyp"]),
+        out=request.resume,
+        overwrite=False,
+        state=state,
+    )
+
+
+def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
+    """Build the training and run it to its end; returns metrics on the test split."""
+    from gradprobe.trainers import loop
+    from gradprobe.trainers.build import build
+    from gradprobe.trainers.data import load_data
+
+    settings = plan.settings
+    display.phase("loading data")
+    data = load_data(settings.data, imgsz=settings.imgsz, seed=settings.seed, skip_bad=settings.skip_bad)
+    for note in _notes(plan, data.skipped):
+        display.note(note)
+    display.phase("building the model")
+    training = build(
+        settings,
+        data,
+        [writer, display],
+        display,
+        out=plan.out,
+        hyp=plan.hyp,
+        provenance={"argv": argv(), "ignored_hyp": list(plan.ignored_hyp), **environment()},
+    )
+    training.origin = {
+        "settings": dataclasses.asdict(settings),
+        "hyp": dataclasses.asdict(plan.hyp),
+        "ignored_hyp": list(plan.ignored_hyp),
+    }
+    if plan.state is not None:
+        loop.load_state(training, plan.state)
+    else:
+        _forget(training.paths)
+    display.begin(settings.epochs, len(training.train_loader), training.probe.step)
+    test = loop.run(training)
+    training.paths.checkpoint.unlink(missing_ok=True)
+    return test
+
+
+def _forget(paths: Paths) -> None:
+    """Weights of an older run of the same name would pass for this one's."""
+    for path in paths.existing():
+        path.unlink()
+
+
+def _notes(plan: Plan, skipped: tuple[str, ...]) -> Iterator[str]:
+    if plan.ignored_hyp:
+        yield (
+            f"ignored in --hyp: {', '.join(plan.ignored_hyp)}. gradprobe trains without augmentation and warm-up, "
+            "which couple tasks; the file says so."
+        )
+    if skipped:
+        first = "; ".join(skipped[:3])
+        yield f"{len(skipped)} images left out: {first}{'; ...' if len(skipped) > 3 else ''}"
+    if plan.settings.clip_norm:
+        yield f"clipping the global gradient norm at {plan.settings.clip_norm:g}: this couples the tasks."
+
+
+def _end(error: BaseException) -> str:
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}: {error}"
+
+
+def _say_where(display: Display, plan: Plan, writer: RunWriter, *, stopped: bool) -> None:
+    if not plan.out.exists():
+        return
+    state = "stopped, complete up to here" if stopped else "recorded"
+    display.result(f"{state}: {plan.out}")
+    display.result(f"next:     gradprobe plot {plan.out}")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Let a polite kill (SIGTERM) end a recording as Ctrl-C does: with the file closed."""
+    try:
+        old = signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C must not tear the closing of the file."""
+    try:
+        old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, old)

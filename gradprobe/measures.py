@@ -1,0 +1,226 @@
+"""Pure functions on Gramians of task gradients.
+
+The Gramian of one layer (or of any group of layers) is ``gram[i, j] = <g_i, g_j>``, where ``g_i`` is the
+gradient of task i's unweighted loss with respect to that layer's parameters. Leading axes are free: steps,
+layers, runs. NaN means "not there" (a task that does not reach the layer, a gradient that is not finite)
+and is handed through, never turned into 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def pairs(tasks: Sequence[str]) -> list[tuple[str, str]]:
+    """Every two tasks once, in the order in which pairs are stored everywhere.
+
+    >>> pairs(["a", "b", "c"])
+    [('a', 'b'), ('a', 'c'), ('b', 'c')]
+    """
+    return list(combinations(tasks, 2))
+
+
+def pair_index(count: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Row and column of each of the P = T (T - 1) / 2 pairs in a (T, T) matrix, in stored order."""
+    return np.triu_indices(count, k=1)
+
+
+def norm(gram: ArrayLike) -> Array:
+    """Euclidean norm of every task gradient.
+
+    Args:
+        gram: (..., T, T), in (loss per unit of parameter)^2.
+
+    Returns:
+        (..., T), in loss per unit of parameter, >= 0. Zero: the gradient is exactly zero. NaN: there is none.
+
+    >>> norm([[4.0, -6.0], [-6.0, 9.0]])
+    array([2., 3.])
+    """
+    return np.sqrt(_diagonal(gram))
+
+
+def cosine(gram: ArrayLike) -> Array:
+    """Cosine of the angle between every two task gradients.
+
+    Args:
+        gram: (..., T, T), in (loss per unit of parameter)^2.
+
+    Returns:
+        (..., T, T), dimensionless, in [-1, 1]. A task whose gradient is exactly zero has no angle: its row
+        and column are NaN, since 0 would read as "orthogonal".
+
+    Source: Yu et al., "Gradient Surgery for Multi-Task Learning", 2020, definition 1.
+
+    >>> cosine([[4.0, -6.0], [-6.0, 9.0]])
+    array([[ 1., -1.],
+           [-1.,  1.]])
+    """
+    length = norm(gram)
+    with np.errstate(invalid="ignore", divide="ignore"):  # 0/0 is NaN, on purpose
+        unit = np.asarray(gram, dtype=np.float64) / length[..., :, None] / length[..., None, :]
+    return np.clip(unit, -1.0, 1.0)
+
+
+def pair_cosine(gram: ArrayLike) -> Array:
+    """The upper triangle of :func:`cosine`: (..., T, T) -> (..., P), in the order of :func:`pairs`."""
+    full = cosine(gram)
+    first, second = pair_index(full.shape[-1])
+    result: Array = full[..., first, second]
+    return result
+
+
+def conflict(cosines: ArrayLike) -> Array:
+    """1 where two task gradients point against each other (cosine < 0), 0 where not, NaN where unknown.
+
+    Of one minibatch this is mostly noise: its mean over steps is the *stochastic conflict rate*.
+
+    Source: Yu et al., 2020, definition 1.
+
+    >>> conflict([-0.1, 0.0, 0.3, np.nan])
+    array([ 1.,  0.,  0., nan])
+    """
+    values = np.asarray(cosines, dtype=np.float64)
+    return np.where(np.isnan(values), np.nan, (values < 0).astype(np.float64))
+
+
+def magnitude_similarity(gram: ArrayLike) -> Array:
+    """How alike two gradients are in length: 2 |g_i| |g_j| / (|g_i|^2 + |g_j|^2).
+
+    Args:
+        gram: (..., T, T).
+
+    Returns:
+        (..., T, T), dimensionless, in [0, 1]; 1 = equal length, near 0 = one drowns the other. NaN where both
+        are zero or one is missing.
+
+    Source: Yu et al., 2020, definition 2.
+
+    >>> magnitude_similarity([[1.0, 0.0], [0.0, 1.0]])
+    array([[1., 1.],
+           [1., 1.]])
+    """
+    square = _diagonal(gram)
+    length = np.sqrt(square)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = 2 * (length[..., :, None] * length[..., None, :]) / (square[..., :, None] + square[..., None, :])
+    return np.clip(value, 0.0, 1.0)  # equal lengths may exceed 1 by a rounding
+
+
+def dominance(gram: ArrayLike, weight: ArrayLike) -> Array:
+    """Each task's share of the summed squared lengths of the weighted gradients: w_i^2 G_ii / sum_j w_j^2 G_jj.
+
+    Args:
+        gram: (..., T, T).
+        weight: (..., T), the weights in force.
+
+    Returns:
+        (..., T), dimensionless, in [0, 1], summing to 1. NaN where all weighted gradients are zero or any
+        is missing.
+
+    >>> dominance([[1.0, 0.0], [0.0, 9.0]], [3.0, 1.0])
+    array([0.5, 0.5])
+    """
+    part = np.square(np.asarray(weight, dtype=np.float64)) * _diagonal(gram)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: Array = part / part.sum(axis=-1, keepdims=True)
+    return result
+
+
+def interference(gram: ArrayLike, weight: ArrayLike) -> Array:
+    """What each task's share of a plain gradient step does to each other's: w_j G_ij / (w_i G_ii).
+
+    Args:
+        gram: (..., T, T).
+        weight: (..., T).
+
+    Returns:
+        (..., T, T), dimensionless; entry [i, j] is the part of task i's own first-order progress that
+        task j adds (+) or cancels (-). Below -1 task i is driven backwards. The diagonal is 1. NaN where task i
+        makes no progress of its own (zero gradient or weight 0) or either is missing.
+
+    >>> interference([[4.0, -2.0], [-2.0, 9.0]], [1.0, 1.0])[0, 1]
+    np.float64(-0.5)
+    """
+    force = np.asarray(gram, dtype=np.float64) * np.asarray(weight, dtype=np.float64)[..., None, :]
+    own = _diagonal(force)[..., :, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: Array = np.where(own == 0, np.nan, force / own)
+    return result
+
+
+def progress(gram: ArrayLike, weight: ArrayLike) -> Array:
+    """First-order fall of every task's loss per unit of learning rate under plain descent: sum_j w_j G_ij.
+
+    Args:
+        gram: (..., T, T).
+        weight: (..., T).
+
+    Returns:
+        (..., T), in loss per unit of learning rate. Negative: the joint step harms the task, to first order.
+
+    >>> progress([[4.0, -6.0], [-6.0, 9.0]], [1.0, 1.0])
+    array([-2.,  3.])
+    """
+    force = np.asarray(gram, dtype=np.float64) * np.asarray(weight, dtype=np.float64)[..., None, :]
+    result: Array = force.sum(axis=-1)
+    return result
+
+
+def over_layers(gram: ArrayLike, reach: ArrayLike) -> tuple[Array, Array]:
+    """Norms and cosines over a group of layers together, as if their parameters were one vector.
+
+    Args:
+        gram: (..., L, T, T).
+        reach: (L, T) bool, which task reaches which layer by the graph. A task's norm is taken over the
+            layers it reaches, a pair's cosine over those that both reach.
+
+    Returns:
+        (..., T) norms and (..., P) cosines. A reached layer whose entry is NaN makes the sum NaN: a group is
+        never measured on a part of itself without saying so. NaN too where a task (a pair) reaches none.
+    """
+    gram = np.asarray(gram, dtype=np.float64)
+    reach = np.asarray(reach, dtype=bool)
+    first, second = pair_index(reach.shape[1])
+    square = _masked_sum(_diagonal(gram), reach)
+    both = reach[:, first] & reach[:, second]
+    inner = _masked_sum(gram[..., first, second], both)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        length = np.sqrt(_masked_sum(gram[..., first, first], both)) * np.sqrt(
+            _masked_sum(gram[..., second, second], both)
+        )
+        return np.sqrt(square), np.clip(inner / length, -1.0, 1.0)
+
+
+def from_norms(norms: ArrayLike, cosines: ArrayLike) -> Array:
+    """The Gramian that norms (..., T) and pair cosines (..., P) came from: (..., T, T).
+
+    A pair without an angle because one gradient is exactly zero has inner product 0; one that is missing stays
+    NaN.
+    """
+    norms, cosines = np.asarray(norms, dtype=np.float64), np.asarray(cosines, dtype=np.float64)
+    first, second = pair_index(norms.shape[-1])
+    product = norms[..., first] * norms[..., second]
+    inner = np.where(product == 0, 0.0, product * cosines)
+    gram = norms[..., :, None] * np.eye(norms.shape[-1]) * norms[..., None, :]
+    gram[..., first, second] = inner
+    gram[..., second, first] = inner
+    result: Array = gram
+    return result
+
+
+def _diagonal(gram: ArrayLike) -> Array:
+    result: Array = np.diagonal(np.asarray(gram, dtype=np.float64), axis1=-2, axis2=-1)
+    return result
+
+
+def _masked_sum(values: Array, mask: NDArray[np.bool_]) -> Array:
+    """Sum over the layer axis (the last but one) of ``values`` where ``mask``; NaN where the mask is empty."""
+    total = np.where(mask, values, 0.0).sum(axis=-2)
+    return np.where(mask.any(axis=0), total, np.nan)

@@ -1,0 +1,180 @@
+"""Makes a figure of a run by name, and writes it with its table. Works headless and in any thread."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from gradprobe.errors import RunFileError, UsageError
+from gradprobe.plots import cosine, heatmap, layers, losses, metrics, norms, overview, series, style, weights
+from gradprobe.plots.table import Table, long_csv, stack
+from gradprobe.runfile import Run
+
+
+class TaskPanel(Protocol):
+    """A module that draws one series per task into one pair of axes."""
+
+    TITLE: str
+
+    def lacks(self, run: Run) -> str | None:
+        """Why there is nothing to draw; None where there is."""
+
+    def draw(self, run: Run, ax: Axes) -> Table:
+        """Draw, and return the numbers drawn."""
+
+
+WHAT = ("overview", "losses", "weights", "norms", "cosine", "heatmap", "layers", "metrics")
+FORMATS = ("png", "svg", "pdf")
+
+DPI = 150
+BY_TASK: dict[str, TaskPanel] = {"losses": losses, "weights": weights, "norms": norms}
+PAIR_TITLES = {
+    "cosine": "cosine over all shared layers",
+    "heatmap": "cosine by layer",
+    "layers": "stochastic conflict rate by layer",
+}
+
+
+def make(run: Run, what: str = "overview") -> tuple[Figure, dict[str, Table]]:
+    """One figure, and the table of each of its panels.
+
+    Args:
+        run: Finished or not.
+        what: One of :data:`WHAT`.
+
+    Returns:
+        The figure, not shown and known to no window; tables by panel: one, named as ``what``, but for the overview.
+
+    Raises:
+        UsageError: There is no such figure; lists those there are.
+        RunFileError: The run lacks what the figure shows; says what, and what the run holds. The overview is
+            always drawn: its panels say it.
+    """
+    if what not in WHAT:
+        raise UsageError(f"no figure {what!r}; --what takes one of: {', '.join(WHAT)}.")
+    with style.styled():
+        figure = Figure(layout="constrained")
+        if what == "overview":
+            return figure, overview.draw(run, figure)
+        reason = _lacks(run, what)
+        if reason:
+            raise RunFileError(f"{run.path}: {reason}.")
+        style.head(figure, run, tasks=what in BY_TASK)
+        return figure, {what: _single(run, figure, what)}
+
+
+def write(run: Run, what: str, out: Path, *, data: bool = True) -> list[Path]:
+    """Draw a figure into a file, and its table beside it.
+
+    Args:
+        run: The run.
+        what: One of :data:`WHAT`.
+        out: Where the figure goes; its suffix is the format, one of :data:`FORMATS`. Replaced if it exists.
+        data: Whether to write the table, under the same name with the suffix ``.csv``: for one panel with that
+            panel's columns, for the overview in long form (:data:`gradprobe.plots.table.LONG`).
+
+    Returns:
+        The paths of the files written.
+
+    Raises:
+        RunFileError: As :func:`make`; or ``out`` cannot be written.
+        UsageError: As :func:`make`; or the format is unknown.
+    """
+    kind = out.suffix[1:].lower()
+    if kind not in FORMATS:
+        raise UsageError(f"{out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
+    figure, tables = make(run, what)
+    _write_whole(out, render(figure, kind))
+    if not data:
+        return [out]
+    text = long_csv(tables) if what == "overview" else tables[what].csv()
+    _write_whole(out.with_suffix(".csv"), text.encode())
+    return [out, out.with_suffix(".csv")]
+
+
+def render(figure: Figure, kind: str) -> bytes:
+    """The figure as the bytes of a file; the same figure always gives the same bytes."""
+    undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    buffer = io.BytesIO()
+    with style.styled():
+        figure.savefig(buffer, format=kind, dpi=DPI, metadata=undated)
+    return buffer.getvalue()
+
+
+def _lacks(run: Run, what: str) -> str | None:
+    if what in BY_TASK:
+        return BY_TASK[what].lacks(run)
+    return metrics.lacks(run) if what == "metrics" else cosine.lacks(run)
+
+
+def _single(run: Run, figure: Figure, what: str) -> Table:
+    figure.set_size_inches(11, 6)
+    if what in BY_TASK:
+        return BY_TASK[what].draw(run, figure.add_subplot())
+    if what == "metrics":
+        count = 2 if all(metrics.groups(run)) else 1
+        return metrics.draw(run, list(figure.subplots(1, count, squeeze=False).flat), gap=0.04)
+    return _pair_panels(run, figure, what)
+
+
+def _pair_panels(run: Run, figure: Figure, what: str) -> Table:
+    """One panel per pair of tasks, all on the same scales."""
+    count = len(run.pairs)
+    across = count if count <= 3 else math.ceil(math.sqrt(count))
+    down = math.ceil(count / across)
+    tall = _height(run, what, down)
+    figure.set_size_inches(min(24.0, 11 if across == 1 else 5.5 * across), tall * down)
+    axes = figure.subplots(down, across, squeeze=False, sharey=what != "cosine")
+    room = int((tall - 1.3) / 0.125)
+    tables = []
+    for pair, ax in enumerate(axes.flat):
+        if pair >= count:
+            ax.remove()
+            continue
+        tables.append(_pair_panel(run, ax, what, pair, room))
+        if count > 1:
+            ax.set_title(f"{style.pair_title(run, pair)}\n")
+        if pair % across and what != "cosine":
+            ax.set_ylabel("")
+    if what == "cosine":
+        figure.supxlabel(series.reading(len(run)), fontsize=8, color=style.GREY)
+    if count > 1:
+        if what == "heatmap":
+            heatmap.add_colorbar(figure.axes)
+        style.head(figure, run, f"{PAIR_TITLES[what]} of {count} pairs", tasks=False)
+    return stack(tables)
+
+
+def _height(run: Run, what: str, down: int) -> float:
+    """Inches per panel: layers get what their names need, up to what a screen can show."""
+    if what == "cosine":
+        return 6.0 if down == 1 else 3.2
+    return min(max(0.125 * len(run.layers) + 1.5, 4.0), 24.0 / down)
+
+
+def _pair_panel(run: Run, ax: Axes, what: str, pair: int, room: int) -> Table:
+    if what == "cosine":
+        return cosine.draw(run, ax, [pair])
+    if what == "layers":
+        return layers.draw(run, ax, pair, room)
+    return heatmap.draw(run, ax, pair, room, colorbar=len(run.pairs) == 1)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """The file is replaced in one step, so that nobody ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise RunFileError(f"{path}: cannot be written ({error}). Choose another place with --out.") from error

@@ -1,0 +1,39 @@
+"""The unweighted training loss of every task."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from gradprobe.plots import series, style
+from gradprobe.plots.table import Table
+from gradprobe.runfile import Run
+
+TITLE = "Training loss, unweighted"
+
+
+def lacks(run: Run) -> str | None:
+    """Why there is nothing to draw; None where there is."""
+    if reason := style.no_rows(run):
+        return reason
+    if not np.isfinite(run["loss"]).any():
+        return f"no finite loss in this run ({style.holdings(run)}). Look at what the loss function returns"
+    return None
+
+
+def draw(run: Run, ax: Axes) -> Table:
+    """Every task's loss over training steps.
+
+    Returns:
+        step, epoch, task; loss as recorded, and its running quartiles.
+    """
+    loss, steps = run["loss"], run["step"]
+    series.scale(ax, loss)
+    spreads = [
+        series.trace(ax, steps, loss[:, i], style.task_colour(run.tasks, task), task)
+        for i, task in enumerate(run.tasks)
+    ]
+    series.finish(ax, steps, loss)
+    ax.set_ylabel("loss" + (" (log)" if ax.get_yscale() == "log" else ""))
+    style.titled(ax, TITLE, series.silent(run.tasks, loss) or series.reading(len(run)))
+    return series.per_task(run, "loss", loss, spreads)

@@ -1,0 +1,152 @@
+"""What was evaluated once per epoch: scores on [0, 1], and everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from gradprobe.measures import Array
+from gradprobe.plots import series, style
+from gradprobe.plots.table import Table, stack
+from gradprobe.runfile import Run
+
+MARKERS = "os^Dv<>p*"
+MARKER_TEXT = "●■▲◆▼◀▶⬟★"
+
+
+def lacks(run: Run) -> str | None:
+    """Why there is nothing to draw; None where there is."""
+    scores, others = groups(run)
+    if scores or others:
+        return None
+    kind = "finite epoch metric" if len(run.epochs) > 1 else "epoch metrics"
+    return (
+        f"no {kind} in this run ({style.holdings(run)}). Record with gradprobe record, which evaluates after each "
+        "epoch, or call probe.log_metrics(epoch, ...)"
+    )
+
+
+def groups(run: Run) -> tuple[list[str], list[str]]:
+    """Metrics with a finite value: those that stay within [0, 1] and are no losses, and the others."""
+    scores: list[str] = []
+    others: list[str] = []
+    for name, values in run.epochs.items():
+        known = values[np.isfinite(values)]
+        if name == "epoch" or not known.size:
+            continue
+        bounded = known.min() >= 0 and known.max() <= 1 and "loss" not in name.lower()
+        (scores if bounded else others).append(name)
+    return scores, others
+
+
+def draw(run: Run, axes: Sequence[Axes], gap: float = 0.07) -> Table:
+    """All metrics over epochs, each named at the end of its line: scores apart from the rest.
+
+    Args:
+        run: The run.
+        axes: One for each of :func:`groups` that is not empty.
+        gap: Height of a line of text, as a part of the axes.
+
+    Returns:
+        epoch, metric; value.
+    """
+    scores, others = groups(run)
+    named = [("Scores per epoch", scores), ("Other metrics per epoch", others)]
+    if all(name.startswith("loss") for name in others):
+        named[1] = ("Losses on the evaluation set per epoch", others)
+    filled = [(title, names) for title, names in named if names]
+    for ax, (title, names) in zip(axes, filled, strict=True):
+        _panel(run, ax, names, title, names is scores)
+        _name_ends(run, ax, names, gap)
+    return _table(run, [*scores, *others])
+
+
+def _panel(run: Run, ax: Axes, names: list[str], title: str, scores: bool) -> None:
+    table = run.epochs
+    epoch, values = table["epoch"], np.stack([table[name] for name in names])
+    if not scores:
+        series.scale(ax, values)
+    for i, name in enumerate(names):
+        ax.plot(
+            epoch,
+            np.where(np.isfinite(values[i]), values[i], np.nan),
+            color=style.metric_colour(run.tasks, name),
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4.5,
+            linewidth=1.3,
+            label=style.legend_text(name),
+            markevery=max(1, len(epoch) // 12),
+        )
+    if scores:
+        ax.set_ylim(-0.02, 1.02)
+    elif ax.get_yscale() == "log":
+        style.log_axis(ax.yaxis, values.ravel())
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    ax.set(xlabel="epoch", ylabel="score, 0 to 1" if scores else "value")
+    absent = [name for name, v in table.items() if len(v) and not np.isfinite(v).any()]
+    style.titled(ax, title, f"no values: {', '.join(absent)}" if absent else "")
+
+
+def _table(run: Run, names: list[str]) -> Table:
+    table = run.epochs
+    epoch = table["epoch"]
+    return stack(
+        [Table({"epoch": epoch, "metric": np.full(len(epoch), name, object)}, {"value": table[name]}) for name in names]
+    )
+
+
+def _name_ends(run: Run, ax: Axes, names: list[str], gap: float) -> None:
+    """Names to the right of the axes, moved apart where they would overlap, tied to their line's end."""
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # from here on the axes must not move under the labels
+    ends = [_last(run.epochs["epoch"], run.epochs[name]) for name in names]
+    heights = ax.transAxes.inverted().transform(ax.transData.transform(ends))[:, 1]
+    for i, height in enumerate(spread(heights, gap)):
+        colour = style.metric_colour(run.tasks, names[i])
+        ax.annotate(
+            f"{MARKER_TEXT[i % len(MARKERS)]} {names[i]}",
+            xy=ends[i],
+            xytext=(1.06, float(height)),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.5, "shrinkA": 0, "relpos": (0, 0.5), "shrinkB": 3},
+            annotation_clip=False,
+        )
+
+
+def _last(epoch: NDArray[np.int32], values: Array) -> tuple[float, float]:
+    known = np.flatnonzero(np.isfinite(values))[-1]
+    return float(epoch[known]), float(values[known])
+
+
+def spread(places: Array, gap: float) -> Array:
+    """Places moved so that neighbours are at least ``gap`` apart: order kept, within [0, 1] if there is room.
+
+    >>> spread(np.array([0.5, 0.5]), 0.2)
+    array([0.4, 0.6])
+    """
+    order = np.argsort(places, kind="stable")
+    clusters: list[tuple[float, int]] = []  # centre and size: touching labels move together
+    for place in places[order]:
+        clusters.append((float(place), 1))
+        while len(clusters) > 1 and _touch(clusters[-2], clusters[-1], gap):
+            (upper, m), (lower, n) = clusters.pop(), clusters.pop()
+            clusters.append((_inside((lower * n + upper * m) / (n + m), n + m, gap), n + m))
+    moved = [centre + gap * (k - (size - 1) / 2) for centre, size in clusters for k in range(size)]
+    result = np.empty_like(np.asarray(places, dtype=np.float64))
+    result[order] = moved
+    return result
+
+
+def _touch(lower: tuple[float, int], upper: tuple[float, int], gap: float) -> bool:
+    return upper[0] - lower[0] < gap * (upper[1] + lower[1]) / 2
+
+
+def _inside(centre: float, size: int, gap: float) -> float:
+    half = gap * (size - 1) / 2
+    return min(max(centre, half), 1 - half) if half <= 0.5 else 0.5

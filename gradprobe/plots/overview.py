@@ -1,0 +1,72 @@
+"""Everything about one run on one page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure, SubFigure
+
+from gradprobe.plots import cosine, heatmap, layers, losses, metrics, norms, style, weights
+from gradprobe.plots.table import Table
+from gradprobe.runfile import Run
+
+PAIRS = 3
+"""Pairs of tasks in the cosine panel; the layer panels show one."""
+
+ROOM = 33
+"""Layer names that fit."""
+
+
+def draw(run: Run, figure: Figure) -> dict[str, Table]:
+    """Losses, weights, norms, cosine, metrics, and cosine by layer; a panel without data says why.
+
+    Returns:
+        The table of each panel that has data, by name.
+    """
+    figure.set_size_inches(14, 10)
+    style.head(figure, run)
+    # A row is a figure of its own, so that long layer names squeeze no other row.
+    rows: Any = figure.subfigures(3, 1, height_ratios=(1, 1, 1.9))
+    top, middle, bottom = rows
+    return {**_tasks(run, top), **_cosine_and_metrics(run, middle), **_layers(run, bottom)}
+
+
+def _tasks(run: Run, row: SubFigure) -> dict[str, Table]:
+    tables = {}
+    panels = (("losses", losses), ("weights", weights), ("norms", norms))
+    for (name, panel), ax in zip(panels, row.subplots(1, 3), strict=True):
+        if reason := panel.lacks(run):
+            style.unavailable(ax, panel.TITLE, reason)
+        else:
+            tables[name] = panel.draw(run, ax)
+    return tables
+
+
+def _cosine_and_metrics(run: Run, row: SubFigure) -> dict[str, Table]:
+    both = metrics.lacks(run) is None and all(metrics.groups(run))
+    left, *right = row.subplots(1, 3 if both else 2, width_ratios=(1, 1, 1) if both else (1, 2))
+    tables = {}
+    if reason := cosine.lacks(run):
+        style.unavailable(left, "Cosine over all shared layers", reason)
+    else:
+        tables["cosine"] = cosine.draw(run, left, style.lowest_pairs(run, PAIRS))
+    if reason := metrics.lacks(run):
+        style.unavailable(right[0], "Metrics per epoch", reason)
+    else:
+        tables["metrics"] = metrics.draw(run, right, gap=0.095)
+    return tables
+
+
+def _layers(run: Run, row: SubFigure) -> dict[str, Table]:
+    if reason := cosine.lacks(run):
+        style.unavailable(row.subplots(), "Cosine and conflict by layer", reason)
+        return {}
+    left, right = row.subplots(1, 2, width_ratios=(2.4, 1))
+    pair = style.lowest_pairs(run, 1)[0]
+    tables = {
+        "heatmap": heatmap.draw(run, left, pair, ROOM),
+        "layers": layers.draw(run, right, pair, ROOM, named=False),
+    }
+    if len(run.pairs) > 1:
+        left.set_title(f"Cosine by layer, {style.pair_title(run, pair)} (lowest of {len(run.pairs)} pairs)\n")
+    return tables

@@ -1,0 +1,119 @@
+"""One quantity over steps: raw points faint, the running median, and the middle half as a band."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from gradprobe.plots.style import legend_text, log_axis
+from gradprobe.plots.table import Table, stack
+from gradprobe.runfile import Run
+from gradprobe.summary import quantiles
+
+POINTS = 4000
+"""Raw points drawn at most; medians and tables always use all rows."""
+
+WIDE = 30.0
+"""Positive values that span more than this factor go on a logarithmic axis."""
+
+
+def window(rows: int) -> int:
+    """Rows in the running window: a thirtieth of the run, odd, from 5 to 101."""
+    return int(np.clip(rows // 30, 2, 50)) * 2 + 1 if rows >= 60 else 5
+
+
+def running(values: NDArray[Any], size: int) -> NDArray[np.float32]:
+    """Running quartiles of one series.
+
+    Args:
+        values: (n,); NaN and infinity count as missing.
+        size: Rows in the centred window, odd; at the ends the window is cut.
+
+    Returns:
+        (3, n): lower quartile, median, upper quartile; NaN where the window holds no finite value.
+    """
+    padded = np.pad(values.astype(np.float64), size // 2, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, size)
+    return quantiles(windows, (0.25, 0.5, 0.75), axis=-1).astype(np.float32)
+
+
+def trace(ax: Axes, steps: NDArray[Any], values: NDArray[Any], colour: str, label: str) -> NDArray[np.float32]:
+    """Draw one series with its running median and spread; returns what :func:`running` gives."""
+    low, middle, high = spread = running(values, window(len(values)))
+    every = max(1, len(values) // POINTS)
+    positive = ax.get_yscale() == "log"
+    raw = _drawable(values, positive)
+    ax.plot(
+        steps[::every],
+        raw[::every],
+        linestyle="none",
+        marker=".",
+        markersize=3 if len(values) > 100 else 5,
+        markeredgewidth=0,
+        alpha=0.3 if len(values) > 30 else 0.8,
+        color=colour,
+        rasterized=len(values) > 2000,
+        gid=f"raw {label}",
+    )
+    ax.fill_between(steps, _drawable(low, positive), _drawable(high, positive), color=colour, alpha=0.18, linewidth=0)
+    ax.plot(steps, _drawable(middle, positive), color=colour, linewidth=1.6, label=legend_text(label))
+    return spread
+
+
+def _drawable(values: NDArray[Any], positive: bool) -> NDArray[Any]:
+    keep = np.isfinite(values) & ((values > 0) | (not positive))
+    return np.where(keep, values, np.nan)
+
+
+def scale(ax: Axes, values: NDArray[Any]) -> None:
+    """A logarithmic y axis where all values are positive and span decades, so that small series stay visible."""
+    known = values[np.isfinite(values)]
+    if known.size and known.min() > 0 and known.max() > WIDE * known.min():
+        ax.set_yscale("log")
+
+
+def finish(ax: Axes, steps: NDArray[Any], values: NDArray[Any]) -> None:
+    """Axes that all panels over steps share."""
+    ax.set_xlabel("training step")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    first, last = int(steps[0]), int(steps[-1])
+    if last > first:
+        margin = 0.01 * (last - first)
+        ax.set_xlim(first - margin, last + margin)
+    if ax.get_yscale() == "log":
+        log_axis(ax.yaxis, values[np.isfinite(values)])
+
+
+def reading(rows: int) -> str:
+    """How to read a panel drawn with :func:`trace`."""
+    return f"dots: rows; line: median of {window(rows)} rows; band: middle half"
+
+
+def silent(names: tuple[str, ...], values: NDArray[Any]) -> str:
+    """Which of the series have no value at all, for a panel's note; (n, S) values."""
+    empty = [name for name, known in zip(names, np.isfinite(values).any(axis=0), strict=True) if not known]
+    return f"no values: {', '.join(empty)}" if empty else ""
+
+
+def per_task(run: Run, quantity: str, values: NDArray[Any], spreads: list[NDArray[np.float32]]) -> Table:
+    """The table of a panel with one series per task: (n, T) values, T spreads or none."""
+    return stack(
+        [
+            series_table(run, "task", task, quantity, values[:, i], spreads[i] if spreads else None)
+            for i, task in enumerate(run.tasks)
+        ]
+    )
+
+
+def series_table(
+    run: Run, kind: str, name: str, quantity: str, values: NDArray[Any], spread: NDArray[np.float32] | None
+) -> Table:
+    """One series as a table: the rows as recorded, and the running quartiles beside them."""
+    columns = {quantity: values}
+    if spread is not None:
+        columns |= {"running_q25": spread[0], "running_median": spread[1], "running_q75": spread[2]}
+    return Table({"step": run["step"], "epoch": run["epoch"], kind: np.full(len(values), name, object)}, columns)

@@ -1,0 +1,50 @@
+"""The weight of every task's loss."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from gradprobe.plots import series, style
+from gradprobe.plots.table import Table
+from gradprobe.runfile import Run
+
+TITLE = "Task weights in force"
+
+
+def lacks(run: Run) -> str | None:
+    """Why there is nothing to draw; None where there is."""
+    if reason := style.no_rows(run):
+        return reason
+    if not np.isfinite(run["weight"]).any():
+        return (
+            f"no task weights in this run ({style.holdings(run)}). Record with --trainer gradnorm, or pass the "
+            "weights to probe.record()"
+        )
+    return None
+
+
+def draw(run: Run, ax: Axes) -> Table:
+    """Every task's weight over training steps, as it was in force.
+
+    Returns:
+        step, epoch, task; weight.
+    """
+    weight, steps = run["weight"], run["step"]
+    series.scale(ax, weight)
+    for i, task in enumerate(run.tasks):
+        ax.plot(
+            steps,
+            np.where(np.isfinite(weight[:, i]), weight[:, i], np.nan),
+            color=style.task_colour(run.tasks, task),
+            # The first ones are wider, so that they show beneath those with the same weights.
+            linewidth=1.6 + 2.4 * (1 - (i + 1) / len(run.tasks)),
+            marker="o" if len(run) == 1 else None,
+            label=style.legend_text(task),
+        )
+    if ax.get_yscale() == "linear":
+        ax.set_ylim(bottom=min(0.0, float(np.nanmin(weight[np.isfinite(weight)]))))
+    series.finish(ax, steps, weight)
+    ax.set_ylabel("weight" + (" (log)" if ax.get_yscale() == "log" else ""))
+    style.titled(ax, TITLE, series.silent(run.tasks, weight) or "they do not enter any cosine")
+    return series.per_task(run, "weight", weight, [])

@@ -1,0 +1,93 @@
+"""What a probe hands on: a header once, a row per measured step, metrics per epoch; and who takes them.
+
+The probes make these (with torch), the run file stores them (with h5py), displays show them; this file knows
+neither torch nor h5py, so that none of the three needs the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradprobe.measures import Array, over_layers
+
+MEASURED = "measured"
+NONFINITE_GRADIENT = "a task's gradient is not finite"
+NONFINITE_LOSS = "a task's loss is not finite"
+
+Provenance = Mapping[str, Any]
+"""Names to strings, numbers, or lists of those; nested mappings are stored with dotted names."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What holds for all rows of a run.
+
+    Attributes:
+        tasks: (T,) names.
+        layers: (L,) names, in the order in which the forward runs them. Empty: the tasks share nothing.
+        layer_size: (L,) numbers of parameters.
+        reach: (L, T) bool: which task's graph reaches which layer.
+    """
+
+    tasks: Sequence[str]
+    layers: Sequence[str]
+    layer_size: NDArray[np.int64]
+    reach: NDArray[np.bool_]
+    provenance: Provenance = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured step.
+
+    Attributes:
+        step: Training step, counted from 0; the parameters are those *before* this step's update.
+        epoch: Counted from 0.
+        time: Seconds since the start.
+        loss: (T,) unweighted losses.
+        weight: (T,) weights in force at this step.
+        gram: (L, T, T) float64; NaN where a task does not reach a layer or its gradient is not finite.
+        lr: Learning rate of the optimizer's first group; NaN where the probe knows no optimizer.
+        overhead: Seconds spent on measuring this row.
+        batch_size: Samples in the batch; 0 where the probe was not told.
+        status: :data:`MEASURED`, or the reason why the row holds less than a measurement.
+    """
+
+    step: int
+    epoch: int
+    time: float
+    loss: Array
+    weight: Array
+    gram: Array
+    lr: float = float("nan")
+    overhead: float = 0.0
+    batch_size: int = 0
+    status: str = MEASURED
+
+    def shared(self, reach: NDArray[np.bool_]) -> tuple[Array, Array]:
+        """Norms (T,) and pair cosines (P,) over all shared layers together."""
+        return over_layers(self.gram, reach)
+
+
+class Sink(Protocol):
+    """Takes what a probe measures. Called from the training thread: it must return at once."""
+
+    def start(self, header: Header) -> None:
+        """Called once, before the first row."""
+
+    def write(self, row: Row) -> None:
+        """Called once per measured step, steps increasing."""
+
+    def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Metrics of one epoch."""
+
+    def annotate(self, values: Provenance) -> None:
+        """Adds to the provenance what became known only after the start."""
+
+    def close(self, end: str) -> None:
+        """Called once, last. ``end`` says how the run ended: "finished", "interrupted", "failed: ..."."""

@@ -1,0 +1,87 @@
+"""The run file, version 1: every dataset, its axes and its meaning, in one table.
+
+The writer, the reader and the documentation all go by this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+ENCODING_TYPE = "gradprobe-run"
+ENCODING_VERSION = "1.0"
+PARTS_SUFFIX = ".parts"
+
+STEP, LAYER, TASK, PAIR, EPOCH = "step", "layer", "task", "pair", "epoch"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One dataset of the file."""
+
+    name: str
+    axes: tuple[str, ...]
+    dtype: np.dtype
+    meaning: str
+    units: str = ""
+
+
+def _field(name: str, axes: str, dtype: str, meaning: str, units: str = "") -> Field:
+    return Field(name, tuple(axes.split()), np.dtype(dtype), meaning, units)
+
+
+ROW_FIELDS: tuple[Field, ...] = (
+    _field("step", "step", "<i8", "training step of the row, from 0; measured before the step's update"),
+    _field("epoch", "step", "<i4", "epoch of the row, from 0"),
+    _field("time", "step", "<f8", "time since recording started", "s"),
+    _field("loss", "step task", "<f4", "unweighted loss; NaN: it was NaN"),
+    _field("weight", "step task", "<f4", "weight in force at this step"),
+    _field(
+        "grad_norm",
+        "step layer task",
+        "<f4",
+        "Euclidean norm of the gradient of the unweighted loss; 0: exactly zero; NaN: none or not finite",
+        "loss per unit of parameter",
+    ),
+    _field(
+        "cosine",
+        "step layer pair",
+        "<f4",
+        "cosine of the angle between two tasks' gradients; NaN: one of them is zero, missing or not finite",
+    ),
+    _field(
+        "shared_grad_norm",
+        "step task",
+        "<f4",
+        "grad_norm over all layers that the task reaches",
+        "loss per unit of parameter",
+    ),
+    _field("shared_cosine", "step pair", "<f4", "cosine over all layers that both tasks reach"),
+    _field("lr", "step", "<f8", "learning rate of the optimizer's first group; NaN: unknown"),
+    _field("overhead", "step", "<f4", "time spent measuring this row", "s"),
+    _field("batch_size", "step", "<i4", "samples in the batch; 0: unknown"),
+    _field("status", "step", "|u1", "0: measured; else an index into the attribute status_names"),
+)
+
+HEADER_FIELDS: tuple[Field, ...] = (
+    _field("layer_size", "layer", "<i8", "number of parameters of the layer"),
+    _field("reach", "layer task", "|u1", "1: the task's graph reaches the layer"),
+)
+
+MEANINGS = {f.name: f.meaning for f in (*ROW_FIELDS, *HEADER_FIELDS)} | {
+    "layer": "names of the shared layers, in the order in which the forward runs them",
+    "task": "names of the tasks",
+    "pair": "two task names joined by |",
+}
+
+
+def chunk_shape(field: Field, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Chunks of a merged file: long in steps and narrow in layers, so that one layer's series is cheap to read.
+
+    None (contiguous) where the dataset is too small for chunks to matter, or empty.
+    """
+    if 0 in shape or int(np.prod(shape)) * field.dtype.itemsize < 1 << 20:
+        return None
+    limit = {STEP: 4096, LAYER: 8}
+    return tuple(min(size, limit.get(axis, size)) for axis, size in zip(field.axes, shape, strict=True))

@@ -1,0 +1,23 @@
+"""What one run holds, as numbers for a program and as sentences for a person. numpy only."""
+
+from gradprobe.summary.numbers import (
+    conflict_rate,
+    median,
+    not_measured,
+    quantiles,
+    sentences,
+    shared_gram,
+    summarise,
+)
+from gradprobe.summary.words import CAUTION
+
+__all__ = [
+    "CAUTION",
+    "conflict_rate",
+    "median",
+    "not_measured",
+    "quantiles",
+    "sentences",
+    "shared_gram",
+    "summarise",
+]

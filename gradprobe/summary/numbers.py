@@ -1,0 +1,223 @@
+"""What one run holds, in numbers. Everything here is a reading of single minibatches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gradprobe import measures
+from gradprobe.measures import Array
+from gradprobe.rows import MEASURED
+from gradprobe.runfile import Run
+from gradprobe.summary import words
+
+LOWEST_LAYERS = 3
+LOWER_IS_BETTER = ("loss", "error", "rmse", "mae")
+
+
+def quantiles(values: ArrayLike, probabilities: Sequence[float], axis: int = 0) -> Array:
+    """Quantiles over the finite values along one axis, interpolated linearly.
+
+    Args:
+        values: (..., n, ...). NaN and infinity count as missing.
+        probabilities: (Q,), in [0, 1].
+        axis: The axis of length n.
+
+    Returns:
+        (Q, ...), in the unit of ``values``; NaN where no value is finite. Never warns.
+
+    >>> quantiles([1.0, np.nan, 3.0], [0.5])
+    array([2.])
+    """
+    data = np.moveaxis(np.asarray(values, dtype=np.float64), axis, -1)
+    if data.shape[-1] == 0:
+        return np.full((len(probabilities), *data.shape[:-1]), np.nan)
+    data = np.sort(np.where(np.isfinite(data), data, np.nan), axis=-1)  # NaN goes last
+    last = np.maximum(np.isfinite(data).sum(axis=-1, keepdims=True) - 1, 0)
+    result = []
+    for probability in probabilities:
+        place = probability * last
+        low = np.take_along_axis(data, np.floor(place).astype(np.intp), axis=-1)
+        high = np.take_along_axis(data, np.ceil(place).astype(np.intp), axis=-1)
+        result.append((low + (high - low) * (place % 1))[..., 0])
+    return np.stack(result)
+
+
+def median(values: ArrayLike, axis: int = 0) -> Array:
+    """:func:`quantiles` at one half: (..., n, ...) -> (...)."""
+    result: Array = quantiles(values, [0.5], axis)[0]
+    return result
+
+
+def conflict_rate(cosines: ArrayLike) -> Array:
+    """The stochastic conflict rate: the share of the measured steps whose cosine is below 0.
+
+    Args:
+        cosines: (n, ...), NaN where not measured.
+
+    Returns:
+        (...), in [0, 1]; NaN where nothing was measured. Mostly noise: near one half for any two gradients
+        that are close to orthogonal.
+    """
+    below = measures.conflict(cosines)
+    measured = (~np.isnan(below)).sum(axis=0)
+    return np.where(measured > 0, np.nansum(below, axis=0) / np.maximum(measured, 1), np.nan)
+
+
+def shared_gram(run: Run) -> Array:
+    """The Gramian over all shared layers together, (n, T, T); NaN where it was not measured.
+
+    Where some tasks share only some of the layers, an inner product is summed over those that both reach.
+    """
+    if run.reach.all() and len(run.layers):
+        return measures.from_norms(run.norm(), run.cosine())
+    both = run.reach[:, :, None] & run.reach[:, None, :]
+    pieces = [np.zeros((0, len(run.tasks), len(run.tasks)))]
+    for block in run.blocks(len(run)):
+        gram = measures.from_norms(block["grad_norm"], block["cosine"])
+        pieces.append(np.where(both.any(axis=0), np.where(both, gram, 0.0).sum(axis=1), np.nan))
+    return np.concatenate(pieces)
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """The run in numbers, ready for JSON: what is unknown, or not finite, is None.
+
+    Losses and weights have no unit of ours; norms are in loss per unit of parameter; cosine, dominance,
+    interference and shares are dimensionless. Docs: docs/run-file.md.
+    """
+    gram, weight = shared_gram(run), run["weight"].astype(np.float64)
+    trainer = run.provenance.get("trainer")
+    return {
+        "file": run.path.name,
+        "complete": run.complete,
+        "end": run.end,
+        "trainer": str(trainer) if trainer else None,
+        "rows": len(run),
+        "rows_dropped": run.rows_dropped,
+        "rows_not_measured": not_measured(run),
+        "steps": {"first": int(run["step"][0]), "last": int(run["step"][-1])} if len(run) else None,
+        "layers": len(run.layers),
+        "parameters": int(run.layer_size.sum()),
+        "tasks": _tasks(run, measures.dominance(gram, weight)),
+        "pairs": _pairs(run),
+        "interference": _interference(run, measures.interference(gram, weight)),
+        "metrics": _metrics(run),
+        "overhead": _overhead(run),
+    }
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def not_measured(run: Run) -> dict[str, int]:
+    """How many rows hold less than a measurement, by the reason that they give."""
+    codes, counts = np.unique(run["status"], return_counts=True)
+    named = {run.status_names[code]: int(count) for code, count in zip(codes, counts, strict=True)}
+    return {name: count for name, count in named.items() if name != MEASURED}
+
+
+def _tasks(run: Run, dominance: Array) -> dict[str, Any]:
+    loss, weight = run["loss"], run["weight"]
+    tenth = max(1, len(run) // 10)
+    first, last = median(loss[:tenth]), median(loss[-tenth:])
+    norm, share = median(run.norm()), median(dominance)
+    return {
+        task: {
+            "loss": {"first": _number(first[i]), "last": _number(last[i])},
+            "weight": _ends(weight[:, i]),
+            "grad_norm": {"median": _number(norm[i])},
+            "dominance": {"median": _number(share[i])},
+        }
+        for i, task in enumerate(run.tasks)
+    }
+
+
+def _ends(values: NDArray[Any]) -> dict[str, float | None]:
+    """First, last, least and greatest of the finite values."""
+    known = values[np.isfinite(values)]
+    if not known.size:
+        return dict.fromkeys(("first", "last", "min", "max"))
+    return {
+        "first": float(known[0]),
+        "last": float(known[-1]),
+        "min": float(known.min()),
+        "max": float(known.max()),
+    }
+
+
+def _pairs(run: Run) -> dict[str, Any]:
+    shared, by_layer = run.cosine(), run["cosine"]
+    low, middle, high = quantiles(shared, (0.25, 0.5, 0.75))
+    rate = conflict_rate(shared)
+    return {
+        pair: {
+            "cosine": {
+                "median": _number(middle[i]),
+                "q25": _number(low[i]),
+                "q75": _number(high[i]),
+                "rows": int(np.isfinite(shared[:, i]).sum()),
+            },
+            "stochastic_conflict_rate": _number(rate[i]),
+            "lowest_layers": _lowest(run, by_layer[:, :, i]),
+        }
+        for i, pair in enumerate(run.pairs)
+    }
+
+
+def _lowest(run: Run, cosines: NDArray[Any]) -> list[dict[str, Any]]:
+    middle = median(cosines)
+    order = [i for i in np.argsort(middle, kind="stable") if np.isfinite(middle[i])]
+    return [
+        {"layer": run.layers[i], "parameters": int(run.layer_size[i]), "cosine_median": float(middle[i])}
+        for i in order[:LOWEST_LAYERS]
+    ]
+
+
+def _interference(run: Run, values: Array) -> list[dict[str, Any]]:
+    """The median of w_j G_ij / (w_i G_ii) for every ordered pair: what task j did to task i."""
+    middle = median(values)
+    return [
+        {"task": task, "by": other, "median": _number(middle[i, j])}
+        for i, task in enumerate(run.tasks)
+        for j, other in enumerate(run.tasks)
+        if i != j
+    ]
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    table = run.epochs
+    epoch = table.pop("epoch")
+    found = {}
+    for name, values in table.items():
+        known = np.flatnonzero(np.isfinite(values))
+        lower = any(word in name.lower() for word in LOWER_IS_BETTER)
+        best = (np.argmin if lower else np.argmax)(values[known]) if known.size else None
+        places = {"first": known[0], "best": known[best], "last": known[-1]} if best is not None else {}
+        at = {k: {"epoch": int(epoch[i]), "value": float(values[i])} for k, i in places.items()}
+        found[name] = {
+            "first": at.get("first"),
+            "best": at.get("best"),
+            "last": at.get("last"),
+            "best_is": "lowest" if lower else "highest",
+        }
+    return found
+
+
+def _overhead(run: Run) -> dict[str, float | None]:
+    seconds = float(np.nansum(run["overhead"], dtype=np.float64))
+    elapsed = float(np.max(run["time"], initial=0.0))
+    return {"seconds": seconds, "share": _number(seconds / elapsed) if elapsed > 0 else None}
+
+
+def sentences(run: Run, summary: dict[str, Any] | None = None) -> list[str]:
+    """What the run shows, in words: plain, with units and numbers of rows, and cautious.
+
+    Args:
+        run: Any run; unfinished and empty ones too.
+        summary: Its :func:`summarise`, where that is at hand already.
+    """
+    return words.sentences(summarise(run) if summary is None else summary)

@@ -1,0 +1,155 @@
+"""What a run shows, in sentences: plain, with units and numbers of rows.
+
+They say what was measured and never what it might prove: readings of single minibatches are mostly noise, and
+whether anything changed interference takes a control run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+CAUTION = (
+    "These are single minibatches: mostly noise. They do not show whether interference is there, or whether "
+    "anything reduced it: that takes a control run."
+)
+
+PAIRS_IN_WORDS = 3
+
+
+def sentences(summary: dict[str, Any]) -> list[str]:
+    """What a run shows, in words, from its :func:`~gradprobe.summary.numbers.summarise`."""
+    said = [_what_it_is(summary), *_gaps(summary)]
+    if not summary["rows"]:
+        return [*said, "No row was recorded, so there is nothing to say about gradients."]
+    said += [*_losses_and_weights(summary), *_norms(summary)]
+    if summary["layers"]:
+        gradients = [*_cosines(summary), *_first_order(summary)]
+        said += [*gradients, CAUTION] if gradients else []
+    else:
+        said.append("The tasks share no layer, so no cosine between their gradients is defined.")
+    return [*said, *_metric_words(summary), *_overhead_words(summary)]
+
+
+def _what_it_is(summary: dict[str, Any]) -> str:
+    state = summary["end"] or "unfinished (still being written, or left by a killed process)"
+    rows = f"{summary['rows']} rows"
+    if summary["steps"]:
+        rows += f" (steps {summary['steps']['first']} to {summary['steps']['last']})"
+    trainer = f", trainer {summary['trainer']}" if summary["trainer"] else ""
+    return (
+        f"{summary['file']}: {rows}, tasks {_and(summary['tasks'])}, {summary['layers']} shared layers "
+        f"with {summary['parameters']:,} parameters{trainer}; {state}."
+    )
+
+
+def _gaps(summary: dict[str, Any]) -> list[str]:
+    missing, said = summary["rows_not_measured"], []
+    if missing:
+        why = "; ".join(f"{reason} ({count})" for reason, count in missing.items())
+        said.append(f"{sum(missing.values())} of {summary['rows']} rows hold no measurement: {why}.")
+    if summary["rows_dropped"]:
+        said.append(f"{summary['rows_dropped']} rows were lost because the disk took none.")
+    return said
+
+
+def _losses_and_weights(summary: dict[str, Any]) -> list[str]:
+    tenth = max(1, summary["rows"] // 10)
+    losses = _changes(summary, "loss")
+    said = []
+    if losses:
+        said.append(f"Training losses ({_count(tenth, 'row')} at each end, medians): {losses}.")
+    weights = _changes(summary, "weight")
+    if weights:
+        said.append(
+            f"Weights: {weights}. A cosine between two tasks' gradients does not depend on the weights; dominance does."
+        )
+    return said
+
+
+def _changes(summary: dict[str, Any], what: str) -> str:
+    parts = []
+    for task, values in summary["tasks"].items():
+        first, last = values[what]["first"], values[what]["last"]
+        if first is None or last is None:
+            continue
+        moved = first != last or values[what].get("min") != values[what].get("max")
+        parts.append(
+            f"{what} of {task} went from {first:.4g} to {last:.4g}"
+            if moved
+            else f"{what} of {task} stayed at {first:.4g}"
+        )
+    return "; ".join(parts)
+
+
+def _norms(summary: dict[str, Any]) -> list[str]:
+    known = {t: v["grad_norm"]["median"] for t, v in summary["tasks"].items()}
+    text = ", ".join(f"{task} {value:.3g}" for task, value in known.items() if value is not None)
+    return [f"Gradient norm over its shared layers, median, in loss per unit of parameter: {text}."] if text else []
+
+
+def _cosines(summary: dict[str, Any]) -> list[str]:
+    pairs = summary["pairs"]
+    known = [name for name, values in pairs.items() if values["cosine"]["median"] is not None]
+    said = [f"{_both(name)}: no cosine was measured." for name in pairs if name not in known][:PAIRS_IN_WORDS]
+    if len(known) > PAIRS_IN_WORDS:
+        said.append(f"The {PAIRS_IN_WORDS} of {len(known)} pairs with the lowest median cosine (all: summary --json):")
+        known = sorted(known, key=lambda name: pairs[name]["cosine"]["median"])[:PAIRS_IN_WORDS]
+    return said + [_cosine(name, pairs[name]) for name in known]
+
+
+def _cosine(name: str, values: dict[str, Any]) -> str:
+    cosine = values["cosine"]
+    return (
+        f"{_both(name)}: cosine over all shared layers has median {cosine['median']:+.2f} (middle half "
+        f"{cosine['q25']:+.2f} to {cosine['q75']:+.2f}); {_percent(values['stochastic_conflict_rate'])} of the "
+        f"{_count(cosine['rows'], 'measured step')} had it below 0 (the stochastic conflict rate)."
+    )
+
+
+def _first_order(summary: dict[str, Any]) -> list[str]:
+    shares = {t: v["dominance"]["median"] for t, v in summary["tasks"].items()}
+    text = ", ".join(f"{task} {_percent(value)}" for task, value in shares.items() if value is not None)
+    said = [f"Dominance (share of the squared weighted gradient, median): {text}."] if text else []
+    effects = [e for e in summary["interference"] if e["median"] is not None]
+    if effects and len(summary["tasks"]) <= 3:
+        text = "; ".join(f"{e['by']} on {e['task']} {e['median']:+.2f}" for e in effects)
+        said.append(
+            f"Effect of one task's part of the step on another's own progress (+ adds, - cancels; first order, "
+            f"on the same minibatch, median): {text}."
+        )
+    return said
+
+
+def _metric_words(summary: dict[str, Any]) -> list[str]:
+    parts = [
+        f"{name} {m['first']['value']:.3g} to {m['last']['value']:.3g} ({m['best_is']} {m['best']['value']:.3g} "
+        f"in epoch {m['best']['epoch']})"
+        for name, m in summary["metrics"].items()
+        if m["first"]
+    ]
+    return [f"Metrics, first to last epoch: {'; '.join(parts)}."] if parts else []
+
+
+def _overhead_words(summary: dict[str, Any]) -> list[str]:
+    cost = summary["overhead"]
+    if cost["share"] is None:
+        return []
+    return [f"Measuring took {cost['seconds']:.3g} s, {_percent(cost['share'])} of the recorded time."]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _both(pair: str) -> str:
+    return pair.replace("|", " and ")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _and(names: Iterable[str]) -> str:
+    *rest, last = list(names) or [""]
+    return f"{', '.join(rest)} and {last}" if rest else last

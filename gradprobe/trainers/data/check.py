@@ -1,0 +1,196 @@
+"""Everything that is wrong with a data set, and counts of what is in it, in one pass over its files."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from gradprobe.trainers.data.config import DataConfig, read_config
+from gradprobe.trainers.data.findings import Finding, SplitCounts
+from gradprobe.trainers.data.image_labels import classes_from_csv, classes_from_rows
+from gradprobe.trainers.data.labels import Box, LabelFile, parse_labels
+from gradprobe.trainers.data.leakage import duplicates, leaks
+from gradprobe.trainers.data.pixels import Decoded, Pixels, UnreadableImage, decode
+from gradprobe.trainers.data.splits import ImageFile, list_split
+
+DECODING_THREADS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """An image with its labels. It can be trained on if it has no problem and an image class."""
+
+    file: ImageFile
+    boxes: tuple[Box, ...]
+    image_class: int | None  # None: it has none, or a wrong one
+    digest: str  # sha256 of the image file; empty where it is unreadable
+    problems: tuple[Finding, ...]  # its errors
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What a check found."""
+
+    config: DataConfig
+    image_names: tuple[str, ...]
+    splits: dict[str, list[CheckedImage]]
+    findings: list[Finding]  # errors and warnings, in the order of data.yaml, splits and images
+    counts: dict[str, SplitCounts]
+
+
+def check_data(file: str | Path | DataConfig, keep: Callable[[Path, Pixels], None] | None = None) -> CheckResult:
+    """Check a data set in YOLO format; `gradprobe data check` on the command line.
+
+    Errors: an unreadable image; a label line that is not a box or polygon with a known class inside [0, 1];
+    an unknown image class; no image class at all; a missing or empty split. Warnings: an image without a
+    class (it is left out of training); a picture or a box that stands twice; a picture, clip or patient in
+    two splits (`leakage.clip_of` says how file names are read).
+
+    Args:
+        file: A data.yaml, or what `read_config` made of it.
+        keep: Called with each readable image, decoded, so that a caller need not decode it again.
+
+    Raises:
+        DataError: data.yaml itself is missing or malformed.
+    """
+    config = file if isinstance(file, DataConfig) else read_config(file)
+    splits: dict[str, list[ImageFile]] = {}
+    findings: list[Finding] = []
+    for split in config.sources:
+        splits[split], found = list_split(config, split)
+        findings += found
+    images = [image for split in splits.values() for image in split]
+    unique = list({image.path: image for image in reversed(images)}.values())[::-1]
+
+    problems: dict[Path, list[Finding]] = defaultdict(list)
+    labels = {image.path: _read_labels(config, image, problems, findings) for image in unique}
+    classes, names, found = _image_classes(config, images, labels, problems)
+    findings += found
+    file_digests: dict[Path, str] = {}
+    pixel_digests: dict[Path, str] = {}
+    for image, decoded in _decoded(unique):
+        if isinstance(decoded, UnreadableImage):
+            message = f"unreadable image: {decoded}"
+            problems[image.path].append(Finding("error", image.shown, None, message))
+            continue
+        file_digests[image.path], pixel_digests[image.path] = decoded.file_digest, decoded.pixel_digest
+        if keep is not None:
+            keep(image.path, decoded.pixels)
+
+    for image in unique:
+        findings += problems[image.path]
+    findings += _unlabelled(config, unique, classes, problems)
+    findings += duplicates(images, pixel_digests) + leaks(config, splits, pixel_digests)
+    checked = {
+        split: [
+            CheckedImage(
+                file=image,
+                boxes=tuple(labels[image.path].boxes),
+                image_class=classes.get(image.path),
+                digest=file_digests.get(image.path, ""),
+                problems=tuple(problems[image.path]),
+            )
+            for image in splits[split]
+        ]
+        for split in splits
+    }
+    counts = {split: count(checked[split], config.box_names, names) for split in checked}
+    return CheckResult(config, names, checked, findings, counts)
+
+
+def count(images: Iterable[CheckedImage], box_names: Sequence[str], image_names: Sequence[str]) -> SplitCounts:
+    """Count the images, boxes and classes of a split."""
+    counts = SplitCounts(boxes=dict.fromkeys(box_names, 0), image_classes=dict.fromkeys(image_names, 0))
+    for image in images:
+        counts.images += 1
+        if image.problems:
+            counts.bad += 1
+            continue
+        counts.background += not image.boxes
+        for box in image.boxes:
+            counts.boxes[box_names[box[0]]] += 1
+        if image.image_class is None:
+            counts.no_image_class += 1
+        else:
+            counts.image_classes[image_names[image.image_class]] += 1
+    return counts
+
+
+def _read_labels(
+    config: DataConfig, image: ImageFile, problems: dict[Path, list[Finding]], findings: list[Finding]
+) -> LabelFile:
+    """The label file of an image; its errors go to the image's problems, its warnings to the findings."""
+    shown = config.shown(image.label)
+    try:
+        text = image.label.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        return LabelFile()  # background
+    except (OSError, UnicodeDecodeError) as problem:
+        problems[image.path].append(Finding("error", shown, None, f"cannot be read: {problem}"))
+        return LabelFile()
+    expected = len(config.image_names) if config.image_names is not None else None
+    label = parse_labels(text, config.box_names, 0 if config.image_labels is not None else expected)
+    problems[image.path] += [Finding("error", shown, line, message) for line, message in label.problems]
+    findings += [
+        Finding("warning", shown, line, "the same box as an earlier line; it is used once") for line in label.repeated
+    ]
+    return label
+
+
+def _image_classes(
+    config: DataConfig,
+    images: Sequence[ImageFile],
+    labels: Mapping[Path, LabelFile],
+    problems: dict[Path, list[Finding]],
+) -> tuple[dict[Path, int], tuple[str, ...], list[Finding]]:
+    if config.image_labels is not None:
+        classes, findings = classes_from_csv(config, images)
+        return classes, config.image_names or (), findings
+    classes, names, wrong = classes_from_rows(config, images, labels)
+    for path, finding in wrong.items():
+        problems[path].append(finding)
+    return classes, names, []
+
+
+def _unlabelled(
+    config: DataConfig,
+    images: Sequence[ImageFile],
+    classes: Mapping[Path, int],
+    problems: Mapping[Path, list[Finding]],
+) -> Iterator[Finding]:
+    """Images without a class; and label files that are missing altogether."""
+    if images and not classes:
+        key = "image_labels" if config.image_labels is not None else "image_names"
+        message = (
+            "no image has an image class; give image_names: [...] and image_labels: classes.csv "
+            "(image,class), or a one-hot row as the last line of each label file"
+        )
+        yield Finding("error", config.shown_file, config.lines.get(key), message)
+    else:
+        for image in images:
+            if image.path not in classes and not problems[image.path]:
+                message = f"{image.split}: no image class; the image is left out of training"
+                yield Finding("warning", image.shown, None, message)
+    if images and not any(image.label.exists() for image in images):
+        message = f"no image has a label file, so none has a box; looked for {config.shown(images[0].label)}"
+        yield Finding("warning", config.shown_file, None, message)
+
+
+def _decoded(images: Sequence[ImageFile]) -> Iterator[tuple[ImageFile, Decoded | UnreadableImage]]:
+    """Decode in a few threads (Pillow lets go of the lock), a few images ahead, in order."""
+
+    def attempt(image: ImageFile) -> Decoded | UnreadableImage:
+        try:
+            return decode(image.path)
+        except UnreadableImage as problem:
+            return problem
+
+    waiting = iter(images)
+    with ThreadPoolExecutor(DECODING_THREADS) as pool:
+        while window := list(islice(waiting, 2 * DECODING_THREADS)):  # bounds the memory
+            yield from zip(window, pool.map(attempt, window), strict=True)

@@ -1,0 +1,111 @@
+"""The class of each image: from a csv file, or from one-hot rows in the label files."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from gradprobe.trainers.data.config import DataConfig
+from gradprobe.trainers.data.findings import Finding
+from gradprobe.trainers.data.labels import LabelFile, one_hot_class
+from gradprobe.trainers.data.splits import ImageFile
+
+Classes = dict[Path, int]
+"""Image class by image path; an image without a class is missing."""
+
+
+def classes_from_csv(config: DataConfig, images: Sequence[ImageFile]) -> tuple[Classes, list[Finding]]:
+    """Read `image_labels`: a header `image,class`, then a row per image.
+
+    An image is named by its file name, or by its path relative to the root where two share a name; a class
+    by its name in image_names or by its index.
+    """
+    file = config.image_labels
+    assert file is not None
+    shown, names = config.shown(file), config.image_names or ()
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.reader(stream)
+            header = [cell.strip().lower() for cell in next(reader, [])]
+            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as problem:
+        reason = "does not exist" if isinstance(problem, FileNotFoundError) else f"cannot be read: {problem}"
+        return {}, [Finding("error", shown, None, f"{reason}; data.yaml names it in image_labels")]
+    if header[:2] != ["image", "class"]:
+        return {}, [Finding("error", shown, 1, "the header is not image,class")]
+
+    paths = _paths_by_name(images)
+    classes: Classes = {}
+    findings: list[Finding] = []
+    unknown: list[tuple[int, str]] = []
+    for line, row in rows:
+        name, class_name = row[0].strip(), row[1].strip() if len(row) > 1 else ""
+        image_class = _class_index(class_name, names)
+        found = paths.get(name.replace("\\", "/").removeprefix("./"), set())
+        if image_class is None:
+            message = f"{name}: image class {class_name!r} is none of {', '.join(names)}"
+            findings.append(Finding("error", shown, line, message))
+        elif not found:
+            unknown.append((line, name))
+        elif len(found) > 1:
+            message = f"{name}: {len(found)} images have this name; give the path relative to the root"
+            findings.append(Finding("error", shown, line, message))
+        elif classes.setdefault(path := next(iter(found)), image_class) != image_class:
+            message = f"{name}: class {class_name!r}, but {names[classes[path]]!r} in an earlier row"
+            findings.append(Finding("error", shown, line, message))
+    if unknown:
+        line, name = unknown[0]
+        message = f"{len(unknown)} rows name no image of the data set; the first: {name}"
+        findings.append(Finding("warning", shown, line, message))
+    return classes, findings
+
+
+def _paths_by_name(images: Sequence[ImageFile]) -> Mapping[str, set[Path]]:
+    """The images that a name may mean: by file name, and by path relative to the root."""
+    paths: dict[str, set[Path]] = defaultdict(set)
+    for image in images:
+        paths[image.name].add(image.path)
+        if "/" in image.shown:
+            paths[image.shown].add(image.path)
+    return paths
+
+
+def _class_index(name: str, names: tuple[str, ...]) -> int | None:
+    if name in names:  # before the index: a class may be called "1"
+        return names.index(name)
+    if name.isascii() and name.isdigit() and int(name) < len(names):
+        return int(name)
+    return None
+
+
+def classes_from_rows(
+    config: DataConfig, images: Sequence[ImageFile], labels: Mapping[Path, LabelFile]
+) -> tuple[Classes, tuple[str, ...], dict[Path, Finding]]:
+    """Read the one-hot rows.
+
+    Returns:
+        The classes; their names (class0, class1, ... where data.yaml gives none, as many as most rows have
+        numbers); and what is wrong, by image.
+    """
+    lengths = Counter(len(row) for label in labels.values() if (row := label.one_hot) is not None)
+    if config.image_names is None:
+        count = max(lengths, key=lambda length: (lengths[length], -length)) if lengths else 0
+        names = tuple(f"class{index}" for index in range(count))
+    else:
+        names = config.image_names
+    classes: Classes = {}
+    findings: dict[Path, Finding] = {}
+    for image in {image.path: image for image in images}.values():
+        label = labels[image.path]
+        if label.one_hot is None:
+            continue
+        found: int | str = one_hot_class(label.one_hot)
+        if len(label.one_hot) != len(names):
+            found = f"a row for the image's class with {len(label.one_hot)} numbers; others have {len(names)}"
+        if isinstance(found, int):
+            classes[image.path] = found
+        else:
+            findings[image.path] = Finding("error", config.shown(image.label), label.one_hot_line, found)
+    return classes, names, findings

@@ -1,0 +1,88 @@
+"""Batches in an order that is a function of the seed and the epoch, and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from gradprobe.errors import UsageError
+from gradprobe.trainers.data.dataset import ImageDataset, Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with the targets of both tasks."""
+
+    images: torch.Tensor  # (batch, 3, size, size), float32, RGB in [0, 1]
+    boxes: torch.Tensor  # (boxes, 6), float32: index of the image, class, cx, cy, w, h in [0, 1]
+    labels: torch.Tensor  # (batch,), int64: image class
+    names: tuple[str, ...]  # file names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        moved = {name: getattr(self, name).to(device) for name in ("images", "boxes", "labels")}
+        return replace(self, **moved)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """One batch from its samples, in their order."""
+    rows = [
+        torch.cat([torch.full((len(sample.boxes), 1), float(index)), sample.boxes], dim=1)
+        for index, sample in enumerate(samples)
+    ]
+    return Batch(
+        images=torch.stack([sample.image for sample in samples]).to(torch.float32) / 255.0,
+        boxes=torch.cat(rows),
+        labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+        names=tuple(sample.name for sample in samples),
+    )
+
+
+class Loader:
+    """Iterates over a data set in batches; the last one may be smaller."""
+
+    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, shuffle: bool) -> None:
+        if batch_size < 1:
+            raise UsageError(f"the batch size is {batch_size}; it has to be 1 or greater (--batch-size)")
+        self.dataset, self.batch_size = dataset, batch_size
+        self._seed, self._shuffle, self._epoch = seed, shuffle, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next iteration."""
+        self._epoch = epoch
+
+    def order(self) -> list[int]:
+        """The order of the images in the current epoch."""
+        count = len(self.dataset)
+        if not self._shuffle:
+            return list(range(count))
+        # Sorting raw 64-bit draws: numpy guarantees the raw stream, not what permutation() makes of it.
+        bits = np.random.PCG64(np.random.SeedSequence([self._seed, self._epoch]))
+        keys = np.asarray(bits.random_raw(count), dtype=np.uint64)
+        return [int(index) for index in np.argsort(keys, kind="stable")]
+
+    def __len__(self) -> int:
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = self.order()
+        for start in range(0, len(order), self.batch_size):
+            yield collate([self.dataset[index] for index in order[start : start + self.batch_size]])
+
+
+def make_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, shuffle: bool = True) -> Loader:
+    """Batches of a data set.
+
+    Iterating twice in one epoch gives the same batches twice; call `set_epoch` before each epoch. The
+    global random generators of torch, numpy and Python are neither read nor changed.
+
+    Raises:
+        UsageError: the batch size is below 1.
+    """
+    return Loader(dataset, batch_size, seed, shuffle)

@@ -1,0 +1,206 @@
+"""Scores a detection + classification model on a held-out split, and readies its BatchNorm for that."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from gradprobe.errors import DataError, UsageError
+from gradprobe.trainers.detection_metrics import detection_scores, true_positives
+from gradprobe.trainers.models.detections import boxes_in_pixels
+from gradprobe.trainers.models.protocols import BatchLike, DetectorClassifier
+
+Detections = dict[str, Tensor]
+
+METRICS = (
+    "mAP50",
+    "mAP50-95",
+    "precision",
+    "recall",
+    "f1",
+    "accuracy",
+    "macro_f1",
+    "auroc",
+    "loss_det",
+    "loss_cls",
+)
+"""The keys of what `evaluate` returns, in order. The first eight are in [0, 1], higher is better."""
+
+
+def evaluate(
+    model: DetectorClassifier, loader: Iterable[BatchLike], *, device: str | torch.device = "cpu"
+) -> dict[str, float]:
+    """Every metric of `METRICS` on all images of `loader`.
+
+    Parameters, gradients, buffers and random streams are untouched, and every module's mode is put back.
+
+    Args:
+        model: Already on `device`.
+        loader: Yields batches.
+        device: To which batches are moved.
+
+    Returns:
+        A value is NaN where it is undefined: detection metrics without a true box, AUROC with one image class
+        present, everything on an empty loader.
+        mAP is COCO's (101 points, at most 300 detections per image), over classes with a true box.
+        precision, recall and f1 are means over those classes at IoU 0.5 and the confidence that maximises f1.
+        macro_f1 is the mean over image classes present; auroc that of one class against the rest.
+        Losses are unweighted means over the images.
+    """
+    found: list[Detections] = []
+    truth: list[Detections] = []
+    probabilities: list[Tensor] = []
+    labels: list[Tensor] = []
+    losses: list[tuple[int, float, float]] = []
+    with _left_as_it_was(model, loader), torch.no_grad():
+        model.eval()
+        for batch in loader:
+            batch = batch.to(device)
+            outputs = model(batch.images)
+            loss = model.losses(outputs, batch)
+            losses.append((len(batch.images), float(loss["det"]), float(loss["cls"])))
+            found += [_on_cpu(image) for image in model.detections(outputs)]
+            truth += [_on_cpu(image) for image in _true_boxes(batch)]
+            # float64: in float32 a confident model's probabilities saturate, and AUROC would see ties
+            probabilities.append(outputs.logits.double().softmax(dim=1).cpu())
+            labels.append(batch.labels.cpu())
+    if not found:
+        return dict.fromkeys(METRICS, math.nan)
+    values = (
+        *_average_precision(found, truth),
+        *_precision_recall_f1(found, truth),
+        *_classification(torch.cat(probabilities), torch.cat(labels)),
+        *_mean_losses(losses),
+    )
+    return dict(zip(METRICS, values, strict=True))
+
+
+def recompute_batchnorm(model: nn.Module, loader: Iterable[BatchLike], *, batches: int | None) -> None:
+    """Replace BatchNorm's running statistics by those of the present weights.
+
+    A short run ends with running statistics that lag behind its weights, and evaluation mode then measures
+    the lag. This takes the plain average over batches, in training mode and without gradients. Parameters,
+    gradients, momenta, modes and random streams are left as they were.
+
+    Args:
+        model: Its parameters say to which device batches go.
+        loader: Training batches.
+        batches: How many of the first to use; None for all.
+
+    Raises:
+        UsageError: `batches` is below 1.
+        DataError: The loader gives no batch; the statistics are unchanged.
+    """
+    if batches is not None and batches < 1:
+        raise UsageError(f"batches={batches}: recomputing BatchNorm statistics takes at least one batch.")
+    device = next(model.parameters()).device
+    with _left_as_it_was(model, loader):
+        images = (batch.to(device).images for batch in itertools.islice(loader, batches))
+        first = next(images, None)
+        if first is None:
+            raise DataError("there is no batch to recompute BatchNorm statistics from; is the training split empty?")
+        update_bn(itertools.chain((first,), images), model)
+
+
+@contextmanager
+def _left_as_it_was(model: Any, loader: object) -> Iterator[None]:
+    """Put back the mode of every module and the random streams, those of PyTorch and the loader's own."""
+    modes = {module: module.training for module in model.modules()}
+    device = next(iter(model.parameters())).device
+    generator = getattr(loader, "generator", None)
+    drawn = generator.get_state() if isinstance(generator, torch.Generator) else None
+    try:
+        with torch.random.fork_rng(devices=(device,) if device.type == "cuda" else ()):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        if drawn is not None:
+            cast(torch.Generator, generator).set_state(drawn)
+
+
+def _true_boxes(batch: BatchLike) -> Iterator[Detections]:
+    height, width = batch.images.shape[2:]
+    for image in range(len(batch.images)):
+        boxes, labels = boxes_in_pixels(batch.boxes, image, (width, height))
+        yield {"boxes": boxes, "labels": labels}
+
+
+def _on_cpu(tensors: Detections) -> Detections:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _average_precision(found: list[Detections], truth: list[Detections]) -> tuple[float, float]:
+    """mAP at IoU 0.5, and averaged over IoU 0.5 to 0.95."""
+    from torchmetrics.detection import MeanAveragePrecision
+
+    if not any(len(image["labels"]) for image in truth):
+        return math.nan, math.nan
+    metric = MeanAveragePrecision(
+        box_format="xyxy",
+        backend="faster_coco_eval",
+        max_detection_thresholds=[1, 10, 300],
+    )
+    metric.warn_on_many_detections = False
+    metric.update(found, truth)
+    result = metric.compute()
+    return float(result["map_50"]), float(result["map"])
+
+
+def _precision_recall_f1(found: list[Detections], truth: list[Detections]) -> tuple[float, float, float]:
+    right = [
+        true_positives(
+            image["boxes"].numpy(),
+            image["scores"].numpy(),
+            image["labels"].numpy(),
+            true["boxes"].numpy(),
+            true["labels"].numpy(),
+        )
+        for image, true in zip(found, truth, strict=True)
+    ]
+    scores = detection_scores(
+        np.concatenate(right),
+        torch.cat([image["scores"] for image in found]).numpy(),
+        torch.cat([image["labels"] for image in found]).numpy(),
+        torch.cat([image["labels"] for image in truth]).numpy(),
+    )
+    return scores.precision, scores.recall, scores.f1
+
+
+def _classification(probabilities: Tensor, labels: Tensor) -> tuple[float, float, float]:
+    """Accuracy, macro F1 over classes present, and macro AUROC over classes present.
+
+    Args:
+        probabilities: (N, classes), rows that sum to 1.
+        labels: (N,).
+    """
+    from torchmetrics.functional.classification import (
+        binary_auroc,
+        multiclass_accuracy,
+        multiclass_f1_score,
+    )
+
+    if not probabilities.isfinite().all():  # a model that diverged has no ranking and no best class
+        return math.nan, math.nan, math.nan
+    present = np.unique(labels.numpy()).tolist()
+    classes = max(2, probabilities.shape[1])
+    predicted = probabilities.argmax(dim=1)
+    accuracy = multiclass_accuracy(predicted, labels, num_classes=classes, average="micro")
+    f1 = multiclass_f1_score(predicted, labels, num_classes=classes, average="none")
+    auroc = math.nan  # one class against the rest, and there is no rest
+    if len(present) > 1:
+        auroc = float(np.mean([float(binary_auroc(probabilities[:, c], (labels == c).long())) for c in present]))
+    return float(accuracy), float(f1[present].mean()), auroc
+
+
+def _mean_losses(losses: list[tuple[int, float, float]]) -> tuple[float, float]:
+    images, det, cls = np.array(losses).T
+    return float(images @ det / images.sum()), float(images @ cls / images.sum())

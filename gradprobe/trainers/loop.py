@@ -1,0 +1,167 @@
+"""The training loop that all bundled trainers share. Read it from top to bottom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from gradprobe.errors import NonFiniteLossError
+from gradprobe.probes import GradientProbe
+from gradprobe.rows import NONFINITE_LOSS
+from gradprobe.trainers import checkpoint
+from gradprobe.trainers.balancer import Balancer
+from gradprobe.trainers.evaluate import evaluate, recompute_batchnorm
+from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification
+from gradprobe.trainers.settings import Settings
+
+
+class Watcher(Protocol):
+    """Is told how far the training is; a display, or nothing."""
+
+    def phase(self, what: str) -> None:
+        """What goes on now, in a word or two."""
+
+    def stepped(self, epoch: int, step: int, losses: Mapping[str, float]) -> None:
+        """A step is done."""
+
+    def evaluated(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """An epoch is done."""
+
+
+@dataclass
+class Training:
+    """All that a training consists of; made by :mod:`gradprobe.trainers.build`."""
+
+    settings: Settings
+    model: YOLOv5WithClassification
+    optimizer: Optimizer
+    schedule: LRScheduler
+    balancer: Balancer
+    probe: GradientProbe
+    train_loader: Any
+    val_loader: Any
+    test_loader: Any | None
+    paths: checkpoint.Paths
+    watcher: Watcher
+    epoch: int = 0
+    best: float = -math.inf
+    origin: Mapping[str, Any] = field(default_factory=dict)  # what a resumed training is built from again
+
+
+def run(training: Training) -> dict[str, float]:
+    """Train to the end.
+
+    Returns:
+        Metrics on the test split, empty where there is none.
+
+    Raises:
+        NonFiniteLossError: A loss became NaN or infinite, unless ``keep_going``.
+    """
+    t = training
+    while t.epoch < t.settings.epochs:
+        t.probe.epoch = t.epoch
+        t.watcher.phase("training")
+        train_epoch(t)
+        t.watcher.phase("evaluating")
+        metrics = evaluate_on(t, t.val_loader)
+        t.probe.log_metrics(t.epoch, **metrics)
+        t.watcher.evaluated(t.epoch, metrics)
+        t.epoch += 1
+        save_state(t, metrics)
+    t.watcher.phase("testing")
+    # Once, with the last weights: val chose nothing here, so nothing was fitted to the test split.
+    return evaluate_on(t, t.test_loader) if t.test_loader is not None else {}
+
+
+def train_epoch(t: Training) -> None:
+    """One pass over the training data."""
+    t.model.train()
+    t.train_loader.set_epoch(t.epoch)
+    for batch in t.train_loader:
+        train_step(t, batch.to(t.settings.device))
+
+
+def train_step(t: Training, batch: Any) -> None:
+    """One update: forward, balancer, joint backward with the probe, optimizer."""
+    losses = t.model.losses(t.model(batch.images), batch)
+    weights = t.balancer.weights()
+    size = len(batch.images)
+    step = t.probe.step
+    if finite(t, losses, weights, size):
+        t.balancer.update(losses)  # acts from the next step on
+        t.probe.backward(losses, weights, batch_size=size)
+        if t.settings.clip_norm > 0:
+            torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.settings.clip_norm)
+    t.optimizer.step()  # with no gradient there, this counts the step and changes nothing
+    t.optimizer.zero_grad(set_to_none=True)
+    t.schedule.step()
+    t.watcher.stepped(t.epoch, step, {task: float(loss.detach()) for task, loss in losses.items()})
+
+
+def finite(t: Training, losses: Mapping[str, Tensor], weights: Mapping[str, float], size: int) -> bool:
+    """Whether the step can be taken; a step that cannot is recorded, and ends the training unless it may go on."""
+    for task, loss in losses.items():
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            t.probe.note(losses, weights, NONFINITE_LOSS, batch_size=size)
+            if not t.settings.keep_going:
+                raise NonFiniteLossError(task, t.probe.step, value)
+            return False
+    return True
+
+
+def evaluate_on(t: Training, loader: Iterable[Any]) -> dict[str, float]:
+    """Metrics on a split, with BatchNorm statistics that fit the present weights.
+
+    YOLOv5's running statistics follow with a momentum of 0.03: in a short run they are those of weights long gone.
+    Recomputing them changes nothing in the training, which uses the batch's own.
+    """
+    if t.settings.bn_batches:
+        t.train_loader.set_epoch(0)
+        recompute_batchnorm(t.model, t.train_loader, batches=t.settings.bn_batches)
+    return evaluate(t.model, loader, device=t.settings.device)
+
+
+def fitness(metrics: Mapping[str, float]) -> float:
+    """What chooses the best epoch: YOLOv5's 0.1 mAP50 + 0.9 mAP50-95, and accuracy, half each; NaN counts as 0."""
+    parts = (0.1 * metrics["mAP50"], 0.9 * metrics["mAP50-95"], metrics["accuracy"])
+    return sum(part for part in parts if not math.isnan(part)) / 2
+
+
+def save_state(t: Training, metrics: Mapping[str, float]) -> None:
+    """After an epoch: the last weights, the best ones if these are, and all that resuming needs."""
+    weights = t.model.state_dict()
+    checkpoint.save(t.paths.last, weights)
+    if fitness(metrics) > t.best:
+        t.best = fitness(metrics)
+        checkpoint.save(t.paths.best, weights)
+    state = {
+        **t.origin,
+        "epoch": t.epoch,
+        "best": t.best,
+        "model": weights,
+        "optimizer": t.optimizer.state_dict(),
+        "schedule": t.schedule.state_dict(),
+        "balancer": t.balancer.state_dict(),
+        "probe": t.probe.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
+    checkpoint.save(t.paths.checkpoint, state)
+
+
+def load_state(t: Training, state: Mapping[str, Any]) -> None:
+    """Go on where :func:`save_state` left off."""
+    t.epoch, t.best = state["epoch"], state["best"]
+    t.model.load_state_dict(state["model"])
+    t.optimizer.load_state_dict(state["optimizer"])
+    t.schedule.load_state_dict(state["schedule"])
+    t.balancer.load_state_dict(state["balancer"])
+    t.probe.load_state_dict(state["probe"])
+    torch.set_rng_state(state["rng"].cpu())

@@ -1,0 +1,282 @@
+"""YOLOv5 with a classification head: one trunk, two tasks, one forward.
+
+yolov5 (AGPL-3.0) is imported when a model is built, not before.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from gradprobe.errors import UsageError
+from gradprobe.trainers.hyp import DetectionHyp
+from gradprobe.trainers.models._import_yolov5 import YOLOv5Package, import_yolov5, package_folder
+from gradprobe.trainers.models.cfg import find_cfg, read_cfg, trunk_length
+from gradprobe.trainers.models.detections import non_maximum_suppression
+from gradprobe.trainers.models.protocols import BatchLike
+
+_build_lock = threading.Lock()
+
+
+class Outputs(NamedTuple):
+    """What one forward gives."""
+
+    maps: tuple[Tensor, ...]
+    """Raw detection maps, finest first, each (B, anchors, rows, columns, 5 + box classes)."""
+    logits: Tensor
+    """Of the image classes, (B, image classes)."""
+    decoded: Tensor | None
+    """None in training mode. In evaluation mode (B, predictions, 5 + box classes): centre x, centre y, width
+    and height in pixels, objectness and class probabilities in [0, 1]."""
+
+
+class YOLOv5WithClassification(nn.Module):
+    """YOLOv5 whose trunk also feeds a classification head.
+
+    The head is a linear layer on the global average pool of the SPPF output.
+
+    Parameters have the names they have in the undivided YOLOv5 (`model.0.conv.weight`), and those of the head
+    begin with `classifier`. Made by `build_model`.
+    """
+
+    tasks = ("det", "cls")
+
+    def __init__(self, detector: nn.Module, classifier: nn.Linear, trunk_layers: int, hyp: dict[str, float]) -> None:
+        super().__init__()
+        # In a tuple, so that its parameters are not registered a second time under other names.
+        self._detector = (detector,)
+        self.model = cast(nn.Sequential, detector.model)
+        self.classifier = classifier
+        self.scaled_hyp = hyp
+        """What the detection loss uses, scaled to this model and image size (`DetectionHyp.scaled`)."""
+        self.trunk = tuple(f"model.{layer}" for layer in range(trunk_layers))
+        """Names of the layers that both tasks use, in execution order; the last is the SPPF."""
+        self.last_shared_layer = _last_convolution(self, self.trunk[-1])
+        """Name of the last convolution of the trunk."""
+
+    @property
+    def box_classes(self) -> int:
+        """How many classes a box can have."""
+        return int(self._detect.nc)
+
+    @property
+    def image_classes(self) -> int:
+        """How many classes an image can have."""
+        return self.classifier.out_features
+
+    @property
+    def _detect(self) -> Any:
+        return self.model[-1]
+
+    def forward(self, images: Tensor) -> Outputs:
+        """Both tasks' outputs from one pass.
+
+        Args:
+            images: (B, 3, S, S) in [0, 1], S a multiple of the model's largest stride (32; 64 for P6 cfgs).
+        """
+        shared: list[Tensor] = []
+        hook = self.get_submodule(self.trunk[-1]).register_forward_hook(lambda *call: shared.append(call[2]))
+        try:
+            output = self._detector[0](images)
+        finally:
+            hook.remove()
+        decoded, maps = (None, output) if self._detect.training else output
+        return Outputs(tuple(maps), self.classifier(shared[0].mean(dim=(2, 3))), decoded)
+
+    def losses(self, outputs: Outputs, batch: BatchLike) -> dict[str, Tensor]:
+        """The unweighted loss of each task, in training and in evaluation mode.
+
+        Returns:
+            "det": YOLOv5's detection loss (box + objectness + class, with the gains of `scaled_hyp`), and
+            "cls": the cross entropy of the image class. Both are scalars and means: they do not grow with the
+            batch, and without any box "det" is the objectness loss alone.
+        """
+        return {
+            "det": self._detection_loss(outputs.maps, batch.boxes),
+            "cls": F.cross_entropy(outputs.logits, batch.labels),
+        }
+
+    def detections(
+        self,
+        outputs: Outputs,
+        *,
+        confidence: float = 0.001,
+        iou: float = 0.6,
+        max_detections: int = 300,
+    ) -> list[dict[str, Tensor]]:
+        """Boxes of each image after non-maximum suppression per class, as YOLOv5's val makes them.
+
+        Args:
+            outputs: Of a forward in evaluation mode.
+            confidence: Objectness, and objectness times class probability, are to be above this.
+            iou: Of two boxes of a class that overlap by more, the less confident one goes.
+            max_detections: Kept per image.
+
+        Returns:
+            For each image `boxes` (N, 4) as x1, y1, x2, y2 in pixels within the image, `scores` (N,) in
+            [0, 1], descending, and `labels` (N,) int64. One location can stand there for several classes.
+
+        Raises:
+            UsageError: The outputs are those of training mode.
+        """
+        if outputs.decoded is None:
+            raise UsageError("detections need outputs of evaluation mode: call model.eval() before the forward.")
+        rows, columns = outputs.maps[0].shape[2:4]
+        stride = float(self._detect.stride[0])
+        return [
+            non_maximum_suppression(
+                predictions,
+                size=(columns * stride, rows * stride),
+                confidence=confidence,
+                iou=iou,
+                max_detections=max_detections,
+            )
+            for predictions in outputs.decoded.detach()
+        ]
+
+    def _detection_loss(self, maps: tuple[Tensor, ...], boxes: Tensor) -> Tensor:
+        dtype = maps[0].dtype
+        # ComputeLoss sums up in the default data type, which would round a float64 model's loss and gradient.
+        with _ZerosOf(dtype) if dtype == torch.float64 else nullcontext():
+            # Made anew each time, because it keeps references to tensors that .to() replaces.
+            criterion = import_yolov5().ComputeLoss(self._detector[0])
+            # In float32 always: the anchors a box matches hang on its rounding, and are not to change with the model.
+            total, _ = criterion(list(maps), boxes.float())
+        return cast(Tensor, total.squeeze(0) / maps[0].shape[0])  # it comes multiplied by the batch size
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> YOLOv5WithClassification:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._detect.stride = fn(self._detect.stride)  # no buffer, so not moved with the others
+        # Caches of the last image size; emptied rather than moved, the next forward fills them.
+        self._detect.grid = [torch.empty(0) for _ in self._detect.grid]
+        self._detect.anchor_grid = [torch.empty(0) for _ in self._detect.grid]
+        return self
+
+
+def build_model(
+    cfg: str = "yolov5n.yaml",
+    *,
+    box_classes: int,
+    image_classes: int,
+    imgsz: int,
+    hyp: DetectionHyp,
+    seed: int = 0,
+) -> YOLOv5WithClassification:
+    """An untrained YOLOv5 with a classification head on its trunk, float32, on the CPU, in training mode.
+
+    The same arguments give the same weights; the detector's do not depend on `image_classes`. Random streams
+    of the process are left as they were. Nothing is downloaded.
+
+    Args:
+        cfg: Name of a cfg that ships with yolov5, or the path of a yaml.
+        box_classes: How many classes a box can have.
+        image_classes: How many classes an image can have.
+        imgsz: Side of the training images in pixels; the gain of the objectness loss depends on it.
+        hyp: Gains of the detection loss, as in a hyp file.
+        seed: Of the initial weights.
+
+    Raises:
+        MissingExtraError: yolov5 is not installed.
+        UsageError: The cfg is unknown or unfit, `imgsz` is not a multiple of the model's largest stride,
+            or a number of classes is below 1.
+    """
+    if min(box_classes, image_classes) < 1:
+        raise UsageError(f"box_classes={box_classes} and image_classes={image_classes} are to be at least 1.")
+    path = find_cfg(cfg, package_folder() / "models")
+    content = read_cfg(path)
+    layers = trunk_length(content, path)
+    with _seeded(seed):
+        detector = _build_detector(content | {"nc": box_classes}, path)
+    _check_image_size(imgsz, int(detector.stride.max()), path)
+    with _seeded(seed):  # anew: the head's weights are the same whatever the detector drew
+        classifier = nn.Linear(_channels(detector.model[layers - 1]), image_classes)
+    detector.hyp = hyp.scaled(output_layers=detector.model[-1].nl, box_classes=box_classes, imgsz=imgsz)
+    return YOLOv5WithClassification(detector, classifier, layers, detector.hyp)
+
+
+def _build_detector(content: dict[str, Any], path: Path) -> Any:
+    package = import_yolov5()
+    with _build_lock, _quiet_and_separate(package):
+        try:
+            detector = package.DetectionModel(copy.deepcopy(content))
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            NameError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            raise UsageError(f"{path}: yolov5 cannot build this model: {error}") from error
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()  # the constructor pushed an image of zeros through
+    return detector
+
+
+@contextmanager
+def _quiet_and_separate(package: YOLOv5Package) -> Iterator[None]:
+    """No model summary on the log, and an activation module that no other model shares or inherits."""
+    logger, activation = logging.getLogger("yolov5"), package.Conv.default_act
+    level, info = logger.level, package.DetectionModel.info
+    logger.setLevel(logging.ERROR)
+    package.DetectionModel.info = lambda *args, **kwargs: None  # it would run the model to count operations
+    package.Conv.default_act = nn.SiLU()
+    try:
+        yield
+    finally:
+        package.Conv.default_act = activation
+        package.DetectionModel.info = info
+        logger.setLevel(level)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from a stream of its own; the process's stream goes on where it was."""
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _check_image_size(imgsz: int, stride: int, path: Path) -> None:
+    if imgsz < 1 or imgsz % stride:
+        higher = max(1, -(-imgsz // stride)) * stride
+        raise UsageError(
+            f"imgsz {imgsz} is not a multiple of {stride}, the largest stride of {path.name}; the next is {higher}."
+        )
+
+
+def _channels(pyramid: nn.Module) -> int:
+    convolutions = [module for module in pyramid.modules() if isinstance(module, nn.Conv2d)]
+    return convolutions[-1].out_channels
+
+
+def _last_convolution(model: nn.Module, layer: str) -> str:
+    modules = model.get_submodule(layer).named_modules(prefix=layer)
+    names: list[str] = [name for name, module in modules if isinstance(module, nn.Conv2d)]
+    return names[-1]
+
+
+class _ZerosOf(TorchFunctionMode):
+    """Within it, `torch.zeros` without a data type gives this one; for the current thread only."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.zeros:
+            kwargs.setdefault("dtype", self.dtype)
+        return func(*args, **kwargs)

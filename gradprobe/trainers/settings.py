@@ -1,0 +1,161 @@
+"""Everything that decides a bundled training, with its defaults. Imports nothing heavy: the command line reads it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from gradprobe.errors import UsageError
+
+TASKS = ("det", "cls")
+
+TRAINERS = {
+    "joint": "static weights: sum of w[t] * loss[t], the baseline",
+    "gradnorm": "weights learned so that all tasks train at a similar rate (Chen et al., 2018)",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training.
+
+    Names are those of YOLOv5's train.py where it has one; units and ranges in the comments.
+    """
+
+    trainer: str = "gradnorm"
+    data: str = "phantom"  # or the path of a data.yaml
+    cfg: str = "yolov5n.yaml"
+    weights: str = ""  # a state_dict to start from; empty: random initial weights
+    imgsz: int = 128  # pixels, multiple of 32
+    epochs: int = 12
+    batch_size: int = 16  # images
+    device: str = "cpu"
+    seed: int = 0
+
+    optimizer: str = "AdamW"  # or SGD
+    lr: float = 2e-3
+    lrf: float = 0.05  # final learning rate as a fraction of lr; a cosine in between
+    momentum: float = 0.9  # SGD's momentum, AdamW's beta1
+    weight_decay: float = 5e-4  # on weights of two and more dimensions only
+    clip_norm: float = 0.0  # global gradient clipping; 0: none
+
+    task_weights: tuple[float, ...] = (1.0, 1.0)  # of det and cls; GradNorm starts from them
+    gradnorm_alpha: float = 1.5
+    gradnorm_lr: float = 0.025
+    gradnorm_momentum: float = 0.9  # beta1 of the weights' own Adam
+    gradnorm_layer: str = ""  # empty: the last convolution of SPPF
+    min_weight: float = 1e-3
+    max_weight: float = math.inf
+    weight_sum: float = float(len(TASKS))
+
+    every: int = 2  # steps between two measurements
+    bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
+    skip_bad: bool = False
+    keep_going: bool = False
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The configuration of the report that this toolkit answers: facts in docs/ARCHITECTURE.md.
+    "report": {
+        "trainer": "gradnorm",
+        "epochs": 50,
+        "batch_size": 8,
+        "device": "cpu",
+        "task_weights": (1.0, 0.01),
+        "gradnorm_alpha": 1.5,
+        "gradnorm_momentum": 0.9,
+        "min_weight": 0.001,
+        "max_weight": 10.0,
+    },
+}
+
+_HYP_TO_SETTING = {"lr0": "lr", "lrf": "lrf", "momentum": "momentum", "weight_decay": "weight_decay"}
+
+
+def resolve(flags: Mapping[str, Any], *, preset: str = "", hyp: Mapping[str, float] | None = None) -> Settings:
+    """Defaults, then the hyp file, then the preset, then what was given as a flag.
+
+    Args:
+        flags: Setting -> value; None means "not given".
+        preset: One of :data:`PRESETS`, or empty.
+        hyp: Optimizer keys of a YOLOv5 hyp file.
+
+    Raises:
+        UsageError: An unknown preset, trainer or optimizer, or a value out of its range.
+    """
+    if preset and preset not in PRESETS:
+        raise UsageError(_unknown("preset", preset, PRESETS))
+    values: dict[str, Any] = {_HYP_TO_SETTING[k]: v for k, v in (hyp or {}).items() if k in _HYP_TO_SETTING}
+    values.update(PRESETS.get(preset, {}))
+    values.update({name: value for name, value in flags.items() if value is not None})
+    settings = Settings(**values)
+    _validate(settings)
+    return settings
+
+
+def parse_task_weights(text: str) -> tuple[float, ...]:
+    """``det=1,cls=0.01`` as numbers in the order of :data:`TASKS`.
+
+    Raises:
+        UsageError: A task is missing, unknown or given twice, or a weight is no finite number >= 0.
+    """
+    values: dict[str, float] = {}
+    for item in text.split(","):
+        task, _, number = (part.strip() for part in item.partition("="))
+        if task not in TASKS or task in values:
+            raise UsageError(f"--task-weights {text!r}: {task!r} is unknown or given twice; write det=1,cls=0.01")
+        try:
+            values[task] = float(number)
+        except ValueError:
+            raise UsageError(f"--task-weights {text!r}: {number!r} is not a number; write det=1,cls=0.01") from None
+    missing = [task for task in TASKS if task not in values]
+    if missing:
+        raise UsageError(f"--task-weights {text!r}: no weight for {missing}; write det=1,cls=0.01")
+    return tuple(values[task] for task in TASKS)
+
+
+def _validate(s: Settings) -> None:
+    if s.trainer not in TRAINERS:
+        raise UsageError(_unknown("trainer", s.trainer, TRAINERS))
+    if s.optimizer not in ("AdamW", "SGD"):
+        raise UsageError(_unknown("optimizer", s.optimizer, ("AdamW", "SGD")))
+    if s.imgsz < 32 or s.imgsz % 32:
+        nearest = max(32, math.ceil(s.imgsz / 32) * 32)
+        raise UsageError(f"--imgsz {s.imgsz}: must be a multiple of 32; the next one is {nearest}.")
+    for name in ("epochs", "batch_size", "every"):
+        if getattr(s, name) < 1:
+            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 1.")
+    for name in ("lr", "weight_sum", "gradnorm_lr"):
+        if not 0 < getattr(s, name) < math.inf:
+            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be a positive number.")
+    for name in ("lrf", "weight_decay", "clip_norm", "min_weight", "max_weight", "bn_batches", "gradnorm_alpha"):
+        if math.isnan(getattr(s, name)) or getattr(s, name) < 0:
+            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must not be negative.")
+    for name in ("momentum", "gradnorm_momentum"):
+        if not 0 <= getattr(s, name) < 1:
+            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 0 and below 1.")
+    bad = [w for w in s.task_weights if not 0 <= w < math.inf]
+    if bad or not any(s.task_weights):
+        raise UsageError(f"--task-weights {s.task_weights}: weights must be finite, not negative, and not all 0.")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _unknown(kind: str, value: str, known: Any) -> str:
+    near = get_close_matches(value, list(known), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {kind} {value!r} (there are: {', '.join(known)}).{hint}"
+
+
+def as_provenance(settings: Settings) -> dict[str, Any]:
+    """The settings as they are stored in a run file: file names without their folders."""
+    values = dataclasses.asdict(settings)
+    for name in ("data", "cfg", "weights"):
+        values[name] = values[name].replace("\\", "/").rpartition("/")[2]
+    return values

@@ -1,0 +1,154 @@
+"""Who may import whom, what is exported, and that what is installed is what is in git."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import gradprobe
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "gradprobe"
+
+MAY_IMPORT = {
+    "__init__": {"attachment", "errors", "probes", "runfile"},
+    "__main__": {"cli"},
+    "errors": set(),
+    "measures": set(),
+    "rows": {"measures"},
+    "provenance": set(),
+    "runfile": {"__init__", "errors", "measures", "rows"},
+    "summary": {"errors", "measures", "rows", "runfile"},
+    "plots": {"errors", "measures", "rows", "runfile", "summary"},
+    "probes": {"errors", "measures", "rows"},
+    "trainers": {"errors", "measures", "probes", "rows"},
+    "attachment": {"probes", "provenance", "rows", "runfile"},
+    "cli": {"__init__", "errors", "measures", "plots", "provenance", "rows", "runfile", "summary", "trainers"},
+}
+
+MAY_NOT_IMPORT = {
+    "measures": {"torch", "h5py", "matplotlib"},
+    "rows": {"torch", "h5py", "matplotlib"},
+    "runfile": {"torch", "matplotlib"},
+    "summary": {"torch", "h5py", "matplotlib"},
+    "plots": {"torch", "h5py"},
+    "probes": {"h5py", "yolov5", "matplotlib"},
+    "trainers": {"h5py", "matplotlib"},
+}
+
+
+def modules():
+    return sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            found.add(node.module or "")
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    allowed = MAY_IMPORT[room(path)] | {room(path)}
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "gradprobe" and len(parts) > 1:
+            target = parts[1] if (PACKAGE / parts[1]).exists() or (PACKAGE / f"{parts[1]}.py").exists() else "__init__"
+            assert target in allowed, f"{path.relative_to(ROOT)} imports {name}"
+        assert parts[0] not in MAY_NOT_IMPORT.get(room(path), set()), f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_one_file_alone_imports_yolov5():
+    users = {p.relative_to(PACKAGE).as_posix() for p in modules() if any(n.split(".")[0] == "yolov5" for n in imports(p))}
+    assert users <= {"trainers/models/_import_yolov5.py"}
+
+
+def test_what_is_exported():
+    assert set(gradprobe.__all__) == {"GradientProbe", "GradprobeError", "Run", "RunWriter", "attach", "open_run"}
+    for name in gradprobe.__all__:
+        assert callable(getattr(gradprobe, name))
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = gradprobe.nonsense
+
+
+def python(code: str, **options) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, **options).stdout
+
+
+def test_importing_gradprobe_imports_nothing_heavy():
+    heavy = python("import sys, gradprobe; print([m for m in ('torch', 'h5py', 'matplotlib', 'numpy') if m in sys.modules])")
+    assert heavy.strip() == "[]"
+
+
+def test_help_imports_nothing_heavy():
+    heavy = ("torch", "h5py", "matplotlib", "numpy", "scipy", "yolov5", "pandas")
+    code = f"import sys; from gradprobe.cli.app import run; run(['--help']); print([m for m in {heavy} if m in sys.modules])"
+    assert python(code).strip().endswith("[]")
+
+
+def test_the_two_doors_at_the_top_lead_into_the_package():
+    for name in ("probes", "trainers"):
+        link = ROOT / name
+        if not link.is_symlink():
+            pytest.skip("this checkout was made without symbolic links")
+        assert os.readlink(link) == f"gradprobe/{name}"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not a git checkout")
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)],
+        check=True,
+        capture_output=True,
+    )
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_what_git_holds(wheel):
+    tracked = subprocess.run(["git", "ls-files", "gradprobe"], cwd=ROOT, check=True, capture_output=True, text=True)
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("gradprobe/")}
+        others = {name.split("/")[0] for name in archive.namelist()} - {"gradprobe"}
+    assert packed == set(tracked.stdout.split())
+    assert all(name.endswith(".dist-info") for name in others)  # no top-level "probes" or "trainers"
+
+
+def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)], check=True
+    )
+    where = python(
+        "import gradprobe; print(gradprobe.__file__)", cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(target)}
+    )
+    assert Path(where.strip()).is_relative_to(target)
+    version = subprocess.run(
+        [sys.executable, "-m", "gradprobe", "--version"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(target)},
+    )
+    assert version.stdout.strip() == f"gradprobe {gradprobe.__version__}"

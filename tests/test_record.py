@@ -1,0 +1,322 @@
+"""``gradprobe record`` as a user runs it, on small data."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from zoo import naive_gramian
+
+from gradprobe import measures, open_run
+from gradprobe.cli.app import run as command
+
+COCO = Path(__file__).parents[1].parent / "shared/data/coco128/data.yaml"
+SMALL = ["--imgsz", "64", "--batch-size", "8", "--bn-batches", "2", "--every", "1"]
+TIMES = {"time", "overhead"}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "phantoms"
+    assert command(["data", "make", str(folder), "--n", "40", "--seed", "3"]) == 0
+    return str(folder / "data.yaml")
+
+
+def record(*arguments, data=None):
+    return command(["record", *(["--data", data] if data else []), *SMALL, *map(str, arguments)])
+
+
+@pytest.fixture(scope="session")
+def recorded(data, tmp_path_factory):
+    """One GradNorm run of two epochs, for the tests that only look."""
+    out = tmp_path_factory.mktemp("run") / "conflict.h5"
+    assert record("--trainer", "gradnorm", "--epochs", 2, "--out", out, data=data) == 0
+    return out
+
+
+def test_the_whole_trunk_is_recorded_with_finite_numbers(recorded):
+    with open_run(recorded) as run:
+        assert run.complete
+        assert run.tasks == ("det", "cls")
+        assert {name.split(".")[1] for name in run.layers} == {str(i) for i in range(10)}
+        assert run.layers[0] == "model.0.conv"
+        assert run.layers[-1] == "model.9.cv2.bn"
+        assert run["layer_size"].sum() == 1_046_368
+        assert run["step"].tolist() == list(range(len(run)))
+        for name in ("loss", "weight", "grad_norm", "cosine", "shared_grad_norm", "shared_cosine", "lr"):
+            assert np.isfinite(run[name]).all(), name
+        np.testing.assert_allclose(run["weight"].sum(1), 2, rtol=1e-6)
+        assert len(set(run["weight"][:, 0])) > 2
+        assert run["epoch"].tolist() == sorted(run["epoch"])
+        assert (run["overhead"] > 0).all()
+        assert set(run.epochs) >= {"mAP50", "mAP50-95", "precision", "recall", "f1", "accuracy", "macro_f1", "auroc"}
+        assert len(run.epochs["mAP50"]) == 2
+
+
+def test_where_it_came_from_is_recorded_without_folders(recorded, data):
+    with open_run(recorded) as run:
+        stored = run.provenance
+    assert stored["trainer"] == "gradnorm"
+    assert stored["settings.seed"] == 0
+    assert stored["data.name"] == "data.yaml"
+    assert len(stored["data.fingerprint"]) == 64
+    assert stored["hyp.obj"] == pytest.approx((64 / 640) ** 2)
+    assert stored["versions.torch"] == torch.__version__.split("+")[0] or stored["versions.torch"] == torch.__version__
+    assert not any(str(Path(data).parent) in str(value) for value in stored.values())
+
+
+def test_the_weights_are_saved_and_load(recorded):
+    from gradprobe.trainers.hyp import DetectionHyp
+    from gradprobe.trainers.models.yolov5 import build_model
+
+    for kind in ("best", "last"):
+        state = torch.load(recorded.with_name(f"conflict.{kind}.pt"), weights_only=True)
+        model = build_model(box_classes=4, image_classes=3, imgsz=64, hyp=DetectionHyp())
+        model.load_state_dict(state)
+    assert not recorded.with_name("conflict.checkpoint.pt").exists()
+
+
+def test_recorded_numbers_are_those_of_an_independent_float64_computation(recorded, data):
+    """The first row, from the same batch and the same initial parameters, with a naive twin in float64."""
+    from gradprobe.probes.graph import by_module, find_shared
+    from gradprobe.trainers.data import load_data, make_loader
+    from gradprobe.trainers.hyp import DetectionHyp
+    from gradprobe.trainers.models.yolov5 import build_model
+
+    loaded = load_data(data, imgsz=64, seed=0)
+    loader = make_loader(loaded.train, 8, seed=0, shuffle=True)
+    loader.set_epoch(0)
+    batch = next(iter(loader))
+    model = build_model(box_classes=4, image_classes=3, imgsz=64, hyp=DetectionHyp(), seed=0).double().train()
+    losses = model.losses(model(batch.images.double()), batch)
+    shared = find_shared(by_module(model), losses)
+    gram = naive_gramian(shared.layers, losses)
+    with open_run(recorded) as run:
+        assert run.layers == tuple(layer.name for layer in shared.layers)
+        assert sum(len(layer.parameters) for layer in shared.layers) == 99
+        np.testing.assert_allclose(run["loss"][0], [float(v.detach()) for v in losses.values()], rtol=1e-4)
+        np.testing.assert_allclose(run["grad_norm"][0], measures.norm(gram), rtol=1e-3)
+        np.testing.assert_allclose(run["cosine"][0], measures.pair_cosine(gram), atol=1e-3)
+        np.testing.assert_allclose(run.norm()[0], np.sqrt(np.einsum("lii->i", gram)), rtol=1e-3)
+
+
+def numbers(path):
+    with open_run(path) as run:
+        rows = {name: run[name] for name in ("step", "epoch", "loss", "weight", "grad_norm", "cosine", "lr", "status")}
+        return rows | {f"epochs/{name}": values for name, values in run.epochs.items()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name], err_msg=name)
+
+
+def test_the_same_seed_gives_the_same_file_number_for_number(recorded, data, tmp_path):
+    assert record("--trainer", "gradnorm", "--epochs", 2, "--out", tmp_path / "again.h5", data=data) == 0
+    assert_same(numbers(recorded), numbers(tmp_path / "again.h5"))
+
+
+def test_another_seed_gives_another_run(recorded, data, tmp_path):
+    out = tmp_path / "other.h5"
+    assert record("--trainer", "gradnorm", "--epochs", 1, "--seed", 1, "--out", out, data=data) == 0
+    assert not np.array_equal(numbers(recorded)["loss"][0], numbers(out)["loss"][0])
+
+
+def test_measuring_changes_nothing_in_the_training(recorded, data, tmp_path):
+    """Measured at every step or hardly ever: the last weights are the same bit for bit."""
+    out = tmp_path / "rarely.h5"
+    assert record("--trainer", "gradnorm", "--epochs", 2, "--every", 1000, "--out", out, data=data) == 0
+    often = torch.load(recorded.with_name("conflict.last.pt"), weights_only=True)
+    rarely = torch.load(tmp_path / "rarely.last.pt", weights_only=True)
+    assert all(torch.equal(often[name], rarely[name]) for name in often)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(recorded, data, tmp_path, monkeypatch):
+    from gradprobe.trainers import loop
+
+    out, real, steps = tmp_path / "part.h5", loop.train_step, []
+
+    def stop_in_the_second_epoch(training, batch):
+        steps.append(1)
+        if len(steps) == len(training.train_loader) + 2:
+            raise KeyboardInterrupt
+        real(training, batch)
+
+    monkeypatch.setattr(loop, "train_step", stop_in_the_second_epoch)
+    assert record("--trainer", "gradnorm", "--epochs", 2, "--out", out, data=data) == 130
+    monkeypatch.setattr(loop, "train_step", real)
+    with open_run(out) as run:
+        assert run.end == "interrupted"
+    assert command(["record", "--resume", str(out)]) == 0
+    assert_same(numbers(recorded), numbers(out))
+
+
+def test_joint_keeps_its_weights(data, tmp_path):
+    out = tmp_path / "joint.h5"
+    assert record("--trainer", "joint", "--task-weights", "det=1,cls=0.01", "--epochs", 1, "--out", out, data=data) == 0
+    with open_run(out) as run:
+        np.testing.assert_allclose(run["weight"], [[1, 0.01]] * len(run), rtol=1e-6)
+
+
+def test_clipping_is_said_in_the_file(data, tmp_path, capsys):
+    out = tmp_path / "clip.h5"
+    assert record("--trainer", "joint", "--clip-norm", 0.1, "--epochs", 1, "--out", out, data=data) == 0
+    assert "couples the tasks" in capsys.readouterr().err
+    with open_run(out) as run:
+        assert run.provenance["settings.clip_norm"] == 0.1
+
+
+def test_hyp_is_applied_and_what_is_ignored_is_said(data, tmp_path, capsys):
+    hyp, out = tmp_path / "hyp.yaml", tmp_path / "hyp.h5"
+    hyp.write_text("lr0: 0.0007\nbox: 0.1\nmosaic: 1.0\n")
+    assert record("--trainer", "joint", "--hyp", hyp, "--epochs", 1, "--out", out, data=data) == 0
+    assert "ignored in --hyp: mosaic" in capsys.readouterr().err
+    with open_run(out) as run:
+        assert run["lr"][0] == 0.0007
+        assert run.provenance["hyp.box"] == 0.1
+        assert run.provenance["ignored_hyp"] == ["mosaic"]
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_closed_file(data, tmp_path, capsys):
+    out = tmp_path / "nan.h5"
+    wild = ["--trainer", "joint", "--optimizer", "SGD", "--lr", "1e18", "--epochs", 2]
+    assert record(*wild, "--out", out, data=data) == 1
+    message = capsys.readouterr().err
+    assert "the loss of task" in message
+    assert "--keep-going" in message
+    with open_run(out) as run:
+        assert run.end.startswith("failed: NonFiniteLossError")
+        assert not np.isfinite(run["loss"][-1]).all()
+        assert run.status_names[run["status"][-1]] == "a task's loss is not finite"
+        assert f"at step {run['step'][-1]}" in message
+
+
+def test_keep_going_goes_on_and_keeps_the_rows(data, tmp_path):
+    out = tmp_path / "nan.h5"
+    wild = ["--trainer", "joint", "--optimizer", "SGD", "--lr", "1e18", "--epochs", 1]
+    assert record(*wild, "--keep-going", "--out", out, data=data) == 0
+    with open_run(out) as run:
+        assert run.end == "finished"
+        assert run["step"].tolist() == list(range(len(run)))
+        assert not np.isfinite(run["loss"][-1]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--trainer", "gradnrom"], 2, "Did you mean 'gradnorm'"),
+        (["--cfg", "yolov5nn.yaml"], 2, "yolov5n"),
+        (["--preset", "reprot"], 2, "unknown preset"),
+        (["--imgsz", "100"], 2, "the next one is 128"),
+        (["--hyp", "none.yaml"], 2, "none.yaml"),
+        (["--gradnorm-layer", "model.9.cv9"], 2, r"model.9.cv"),
+        (["--device", "7"], 2, "--device cpu"),
+        (["--weights", "none.pt"], 2, "no such file"),
+        (["--task-weights", "det=1"], 2, "no weight for ['cls']"),
+        (["--min-weight", "3"], 2, "--weight-sum"),
+        (["--data", "nowhere/data.yaml"], 1, "nowhere"),
+        (["--nonsense"], 2, "No such option"),
+    ],
+)
+def test_what_is_wrong_is_said_and_no_file_is_left(arguments, code, message, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = arguments if "--data" in arguments else ["--data", data, *arguments]
+    small = [] if "--imgsz" in arguments else SMALL
+    assert command(["record", *small, *arguments]) == code
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_file_is_refused(recorded, data, capsys):
+    before = recorded.read_bytes()
+    assert record("--out", recorded, data=data) == 3
+    error = capsys.readouterr().err
+    assert "--overwrite" in error
+    assert "--resume" in error
+    assert recorded.read_bytes() == before
+
+
+def test_resuming_takes_no_other_settings_and_needs_a_checkpoint(recorded, capsys):
+    assert command(["record", "--resume", str(recorded), "--epochs", "3"]) == 2
+    assert "give no other flags" in capsys.readouterr().err
+    assert command(["record", "--resume", str(recorded)]) == 3
+    assert "no such checkpoint" in capsys.readouterr().err
+
+
+def test_a_missing_package_names_the_pip_line(tmp_path):
+    code = (
+        "import sys; sys.modules['yolov5'] = None\n"
+        "from gradprobe.cli.app import run; sys.exit(run(['record', '--out', 'x.h5']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "pip install 'gradprobe[yolov5]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def start(*arguments, cwd):
+    return subprocess.Popen(
+        [sys.executable, "-m", "gradprobe", "record", *map(str, arguments)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+@pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_ctrl_c_closes_the_file(data, tmp_path, signal_, code):
+    process = start("--data", data, *SMALL, "--epochs", 500, "--out", "run.h5", cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run.checkpoint.pt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
+    process.send_signal(signal_)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert "gradprobe plot run.h5" in out
+    with open_run(tmp_path / "run.h5") as run:
+        assert run.end == "interrupted"
+        assert len(run) > 3
+    assert not (tmp_path / "run.h5.parts").exists()
+
+
+def test_without_a_terminal_there_are_plain_lines(data, tmp_path):
+    process = start("--data", data, *SMALL, "--epochs", 1, "--out", "run.h5", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "\x1b" not in err + out
+    assert "epoch 1/1 on val: mAP50" in err
+    assert out.splitlines() == ["recorded: run.h5", "next:     gradprobe plot run.h5"]
+
+
+def test_summary_and_plot_take_what_record_made(recorded, capsys):
+    assert command(["summary", str(recorded), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] > 5
+    assert command(["plot", str(recorded)]) == 0
+    assert recorded.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.skipif(not COCO.exists(), reason="the real data set ../shared/data/coco128 is not here")
+def test_real_photographs(tmp_path, capsys):
+    out = tmp_path / "c.h5"
+    arguments = ["--data", str(COCO), "--imgsz", "64", "--epochs", "1", "--out", str(out)]
+    assert command(["record", "--trainer", "gradnorm", *arguments]) == 0
+    assert "4 images left out: train: 000000000250.jpg: no image class" in capsys.readouterr().err
+    with open_run(out) as run:
+        assert run["layer_size"].sum() == 1_046_368
+        for name in ("loss", "weight", "grad_norm", "cosine"):
+            assert np.isfinite(run[name]).all(), name
+        assert math.isfinite(run.epochs["accuracy"][0])
