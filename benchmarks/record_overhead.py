@@ -65,7 +65,9 @@ def compare(settings, data, steps, folder):
     times = {"bare": [], "probed": []}
     batches = [batch for _, batch in zip(range(steps + 4), _endless(probed.train_loader), strict=False)]
     for index, batch in enumerate(batches):
-        for name, training in (("bare", bare), ("probed", probed)) if index % 2 else (("probed", probed), ("bare", bare)):
+        for name, training in (
+            (("bare", bare), ("probed", probed)) if index % 2 else (("probed", probed), ("bare", bare))
+        ):
             seconds = timed(training, batch)
             if index >= 4:
                 times[name].append(seconds)
@@ -99,7 +101,9 @@ def main() -> None:
                 times, same = compare(settings, data, arguments.steps, Path(folder))
                 # Means: with every > 1 a median would see only the unmeasured steps.
                 bare, probed = statistics.mean(times["bare"]), statistics.mean(times["probed"])
-                print(f"{trainer:10} {every:5} {bare * 1e3:7.0f} ms {probed * 1e3:8.0f} ms {probed / bare:6.2f}  {same}")
+                print(
+                    f"{trainer:10} {every:5} {bare * 1e3:7.0f} ms {probed * 1e3:8.0f} ms {probed / bare:6.2f}  {same}"
+                )
         if arguments.default:
             started = time.perf_counter()
             out = Path(folder) / "default.h5"

@@ -80,7 +80,9 @@ def ours(model, scales, steps, *, alpha, lr, beta1, initial, **options):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.12, 1.5])
-@pytest.mark.parametrize(("scales", "initial"), [((1, 3), (1.0, 1.0)), ((1, 3), (1.0, 0.4)), ((1, 2, 4), (1.0, 1.0, 1.0))])
+@pytest.mark.parametrize(
+    ("scales", "initial"), [((1, 3), (1.0, 1.0)), ((1, 3), (1.0, 0.4)), ((1, 2, 4), (1.0, 1.0, 1.0))]
+)
 def test_the_weights_are_the_papers_for_200_steps(alpha, scales, initial):
     common = {"alpha": alpha, "lr": 0.005, "beta1": 0.9, "initial": initial}
     expected = paper(Toy(len(scales)), scales, 200, **common)

@@ -352,9 +352,14 @@ def bad_calls():
 
 
 @pytest.mark.parametrize("use", ["record", "backward"])
-@pytest.mark.parametrize(("losses", "weights", "message"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()])
+@pytest.mark.parametrize(
+    ("losses", "weights", "message"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()]
+)
 def test_a_wrong_call_says_which_task_and_what_to_do(use, losses, weights, message):
-    with GradientProbe(mlp(torch.float64).model, ("t0", "t1"), every=1) as probe, pytest.raises(ProbeError, match=message):
+    with (
+        GradientProbe(mlp(torch.float64).model, ("t0", "t1"), every=1) as probe,
+        pytest.raises(ProbeError, match=message),
+    ):
         getattr(probe, use)(losses, weights)
 
 
@@ -419,9 +424,9 @@ def test_a_sink_that_fails_ends_no_training():
             raise OSError("gone")
 
     case, good = make("mlp"), Collector()
-    with GradientProbe(case.model, ("t0", "t1"), [Broken(), good], every=1) as probe:
-        with pytest.warns(RuntimeWarning, match="Broken failed: OSError: gone"):
-            probe.backward(case.losses(0))
+    probe = GradientProbe(case.model, ("t0", "t1"), [Broken(), good], every=1)
+    with probe, pytest.warns(RuntimeWarning, match="Broken failed: OSError: gone"):
+        probe.backward(case.losses(0))
     assert len(good.rows) == 1
 
 
@@ -446,7 +451,11 @@ def test_nothing_is_left_behind(fails):
 
 
 def test_how_a_run_ended_is_told(tmp_path):
-    for error, end in ((None, "finished"), (KeyboardInterrupt(), "interrupted"), (ValueError("x"), "failed: ValueError")):
+    for error, end in (
+        (None, "finished"),
+        (KeyboardInterrupt(), "interrupted"),
+        (ValueError("x"), "failed: ValueError"),
+    ):
         sink = Collector()
         try:
             with GradientProbe(mlp(torch.float64).model, ("t0", "t1"), [sink]):

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -77,7 +77,7 @@ def test_groups_of_layers_are_the_joined_vectors(tmp_path):
         np.testing.assert_allclose(run.cosine(["model.1.conv"]), measures.pair_cosine(gram[:, 2]), atol=1e-5)
         with pytest.raises(errors.RunFileError, match=r"no shared layer at 'model.7' .*model.0.conv"):
             run.cosine("model.7")
-        with pytest.raises(errors.RunFileError, match="no dataset 'weigth'.*weight"):
+        with pytest.raises(errors.RunFileError, match=r"no dataset 'weigth'.*weight"):
             run["weigth"]
 
 
@@ -141,7 +141,7 @@ while True:
 @pytest.mark.parametrize("wait", [0.0, 0.013, 0.05, 0.11, 0.3])
 def test_a_killed_run_is_readable(tmp_path, wait):
     path = tmp_path / "run.h5"
-    code = KILLED.format(tests=os.path.dirname(__file__), path=str(path))
+    code = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -366,6 +366,17 @@ def test_h5dump_reads_it(tmp_path):
     text = subprocess.run(["h5dump", "-d", "/task", "-d", "/step", path], check=True, capture_output=True, text=True)
     assert '"det"' in text.stdout
     assert "0, 1, 2, 3, 4, 5" in text.stdout
+
+
+def test_names_of_metrics_that_hdf5_cannot_hold(tmp_path):
+    path = tmp_path / "run.h5"
+    writer = write(path, range(3))
+    writer.write_epoch(0, {"val/mAP50": 0.5})
+    with pytest.raises(errors.RunFileError, match="cannot be called 'epoch'"):
+        writer.write_epoch(0, {"epoch": 1})
+    writer.close()
+    with open_run(path) as run:
+        assert run.epochs["val.mAP50"].tolist() == [0.5]
 
 
 def test_every_dataset_of_the_table_is_in_the_file_with_its_meaning(tmp_path):

@@ -24,7 +24,10 @@ def test_the_preset_is_the_report():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"trainer": "gradnrom"}, r"unknown trainer 'gradnrom' \(there are: joint, gradnorm\)\. Did you mean 'gradnorm'"),
+        (
+            {"trainer": "gradnrom"},
+            r"unknown trainer 'gradnrom' \(there are: joint, gradnorm\)\. Did you mean 'gradnorm'",
+        ),
         ({"optimizer": "adam"}, "unknown optimizer 'adam'"),
         ({"imgsz": 100}, "--imgsz 100: must be a multiple of 32; the next one is 128"),
         ({"imgsz": 0}, "the next one is 32"),
@@ -48,7 +51,11 @@ def test_an_unknown_preset_lists_the_known():
 
 def test_task_weights_are_read_by_name():
     assert parse_task_weights("cls=0.01, det=1") == (1.0, 0.01)
-    for text, message in (("det=1", r"no weight for \['cls'\]"), ("det=1,seg=2", "'seg' is unknown"), ("det=x,cls=1", "'x'")):
+    for text, message in (
+        ("det=1", r"no weight for \['cls'\]"),
+        ("det=1,seg=2", "'seg' is unknown"),
+        ("det=x,cls=1", "'x'"),
+    ):
         with pytest.raises(UsageError, match=message):
             parse_task_weights(text)
 

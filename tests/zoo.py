@@ -62,7 +62,9 @@ def _case(model: nn.Module, shape: Sequence[int], dtype: torch.dtype) -> Case:
 
     def losses(step: int) -> dict[str, Tensor]:
         outputs = model(batch(step, shape, dtype))
-        return {f"t{i}": ((out - i) ** 2).mean() if i % 2 == 0 else out.sin().sum(1).mean() for i, out in enumerate(outputs)}
+        return {
+            f"t{i}": ((out - i) ** 2).mean() if i % 2 == 0 else out.sin().sum(1).mean() for i, out in enumerate(outputs)
+        }
 
     return Case(model, losses)
 
@@ -159,7 +161,9 @@ ZOO = {f.__name__: f for f in (mlp, convolutional, dropout, used_twice, checkpoi
 def naive_gramian(layers, losses) -> np.ndarray:
     """The twin: one whole gradient per task, float64 products, no cleverness."""
     gradients = {
-        task: torch.autograd.grad(loss, [p for la in layers for p in la.parameters], retain_graph=True, allow_unused=True)
+        task: torch.autograd.grad(
+            loss, [p for la in layers for p in la.parameters], retain_graph=True, allow_unused=True
+        )
         for task, loss in losses.items()
     }
     tasks, gram, start = list(losses), [], 0

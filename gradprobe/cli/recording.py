@@ -19,6 +19,7 @@ from gradprobe.trainers.settings import Settings, parse_task_weights, resolve
 
 if TYPE_CHECKING:
     from gradprobe.trainers.checkpoint import Paths
+    from gradprobe.trainers.data import LoadedData
     from gradprobe.trainers.hyp import DetectionHyp
 
 
@@ -140,7 +141,7 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
     settings = plan.settings
     display.phase("loading data")
     data = load_data(settings.data, imgsz=settings.imgsz, seed=settings.seed, skip_bad=settings.skip_bad)
-    for note in _notes(plan, data.skipped):
+    for note in _notes(plan, data):
         display.note(note)
     display.phase("building the model")
     training = build(
@@ -173,17 +174,22 @@ def _forget(paths: Paths) -> None:
         path.unlink()
 
 
-def _notes(plan: Plan, skipped: tuple[str, ...]) -> Iterator[str]:
+def _notes(plan: Plan, data: LoadedData) -> Iterator[str]:
     if plan.ignored_hyp:
         yield (
             f"ignored in --hyp: {', '.join(plan.ignored_hyp)}. gradprobe trains without augmentation and warm-up, "
             "which couple tasks; the file says so."
         )
-    if skipped:
-        first = "; ".join(skipped[:3])
-        yield f"{len(skipped)} images left out: {first}{'; ...' if len(skipped) > 3 else ''}"
+    if data.skipped:
+        yield f"{len(data.skipped)} images left out: {_first(data.skipped)}"
+    if data.warnings:
+        yield f"{len(data.warnings)} warnings of `gradprobe data check`: {_first(data.warnings)}"
     if plan.settings.clip_norm:
         yield f"clipping the global gradient norm at {plan.settings.clip_norm:g}: this couples the tasks."
+
+
+def _first(messages: tuple[str, ...], count: int = 3) -> str:
+    return "; ".join(messages[:count]) + ("; ..." if len(messages) > count else "")
 
 
 def _end(error: BaseException) -> str:

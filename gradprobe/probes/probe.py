@@ -64,6 +64,8 @@ class GradientProbe:
         self.tasks = tuple(tasks)
         if len(self.tasks) < 2 or len(set(self.tasks)) != len(self.tasks):
             raise ProbeError(f"tasks={list(self.tasks)}: give two or more different names.")
+        if any("|" in task for task in self.tasks):
+            raise ProbeError(f"tasks={list(self.tasks)}: a name must not contain '|', which joins the names of a pair.")
         self._clock = StepClock(every, None, accumulate)  # checks its arguments before a hook is set
         holder = _attached.get(model)
         if holder is not None and holder() is not None:

@@ -112,9 +112,18 @@ class RunWriter:
                 self._wake.notify()
 
     def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Queue metrics of one epoch; several calls for one epoch add up."""
+        """Queue metrics of one epoch; several calls for one epoch add up.
+
+        A ``/`` in a name is stored as a dot: HDF5 would make a group of it.
+
+        Raises:
+            RunFileError: A metric is called ``epoch``, which is the name of the axis.
+        """
+        named = {name.replace("/", "."): float(value) for name, value in values.items()}
+        if schema.EPOCH in named:
+            raise RunFileError(f"{self.path}: a metric cannot be called 'epoch', as its axis is; rename it.")
         with self._wake:
-            self._epochs.setdefault(epoch, {}).update({k: float(v) for k, v in values.items()})
+            self._epochs.setdefault(epoch, {}).update(named)
             self._written_epochs = -1
 
     def annotate(self, values: Mapping[str, Any]) -> None:

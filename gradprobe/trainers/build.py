@@ -78,7 +78,6 @@ def build(
             **(provenance or {}),
         },
     )
-    plain = {"batch_size": settings.batch_size, "seed": settings.seed, "shuffle": False}
     return loop.Training(
         settings=settings,
         model=model,
@@ -87,8 +86,10 @@ def build(
         balancer=balancer,
         probe=probe,
         train_loader=train_loader,
-        val_loader=make_loader(data.val, **plain),
-        test_loader=make_loader(data.test, **plain) if data.test is not None else None,
+        val_loader=make_loader(data.val, settings.batch_size, shuffle=False),
+        test_loader=(
+            make_loader(data.test, settings.batch_size, shuffle=False) if data.test is not None else None
+        ),
         paths=checkpoint.Paths(out),
         watcher=watcher,
     )

@@ -9,8 +9,8 @@ from __future__ import annotations
 Range = tuple[float, float]
 
 # The recording: what makes the view hard to tell.
-ROTATION: Range = (-0.16, 0.16)
-"""Tangent of half the angle the heart is turned by: +-0.16 is +-18 degrees."""
+ROTATION: Range = (-0.12, 0.12)
+"""Tangent of half the angle the heart is turned by: +-0.12 is +-14 degrees."""
 HEART_SIZE: Range = (0.34, 0.43)
 """Half the heart's height, in image heights."""
 HEART_SHIFT = 0.055
