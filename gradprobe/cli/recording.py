@@ -182,8 +182,9 @@ def _notes(plan: Plan, data: LoadedData) -> Iterator[str]:
         )
     if data.skipped:
         yield f"{len(data.skipped)} images left out: {_first(data.skipped)}"
-    if data.warnings:
-        yield f"{len(data.warnings)} warnings of `gradprobe data check`: {_first(data.warnings)}"
+    others = tuple(warning for warning in data.warnings if "left out of training" not in warning)
+    if others:
+        yield f"{len(others)} warnings of `gradprobe data check`: {_first(others)}"
     if plan.settings.clip_norm:
         yield f"clipping the global gradient norm at {plan.settings.clip_norm:g}: this couples the tasks."
 

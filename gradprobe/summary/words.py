@@ -128,7 +128,7 @@ def _metric_words(summary: dict[str, Any]) -> list[str]:
         for name, m in summary["metrics"].items()
         if m["first"]
     ]
-    return [f"Metrics, first to last epoch: {'; '.join(parts)}."] if parts else []
+    return [f"Metrics from the first to the last epoch (counted from 0): {'; '.join(parts)}."] if parts else []
 
 
 def _overhead_words(summary: dict[str, Any]) -> list[str]:
