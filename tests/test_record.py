@@ -74,6 +74,13 @@ def test_where_it_came_from_is_recorded_without_folders(recorded, data):
     assert not any(str(Path(data).parent) in str(value) for value in stored.values())
 
 
+def test_the_test_split_is_evaluated_once_and_stored_apart(recorded, data):
+    with open_run(recorded) as run:
+        assert run.provenance["data.test_images"] > 0
+        assert 0 <= run.provenance["test.mAP50"] <= 1
+        assert 0 <= run.provenance["test.accuracy"] <= 1
+
+
 def test_the_weights_are_saved_and_load(recorded):
     from gradprobe.trainers.hyp import DetectionHyp
     from gradprobe.trainers.models.yolov5 import build_model
@@ -307,6 +314,20 @@ def test_summary_and_plot_take_what_record_made(recorded, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] > 5
     assert command(["plot", str(recorded)]) == 0
     assert recorded.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.timeout(1200)
+def test_without_flags_a_detector_and_a_classifier_have_learned(tmp_path, monkeypatch):
+    """The default recording, as `make demo` makes it: two minutes on two cores that have nothing else to do."""
+    monkeypatch.chdir(tmp_path)
+    assert command(["record"]) == 0
+    with open_run("conflict.h5") as run:
+        assert run.provenance["trainer"] == "gradnorm"
+        first, last = ({name: float(values[i]) for name, values in run.epochs.items()} for i in (0, -1))
+    assert first["mAP50"] < 0.5  # neither is solved in the first epoch
+    assert first["accuracy"] < 0.9
+    assert last["mAP50"] >= 0.5
+    assert last["accuracy"] >= 0.8
 
 
 @pytest.mark.skipif(not COCO.exists(), reason="the real data set ../shared/data/coco128 is not here")
