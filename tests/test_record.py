@@ -168,6 +168,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recorded, data, tmp_path, mon
     assert_same(numbers(recorded), numbers(out))
 
 
+def test_a_killed_run_is_resumed_without_a_gap(recorded, data, tmp_path):
+    """kill -9 right after the first checkpoint: no row before it may still have been in memory alone."""
+    process = start("--data", data, *SMALL, "--trainer", "gradnorm", "--epochs", 2, "--out", "run.h5", cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run.checkpoint.pt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    with open_run(tmp_path / "run.h5") as run:
+        assert not run.complete
+    assert command(["record", "--resume", str(tmp_path / "run.h5")]) == 0
+    assert_same(numbers(recorded), numbers(tmp_path / "run.h5"))
+
+
 def test_joint_keeps_its_weights(data, tmp_path):
     out = tmp_path / "joint.h5"
     assert record("--trainer", "joint", "--task-weights", "det=1,cls=0.01", "--epochs", 1, "--out", out, data=data) == 0
@@ -206,6 +221,21 @@ def test_a_loss_that_is_not_finite_stops_with_a_closed_file(data, tmp_path, caps
         assert not np.isfinite(run["loss"][-1]).all()
         assert run.status_names[run["status"][-1]] == "a task's loss is not finite"
         assert f"at step {run['step'][-1]}" in message
+
+
+def test_weights_that_cannot_be_saved_end_no_training(data, tmp_path, capsys, monkeypatch):
+    from gradprobe.trainers import checkpoint
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    assert record("--trainer", "joint", "--epochs", 2, "--out", tmp_path / "run.h5", data=data) == 0
+    error = capsys.readouterr().err
+    assert "weights of epoch 1 not saved: [Errno 28] No space left on device. Training goes on." in error
+    with open_run(tmp_path / "run.h5") as run:
+        assert run.end == "finished"
+    assert {path.name for path in tmp_path.iterdir()} == {"run.h5"}
 
 
 def test_keep_going_goes_on_and_keeps_the_rows(data, tmp_path):

@@ -140,6 +140,11 @@ class GradientProbe:
         for sink in self._sinks:
             sink.write_epoch(epoch, values)
 
+    def flush(self) -> None:
+        """Make all rows so far safe. Call it before saving weights to resume from: rows must not be behind them."""
+        for sink in self._sinks:
+            sink.flush()
+
     # ---- what is known
 
     @property

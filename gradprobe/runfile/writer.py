@@ -67,6 +67,7 @@ class RunWriter:
         self._part_number = 0
         self._parts_rows = self._merged_rows = 0
         self._wake = threading.Condition()
+        self._disk = threading.Lock()  # held by whoever flushes or merges
         self._closing = False
         self._warned = False
         self._thread: threading.Thread | None = None
@@ -131,6 +132,11 @@ class RunWriter:
         with self._wake:
             if self._header is not None:
                 self._header = replace(self._header, provenance={**self._header.provenance, **values})
+
+    def flush(self) -> None:
+        """Bring all rows so far to the disk now; a disk that takes none is complained of, once, and tried again."""
+        if self._header is not None and not self._closing:
+            self._try_flush()
 
     def close(self, end: str = "finished") -> None:
         """Flush, merge all into one file, and let go of it. A second call does nothing.
@@ -216,21 +222,24 @@ class RunWriter:
                 )
                 if self._closing:
                     return
-            self._try_flush()
+            if not self._try_flush():
+                time.sleep(min(self._flush_seconds, 1.0))
 
-    def _try_flush(self) -> None:
-        try:
-            self._flush()
-            if self._part_number - self._state.merged_through >= self.merge_at and (
-                self._parts_rows * 4 >= self._merged_rows
-            ):
-                self._merge()
+    def _try_flush(self) -> bool:
+        with self._disk:
+            try:
+                self._flush()
+                if self._part_number - self._state.merged_through >= self.merge_at and (
+                    self._parts_rows * 4 >= self._merged_rows
+                ):
+                    self._merge()
+            except OSError as error:
+                self._complain(error)
+                return False
             if self._warned:
                 log.warning("%s: recording again", self.path)
                 self._warned = False
-        except OSError as error:
-            self._complain(error)
-            time.sleep(min(self._flush_seconds, 1.0))
+            return True
 
     def _complain(self, error: OSError) -> None:
         if not self._warned:

@@ -28,6 +28,9 @@ class Watcher(Protocol):
     def phase(self, what: str) -> None:
         """What goes on now, in a word or two."""
 
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
     def stepped(self, epoch: int, step: int, losses: Mapping[str, float]) -> None:
         """A step is done."""
 
@@ -136,28 +139,39 @@ def fitness(metrics: Mapping[str, float]) -> float:
 
 
 def save_state(t: Training, metrics: Mapping[str, float]) -> None:
-    """After an epoch: the last weights, the best ones if these are, and all that resuming needs."""
-    weights = t.model.state_dict()
-    checkpoint.save(t.paths.last, weights)
-    if fitness(metrics) > t.best:
-        t.best = fitness(metrics)
-        checkpoint.save(t.paths.best, weights)
-    state = {
+    """After an epoch: the last weights, the best ones if these are, and all that resuming needs.
+
+    A disk that takes no more ends no training: what could not be saved is said, and tried again after the next epoch.
+    """
+    better = fitness(metrics) > t.best
+    t.best = max(t.best, fitness(metrics))
+    t.probe.flush()  # a kill after this must not leave a checkpoint that is ahead of the rows
+    try:
+        checkpoint.save(t.paths.last, t.model.state_dict())
+        if better:
+            checkpoint.save(t.paths.best, t.model.state_dict())
+        checkpoint.save(t.paths.checkpoint, resumable(t))
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        t.watcher.note(f"weights of epoch {t.epoch} not saved: {str(error).splitlines()[0]}. Training goes on.")
+
+
+def resumable(t: Training) -> dict[str, Any]:
+    """All state after the last whole epoch."""
+    return {
         **t.origin,
         "epoch": t.epoch,
         "best": t.best,
-        "model": weights,
+        "model": t.model.state_dict(),
         "optimizer": t.optimizer.state_dict(),
         "schedule": t.schedule.state_dict(),
         "balancer": t.balancer.state_dict(),
         "probe": t.probe.state_dict(),
         "rng": torch.get_rng_state(),
     }
-    checkpoint.save(t.paths.checkpoint, state)
 
 
 def load_state(t: Training, state: Mapping[str, Any]) -> None:
-    """Go on where :func:`save_state` left off."""
+    """Go on where :func:`resumable` left off."""
     t.epoch, t.best = state["epoch"], state["best"]
     t.model.load_state_dict(state["model"])
     t.optimizer.load_state_dict(state["optimizer"])
