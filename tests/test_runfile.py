@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -227,11 +228,123 @@ def test_a_second_writer_is_refused_before_it_touches_anything(tmp_path):
     path = tmp_path / "run.h5"
     writer = write(path, range(3))
     for options in ({}, {"overwrite": True}, {"resume_at": 0}):
-        with pytest.raises(errors.RunFileError, match="another process is recording"):
+        with pytest.raises(errors.RunFileError, match="is being recorded into already"):
             RunWriter(path, **options)
     writer.close()
     with open_run(path) as run:
         assert len(run) == 3
+
+
+def parts_of_a_killed_run(path):
+    """A run whose process was killed: rows in parts that nobody merged."""
+    writer = write(path, range(9), flush_rows=10**9, flush_seconds=1000)
+    writer.flush()
+    writer._lock.release()
+    writer._closing = True
+    return sorted((path.parent / f"{path.name}.parts").glob("*.h5"))
+
+
+@pytest.mark.parametrize("options", [{"resume_at": 9}, {"overwrite": True}])
+def test_a_run_that_fails_to_begin_leaves_a_killed_run_as_it_was(tmp_path, options):
+    path = tmp_path / "run.h5"
+    parts = parts_of_a_killed_run(path)
+    assert parts
+    RunWriter(path, **options).close("failed: no data")
+    assert all(part.exists() for part in parts)
+    with open_run(path) as run:
+        assert run["step"].tolist() == list(range(9))
+
+
+def test_resuming_without_another_row_still_ends_the_run(tmp_path):
+    path = tmp_path / "run.h5"
+    first = write(path, range(3))
+    first.write_epoch(0, {"mAP50": 0.1})
+    first.close("interrupted")
+    writer = RunWriter(path, resume_at=40, resume_epoch=1)
+    writer.resume({"resumed": {"step": 40}})
+    writer.write_epoch(1, {"mAP50": 0.2})
+    writer.annotate({"test": {"mAP50": 0.3}})
+    writer.close()
+    with open_run(path) as run:
+        assert run.end == "finished"
+        assert run.epochs["mAP50"].tolist() == [0.1, 0.2]
+        assert (run.provenance["test.mAP50"], run.provenance["resumed.step"]) == (0.3, 40)
+        assert run.provenance["argv"] == ["record", "--epochs"]  # of the first session
+
+
+def test_epochs_are_cut_by_their_number_and_not_by_the_last_row(tmp_path):
+    path = tmp_path / "run.h5"
+    first = write(path, [0])  # one row, in epoch 0, and metrics of many epochs after it
+    for epoch in range(6):
+        first.write_epoch(epoch, {"mAP50": epoch})
+    first.close("interrupted")
+    writer = RunWriter(path, resume_at=100, resume_epoch=5)
+    writer.write_epoch(5, {"mAP50": 50})  # before the first row of the new session
+    writer.start(header())
+    writer.close()
+    with open_run(path) as run:
+        assert run.epochs["mAP50"].tolist() == [0, 1, 2, 3, 4, 50]
+
+
+def test_a_folder_is_no_file(tmp_path):
+    for path in (tmp_path, Path()):
+        with pytest.raises(errors.RunFileError, match="Name a file"):
+            RunWriter(path, overwrite=True)
+
+
+def test_an_epoch_that_is_no_number_is_refused_and_costs_no_row(tmp_path):
+    path = tmp_path / "run.h5"
+    writer = write(path, range(4))
+    with pytest.raises(errors.RunFileError, match="epoch 'x'"):
+        writer.write_epoch("x", {"accuracy": 0.3})
+    writer.close()
+    with open_run(path) as run:
+        assert len(run) == 4
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_writer_survives_any_failure_of_a_flush(tmp_path, monkeypatch):
+    path = tmp_path / "run.h5"
+    writer = write(path, range(4), flush_rows=10**9, flush_seconds=1000)
+    with monkeypatch.context() as broken:
+        broken.setattr("gradprobe.runfile.content.columns", lambda *_: 1 / 0)
+        assert writer.flush() is False
+    assert writer.flush() is True
+    writer.close()
+    with open_run(path) as run:
+        assert len(run) == 4
+
+
+FORGOTTEN = """
+import sys; sys.path.insert(0, {tests!r})
+from test_runfile import write
+writer = write({path!r}, range(5))
+"""
+
+
+def test_a_program_that_never_closes_its_run_loses_nothing(tmp_path):
+    path = tmp_path / "run.h5"
+    code = FORGOTTEN.format(tests=str(Path(__file__).parent), path=str(path))
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with open_run(path) as run:
+        assert len(run) == 5
+        assert run.end == "failed: the program ended without closing it"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_leaves_its_parents_file_alone(tmp_path):
+    path = tmp_path / "run.h5"
+    writer = write(path, range(5))
+    child = os.fork()
+    if child == 0:
+        writer.close("failed: the child's")
+        os._exit(0)
+    os.waitpid(child, 0)
+    writer.write(row(5))
+    writer.close()
+    with open_run(path) as run:
+        assert (len(run), run.end) == (6, "finished")
 
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path):

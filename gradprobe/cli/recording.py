@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradprobe.cli.live import Display, make_display
-from gradprobe.errors import UsageError
+from gradprobe.errors import DataError, UsageError
 from gradprobe.provenance import argv, environment
-from gradprobe.runfile import RunWriter
+from gradprobe.runfile import RunWriter, open_run
 from gradprobe.trainers.settings import Settings, parse_task_weights, resolve
 
 if TYPE_CHECKING:
-    from gradprobe.trainers.checkpoint import Paths
+    from gradprobe.rows import Header, Row
     from gradprobe.trainers.data import LoadedData
     from gradprobe.trainers.hyp import DetectionHyp
 
@@ -62,7 +63,10 @@ def record_run(request: Request) -> None:
     plan = make_plan(request)
     display = make_display(plan.settings)
     writer = RunWriter(
-        plan.out, overwrite=plan.overwrite, resume_at=plan.state["probe"]["clock"]["step"] if plan.state else None
+        plan.out,
+        overwrite=plan.overwrite,
+        resume_at=plan.state["probe"]["clock"]["step"] if plan.state else None,
+        resume_epoch=plan.state["epoch"] if plan.state else None,
     )
     with interruptible():
         try:
@@ -81,7 +85,7 @@ def record_run(request: Request) -> None:
 
 
 def make_plan(request: Request) -> Plan:
-    """Everything that can be wrong with the flags is found here, before anything is written."""
+    """What the flags ask for; what can be told wrong without data and model is found here."""
     from gradprobe.trainers.hyp import DetectionHyp, read_hyp
 
     if request.resume is not None:
@@ -118,8 +122,12 @@ def _plan_to_resume(request: Request) -> Plan:
 
     assert request.resume is not None
     given = [name for name, value in request.flags.items() if value is not None]
-    if given or request.task_weights or request.preset or request.hyp or request.out or request.overwrite:
+    others = (request.task_weights, request.preset, request.hyp, request.out, request.overwrite)
+    if given or any(others) or request.project is not None or request.name is not None:
         raise UsageError("--resume goes on with the settings of that run; give no other flags with it.")
+    with open_run(request.resume) as run:
+        if run.end == "finished":
+            raise UsageError(f"--resume {request.resume}: this run is finished; there is nothing to go on with.")
     state = checkpoint.load(checkpoint.Paths(request.resume).checkpoint)
     values = dict(state["settings"], task_weights=tuple(state["settings"]["task_weights"]))
     return Plan(
@@ -147,7 +155,7 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
     training = build(
         settings,
         data,
-        [writer, display],
+        [writer, display] if plan.state is not None else [writer, Forget(plan.out), display],
         display,
         out=plan.out,
         hyp=plan.hyp,
@@ -157,21 +165,58 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
         "settings": dataclasses.asdict(settings),
         "hyp": dataclasses.asdict(plan.hyp),
         "ignored_hyp": list(plan.ignored_hyp),
+        "data_fingerprint": data.fingerprint,
     }
     if plan.state is not None:
+        _check_same_data(plan, data)
         loop.load_state(training, plan.state)
-    else:
-        _forget(training.paths)
+        writer.resume({"resumed": {"argv": argv(), "step": training.probe.step}})
     display.begin(settings.epochs, len(training.train_loader), training.probe.step)
     test = loop.run(training)
     training.paths.checkpoint.unlink(missing_ok=True)
     return test
 
 
-def _forget(paths: Paths) -> None:
-    """Weights of an older run of the same name would pass for this one's."""
-    for path in paths.existing():
-        path.unlink()
+class Forget:
+    """Removes the weights of an older run of the same name, which would pass for this one's, when this one begins.
+
+    A sink behind the writer: the older run stays whole until the new one is written.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+
+    def start(self, header: Header) -> None:
+        """The new run has begun."""
+        from gradprobe.trainers.checkpoint import Paths
+
+        for path in Paths(self._out).existing():
+            path.unlink()
+
+    def write(self, row: Row) -> None:
+        """Nothing to do."""
+
+    def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Nothing to do."""
+
+    def annotate(self, values: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+    def flush(self) -> bool:
+        """Nothing is kept back."""
+        return True
+
+    def close(self, end: str) -> None:
+        """Nothing to do."""
+
+
+def _check_same_data(plan: Plan, data: LoadedData) -> None:
+    assert plan.state is not None
+    if plan.state["data_fingerprint"] != data.fingerprint:
+        raise DataError(
+            f"{plan.settings.data}: the data changed since {plan.out} was begun (images or labels were added, removed "
+            "or edited), so the run cannot go on with them. Bring them back, or record anew with --overwrite."
+        )
 
 
 def _notes(plan: Plan, data: LoadedData) -> Iterator[str]:
@@ -198,11 +243,11 @@ def _end(error: BaseException) -> str:
 
 
 def _say_where(display: Display, plan: Plan, writer: RunWriter, *, stopped: bool) -> None:
-    if not plan.out.exists():
+    if not writer.started:  # what is there is an older run, untouched
         return
     state = "stopped, complete up to here" if stopped else "recorded"
     display.result(f"{state}: {plan.out}")
-    display.result(f"next:     gradprobe plot {plan.out}")
+    display.result(f"next:     gradprobe plot {shlex.quote(str(plan.out))}")
 
 
 @contextmanager
@@ -225,13 +270,14 @@ def _interrupt() -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C must not tear the closing of the file."""
+    """A second Ctrl-C, or a second polite kill, must not tear the closing of the file."""
     try:
-        old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        old = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from gradprobe.plots import style
@@ -58,6 +59,7 @@ def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, colorbar: bool = Tru
     ]
     style.name_layers(ax, run.layers, room)
     ax.set(xlabel="training step", xlim=(steps[0], steps[-1]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(False)
     per_cell = int(edges[1])
     note = "one row per cell" if per_cell == 1 else f"median of {per_cell} rows per cell"

@@ -34,11 +34,13 @@ def running(values: NDArray[Any], size: int) -> NDArray[np.float32]:
         size: Rows in the centred window, odd; at the ends the window is cut.
 
     Returns:
-        (3, n): lower quartile, median, upper quartile; NaN where the window holds no finite value.
+        (3, n): lower quartile, median, upper quartile; NaN where the value itself is missing, so that no line is
+        drawn where nothing was measured.
     """
     padded = np.pad(values.astype(np.float64), size // 2, constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, size)
-    return quantiles(windows, (0.25, 0.5, 0.75), axis=-1).astype(np.float32)
+    spread = quantiles(windows, (0.25, 0.5, 0.75), axis=-1).astype(np.float32)
+    return np.where(np.isfinite(values), spread, np.float32(np.nan))
 
 
 def trace(ax: Axes, steps: NDArray[Any], values: NDArray[Any], colour: str, label: str) -> NDArray[np.float32]:

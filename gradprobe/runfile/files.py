@@ -139,8 +139,8 @@ class Lock:
         except OSError:
             self._file.close()
             raise RunFileError(
-                f"{run}: another process is recording into this run. Choose another file with --out, or stop "
-                "that process first."
+                f"{run}: is being recorded into already, by another process or by a probe of this one that was not "
+                "closed. Choose another file with --out, or stop that process, or close that probe."
             ) from None
 
     def release(self) -> None:

@@ -8,7 +8,9 @@ end, by writing a new file and renaming it over the old one. The merged file say
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import shutil
 import threading
 import time
@@ -16,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from gradprobe.errors import RunFileError
 from gradprobe.rows import Header, Row
@@ -33,6 +37,7 @@ class RunWriter:
         path: Where the file goes; ``PATH.parts/`` beside it holds what is not merged yet.
         overwrite: Replace a run that is there.
         resume_at: Go on with the run that is there, from this step: its rows from this step on are cut.
+        resume_epoch: With it: epochs from this one on are cut too. None: they stay until they are written again.
         flush_seconds, flush_rows: A row is on the disk after so much time, or so many rows, at the latest.
 
     Raises:
@@ -52,12 +57,16 @@ class RunWriter:
         *,
         overwrite: bool = False,
         resume_at: int | None = None,
+        resume_epoch: int | None = None,
         flush_seconds: float = 5.0,
         flush_rows: int = 256,
     ) -> None:
         self.path = Path(path)
+        if not self.path.name or self.path.is_dir():
+            raise RunFileError(f"{self.path}: is a folder, or no name. Name a file, such as --out conflict.h5.")
         self._parts = self.path.with_name(self.path.name + schema.PARTS_SUFFIX)
-        self._resume_at = resume_at
+        self._resume_at, self._resume_epoch = resume_at, resume_epoch
+        self._process = os.getpid()
         self._flush_seconds, self._flush_rows = flush_seconds, flush_rows
         self._state = content.State()
         self._header: Header | None = None
@@ -71,6 +80,7 @@ class RunWriter:
         self._closing = False
         self._warned = False
         self._thread: threading.Thread | None = None
+        self._made_folder = not self._parts.exists()
         self._lock = self._claim(overwrite or resume_at is not None)
         self._replace = overwrite and resume_at is None
 
@@ -80,6 +90,9 @@ class RunWriter:
         Raises:
             RunFileError: The disk takes nothing, or the run to go on with is of another model.
         """
+        if self._header is not None:  # resumed before the probe knew the layers
+            self._check_same(self._header, header)
+            return
         self._header = header
         try:
             self._begin()
@@ -87,13 +100,32 @@ class RunWriter:
             self._closing = True
             self._lock.release()
             raise
+        atexit.register(self.close, "failed: the program ended without closing it")
         self._thread = threading.Thread(target=self._run, name="gradprobe-writer", daemon=True)
         self._thread.start()
 
+    def resume(self, provenance: Mapping[str, Any]) -> None:
+        """Go on at once with the run that is there, under its own header; a later :meth:`start` must fit it.
+
+        So that a resumed run which measures nothing more still ends as it did, with its last epochs.
+
+        Args:
+            provenance: Added to that of the run.
+        """
+        with Run(self.path) as old:
+            stored = {**old.provenance, **provenance}
+            header = Header(old.tasks, old.layers, old.layer_size, old.reach, stored)
+        self.start(header)
+
+    @property
+    def started(self) -> bool:
+        """Whether this writer has begun to write: until then nothing that was there was touched."""
+        return self._header is not None
+
     def _begin(self) -> None:
-        if self._replace:  # only now: until here the new run might have failed to begin
-            self._remove_old()
         try:
+            if self._replace:  # only now: until here the new run might have failed to begin
+                self._remove_old()
             if self._resume_at is not None and self.path.exists():
                 self._continue(self._resume_at)
             self._merge()
@@ -118,13 +150,15 @@ class RunWriter:
         A ``/`` in a name is stored as a dot: HDF5 would make a group of it.
 
         Raises:
-            RunFileError: A metric is called ``epoch``, which is the name of the axis.
+            RunFileError: A metric is called ``epoch``, which is the name of the axis; or the epoch is no number.
         """
+        if not isinstance(epoch, (int, np.integer)):
+            raise RunFileError(f"{self.path}: epoch {epoch!r} of the metrics {list(values)} is not a whole number.")
         named = {name.replace("/", "."): float(value) for name, value in values.items()}
         if schema.EPOCH in named:
             raise RunFileError(f"{self.path}: a metric cannot be called 'epoch', as its axis is; rename it.")
         with self._wake:
-            self._epochs.setdefault(epoch, {}).update(named)
+            self._epochs.setdefault(int(epoch), {}).update(named)
             self._written_epochs = -1
 
     def annotate(self, values: Mapping[str, Any]) -> None:
@@ -133,10 +167,13 @@ class RunWriter:
             if self._header is not None:
                 self._header = replace(self._header, provenance={**self._header.provenance, **values})
 
-    def flush(self) -> None:
-        """Bring all rows so far to the disk now; a disk that takes none is complained of, once, and tried again."""
-        if self._header is not None and not self._closing:
-            self._try_flush()
+    def flush(self) -> bool:
+        """Bring all rows so far to the disk now; a disk that takes none is complained of, once, and tried again.
+
+        Returns:
+            Whether they are there.
+        """
+        return self._header is None or self._closing or self._try_flush()
 
     def close(self, end: str = "finished") -> None:
         """Flush, merge all into one file, and let go of it. A second call does nothing.
@@ -144,8 +181,9 @@ class RunWriter:
         Raises:
             RunFileError: The disk did not take the last rows; says how many and where the rest is.
         """
-        if self._closing:
+        if self._closing or os.getpid() != self._process:  # a forked child must not touch its parent's file
             return
+        atexit.unregister(self.close)
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -156,22 +194,26 @@ class RunWriter:
             if self._header is not None:
                 self._flush()
                 self._merge()
-                shutil.rmtree(self._parts, ignore_errors=True)
-        except OSError as error:
+                self._remove_folder()
+            elif self._made_folder:
+                self._remove_folder()
+        except Exception as error:
             raise RunFileError(
-                f"{self.path}: could not be completed ({error}); {len(self._rows)} rows are lost, what was "
-                f"flushed before is in {self._parts.name}/ beside it and can be read as it is."
+                f"{self.path}: could not be completed ({error}); {len(self._rows)} rows are lost. "
+                f"What was flushed before can be read as it is: gradprobe summary {self.path}"
             ) from error
         finally:
             self._lock.release()
-            if self._header is None:
-                shutil.rmtree(self._parts, ignore_errors=True)
+
+    def _remove_folder(self) -> None:
+        """While the lock is held, and only without a part in it: parts are all that is left of a killed run."""
+        if not part_paths(self.path):
+            shutil.rmtree(self._parts, ignore_errors=True)
 
     def _claim(self, may_exist: bool) -> Lock:
         """Make sure that the run is ours before anything is touched."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            existed = self._parts.exists()
             self._parts.mkdir(exist_ok=True)
             lock = Lock(self._parts / "lock", self.path)
         except OSError as error:
@@ -179,9 +221,9 @@ class RunWriter:
                 f"{self.path}: cannot be written here ({error}). Choose another place with --out."
             ) from error
         if (self.path.exists() or part_paths(self.path)) and not may_exist:
+            if self._made_folder:
+                self._remove_folder()
             lock.release()
-            if not existed:
-                shutil.rmtree(self._parts, ignore_errors=True)
             raise RunFileError(
                 f"{self.path}: this run exists. Choose another file with --out, replace it with --overwrite, "
                 "or go on with it with --resume."
@@ -197,21 +239,21 @@ class RunWriter:
         """Cut the rows from ``step`` on, in one rename, and go on behind the rest."""
         assert self._header is not None
         with Run(self.path) as old:
-            self._check_same(old)
+            self._check_same(old, self._header)
             keep = int((old["step"] < step).sum())
-            epoch = int(old["epoch"][keep - 1]) if keep else -1
-            self._epochs = {e: v for e, v in old.epochs_by_number().items() if e <= epoch}
+            last = self._resume_epoch
+            kept = {e: v for e, v in old.epochs_by_number().items() if last is None or e < last}
+            self._epochs = {**kept, **self._epochs}
             self._part_number = self._state.merged_through = old.last_part
             self._state.status_names = list(old.status_names)
             self._state.dropped = old.rows_dropped
             self._write_merged(old, keep, self._state)
 
-    def _check_same(self, old: Run) -> None:
-        assert self._header is not None
-        if list(old.layers) != list(self._header.layers) or list(old.tasks) != list(self._header.tasks):
+    def _check_same(self, old: Run | Header, new: Header) -> None:
+        if list(old.layers) != list(new.layers) or list(old.tasks) != list(new.tasks):
             raise RunFileError(
                 f"{self.path}: holds tasks {list(old.tasks)} on {len(old.layers)} layers, but the run to go on has "
-                f"tasks {list(self._header.tasks)} on {len(self._header.layers)} layers. Resume with the same model."
+                f"tasks {list(new.tasks)} on {len(new.layers)} layers. Resume with the same model."
             )
 
     def _run(self) -> None:
@@ -233,7 +275,7 @@ class RunWriter:
                     self._parts_rows * 4 >= self._merged_rows
                 ):
                     self._merge()
-            except OSError as error:
+            except Exception as error:  # the thread must live: rows that were not written stay queued
                 self._complain(error)
                 return False
             if self._warned:
@@ -241,7 +283,7 @@ class RunWriter:
                 self._warned = False
             return True
 
-    def _complain(self, error: OSError) -> None:
+    def _complain(self, error: Exception) -> None:
         if not self._warned:
             log.warning(
                 "%s: cannot be written now (%s); training goes on, rows are kept in memory and written when "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -143,16 +144,22 @@ def save_state(t: Training, metrics: Mapping[str, float]) -> None:
 
     A disk that takes no more ends no training: what could not be saved is said, and tried again after the next epoch.
     """
-    better = fitness(metrics) > t.best
-    t.best = max(t.best, fitness(metrics))
-    t.probe.flush()  # a kill after this must not leave a checkpoint that is ahead of the rows
+    saved(t, t.paths.last, t.model.state_dict())
+    if fitness(metrics) > t.best and saved(t, t.paths.best, t.model.state_dict()):
+        t.best = fitness(metrics)
+    if t.probe.flush():  # a state that is ahead of the rows would leave a gap in the run that is resumed from it
+        saved(t, t.paths.checkpoint, resumable(t))
+
+
+def saved(t: Training, path: Path, state: Mapping[str, Any]) -> bool:
+    """Whether ``state`` could be saved; if not, the user is told."""
     try:
-        checkpoint.save(t.paths.last, t.model.state_dict())
-        if better:
-            checkpoint.save(t.paths.best, t.model.state_dict())
-        checkpoint.save(t.paths.checkpoint, resumable(t))
+        checkpoint.save(path, state)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        t.watcher.note(f"weights of epoch {t.epoch} not saved: {str(error).splitlines()[0]}. Training goes on.")
+        reason = str(error).splitlines()[0]
+        t.watcher.note(f"{path.name} of epoch {t.epoch} not saved, is the disk full? ({reason}) Training goes on.")
+        return False
+    return True
 
 
 def resumable(t: Training) -> dict[str, Any]:
