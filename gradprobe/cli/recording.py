@@ -61,9 +61,7 @@ def record_run(request: Request) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     plan = make_plan(request)
     display = make_display(plan.settings)
-    writer = RunWriter(
-        plan.out, overwrite=plan.overwrite, resume_at=plan.state["probe"]["clock"]["step"] if plan.state else None
-    )
+    writer = RunWriter(plan.out, overwrite=plan.overwrite, resume=plan.state is not None)
     with interruptible():
         try:
             with display:
@@ -77,6 +75,7 @@ def record_run(request: Request) -> None:
             if test:
                 writer.annotate({"test": test})
             writer.close("finished")
+            _checkpoint(plan).unlink(missing_ok=True)  # only now: a kill before must leave something to go on from
     _say_where(display, plan, writer, stopped=False)
 
 
@@ -163,9 +162,13 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
     else:
         _forget(training.paths)
     display.begin(settings.epochs, len(training.train_loader), training.probe.step)
-    test = loop.run(training)
-    training.paths.checkpoint.unlink(missing_ok=True)
-    return test
+    return loop.run(training)
+
+
+def _checkpoint(plan: Plan) -> Path:
+    from gradprobe.trainers import checkpoint
+
+    return checkpoint.Paths(plan.out).checkpoint
 
 
 def _forget(paths: Paths) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from gradprobe.trainers.balancer import Balancer
 from gradprobe.trainers.evaluate import evaluate, recompute_batchnorm
 from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification
 from gradprobe.trainers.settings import Settings
+
+
+log = logging.getLogger("gradprobe")
 
 
 class Watcher(Protocol):
@@ -65,6 +69,8 @@ def run(training: Training) -> dict[str, float]:
         NonFiniteLossError: A loss became NaN or infinite, unless ``keep_going``.
     """
     t = training
+    if t.probe.step == 0:
+        save_state(t)  # a kill in the first epoch leaves something to go on from
     while t.epoch < t.settings.epochs:
         t.probe.epoch = t.epoch
         t.watcher.phase("training")
@@ -135,14 +141,28 @@ def fitness(metrics: Mapping[str, float]) -> float:
     return sum(part for part in parts if not math.isnan(part)) / 2
 
 
-def save_state(t: Training, metrics: Mapping[str, float]) -> None:
-    """After an epoch: the last weights, the best ones if these are, and all that resuming needs."""
+def save_state(t: Training, metrics: Mapping[str, float] | None = None) -> None:
+    """Before training and after each epoch: all that resuming needs; after an epoch, weights too.
+
+    A checkpoint is never ahead of the run file, or going on from it would leave a gap in the rows. Where the disk
+    takes nothing, the training goes on with the checkpoint of before.
+    """
     weights = t.model.state_dict()
-    checkpoint.save(t.paths.last, weights)
-    if fitness(metrics) > t.best:
-        t.best = fitness(metrics)
-        checkpoint.save(t.paths.best, weights)
-    state = {
+    try:
+        if metrics is not None:
+            checkpoint.save(t.paths.last, weights)
+            if fitness(metrics) > t.best:
+                t.best = fitness(metrics)
+                checkpoint.save(t.paths.best, weights)
+        if not t.probe.flush():
+            raise OSError("the rows before it are not on the disk")
+        checkpoint.save(t.paths.checkpoint, _state(t, weights))
+    except OSError as error:
+        log.warning("%s: not saved at epoch %d (%s); training goes on", t.paths.checkpoint, t.epoch, error)
+
+
+def _state(t: Training, weights: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         **t.origin,
         "epoch": t.epoch,
         "best": t.best,
@@ -153,7 +173,6 @@ def save_state(t: Training, metrics: Mapping[str, float]) -> None:
         "probe": t.probe.state_dict(),
         "rng": torch.get_rng_state(),
     }
-    checkpoint.save(t.paths.checkpoint, state)
 
 
 def load_state(t: Training, state: Mapping[str, Any]) -> None:
