@@ -89,16 +89,16 @@ class Sink(Protocol):
     def annotate(self, values: Provenance) -> None:
         """Adds to the provenance what became known only after the start."""
 
+    def flush(self) -> bool | None:
+        """Returns when all rows so far are safe, called before weights are saved to resume from. False: not so."""
+
     def close(self, end: str) -> None:
         """Called once, last. ``end`` says how the run ended: "finished", "interrupted", "failed: ..."."""
 
 
 @runtime_checkable
-class DurableSink(Sink, Protocol):
-    """A sink that keeps rows beyond the process."""
-
-    def flush(self) -> bool:
-        """Waits until all that was written is safe; False: it is not, for now."""
+class ResumableSink(Sink, Protocol):
+    """A sink that keeps rows beyond the process, and can go on with them in another."""
 
     def rewind(self, step: int, epoch: int) -> None:
         """The training goes on from ``step``: forgets rows from there on, and metrics of epochs after ``epoch``.

@@ -74,6 +74,13 @@ def test_where_it_came_from_is_recorded_without_folders(recorded, data):
     assert not any(str(Path(data).parent) in str(value) for value in stored.values())
 
 
+def test_the_test_split_is_evaluated_once_and_stored_apart(recorded, data):
+    with open_run(recorded) as run:
+        assert run.provenance["data.test_images"] > 0
+        assert 0 <= run.provenance["test.mAP50"] <= 1
+        assert 0 <= run.provenance["test.accuracy"] <= 1
+
+
 def test_the_weights_are_saved_and_load(recorded):
     from gradprobe.trainers.hyp import DetectionHyp
     from gradprobe.trainers.models.yolov5 import build_model
@@ -161,6 +168,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recorded, data, tmp_path, mon
     assert_same(numbers(recorded), numbers(out))
 
 
+def test_a_killed_run_is_resumed_without_a_gap(recorded, data, tmp_path):
+    """kill -9 right after the first checkpoint: no row before it may still have been in memory alone."""
+    process = start("--data", data, *SMALL, "--trainer", "gradnorm", "--epochs", 2, "--out", "run.h5", cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run.checkpoint.pt").exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    with open_run(tmp_path / "run.h5") as run:
+        assert not run.complete
+    assert command(["record", "--resume", str(tmp_path / "run.h5")]) == 0
+    assert_same(numbers(recorded), numbers(tmp_path / "run.h5"))
+
+
 def test_joint_keeps_its_weights(data, tmp_path):
     out = tmp_path / "joint.h5"
     assert record("--trainer", "joint", "--task-weights", "det=1,cls=0.01", "--epochs", 1, "--out", out, data=data) == 0
@@ -199,6 +221,21 @@ def test_a_loss_that_is_not_finite_stops_with_a_closed_file(data, tmp_path, caps
         assert not np.isfinite(run["loss"][-1]).all()
         assert run.status_names[run["status"][-1]] == "a task's loss is not finite"
         assert f"at step {run['step'][-1]}" in message
+
+
+def test_weights_that_cannot_be_saved_end_no_training(data, tmp_path, capsys, monkeypatch):
+    from gradprobe.trainers import checkpoint
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    assert record("--trainer", "joint", "--epochs", 2, "--out", tmp_path / "run.h5", data=data) == 0
+    error = capsys.readouterr().err
+    assert "weights of epoch 1 not saved: [Errno 28] No space left on device. Training goes on." in error
+    with open_run(tmp_path / "run.h5") as run:
+        assert run.end == "finished"
+    assert {path.name for path in tmp_path.iterdir()} == {"run.h5"}
 
 
 def test_keep_going_goes_on_and_keeps_the_rows(data, tmp_path):
@@ -307,6 +344,20 @@ def test_summary_and_plot_take_what_record_made(recorded, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] > 5
     assert command(["plot", str(recorded)]) == 0
     assert recorded.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.timeout(1200)
+def test_without_flags_a_detector_and_a_classifier_have_learned(tmp_path, monkeypatch):
+    """The default recording, as `make demo` makes it: two minutes on two cores that have nothing else to do."""
+    monkeypatch.chdir(tmp_path)
+    assert command(["record"]) == 0
+    with open_run("conflict.h5") as run:
+        assert run.provenance["trainer"] == "gradnorm"
+        first, last = ({name: float(values[i]) for name, values in run.epochs.items()} for i in (0, -1))
+    assert first["mAP50"] < 0.5  # neither is solved in the first epoch
+    assert first["accuracy"] < 0.9
+    assert last["mAP50"] >= 0.5
+    assert last["accuracy"] >= 0.8
 
 
 @pytest.mark.skipif(not COCO.exists(), reason="the real data set ../shared/data/coco128 is not here")

@@ -1,66 +1,18 @@
 from __future__ import annotations
 
-import errno
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+from writing import LAYERS, TASKS, row, write
 
 from gradprobe import errors, measures
 from gradprobe.rows import Header, Row
-from gradprobe.runfile import Run, RunWriter, files, open_run, schema
-
-TASKS, LAYERS = ("det", "cls", "seg"), ("model.0.conv", "model.0.bn", "model.1.conv")
-
-
-def header(**provenance):
-    reach = np.ones((3, 3), bool)
-    reach[0, 2] = False  # seg does not reach the first layer
-    return Header(TASKS, LAYERS, np.array([100, 8, 300]), reach, provenance)
-
-
-def row(step, rng=None):
-    rng = rng or np.random.default_rng(step)
-    g = rng.normal(size=(3, 3, 7))
-    gram = g @ g.transpose(0, 2, 1)
-    gram[0, 2, :] = gram[0, :, 2] = np.nan
-    return Row(step, step // 10, step * 0.5, rng.random(3), rng.random(3), gram, 1e-3, 0.01, 16)
-
-
-class FailingDisk(files.Disk):
-    """Takes nothing while it is full."""
-
-    full = False
-    number = errno.ENOSPC
-
-    def _check(self):
-        if self.full:
-            raise OSError(self.number, os.strerror(self.number))
-
-    def create(self, path):
-        self._check()
-        return super().create(path)
-
-    def write(self, descriptor, data, offset):
-        self._check()
-        return super().write(descriptor, data, offset)
-
-
-def write(path, steps, *, rewind=None, **options):
-    writer = RunWriter(path, resume=rewind is not None, **options)
-    if rewind is not None:
-        writer.rewind(*rewind)
-    writer.start(header(trainer="joint", argv=["record", "--epochs"], hyp={"box": 0.05, "none": None}))
-    for step in steps:
-        writer.write(row(step))
-    return writer
+from gradprobe.runfile import Run, RunWriter, open_run, schema
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -153,61 +105,6 @@ def test_rows_reach_the_disk_by_themselves(tmp_path):
     writer.close()
 
 
-KILLED = """
-import sys; sys.path.insert(0, {tests!r})
-from test_runfile import RunWriter, write, row
-RunWriter.merge_at = 5
-writer = write({path!r}, [], flush_rows=10, flush_seconds=0.01)
-step = 0
-while True:
-    writer.write(row(step)); step += 1
-    if step == 50: print("going", flush=True)
-"""
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-@pytest.mark.parametrize("wait", [0.0, 0.013, 0.05, 0.11, 0.3])
-def test_a_killed_run_is_readable(tmp_path, wait):
-    path = tmp_path / "run.h5"
-    code = KILLED.format(tests=str(Path(__file__).parent), path=str(path))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(wait)
-        process.send_signal(signal.SIGKILL)
-    with open_run(path) as run:
-        assert not run.complete
-        steps = run["step"]
-        np.testing.assert_array_equal(steps, np.arange(len(steps)))
-        for index in range(len(steps))[-3:]:
-            np.testing.assert_allclose(run["grad_norm"][index], measures.norm(row(index).gram), rtol=1e-6)
-
-
-def test_going_on_cuts_the_rows_from_there(tmp_path):
-    path = tmp_path / "run.h5"
-    first = write(path, range(25))
-    for epoch in range(3):
-        first.write_epoch(epoch, {"mAP50": epoch})
-    first.close("interrupted")
-    second = write(path, range(20, 30), rewind=(20, 1))
-    second.write_epoch(2, {"mAP50": 7})
-    second.close()
-    with open_run(path) as run:
-        np.testing.assert_array_equal(run["step"], np.arange(30))
-        np.testing.assert_array_equal(run.epochs["mAP50"], [0, 1, 7])
-        assert run.end == "finished"
-
-
-def test_going_on_with_other_layers_is_refused(tmp_path):
-    path = tmp_path / "run.h5"
-    write(path, range(5)).close()
-    writer = RunWriter(path, resume=True)
-    writer.rewind(5, 0)
-    other = Header(TASKS, ("a", "b"), np.array([1, 2]), np.ones((2, 3), bool))
-    with pytest.raises(errors.RunFileError, match="Resume with the same model"):
-        writer.start(other)
-
-
 def test_an_existing_run_is_not_touched_without_being_asked(tmp_path):
     path = tmp_path / "run.h5"
     write(path, range(5)).close()
@@ -227,18 +124,6 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_begins(tmp_path):
     write(path, range(2), overwrite=True).close()
     with open_run(path) as run:
         assert len(run) == 2
-
-
-def test_a_second_writer_is_refused_before_it_touches_anything(tmp_path):
-    pytest.importorskip("fcntl")
-    path = tmp_path / "run.h5"
-    writer = write(path, range(3))
-    for options in ({}, {"overwrite": True}, {"resume": True}):
-        with pytest.raises(errors.RunFileError, match="another process is recording"):
-            RunWriter(path, **options)
-    writer.close()
-    with open_run(path) as run:
-        assert len(run) == 3
 
 
 def test_a_folder_that_cannot_be_written_says_so(tmp_path):

@@ -29,6 +29,9 @@ class Collector:
     def annotate(self, values):
         pass
 
+    def flush(self):
+        pass
+
     def close(self, end):
         self.end = end
 

@@ -101,6 +101,9 @@ class Display:
     def annotate(self, values: Mapping[str, Any]) -> None:
         """Nothing to show."""
 
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
     def close(self, end: str) -> None:
         """Nothing to show."""
 

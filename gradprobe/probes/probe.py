@@ -18,7 +18,7 @@ from gradprobe.measures import Array
 from gradprobe.probes import passes
 from gradprobe.probes.clock import StepClock
 from gradprobe.probes.graph import SharedLayers, by_module, check_losses, find_shared
-from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS, DurableSink, Header, Provenance, Row, Sink
+from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS, Header, Provenance, ResumableSink, Row, Sink
 
 Weights = Mapping[str, "float | Tensor"]
 Losses = Mapping[str, Tensor]
@@ -142,6 +142,14 @@ class GradientProbe:
         for sink in self._sinks:
             sink.write_epoch(epoch, values)
 
+    def flush(self) -> bool:
+        """Make all rows so far safe. Call it before saving weights to resume from: rows must not be behind them.
+
+        Returns:
+            False: a disk takes none at present; rows wait in memory.
+        """
+        return all([sink.flush() is not False for sink in self._sinks])
+
     # ---- what is known
 
     @property
@@ -158,10 +166,6 @@ class GradientProbe:
     def shared(self) -> SharedLayers | None:
         """The shared layers with their parameters; None before the first measurement."""
         return self._shared
-
-    def flush(self) -> bool:
-        """Wait until all rows are in the file; False: the disk takes none at present."""
-        return all([sink.flush() for sink in self._sinks if isinstance(sink, DurableSink)])
 
     def state_dict(self) -> dict[str, Any]:
         """What a later probe needs to go on as this one would have.
@@ -185,7 +189,7 @@ class GradientProbe:
         gram = state["last_gram"]
         self._last_gram = None if gram is None else np.array(gram, dtype=np.float64)
         for sink in self._sinks:
-            if isinstance(sink, DurableSink):
+            if isinstance(sink, ResumableSink):
                 sink.rewind(self.step, self._last_metrics)
 
     # ---- the end

@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+MOST = 100
+"""Sessions that are kept; of more, the first and the newest."""
+
 Session = dict[str, Any]
 """``first_step``; ``started`` (UTC); ``end`` as of the file, empty: killed, or still going on; ``replaced``."""
 
@@ -39,7 +42,8 @@ def resumed(
     before = [dict(s) for s in earlier] or [session() | {"started": ""}]
     gone = {k: v for k, v in old.items() if k not in new or _plain(new[k]) != _plain(v)}
     before[-1] = {**before[-1], "end": end, "replaced": gone}
-    return [*before, session(step)]
+    kept = before if len(before) < MOST else [before[0], *before[2 - MOST :]]
+    return [*kept, session(step)]
 
 
 def dump(sessions: Sequence[Session]) -> list[str]:

@@ -31,7 +31,7 @@ log = logging.getLogger("gradprobe")
 
 
 class RunWriter:
-    """A sink (see :class:`gradprobe.rows.DurableSink`) that keeps a run in one HDF5 file. Safe in threads.
+    """A sink (see :class:`gradprobe.rows.ResumableSink`) that keeps a run in one HDF5 file. Safe in threads.
 
     Args:
         path: Where the file goes; ``PATH.parts/`` beside it holds what is not merged yet.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -23,14 +22,14 @@ from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification
 from gradprobe.trainers.settings import Settings
 
 
-log = logging.getLogger("gradprobe")
-
-
 class Watcher(Protocol):
     """Is told how far the training is; a display, or nothing."""
 
     def phase(self, what: str) -> None:
         """What goes on now, in a word or two."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
 
     def stepped(self, epoch: int, step: int, losses: Mapping[str, float]) -> None:
         """A step is done."""
@@ -142,31 +141,31 @@ def fitness(metrics: Mapping[str, float]) -> float:
 
 
 def save_state(t: Training, metrics: Mapping[str, float] | None = None) -> None:
-    """Before training and after each epoch: all that resuming needs; after an epoch, weights too.
+    """Before training and after an epoch: all that resuming needs; after an epoch, the last and the best weights too.
 
-    A checkpoint is never ahead of the run file, or going on from it would leave a gap in the rows. Where the disk
-    takes nothing, the training goes on with the checkpoint of before.
+    A disk that takes no more ends no training: what could not be saved is said, and tried again after the next epoch.
     """
-    weights = t.model.state_dict()
     try:
         if metrics is not None:
-            checkpoint.save(t.paths.last, weights)
-            if fitness(metrics) > t.best:
-                t.best = fitness(metrics)
-                checkpoint.save(t.paths.best, weights)
-        if not t.probe.flush():
-            raise OSError("the rows before it are not on the disk")
-        checkpoint.save(t.paths.checkpoint, _state(t, weights))
+            better = fitness(metrics) > t.best
+            t.best = max(t.best, fitness(metrics))
+            checkpoint.save(t.paths.last, t.model.state_dict())
+            if better:
+                checkpoint.save(t.paths.best, t.model.state_dict())
+        if not t.probe.flush():  # a checkpoint ahead of the rows would leave a gap in them after a kill
+            raise OSError(f"the rows before it are not in {t.paths.run.name} yet")
+        checkpoint.save(t.paths.checkpoint, resumable(t))
     except OSError as error:
-        log.warning("%s: not saved at epoch %d (%s); training goes on", t.paths.checkpoint, t.epoch, error)
+        t.watcher.note(f"weights of epoch {t.epoch} not saved: {str(error).splitlines()[0]}. Training goes on.")
 
 
-def _state(t: Training, weights: Mapping[str, Any]) -> dict[str, Any]:
+def resumable(t: Training) -> dict[str, Any]:
+    """All state after the last whole epoch."""
     return {
         **t.origin,
         "epoch": t.epoch,
         "best": t.best,
-        "model": weights,
+        "model": t.model.state_dict(),
         "optimizer": t.optimizer.state_dict(),
         "schedule": t.schedule.state_dict(),
         "balancer": t.balancer.state_dict(),
@@ -176,7 +175,7 @@ def _state(t: Training, weights: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_state(t: Training, state: Mapping[str, Any]) -> None:
-    """Go on where :func:`save_state` left off."""
+    """Go on where :func:`resumable` left off."""
     t.epoch, t.best = state["epoch"], state["best"]
     t.model.load_state_dict(state["model"])
     t.optimizer.load_state_dict(state["optimizer"])
