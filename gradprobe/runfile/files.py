@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import shutil
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -189,8 +190,15 @@ def write_whole(path: Path, temporary: Path, fill: Callable[[h5py.File], None], 
         raw = CarefulFile(temporary, disk)
         try:
             # v108..v110: what the h5dump and netCDF of today's distributions can open.
-            with h5py.File(raw, "w", libver=("v108", "v110")) as file:
+            with _no_fork:
+                file = h5py.File(raw, "w", libver=("v108", "v110"))
+                _half_written.append(file)
+            try:
                 fill(file)
+            finally:
+                with _no_fork:
+                    file.close()
+                    _half_written.remove(file)
             raw.sync()
         finally:
             raw.close()
@@ -266,12 +274,21 @@ def _lock(descriptor: int, run: Path) -> None:
 
 
 _held: weakref.WeakSet[Lock] = weakref.WeakSet()
+_half_written: list[h5py.File] = []
+_no_fork = threading.RLock()
 
 
 def _in_child() -> None:
+    """Let go of what a forked child inherited; h5py sees to it that no call into HDF5 is under way during a fork."""
     for lock in list(_held):
         lock.forget()
+    # At the child's exit HDF5 would close this through Python objects that are gone by then, and crash.
+    for file in _half_written:
+        with suppress(Exception):
+            file.close()
+    _half_written.clear()
+    _no_fork.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_in_child)

@@ -299,10 +299,10 @@ class RunWriter:
             self._complain(error)
             self._answer(refused=ticket)
             return False
-        self._answer(answered=ticket)
         if self._warned:
             log.warning("%s: recording again", self.path)
             self._warned = False
+        self._answer(answered=ticket)
         with self._wake:
             header, epochs = self._described()
         try:
