@@ -215,6 +215,9 @@ def test_record_killed_at_random_and_resumed_until_it_is_done(recorded, data, tm
                 with open_run(path) as run:
                     assert run["step"].tolist() == list(range(len(run)))
                     assert len(run) >= promised
+                    if not saved.exists():  # the last thing to go: it was done, and about to end
+                        assert run.end == "finished"
+                        break
             else:
                 assert promised == 0
         assert_same(numbers(recorded), numbers(path))
