@@ -266,7 +266,7 @@ def test_a_kill_loses_no_more_than_the_flush_interval(tmp_path):
 
 def test_the_promise_is_five_seconds_or_256_rows(tmp_path):
     writer = RunWriter(tmp_path / "run.h5")
-    assert (writer._flush_seconds, writer._flush_rows) == (5.0, 256)
+    assert (writer._flusher.seconds, writer._flusher.rows) == (5.0, 256)
     writer.close()
 
 

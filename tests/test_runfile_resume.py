@@ -144,6 +144,8 @@ def test_a_session_that_measures_nothing_ends_the_run_and_loses_nothing(tmp_path
         assert_rows(run, range(7))
         assert run.end == "finished"
         assert run.provenance["test.mAP50"] == 0.5
+        assert run.provenance["trainer"] == "joint"
+        assert run.provenance["hyp.box"] == 0.05
         assert len(run.sessions) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["run.h5"]
 

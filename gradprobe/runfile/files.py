@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and one writer at a time.
+"""Files that appear whole or not at all.
 
 HDF5 crashes the interpreter when a disk fills under it, and a file that is appended to in place is unreadable
 after a kill at the wrong moment. So HDF5 never meets the disk here: it writes through :class:`CarefulFile`,
@@ -10,26 +10,15 @@ Every change of the file system goes through one :class:`Disk`, so that tests ca
 from __future__ import annotations
 
 import io
-import logging
 import os
 import shutil
 import threading
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import h5py
-
-from gradprobe.errors import RunFileError
-
-try:
-    import fcntl
-except ImportError:  # Windows: the lock file is then only a mark
-    fcntl = None  # type: ignore[assignment]
-
-log = logging.getLogger("gradprobe")
 
 
 class Disk:
@@ -210,79 +199,16 @@ def write_whole(path: Path, temporary: Path, fill: Callable[[h5py.File], None], 
     disk.sync_folder(path.parent)
 
 
-class Lock:
-    """One writer per run: an advisory lock that ends with the process that holds it.
-
-    Args:
-        path: The lock file.
-        run: The run it is for.
-        disk: Where it is made.
-
-    Raises:
-        RunFileError: Another process holds it.
-        OSError: The lock file cannot be made.
-    """
-
-    def __init__(self, path: Path, run: Path, disk: Disk) -> None:
-        self.path, self._disk = path, disk
-        self._process = os.getpid()
-        self._descriptor = disk.create_lock(path)
-        try:
-            _lock(self._descriptor, run)
-        except BaseException:
-            disk.close(self._descriptor)
-            raise
-        _held.add(self)
-
-    def is_current(self) -> bool:
-        """Whether the locked file is still the one at its path: its last holder may have removed it meanwhile."""
-        try:
-            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
-        except FileNotFoundError:
-            return False
-
-    def release(self) -> None:
-        """Let the next writer in; children that inherited the lock do not keep it."""
-        if self._descriptor < 0 or os.getpid() != self._process:
-            return
-        if fcntl is not None:
-            with suppress(OSError):
-                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
-        self._disk.close(self._descriptor)
-        self._descriptor = -1
-
-    def forget(self) -> None:
-        """In a forked child: let go of the copy, so that it does not outlive the parent's."""
-        if self._descriptor >= 0:
-            with suppress(OSError):
-                os.close(self._descriptor)
-            self._descriptor = -1
-
-
-def _lock(descriptor: int, run: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise RunFileError(
-            f"{run}: another process is recording into this run. Choose another file with --out, or stop "
-            "that process first."
-        ) from None
-    except OSError as error:  # some network file systems have no locks
-        log.warning("%s: this file system has no locks (%s); see that nothing else records into this run", run, error)
-
-
-_held: weakref.WeakSet[Lock] = weakref.WeakSet()
 _half_written: list[h5py.File] = []
 _no_fork = threading.RLock()
 
 
 def _in_child() -> None:
-    """Let go of what a forked child inherited; h5py sees to it that no call into HDF5 is under way during a fork."""
-    for lock in list(_held):
-        lock.forget()
-    # At the child's exit HDF5 would close this through Python objects that are gone by then, and crash.
+    """In a forked child: close what is half written there, into nothing.
+
+    At the child's exit HDF5 would close it through Python objects that are gone by then, and crash. h5py sees to it
+    that no call into HDF5 is under way during a fork.
+    """
     for file in _half_written:
         with suppress(Exception):
             file.close()

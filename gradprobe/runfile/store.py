@@ -254,7 +254,7 @@ def _same_layers(path: Path, header: Header, old: Run, any_kept: bool) -> Header
         RunFileError: Rows are kept, and they are of other tasks or layers.
     """
     if not header.layers and list(header.tasks) in ([], list(old.tasks)):
-        return Header(old.tasks, old.layers, old.layer_size, old.reach, header.provenance or _unnumbered(old))
+        return Header(old.tasks, old.layers, old.layer_size, old.reach, {**_unnumbered(old), **header.provenance})
     same = list(old.layers) == list(header.layers) and list(old.tasks) == list(header.tasks)
     if any_kept and not same:
         raise RunFileError(
