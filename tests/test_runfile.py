@@ -105,6 +105,15 @@ def test_rows_reach_the_disk_by_themselves(tmp_path):
     writer.close()
 
 
+def test_flushed_rows_are_there_at_once(tmp_path):
+    path = tmp_path / "run.h5"
+    writer = write(path, range(7), flush_rows=10**9, flush_seconds=1000)
+    writer.flush()
+    with open_run(path) as run:
+        assert len(run) == 7
+    writer.close()
+
+
 def test_an_existing_run_is_not_touched_without_being_asked(tmp_path):
     path = tmp_path / "run.h5"
     write(path, range(5)).close()
