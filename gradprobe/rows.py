@@ -89,8 +89,8 @@ class Sink(Protocol):
     def annotate(self, values: Provenance) -> None:
         """Adds to the provenance what became known only after the start."""
 
-    def flush(self) -> bool | None:
-        """Returns when all rows so far are safe, called before weights are saved to resume from. False: not so."""
+    def flush(self) -> bool:
+        """Makes all rows so far safe, and says whether they are; called before a state to resume from is saved."""
 
     def close(self, end: str) -> None:
         """Called once, last. ``end`` says how the run ended: "finished", "interrupted", "failed: ..."."""

@@ -51,6 +51,56 @@ def test_the_live_display_fits_a_narrow_terminal():
     assert max(len(line) for line in shown(display, 60).splitlines()) <= 60
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_numbers_can_be_read_in_a_narrow_terminal(width):
+    display = LiveDisplay(Settings())
+    feed(display)
+    text = shown(display, width)
+    for number in ("0.250", "0.750", "1.200", "0.800", "4.000", "3.000", "det|cls -0.33"):
+        assert number in text, number
+
+
+def test_the_epoch_shown_is_the_one_that_runs():
+    display = LiveDisplay(Settings())
+    display.begin(10, 6, 36)
+    display.phase("evaluating")
+    assert "epoch 7/10 evaluating" in shown(display)
+    for epoch in range(6, 10):
+        display.stepped(epoch, epoch * 6, {"det": 1.0, "cls": 1.0})
+        display.evaluated(epoch, {})
+    display.phase("testing")
+    assert "epoch" not in shown(display).splitlines()[0]
+
+
+def test_rows_may_arrive_while_the_terminal_is_drawn():
+    import sys
+    import threading
+
+    display, failures, done = LiveDisplay(Settings()), [], threading.Event()
+    feed(display)
+    gram = np.tile(np.eye(2), (2, 1, 1))
+
+    def draw():
+        try:
+            while not done.is_set():
+                display._task_table()
+        except Exception as error:
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for step in range(3000):
+            display.write(Row(step, 0, 1.0, np.ones(2), np.ones(2), gram))
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not failures
+
+
 def test_before_anything_is_known_there_is_a_bar_alone():
     assert "starting" in shown(LiveDisplay(Settings()))
 

@@ -430,6 +430,30 @@ def test_a_sink_that_fails_ends_no_training():
     assert len(good.rows) == 1
 
 
+def test_a_sink_that_cannot_start_is_left_out_and_the_file_is_started_once(tmp_path):
+    class Broken(Collector):
+        def start(self, header):
+            raise ValueError("no")
+
+    case, path = make("mlp"), tmp_path / "run.h5"
+    with gradprobe.attach(case.model, ("t0", "t1"), path, every=1, sinks=[Broken()]) as probe:
+        with pytest.warns(RuntimeWarning, match="Broken could not start and is left out: ValueError: no"):
+            probe.backward(case.losses(0))
+        for step in range(1, 5):
+            probe.backward(case.losses(step))
+    with gradprobe.open_run(path) as run:
+        assert run["step"].tolist() == list(range(5))
+
+
+def test_a_closed_probe_says_so():
+    case = make("mlp")
+    probe = GradientProbe(case.model, ("t0", "t1"))
+    probe.close()
+    for use in (probe.backward, probe.record):
+        with pytest.raises(ProbeError, match="was closed"):
+            use(case.losses(0))
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_nothing_is_left_behind(fails):
     case = make("mlp")

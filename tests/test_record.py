@@ -200,8 +200,8 @@ def test_record_killed_at_random_and_resumed_until_it_is_done(recorded, data, tm
         path = tmp_path / f"run{run_number}.h5"
         saved = checkpoint.Paths(path).checkpoint
         while True:
-            going_on = saved.exists()
-            process = start(*(["--resume", path.name] if going_on else [*arguments, "--out", path.name]), cwd=tmp_path)
+            words = ["--resume", path.name] if path.exists() else [*arguments, "--out", path.name]
+            process = start(*words, cwd=tmp_path)
             try:
                 _, err = process.communicate(timeout=rng.uniform(0.5, 11))
                 assert process.returncode == 0, err
@@ -210,16 +210,19 @@ def test_record_killed_at_random_and_resumed_until_it_is_done(recorded, data, tm
                 process.kill()
                 process.communicate()
                 kills -= 1
-            promised = checkpoint.load(saved)["probe"]["clock"]["step"] if saved.exists() else 0
-            if path.exists():
+            if path.exists() and not saved.exists():  # killed within a millisecond of the first row, or of the end
+                with open_run(path) as run:
+                    if run.end == "finished":
+                        break
+                    assert not len(run)
+                path.unlink()
+            elif path.exists():
                 with open_run(path) as run:
                     assert run["step"].tolist() == list(range(len(run)))
-                    assert len(run) >= promised
-                    if not saved.exists():  # the last thing to go: it was done, and about to end
-                        assert run.end == "finished"
+                    assert len(run) >= checkpoint.load(saved)["probe"]["clock"]["step"]
+                    if run.end == "finished":
+                        saved.unlink()
                         break
-            else:
-                assert promised == 0
         assert_same(numbers(recorded), numbers(path))
         assert {p.name for p in tmp_path.glob(f"*run{run_number}*")} == {
             path.name,
@@ -278,7 +281,8 @@ def test_weights_that_cannot_be_saved_end_no_training(data, tmp_path, capsys, mo
     monkeypatch.setattr(checkpoint.torch, "save", full)
     assert record("--trainer", "joint", "--epochs", 2, "--out", tmp_path / "run.h5", data=data) == 0
     error = capsys.readouterr().err
-    assert "weights of epoch 1 not saved: [Errno 28] No space left on device. Training goes on." in error
+    for name in ("run.last.pt", "run.best.pt", "run.checkpoint.pt"):
+        assert f"{name} of epoch 2 not saved, is the disk full? ([Errno 28] No space left on device)" in error
     with open_run(tmp_path / "run.h5") as run:
         assert run.end == "finished"
     assert {path.name for path in tmp_path.iterdir()} == {"run.h5"}
@@ -329,11 +333,66 @@ def test_an_existing_file_is_refused(recorded, data, capsys):
     assert recorded.read_bytes() == before
 
 
-def test_resuming_takes_no_other_settings_and_needs_a_checkpoint(recorded, capsys):
-    assert command(["record", "--resume", str(recorded), "--epochs", "3"]) == 2
-    assert "give no other flags" in capsys.readouterr().err
-    assert command(["record", "--resume", str(recorded)]) == 3
-    assert "no such checkpoint" in capsys.readouterr().err
+def test_resuming_takes_no_other_settings_and_only_what_can_be_resumed(recorded, tmp_path, capsys):
+    for others in (["--epochs", "3"], ["--project", "foo"]):
+        assert command(["record", "--resume", str(recorded), *others]) == 2
+        assert "give no other flags" in capsys.readouterr().err
+    assert command(["record", "--resume", str(recorded)]) == 2
+    assert "this run is finished" in capsys.readouterr().err
+    assert command(["record", "--resume", str(tmp_path / "none.h5")]) == 3
+    assert "no such file" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stopped(data, tmp_path, monkeypatch):
+    """A run stopped in its third epoch, measured at its first step only, on data of its own."""
+    import shutil
+
+    from gradprobe.trainers import loop
+
+    shutil.copytree(Path(data).parent, tmp_path / "own")
+    out, real, steps = tmp_path / "run.h5", loop.train_step, []
+
+    def stop(training, batch):
+        steps.append(1)
+        if len(steps) == 2 * len(training.train_loader) + 1:
+            raise KeyboardInterrupt
+        real(training, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", stop)
+        arguments = ["--trainer", "joint", "--epochs", 3, "--every", 1000, "--out", out]
+        assert record(*arguments, data=tmp_path / "own/data.yaml") == 130
+    return out
+
+
+def test_a_resumed_run_that_measures_nothing_more_is_finished_all_the_same(stopped):
+    assert command(["record", "--resume", str(stopped)]) == 0
+    with open_run(stopped) as run:
+        assert run.end == "finished"
+        assert run.epochs["epoch"].tolist() == [0, 1, 2]
+        assert "test.mAP50" in run.provenance
+        assert run.sessions[1]["first_step"] > 0
+
+
+def test_resuming_with_other_data_is_refused_and_touches_nothing(stopped, capsys):
+    before = stopped.read_bytes()
+    next((stopped.parent / "own/images/train").iterdir()).unlink()
+    assert command(["record", "--resume", str(stopped)]) == 1
+    captured = capsys.readouterr()
+    assert "the data changed" in captured.err
+    assert captured.out == ""  # no word of a run that was not begun
+    assert stopped.read_bytes() == before
+    assert stopped.with_name("run.checkpoint.pt").exists()
+
+
+def test_a_failed_overwrite_leaves_the_old_run_and_its_weights(stopped, capsys):
+    kept = {path: path.read_bytes() for path in stopped.parent.glob("run.*") if path.is_file()}
+    assert len(kept) == 4
+    for arguments, code in ((["--data", "nowhere.yaml"], 1), (["--seed", "-1"], 2), (["--gradnorm-layer", "x"], 2)):
+        assert command(["record", "--out", str(stopped), "--overwrite", *arguments]) == code
+        assert capsys.readouterr().out == ""
+    assert {path: path.read_bytes() for path in kept} == kept
 
 
 def test_a_missing_package_names_the_pip_line(tmp_path):
@@ -374,6 +433,19 @@ def test_ctrl_c_closes_the_file(data, tmp_path, signal_, code):
         assert run.end == "interrupted"
         assert len(run) > 3
     assert not (tmp_path / "run.h5.parts").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_tear_the_closing_of_the_file(number):
+    from gradprobe.cli.recording import interruptible, uninterrupted
+
+    with interruptible():
+        with uninterrupted():
+            signal.raise_signal(number)
+            closed = True
+        with pytest.raises(KeyboardInterrupt):  # and outside of it a signal still ends the recording
+            signal.raise_signal(number)
+    assert closed
 
 
 def test_without_a_terminal_there_are_plain_lines(data, tmp_path):

@@ -135,6 +135,35 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_begins(tmp_path):
         assert len(run) == 2
 
 
+def test_a_folder_is_no_file(tmp_path):
+    for path in (tmp_path, Path()):
+        with pytest.raises(errors.RunFileError, match="Name a file"):
+            RunWriter(path, overwrite=True)
+
+
+def test_an_epoch_that_is_no_number_is_refused_and_costs_no_row(tmp_path):
+    path = tmp_path / "run.h5"
+    writer = write(path, range(4))
+    with pytest.raises(errors.RunFileError, match="epoch 'x'"):
+        writer.write_epoch("x", {"accuracy": 0.3})
+    writer.close()
+    with open_run(path) as run:
+        assert len(run) == 4
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_writer_survives_any_failure_of_a_flush(tmp_path, monkeypatch):
+    path = tmp_path / "run.h5"
+    writer = write(path, range(4), flush_rows=10**9, flush_seconds=1000)
+    with monkeypatch.context() as broken:
+        broken.setattr("gradprobe.runfile.content.columns", lambda *_: 1 / 0)
+        assert writer.flush() is False
+    assert writer.flush() is True
+    writer.close()
+    with open_run(path) as run:
+        assert len(run) == 4
+
+
 def test_a_folder_that_cannot_be_written_says_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(errors.RunFileError, match="Choose another place with --out"):

@@ -258,7 +258,7 @@ def test_a_recording_that_fills_its_disk_by_itself(small_disk):
     training.process.stdin.write("close\n")
     _, err = training.process.communicate(timeout=60)
     assert training.process.returncode == 1  # RunFileError, and no signal
-    assert "rows are lost, what was flushed before" in err
+    assert "rows are lost. What was flushed before" in err
     with open_run(small_disk / "run.h5") as run:
         assert_rows(run, range(len(run)))
         assert len(run) >= training.steps - 500
@@ -338,7 +338,10 @@ def test_gradprobe_record_goes_on_where_its_weights_find_no_room(small_disk):
     command = [sys.executable, "-c", code, "record", *arguments, "--out", str(small_disk / "run.h5")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr
-    assert "weights of epoch 1 not saved: [Errno 28] No space left on device. Training goes on." in result.stderr
+    assert (
+        "run.checkpoint.pt of epoch 1 not saved, is the disk full? ([Errno 28] No space left on device)"
+        in result.stderr
+    )
     with open_run(small_disk / "run.h5") as run:
         assert run.end == "finished"
         assert len(run) == 1

@@ -119,6 +119,20 @@ def test_a_session_that_was_killed_has_no_end(tmp_path):
         assert [s["end"] for s in run.sessions] == ["", "finished"]
 
 
+@pytest.mark.parametrize("options", [{"resume": True}, {"overwrite": True}])
+def test_a_session_that_fails_to_begin_leaves_a_killed_run_as_it_was(tmp_path, options):
+    path, tests = tmp_path / "run.h5", str(Path(__file__).parent)
+    code = (
+        f"import sys, os; sys.path.insert(0, {tests!r}); from writing import write\n"
+        f"write({str(path)!r}, range(9)).flush(); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    RunWriter(path, **options).close("failed: no data")
+    with open_run(path) as run:
+        assert_rows(run, range(9))
+        assert not run.complete
+
+
 def test_very_many_sessions_keep_the_first_and_the_newest():
     found = [sessions.session()]
     for step in range(1, 300):

@@ -53,7 +53,7 @@ def test_a_second_process_is_refused_before_it_touches_anything(tmp_path):
     before = contents(tmp_path)
     assert len(before) > 2
     for options in ({}, {"overwrite": True}, {"resume": True}):
-        with pytest.raises(errors.RunFileError, match="another process is recording into this run"):
+        with pytest.raises(errors.RunFileError, match="is being recorded into already"):
             RunWriter(path, **options)
     assert contents(tmp_path) == before
     process.communicate()
@@ -63,7 +63,7 @@ def test_a_second_process_is_refused_before_it_touches_anything(tmp_path):
 
 def test_a_second_writer_in_the_same_process_is_refused_too(tmp_path):
     writer = write(tmp_path / "run.h5", range(3))
-    with pytest.raises(errors.RunFileError, match="another process is recording"):
+    with pytest.raises(errors.RunFileError, match="is being recorded into already"):
         RunWriter(tmp_path / "run.h5", overwrite=True)
     writer.close()
     with open_run(tmp_path / "run.h5") as run:
@@ -107,7 +107,7 @@ else:
         process.stdin.flush()
     said = [process.communicate(timeout=60)[0] for process in processes]
     assert any("recorded" in text for text in said)
-    assert all("recorded" in text or "another process is recording" in text for text in said)
+    assert all("recorded" in text or "is being recorded into already" in text for text in said)
     with open_run(path) as run:
         assert_rows(run, range(20))
     assert [p.name for p in tmp_path.iterdir()] == ["run.h5"]
@@ -263,7 +263,7 @@ def test_a_program_that_ends_without_closing_has_a_complete_file(tmp_path):
     assert result.returncode == 0, result.stderr
     with open_run(path) as run:
         assert_rows(run, range(7))
-        assert run.end == "left open: the program ended without closing the run"
+        assert run.end == "failed: the program ended without closing it"
     assert not parts.folder(path).exists()
 
 

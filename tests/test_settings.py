@@ -32,6 +32,8 @@ def test_the_preset_is_the_report():
         ({"imgsz": 100}, "--imgsz 100: must be a multiple of 32; the next one is 128"),
         ({"imgsz": 0}, "the next one is 32"),
         ({"epochs": 0}, "--epochs 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1"),
+        ({"gradnorm_alpha": math.inf}, "--gradnorm-alpha inf"),
         ({"lr": math.nan}, "--lr nan: must be a positive number"),
         ({"clip_norm": -1.0}, "--clip-norm -1.0: must not be negative"),
         ({"momentum": 1.0}, "--momentum 1.0"),

@@ -54,6 +54,8 @@ def run(arguments: Sequence[str]) -> int:
     """
     try:
         code = app(list(arguments), standalone_mode=False, prog_name="gradprobe")
+        if code == INTERRUPTED:  # typer turned a Ctrl-C into this code
+            print("gradprobe: stopped", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message(), file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -40,7 +41,7 @@ class Display:
         self.weights: dict[str, float] = {}
         self.cosines: dict[str, deque[float]] = {}
         self.metrics: list[tuple[int, dict[str, float]]] = []
-        self.rows = 0
+        self._lock = threading.Lock()  # rows arrive while the terminal is being drawn
         self._header: Header | None = None
         self._line_due = time.monotonic() + self.line_seconds
         self._begun = time.monotonic()
@@ -89,11 +90,11 @@ class Display:
         if self._header is None:
             return
         norms, cosines = row.shared(self._header.reach)
-        self.rows += 1
-        self.norms = dict(zip(self._header.tasks, norms.tolist(), strict=True))
-        self.weights = dict(zip(self._header.tasks, row.weight.tolist(), strict=True))
-        for pair, value in zip(measures.pairs(self._header.tasks), cosines.tolist(), strict=True):
-            self.cosines.setdefault("|".join(pair), deque(maxlen=40)).append(value)
+        with self._lock:
+            self.norms = dict(zip(self._header.tasks, norms.tolist(), strict=True))
+            self.weights = dict(zip(self._header.tasks, row.weight.tolist(), strict=True))
+            for pair, value in zip(measures.pairs(self._header.tasks), cosines.tolist(), strict=True):
+                self.cosines.setdefault("|".join(pair), deque(maxlen=24)).append(value)
 
     def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """The loop tells metrics by :meth:`evaluated`."""
@@ -101,8 +102,9 @@ class Display:
     def annotate(self, values: Mapping[str, Any]) -> None:
         """Nothing to show."""
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Nothing is kept back."""
+        return True
 
     def close(self, end: str) -> None:
         """Nothing to show."""
@@ -154,6 +156,7 @@ class LiveDisplay(Display):
             console=self.messages,
         )
         self._bar = self._progress.add_task("starting", total=None)
+        self._epoch = 0
         self._live = Live(
             get_renderable=self._render, console=self.messages, refresh_per_second=4, vertical_overflow="crop"
         )
@@ -161,17 +164,25 @@ class LiveDisplay(Display):
     def begin(self, epochs: int, steps_per_epoch: int, first_step: int) -> None:
         """Start the bar."""
         super().begin(epochs, steps_per_epoch, first_step)
+        self._epoch = first_step // steps_per_epoch
         self._progress.reset(self._bar, total=epochs * steps_per_epoch, completed=first_step)
 
     def phase(self, what: str) -> None:
         """Shown before the bar."""
-        epoch = f"epoch {len(self.metrics) + 1}/{self.epochs} " if self.steps_per_epoch else ""
-        self._progress.update(self._bar, description=epoch + what)
+        within = self.steps_per_epoch and self._epoch < self.epochs
+        self._progress.update(
+            self._bar, description=f"epoch {self._epoch + 1}/{self.epochs} {what}" if within else what
+        )
 
     def stepped(self, epoch: int, step: int, losses: Mapping[str, float]) -> None:
         """Move the bar."""
-        self.losses = dict(losses)
+        self.losses, self._epoch = dict(losses), epoch
         self._progress.update(self._bar, completed=step + 1, description=f"epoch {epoch + 1}/{self.epochs} training")
+
+    def evaluated(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Add to the table of metrics."""
+        super().evaluated(epoch, metrics)
+        self._epoch = epoch + 1
 
     def epoch_line(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """The table shows it."""
@@ -180,12 +191,14 @@ class LiveDisplay(Display):
         return Group(self._progress, *([self._task_table()] if self.losses else []), *self._metric_tables())
 
     def _task_table(self) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("task")
-        for name in ("loss", "weight", "gradient norm"):
-            table.add_column(name, justify="right")
-        table.add_column("cosine on the shared layers (each a single minibatch: mostly noise)", no_wrap=True)
-        lines = [f"{pair} {values[-1]:+.2f} {sparkline(values)}" for pair, values in self.cosines.items()]
+        caption = "norm and cosine: over the shared layers, each of a single minibatch, mostly noise"
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption=caption, caption_justify="left")
+        table.add_column("task", no_wrap=True, min_width=4)
+        for name in ("loss", "weight", "norm"):
+            table.add_column(name, justify="right", no_wrap=True, min_width=6)
+        table.add_column("cosine")
+        with self._lock:
+            lines = [f"{pair} {values[-1]:+.2f} {sparkline(values)}" for pair, values in self.cosines.items()]
         for index, task in enumerate(TASKS):
             table.add_row(
                 task,

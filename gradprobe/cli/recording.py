@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
+import shlex
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradprobe.cli.live import Display, make_display
-from gradprobe.errors import UsageError
+from gradprobe.errors import DataError, RunFileError, UsageError
 from gradprobe.provenance import argv, environment
-from gradprobe.runfile import RunWriter
+from gradprobe.runfile import RunWriter, open_run
 from gradprobe.trainers.settings import Settings, parse_task_weights, resolve
 
 if TYPE_CHECKING:
+    from gradprobe.rows import Header, Row
     from gradprobe.trainers.checkpoint import Paths
     from gradprobe.trainers.data import LoadedData
     from gradprobe.trainers.hyp import DetectionHyp
@@ -75,12 +78,12 @@ def record_run(request: Request) -> None:
             if test:
                 writer.annotate({"test": test})
             writer.close("finished")
-            _checkpoint(plan).unlink(missing_ok=True)  # only now: a kill before must leave something to go on from
+            _paths(plan.out).checkpoint.unlink(missing_ok=True)  # only now: a kill before must leave something
     _say_where(display, plan, writer, stopped=False)
 
 
 def make_plan(request: Request) -> Plan:
-    """Everything that can be wrong with the flags is found here, before anything is written."""
+    """What the flags ask for; what can be told wrong without data and model is found here."""
     from gradprobe.trainers.hyp import DetectionHyp, read_hyp
 
     if request.resume is not None:
@@ -117,9 +120,19 @@ def _plan_to_resume(request: Request) -> Plan:
 
     assert request.resume is not None
     given = [name for name, value in request.flags.items() if value is not None]
-    if given or request.task_weights or request.preset or request.hyp or request.out or request.overwrite:
+    others = (request.task_weights, request.preset, request.hyp, request.out, request.overwrite)
+    if given or any(others) or request.project is not None or request.name is not None:
         raise UsageError("--resume goes on with the settings of that run; give no other flags with it.")
+    with open_run(request.resume) as run:
+        if run.end == "finished":
+            raise UsageError(f"--resume {request.resume}: this run is finished; there is nothing to go on with.")
+        last = int(run["step"].max(initial=-1))
     state = checkpoint.load(checkpoint.Paths(request.resume).checkpoint)
+    if state["probe"]["clock"]["last_due"] > last:  # of an older run, that this one had only begun to replace
+        raise RunFileError(
+            f"{request.resume}: ends at step {last}, but its checkpoint belongs to a run that was measured up to step "
+            f"{state['probe']['clock']['last_due']}. There is nothing to go on from; record anew with --overwrite."
+        )
     values = dict(state["settings"], task_weights=tuple(state["settings"]["task_weights"]))
     return Plan(
         settings=Settings(**values),
@@ -146,7 +159,7 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
     training = build(
         settings,
         data,
-        [writer, display],
+        [writer, display] if plan.state is not None else [writer, begun := Begun(plan.out), display],
         display,
         out=plan.out,
         hyp=plan.hyp,
@@ -156,25 +169,69 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
         "settings": dataclasses.asdict(settings),
         "hyp": dataclasses.asdict(plan.hyp),
         "ignored_hyp": list(plan.ignored_hyp),
+        "data_fingerprint": data.fingerprint,
     }
     if plan.state is not None:
+        _check_same_data(plan, data)
         loop.load_state(training, plan.state)
     else:
-        _forget(training.paths)
+        # Weights change only after the file has begun, but BatchNorm and the balancer before: hence a copy.
+        begun.state = copy.deepcopy(loop.resumable(training))
     display.begin(settings.epochs, len(training.train_loader), training.probe.step)
     return loop.run(training)
 
 
-def _checkpoint(plan: Plan) -> Path:
-    from gradprobe.trainers import checkpoint
+class Begun:
+    """When the new run begins: a first checkpoint, so that a kill in the first epoch leaves something to go on from,
+    and no weights of an older run of the same name, which would pass for this one's.
 
-    return checkpoint.Paths(plan.out).checkpoint
+    A sink behind the writer: the older run stays whole until the new one is written.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self.state: Mapping[str, Any] = {}
+
+    def start(self, header: Header) -> None:
+        """The new run has begun."""
+        from gradprobe.trainers import checkpoint
+
+        for path in _paths(self._out).existing():
+            path.unlink()
+        with suppress(OSError):  # the loop tells of a full disk after the first epoch
+            checkpoint.save(_paths(self._out).checkpoint, self.state)
+        self.state = {}
+
+    def write(self, row: Row) -> None:
+        """Nothing to do."""
+
+    def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Nothing to do."""
+
+    def annotate(self, values: Mapping[str, Any]) -> None:
+        """Nothing to do."""
+
+    def flush(self) -> bool:
+        """Nothing is kept back."""
+        return True
+
+    def close(self, end: str) -> None:
+        """Nothing to do."""
 
 
-def _forget(paths: Paths) -> None:
-    """Weights of an older run of the same name would pass for this one's."""
-    for path in paths.existing():
-        path.unlink()
+def _paths(out: Path) -> Paths:
+    from gradprobe.trainers.checkpoint import Paths
+
+    return Paths(out)
+
+
+def _check_same_data(plan: Plan, data: LoadedData) -> None:
+    assert plan.state is not None
+    if plan.state["data_fingerprint"] != data.fingerprint:
+        raise DataError(
+            f"{plan.settings.data}: the data changed since {plan.out} was begun (images or labels were added, removed "
+            "or edited), so the run cannot go on with them. Bring them back, or record anew with --overwrite."
+        )
 
 
 def _notes(plan: Plan, data: LoadedData) -> Iterator[str]:
@@ -185,8 +242,9 @@ def _notes(plan: Plan, data: LoadedData) -> Iterator[str]:
         )
     if data.skipped:
         yield f"{len(data.skipped)} images left out: {_first(data.skipped)}"
-    if data.warnings:
-        yield f"{len(data.warnings)} warnings of `gradprobe data check`: {_first(data.warnings)}"
+    others = tuple(warning for warning in data.warnings if "left out of training" not in warning)
+    if others:
+        yield f"{len(others)} warnings of `gradprobe data check`: {_first(others)}"
     if plan.settings.clip_norm:
         yield f"clipping the global gradient norm at {plan.settings.clip_norm:g}: this couples the tasks."
 
@@ -200,11 +258,11 @@ def _end(error: BaseException) -> str:
 
 
 def _say_where(display: Display, plan: Plan, writer: RunWriter, *, stopped: bool) -> None:
-    if not plan.out.exists():
+    if not writer.started:  # what is there is an older run, untouched
         return
     state = "stopped, complete up to here" if stopped else "recorded"
     display.result(f"{state}: {plan.out}")
-    display.result(f"next:     gradprobe plot {plan.out}")
+    display.result(f"next:     gradprobe plot {shlex.quote(str(plan.out))}")
 
 
 @contextmanager
@@ -227,13 +285,14 @@ def _interrupt() -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C must not tear the closing of the file."""
+    """A second Ctrl-C, or a second polite kill, must not tear the closing of the file."""
     try:
-        old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        old = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -103,7 +103,7 @@ class GradientProbe:
         Raises:
             ProbeError: A task is missing or unknown, a loss has no graph or is no scalar, a weight is NaN.
         """
-        check_losses(self.tasks, losses)
+        self._check(losses)
         values = self._weights(weights)
         applied = weights if weights is not None else dict.fromkeys(self.tasks, 1.0)
         total = sum(applied[task] * losses[task] for task in losses)
@@ -119,7 +119,7 @@ class GradientProbe:
 
         Arguments and errors as for :meth:`backward`.
         """
-        check_losses(self.tasks, losses)
+        self._check(losses)
         values = self._weights(weights)
         if self._clock.due():
             started = time.perf_counter()
@@ -138,17 +138,17 @@ class GradientProbe:
 
     def log_metrics(self, epoch: int, **values: float) -> None:
         """Hand on metrics of one epoch."""
-        self._last_metrics = max(self._last_metrics, epoch)
         for sink in self._sinks:
             sink.write_epoch(epoch, values)
+        self._last_metrics = max(self._last_metrics, epoch)
 
     def flush(self) -> bool:
-        """Make all rows so far safe. Call it before saving weights to resume from: rows must not be behind them.
+        """Make all rows so far safe. Call it before saving a state to resume from: rows must not be behind it.
 
         Returns:
-            False: a disk takes none at present; rows wait in memory.
+            Whether they are.
         """
-        return all([sink.flush() is not False for sink in self._sinks])
+        return all([sink.flush() for sink in self._sinks])  # a list: each is asked, whatever the others say
 
     # ---- what is known
 
@@ -219,6 +219,11 @@ class GradientProbe:
 
     # ---- measuring
 
+    def _check(self, losses: Losses) -> None:
+        if self._closed:
+            raise ProbeError("this probe was closed; attach a new one to measure further.")
+        check_losses(self.tasks, losses)
+
     def _measured_backward(self, losses: Losses, weights: Array, total: Tensor, batch_size: int) -> None:
         started = time.perf_counter()
         ordered = [losses[task] for task in self.tasks]
@@ -266,9 +271,15 @@ class GradientProbe:
             reach=np.array(shared.reach, dtype=bool).reshape(len(shared.layers), len(self.tasks)),
             provenance=self._provenance,
         )
-        for sink in self._sinks:
-            sink.start(header)
-        self._shared, self._header = shared, header
+        self._shared, self._header = shared, header  # first: no sink is started twice, whatever happens below
+        for sink in list(self._sinks):
+            try:
+                sink.start(header)
+            except GradprobeError:
+                raise  # a file that cannot be written is for the user to see
+            except Exception as error:
+                self._sinks.remove(sink)
+                self._warn(f"{type(sink).__name__} could not start and is left out: {type(error).__name__}: {error}")
 
     def _guarded(self, measure: Callable[[], Any]) -> tuple[Any, str]:
         """The result of ``measure`` and the row's status; a failure is a status, not an exception."""

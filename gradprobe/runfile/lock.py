@@ -76,8 +76,8 @@ def _lock(descriptor: int, run: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise RunFileError(
-            f"{run}: another process is recording into this run. Choose another file with --out, or stop "
-            "that process first."
+            f"{run}: is being recorded into already, by another process or by a probe of this one that was not "
+            "closed. Choose another file with --out, or stop that process, or close that probe."
         ) from None
     except OSError as error:  # some network file systems have no locks
         log.warning("%s: this file system has no locks (%s); see that nothing else records into this run", run, error)

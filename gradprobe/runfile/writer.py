@@ -66,6 +66,8 @@ class RunWriter:
         if overwrite and resume:
             raise RunFileError(f"{path}: overwrite=True and resume=True contradict each other; leave one of them out.")
         self.path = Path(path)
+        if not self.path.name or self.path.is_dir():
+            raise RunFileError(f"{self.path}: is a folder, or no name. Name a file, such as --out conflict.h5.")
         self._resume, self._disk = resume, disk or Disk()
         self._process = os.getpid()
         self._store = Store(self.path, self._disk, self.merge_at)
@@ -98,6 +100,11 @@ class RunWriter:
             raise
         self._flusher.start()
 
+    @property
+    def started(self) -> bool:
+        """Whether this writer has begun to write: until then nothing that was there was touched."""
+        return self._flusher.header is not None
+
     def write(self, row: Row) -> None:
         """Queue one row; returns at once."""
         if self._foreign():
@@ -115,15 +122,17 @@ class RunWriter:
         A ``/`` in a name is stored as a dot: HDF5 would make a group of it.
 
         Raises:
-            RunFileError: A metric is called ``epoch``, which is the name of the axis.
+            RunFileError: A metric is called ``epoch``, which is the name of the axis; or the epoch is no number.
         """
+        if not isinstance(epoch, (int, np.integer)):
+            raise RunFileError(f"{self.path}: epoch {epoch!r} of the metrics {list(values)} is not a whole number.")
         named = {name.replace("/", "."): float(value) for name, value in values.items()}
         if schema.EPOCH in named:
             raise RunFileError(f"{self.path}: a metric cannot be called 'epoch', as its axis is; rename it.")
         if self._foreign():
             return
         with self._flusher.lock:
-            self._flusher.epochs.setdefault(epoch, {}).update(named)
+            self._flusher.epochs.setdefault(int(epoch), {}).update(named)
             self._flusher.changed = True
 
     def annotate(self, values: Mapping[str, Any]) -> None:
@@ -178,10 +187,10 @@ class RunWriter:
         try:
             if self._flusher.header is not None:
                 self._flusher.finish(end)
-        except OSError as error:
+        except Exception as error:
             raise RunFileError(
-                f"{self.path}: could not be completed ({error}); {len(self._flusher.backlog)} rows are lost, what was "
-                f"flushed before is in {self._store.folder.name}/ beside it and can be read as it is."
+                f"{self.path}: could not be completed ({error}); {len(self._flusher.backlog)} rows are lost. "
+                f"What was flushed before can be read as it is: gradprobe summary {self.path}"
             ) from error
         finally:
             self._give_up()
@@ -261,6 +270,6 @@ def _close_what_is_open() -> None:
     """A program that ends without ``close`` still gets a complete file."""
     for writer in list(_open):
         try:
-            writer.close("left open: the program ended without closing the run")
+            writer.close("failed: the program ended without closing it")
         except GradprobeError as error:
             log.warning("%s", error)

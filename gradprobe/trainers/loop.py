@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -68,8 +69,6 @@ def run(training: Training) -> dict[str, float]:
         NonFiniteLossError: A loss became NaN or infinite, unless ``keep_going``.
     """
     t = training
-    if t.probe.step == 0:
-        save_state(t)  # a kill in the first epoch leaves something to go on from
     while t.epoch < t.settings.epochs:
         t.probe.epoch = t.epoch
         t.watcher.phase("training")
@@ -140,27 +139,31 @@ def fitness(metrics: Mapping[str, float]) -> float:
     return sum(part for part in parts if not math.isnan(part)) / 2
 
 
-def save_state(t: Training, metrics: Mapping[str, float] | None = None) -> None:
-    """Before training and after an epoch: all that resuming needs; after an epoch, the last and the best weights too.
+def save_state(t: Training, metrics: Mapping[str, float]) -> None:
+    """After an epoch: the last weights, the best ones if these are, and all that resuming needs.
 
     A disk that takes no more ends no training: what could not be saved is said, and tried again after the next epoch.
     """
+    saved(t, t.paths.last, t.model.state_dict())
+    if fitness(metrics) > t.best and saved(t, t.paths.best, t.model.state_dict()):
+        t.best = fitness(metrics)
+    if t.probe.flush():  # a state that is ahead of the rows would leave a gap in the run that is resumed from it
+        saved(t, t.paths.checkpoint, resumable(t))
+
+
+def saved(t: Training, path: Path, state: Mapping[str, Any]) -> bool:
+    """Whether ``state`` could be saved; if not, the user is told."""
     try:
-        if metrics is not None:
-            better = fitness(metrics) > t.best
-            t.best = max(t.best, fitness(metrics))
-            checkpoint.save(t.paths.last, t.model.state_dict())
-            if better:
-                checkpoint.save(t.paths.best, t.model.state_dict())
-        if not t.probe.flush():  # a checkpoint ahead of the rows would leave a gap in them after a kill
-            raise OSError(f"the rows before it are not in {t.paths.run.name} yet")
-        checkpoint.save(t.paths.checkpoint, resumable(t))
-    except OSError as error:
-        t.watcher.note(f"weights of epoch {t.epoch} not saved: {str(error).splitlines()[0]}. Training goes on.")
+        checkpoint.save(path, state)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = str(error).splitlines()[0]
+        t.watcher.note(f"{path.name} of epoch {t.epoch} not saved, is the disk full? ({reason}) Training goes on.")
+        return False
+    return True
 
 
 def resumable(t: Training) -> dict[str, Any]:
-    """All state after the last whole epoch."""
+    """All state between two epochs."""
     return {
         **t.origin,
         "epoch": t.epoch,

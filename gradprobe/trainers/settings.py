@@ -138,6 +138,10 @@ def _validate(s: Settings) -> None:
     for name in ("momentum", "gradnorm_momentum"):
         if not 0 <= getattr(s, name) < 1:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 0 and below 1.")
+    if not 0 <= s.seed < 2**63:
+        raise UsageError(f"--seed {s.seed}: must be a whole number from 0 to 2^63 - 1.")
+    if math.isinf(s.gradnorm_alpha):
+        raise UsageError("--gradnorm-alpha inf: must be finite; the paper calls 3 and more unstable.")
     bad = [w for w in s.task_weights if not 0 <= w < math.inf]
     if bad or not any(s.task_weights):
         raise UsageError(f"--task-weights {s.task_weights}: weights must be finite, not negative, and not all 0.")
