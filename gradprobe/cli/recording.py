@@ -20,7 +20,7 @@ from gradprobe.runfile import RunWriter, open_run
 from gradprobe.trainers.settings import Settings, parse_task_weights, resolve
 
 if TYPE_CHECKING:
-    from gradprobe.rows import Header, Row
+    from gradprobe.rows import Header, Row, Sink
     from gradprobe.trainers.checkpoint import Paths
     from gradprobe.trainers.data import LoadedData
     from gradprobe.trainers.hyp import DetectionHyp
@@ -72,6 +72,8 @@ def record_run(request: Request) -> None:
         except BaseException as error:
             with uninterrupted():
                 writer.close(_end(error))
+                if not writer.started and not plan.out.exists():
+                    _paths(plan.out).checkpoint.unlink(missing_ok=True)
             _say_where(display, plan, writer, stopped=True)
             raise
         with uninterrupted():
@@ -156,10 +158,16 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
     for note in _notes(plan, data):
         display.note(note)
     display.phase("building the model")
+    begun = Begun(plan.out)
+    sinks: list[Sink] = [writer, display]
+    if plan.state is None:
+        # Behind the writer an older run stays whole until the new one is written; where there is none, the checkpoint
+        # comes first, so that no kill finds a run without one.
+        sinks.insert(1 if plan.out.exists() else 0, begun)
     training = build(
         settings,
         data,
-        [writer, display] if plan.state is not None else [writer, begun := Begun(plan.out), display],
+        sinks,
         display,
         out=plan.out,
         hyp=plan.hyp,
@@ -183,9 +191,7 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
 
 class Begun:
     """When the new run begins: a first checkpoint, so that a kill in the first epoch leaves something to go on from,
-    and no weights of an older run of the same name, which would pass for this one's.
-
-    A sink behind the writer: the older run stays whole until the new one is written.
+    and no weights of an older run of the same name, which would pass for this one's. A sink beside the writer.
     """
 
     def __init__(self, out: Path) -> None:
