@@ -30,6 +30,7 @@ demo: $(VENV)/.installed-yolov5
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/record_overhead.py
+	$(BIN)/python benchmarks/runfile.py
 
 $(VENV)/.installed-%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -29,6 +29,7 @@ def attach(
     layers: Mapping[str, Iterable[nn.Parameter]] | None = None,
     sinks: Sequence[Sink] = (),
     overwrite: bool = False,
+    resume: bool = False,
 ) -> GradientProbe:
     """Attach a probe to any multitask model.
 
@@ -37,6 +38,9 @@ def attach(
         out: The run file; None: rows go to ``sinks`` only.
         sinks: Who gets the rows besides the file.
         overwrite: Replace a run that is there.
+        resume: Go on with the run that is there: ``probe.load_state_dict(state)`` before the first step says from
+            where, with a state that ``probe.state_dict()`` gave when the checkpoint was saved. Rows from that
+            step on are cut. Where there is no run yet, a new one begins.
 
     Returns:
         The probe, a context manager; leaving it closes the file.
@@ -52,8 +56,14 @@ def attach(
         ...         probe.backward(losses, {"det": 1.0, "cls": 0.01})
         ...         optimizer.step()
         ...         optimizer.zero_grad()
+
+        To go on after a crash, keep the probe's state with the model's:
+
+        >>> torch.save({"model": model.state_dict(), ..., "probe": probe.state_dict()}, path)  # doctest: +SKIP
+        >>> probe = attach(model, ("det", "cls"), "conflict.h5", resume=True)  # doctest: +SKIP
+        >>> probe.load_state_dict(torch.load(path)["probe"])  # doctest: +SKIP
     """
-    writer = RunWriter(out, overwrite=overwrite) if out is not None else None
+    writer = RunWriter(out, overwrite=overwrite, resume=resume) if out is not None else None
     try:
         return GradientProbe(
             model,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,3 +94,14 @@ class Sink(Protocol):
 
     def close(self, end: str) -> None:
         """Called once, last. ``end`` says how the run ended: "finished", "interrupted", "failed: ..."."""
+
+
+@runtime_checkable
+class ResumableSink(Sink, Protocol):
+    """A sink that keeps rows beyond the process, and can go on with them in another."""
+
+    def rewind(self, step: int, epoch: int) -> None:
+        """The training goes on from ``step``: forgets rows from there on, and metrics of epochs after ``epoch``.
+
+        Called before ``start`` where a run is gone on with, and later where the training goes back.
+        """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -168,11 +169,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recorded, data, tmp_path, mon
     assert_same(numbers(recorded), numbers(out))
 
 
-def test_a_killed_run_is_resumed_without_a_gap(recorded, data, tmp_path):
-    """kill -9 right after the first checkpoint: no row before it may still have been in memory alone."""
+@pytest.mark.parametrize("sign_of_life", ["run.h5", "run.last.pt"], ids=["in the first epoch", "in the second"])
+def test_a_killed_run_is_resumed_without_a_gap(recorded, data, tmp_path, sign_of_life):
+    """kill -9 right after the file began, or a checkpoint: no row before it may still have been in memory alone."""
     process = start("--data", data, *SMALL, "--trainer", "gradnorm", "--epochs", 2, "--out", "run.h5", cwd=tmp_path)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run.checkpoint.pt").exists() and time.monotonic() < deadline:
+    while not (tmp_path / sign_of_life).exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
     process.kill()
@@ -181,6 +183,53 @@ def test_a_killed_run_is_resumed_without_a_gap(recorded, data, tmp_path):
         assert not run.complete
     assert command(["record", "--resume", str(tmp_path / "run.h5")]) == 0
     assert_same(numbers(recorded), numbers(tmp_path / "run.h5"))
+    with open_run(tmp_path / "run.h5") as run:
+        assert [s["end"] for s in run.sessions] == ["", "finished"]
+        assert "--epochs" in run.sessions[0]["replaced"]["argv"]
+
+
+@pytest.mark.slow
+def test_record_killed_at_random_and_resumed_until_it_is_done(recorded, data, tmp_path):
+    """GRADPROBE_KILLS (300) kills, at any moment of any session, from the first import to the last merge."""
+    from gradprobe.trainers import checkpoint
+
+    rng, kills, run_number = random.Random(0), int(os.environ.get("GRADPROBE_KILLS", "300")), 0
+    arguments = ["--data", data, *SMALL, "--trainer", "gradnorm", "--epochs", 2]
+    while kills > 0:
+        run_number += 1
+        path = tmp_path / f"run{run_number}.h5"
+        saved = checkpoint.Paths(path).checkpoint
+        while True:
+            words = ["--resume", path.name] if path.exists() else [*arguments, "--out", path.name]
+            process = start(*words, cwd=tmp_path)
+            try:
+                _, err = process.communicate(timeout=rng.uniform(0.5, 11))
+                assert process.returncode == 0, err
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                kills -= 1
+            if path.exists() and not saved.exists():  # killed within a millisecond of the first row, or of the end
+                with open_run(path) as run:
+                    if run.end == "finished":
+                        break
+                    assert not len(run)
+                path.unlink()
+            elif path.exists():
+                with open_run(path) as run:
+                    assert run["step"].tolist() == list(range(len(run)))
+                    assert len(run) >= checkpoint.load(saved)["probe"]["clock"]["step"]
+                    if run.end == "finished":
+                        saved.unlink()
+                        break
+        assert_same(numbers(recorded), numbers(path))
+        assert {p.name for p in tmp_path.glob(f"*run{run_number}*")} == {
+            path.name,
+            f"run{run_number}.best.pt",
+            f"run{run_number}.last.pt",
+        }
+    assert run_number > 0
 
 
 def test_joint_keeps_its_weights(data, tmp_path):
@@ -323,7 +372,7 @@ def test_a_resumed_run_that_measures_nothing_more_is_finished_all_the_same(stopp
         assert run.end == "finished"
         assert run.epochs["epoch"].tolist() == [0, 1, 2]
         assert "test.mAP50" in run.provenance
-        assert run.provenance["resumed.step"] > 0
+        assert run.sessions[1]["first_step"] > 0
 
 
 def test_resuming_with_other_data_is_refused_and_touches_nothing(stopped, capsys):
@@ -372,7 +421,7 @@ def start(*arguments, cwd):
 def test_ctrl_c_closes_the_file(data, tmp_path, signal_, code):
     process = start("--data", data, *SMALL, "--epochs", 500, "--out", "run.h5", cwd=tmp_path)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "run.checkpoint.pt").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run.last.pt").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
     process.send_signal(signal_)

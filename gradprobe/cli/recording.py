@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import shlex
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradprobe.cli.live import Display, make_display
-from gradprobe.errors import DataError, UsageError
+from gradprobe.errors import DataError, RunFileError, UsageError
 from gradprobe.provenance import argv, environment
 from gradprobe.runfile import RunWriter, open_run
 from gradprobe.trainers.settings import Settings, parse_task_weights, resolve
 
 if TYPE_CHECKING:
-    from gradprobe.rows import Header, Row
+    from gradprobe.rows import Header, Row, Sink
+    from gradprobe.trainers.checkpoint import Paths
     from gradprobe.trainers.data import LoadedData
     from gradprobe.trainers.hyp import DetectionHyp
 
@@ -62,12 +64,7 @@ def record_run(request: Request) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     plan = make_plan(request)
     display = make_display(plan.settings)
-    writer = RunWriter(
-        plan.out,
-        overwrite=plan.overwrite,
-        resume_at=plan.state["probe"]["clock"]["step"] if plan.state else None,
-        resume_epoch=plan.state["epoch"] if plan.state else None,
-    )
+    writer = RunWriter(plan.out, overwrite=plan.overwrite, resume=plan.state is not None)
     with interruptible():
         try:
             with display:
@@ -75,12 +72,15 @@ def record_run(request: Request) -> None:
         except BaseException as error:
             with uninterrupted():
                 writer.close(_end(error))
+                if not writer.started and not plan.out.exists():
+                    _paths(plan.out).checkpoint.unlink(missing_ok=True)
             _say_where(display, plan, writer, stopped=True)
             raise
         with uninterrupted():
             if test:
                 writer.annotate({"test": test})
             writer.close("finished")
+            _paths(plan.out).checkpoint.unlink(missing_ok=True)  # only now: a kill before must leave something
     _say_where(display, plan, writer, stopped=False)
 
 
@@ -128,7 +128,13 @@ def _plan_to_resume(request: Request) -> Plan:
     with open_run(request.resume) as run:
         if run.end == "finished":
             raise UsageError(f"--resume {request.resume}: this run is finished; there is nothing to go on with.")
+        last = int(run["step"].max(initial=-1))
     state = checkpoint.load(checkpoint.Paths(request.resume).checkpoint)
+    if state["probe"]["clock"]["last_due"] > last:  # of an older run, that this one had only begun to replace
+        raise RunFileError(
+            f"{request.resume}: ends at step {last}, but its checkpoint belongs to a run that was measured up to step "
+            f"{state['probe']['clock']['last_due']}. There is nothing to go on from; record anew with --overwrite."
+        )
     values = dict(state["settings"], task_weights=tuple(state["settings"]["task_weights"]))
     return Plan(
         settings=Settings(**values),
@@ -152,10 +158,16 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
     for note in _notes(plan, data):
         display.note(note)
     display.phase("building the model")
+    begun = Begun(plan.out)
+    sinks: list[Sink] = [writer, display]
+    if plan.state is None:
+        # Behind the writer an older run stays whole until the new one is written; where there is none, the checkpoint
+        # comes first, so that no kill finds a run without one.
+        sinks.insert(1 if plan.out.exists() else 0, begun)
     training = build(
         settings,
         data,
-        [writer, display] if plan.state is not None else [writer, Forget(plan.out), display],
+        sinks,
         display,
         out=plan.out,
         hyp=plan.hyp,
@@ -170,28 +182,31 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
     if plan.state is not None:
         _check_same_data(plan, data)
         loop.load_state(training, plan.state)
-        writer.resume({"resumed": {"argv": argv(), "step": training.probe.step}})
+    else:
+        # Weights change only after the file has begun, but BatchNorm and the balancer before: hence a copy.
+        begun.state = copy.deepcopy(loop.resumable(training))
     display.begin(settings.epochs, len(training.train_loader), training.probe.step)
-    test = loop.run(training)
-    training.paths.checkpoint.unlink(missing_ok=True)
-    return test
+    return loop.run(training)
 
 
-class Forget:
-    """Removes the weights of an older run of the same name, which would pass for this one's, when this one begins.
-
-    A sink behind the writer: the older run stays whole until the new one is written.
+class Begun:
+    """When the new run begins: a first checkpoint, so that a kill in the first epoch leaves something to go on from,
+    and no weights of an older run of the same name, which would pass for this one's. A sink beside the writer.
     """
 
     def __init__(self, out: Path) -> None:
         self._out = out
+        self.state: Mapping[str, Any] = {}
 
     def start(self, header: Header) -> None:
         """The new run has begun."""
-        from gradprobe.trainers.checkpoint import Paths
+        from gradprobe.trainers import checkpoint
 
-        for path in Paths(self._out).existing():
+        for path in _paths(self._out).existing():
             path.unlink()
+        with suppress(OSError):  # the loop tells of a full disk after the first epoch
+            checkpoint.save(_paths(self._out).checkpoint, self.state)
+        self.state = {}
 
     def write(self, row: Row) -> None:
         """Nothing to do."""
@@ -208,6 +223,12 @@ class Forget:
 
     def close(self, end: str) -> None:
         """Nothing to do."""
+
+
+def _paths(out: Path) -> Paths:
+    from gradprobe.trainers.checkpoint import Paths
+
+    return Paths(out)
 
 
 def _check_same_data(plan: Plan, data: LoadedData) -> None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from gradprobe.plots import series, style
 from gradprobe.plots.table import Table, stack
-from gradprobe.runfile import Run
+from gradprobe.runfile import Run, thin
 from gradprobe.summary import conflict_rate, median
 
 LIMITS = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -69,11 +69,12 @@ def _title(run: Run, pairs: Sequence[int]) -> str:
 
 def _note(run: Run, pairs: Sequence[int]) -> str:
     if len(pairs) > 1:
-        return series.reading(len(run))
+        return series.reading(run)
     values = run["shared_cosine"][:, pairs[0]]
     if not np.isfinite(values).any():
         return "no values"
+    some = f" (of {thin.rows_in_words(run)})" if thin.every(run) > 1 else ""
     return (
         f"median {median(values):+.2f}; below 0 in {100 * conflict_rate(values):.0f} % of "
-        f"{int(np.isfinite(values).sum())} measured steps"
+        f"{int(np.isfinite(values).sum())} measured steps{some}"
     )

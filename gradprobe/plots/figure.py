@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.plots import cosine, heatmap, layers, losses, metrics, norms, overview, series, style, weights
 from gradprobe.plots.table import Table, long_csv, stack
-from gradprobe.runfile import Run
+from gradprobe.runfile import Run, thin
 
 
 class TaskPanel(Protocol):
@@ -43,7 +43,7 @@ PAIR_TITLES = {
 
 
 def make(run: Run, what: str = "overview") -> tuple[Figure, dict[str, Table]]:
-    """One figure, and the table of each of its panels.
+    """One figure, and the table of each of its panels. Of a long run every k-th row is drawn, and the title says so.
 
     Args:
         run: Finished or not.
@@ -59,6 +59,7 @@ def make(run: Run, what: str = "overview") -> tuple[Figure, dict[str, Table]]:
     """
     if what not in WHAT:
         raise UsageError(f"no figure {what!r}; --what takes one of: {', '.join(WHAT)}.")
+    run = thin.thin(run)
     with style.styled():
         figure = Figure(layout="constrained")
         if what == "overview":
@@ -144,7 +145,7 @@ def _pair_panels(run: Run, figure: Figure, what: str) -> Table:
         if pair % across and what != "cosine":
             ax.set_ylabel("")
     if what == "cosine":
-        figure.supxlabel(series.reading(len(run)), fontsize=8, color=style.GREY)
+        figure.supxlabel(series.reading(run), fontsize=8, color=style.GREY)
     if count > 1:
         if what == "heatmap":
             heatmap.add_colorbar(figure.axes)

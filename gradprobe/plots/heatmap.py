@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from gradprobe.plots import style
 from gradprobe.plots.cosine import lacks
 from gradprobe.plots.table import Table
-from gradprobe.runfile import Run
+from gradprobe.runfile import Run, thin
 from gradprobe.summary import median
 
 __all__ = ["COLUMNS", "add_colorbar", "bins", "draw", "lacks"]
@@ -62,7 +62,8 @@ def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, colorbar: bool = Tru
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(False)
     per_cell = int(edges[1])
-    note = "one row per cell" if per_cell == 1 else f"median of {per_cell} rows per cell"
+    of = f"{per_cell} of {thin.rows_in_words(run)}" if thin.every(run) > 1 else f"{per_cell} rows"
+    note = "one row per cell" if per_cell == 1 else f"median of {of} per cell"
     style.titled(ax, f"Cosine by layer, {style.pair_title(run, pair)}", note)
     shown = [handle for handle in handles if handle]
     if shown:

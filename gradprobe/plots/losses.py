@@ -35,5 +35,5 @@ def draw(run: Run, ax: Axes) -> Table:
     ]
     series.finish(ax, steps, loss)
     ax.set_ylabel("loss" + (" (log)" if ax.get_yscale() == "log" else ""))
-    style.titled(ax, TITLE, series.silent(run.tasks, loss) or series.reading(len(run)))
+    style.titled(ax, TITLE, series.silent(run.tasks, loss) or series.reading(run))
     return series.per_task(run, "loss", loss, spreads)

@@ -41,7 +41,7 @@ def draw(run: Run, ax: Axes) -> Table:
     ]
     series.finish(ax, steps, norm)
     ax.set_ylabel("norm (log)\nin loss per unit of parameter", fontsize=8)
-    note = series.silent(run.tasks, norm) or _zeros(run.tasks, norm) or series.reading(len(run))
+    note = series.silent(run.tasks, norm) or _zeros(run.tasks, norm) or series.reading(run)
     style.titled(ax, TITLE, note)
     return series.per_task(run, "grad_norm", norm, spreads)
 

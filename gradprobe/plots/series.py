@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from gradprobe.plots.style import legend_text, log_axis
 from gradprobe.plots.table import Table, stack
-from gradprobe.runfile import Run
+from gradprobe.runfile import Run, thin
 from gradprobe.summary import quantiles
 
 POINTS = 4000
-"""Raw points drawn at most; medians and tables always use all rows."""
+"""Raw points drawn at most; medians and tables use all rows that are looked at (:mod:`gradprobe.runfile.thin`)."""
 
 WIDE = 30.0
 """Positive values that span more than this factor go on a logarithmic axis."""
@@ -90,9 +90,9 @@ def finish(ax: Axes, steps: NDArray[Any], values: NDArray[Any]) -> None:
         log_axis(ax.yaxis, values[np.isfinite(values)])
 
 
-def reading(rows: int) -> str:
+def reading(run: Run) -> str:
     """How to read a panel drawn with :func:`trace`."""
-    return f"dots: rows; line: median of {window(rows)} rows; band: middle half"
+    return f"dots: {thin.rows_in_words(run)}; line: median of {window(len(run))} of them; band: middle half"
 
 
 def silent(names: tuple[str, ...], values: NDArray[Any]) -> str:

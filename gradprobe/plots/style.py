@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullFormatter
 
-from gradprobe.runfile import Run
+from gradprobe.runfile import Run, thin
 from gradprobe.summary import median, not_measured
 
 # Okabe & Ito's colour-blind-safe palette; its yellow is darkened, as it is hard to see on white.
@@ -96,12 +96,14 @@ def pair_title(run: Run, pair: int) -> str:
 
 def headline(run: Run) -> str:
     """What every figure says about the file it was drawn from."""
+    drawn, run = thin.rows_in_words(run), thin.whole(run)
     rows = f"{len(run)} rows" if len(run) != 1 else "1 row"
     if len(run):
         steps = run["step"]
         rows += f", steps {steps[0]} to {steps[-1]}"
         bad = int(np.count_nonzero(run["status"]))
         rows += f", {bad} not measured" if bad else ""
+    rows += f", drawn from {drawn}" if drawn != "rows" else ""
     trainer = run.provenance.get("trainer")
     parts = [run.path.name, f"trainer {trainer}" if trainer else "", rows, "" if run.complete else "unfinished"]
     return "  ·  ".join(part for part in parts if part)
@@ -154,7 +156,7 @@ def holdings(run: Run) -> str:
     fields = ("loss", "weight", "grad_norm", "cosine")
     names = [name for name in fields if np.isfinite(run[name]).any()]
     epochs = run.epochs
-    held = f"it holds {len(run)} rows" + (f" of {', '.join(names)}" if names else "")
+    held = f"it holds {len(thin.whole(run))} rows" + (f" of {', '.join(names)}" if names else "")
     return f"{held}, and {len(epochs) - 1} metrics of {len(epochs['epoch'])} epochs"
 
 

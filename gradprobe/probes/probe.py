@@ -18,7 +18,7 @@ from gradprobe.measures import Array
 from gradprobe.probes import passes
 from gradprobe.probes.clock import StepClock
 from gradprobe.probes.graph import SharedLayers, by_module, check_losses, find_shared
-from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS, Header, Provenance, Row, Sink
+from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS, Header, Provenance, ResumableSink, Row, Sink
 
 Weights = Mapping[str, "float | Tensor"]
 Losses = Mapping[str, Tensor]
@@ -80,6 +80,7 @@ class GradientProbe:
         self._shared: SharedLayers | None = None
         self._header: Header | None = None
         self._last_gram: Array | None = None
+        self._last_metrics = -1
         self._started = time.perf_counter()
         self._warned: set[str] = set()
         self._closed = False
@@ -139,6 +140,7 @@ class GradientProbe:
         """Hand on metrics of one epoch."""
         for sink in self._sinks:
             sink.write_epoch(epoch, values)
+        self._last_metrics = max(self._last_metrics, epoch)
 
     def flush(self) -> bool:
         """Make all rows so far safe. Call it before saving a state to resume from: rows must not be behind it.
@@ -166,21 +168,29 @@ class GradientProbe:
         return self._shared
 
     def state_dict(self) -> dict[str, Any]:
-        """What a later probe needs to go on as this one would have."""
+        """What a later probe needs to go on as this one would have.
+
+        It flushes first: a checkpoint that is ahead of the file would leave a gap in the rows after a kill.
+        """
+        self.flush()
         return {
             "clock": self._clock.state_dict(),
             "epoch": self.epoch,
+            "last_metrics": self._last_metrics,
             "seconds": time.perf_counter() - self._started,
             "last_gram": None if self._last_gram is None else self._last_gram.tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the probe stopped that ``state`` came from."""
+        """Go on where the probe stopped that ``state`` came from; what the file holds beyond that is cut."""
         self._clock.load_state_dict(state["clock"])
-        self.epoch = state["epoch"]
+        self.epoch, self._last_metrics = state["epoch"], state["last_metrics"]
         self._started = time.perf_counter() - state["seconds"]
         gram = state["last_gram"]
         self._last_gram = None if gram is None else np.array(gram, dtype=np.float64)
+        for sink in self._sinks:
+            if isinstance(sink, ResumableSink):
+                sink.rewind(self.step, self._last_metrics)
 
     # ---- the end
 

@@ -101,12 +101,28 @@ def fill(file: h5py.File, header: Header, state: State, rows: int, blocks: Itera
     _write_epochs(file, epochs)
     _write_provenance(file.create_group("provenance"), header.provenance)
     start = 0
-    for block in blocks:
+    for block in whole_chunks(blocks):
         stop = start + len(block["step"])
         for field_ in schema.ROW_FIELDS:
             if block[field_.name].size:
                 file[field_.name][start:stop] = block[field_.name]
         start = stop
+
+
+def whole_chunks(blocks: Iterable[Columns], size: int = schema.CHUNK_ROWS) -> Iterator[Columns]:
+    """The same rows in pieces of exactly ``size`` (the last may have fewer): each fills its chunks.
+
+    A chunk that is written in several goes is read and written again in each of them.
+    """
+    held: list[Columns] = []
+    for block in blocks:
+        held.append(block)
+        while sum(len(b["step"]) for b in held) >= size:
+            joined = {name: np.concatenate([b[name] for b in held]) for name in held[0]}
+            yield {name: values[:size] for name, values in joined.items()}
+            held = [{name: values[size:] for name, values in joined.items()}]
+    if held and sum(len(b["step"]) for b in held):
+        yield {name: np.concatenate([b[name] for b in held]) for name in held[0]}
 
 
 def _write_attributes(file: h5py.File, state: State) -> None:

@@ -13,15 +13,9 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import schema
+from gradprobe.runfile import parts, schema, sessions
 
 Names = tuple[str, ...]
-
-
-def part_paths(path: Path) -> list[Path]:
-    """The parts of the run at ``path`` that were not merged yet, in order; empty for a finished run."""
-    folder = path.with_name(path.name + schema.PARTS_SUFFIX)
-    return sorted(p for p in folder.glob("*.h5") if p.stem.isdecimal())
 
 
 class Run:
@@ -65,15 +59,13 @@ class Run:
         for _ in range(20):
             opened: list[h5py.File] = []
             try:
-                parts = part_paths(self.path)
-                if not self.path.exists() and not parts:
+                found = parts.paths(self.path)
+                if not self.path.exists() and not found:
                     raise RunFileError(f"{self.path}: no such file.")
                 if self.path.exists():
                     opened.append(_open_checked(self.path))
                 merged = int(opened[0].attrs["merged_through"]) if opened else 0
-                for part in parts:
-                    if int(part.stem) > merged:
-                        opened.append(_open_checked(part))
+                opened += [_open_checked(part) for part in found if _span(part)[0] > merged]
                 return opened
             except FileNotFoundError:  # merged away between the listing and the opening: look again
                 _close_all(opened)
@@ -93,9 +85,13 @@ class Run:
         self.status_names: Names = tuple(str(v) for v in last["status"].attrs["status_names"])
         self.end: str = str(last.attrs["end"])
         self.rows_dropped = int(last.attrs["rows_dropped"])
-        stems = [Path(f.filename).stem for f in self._files]
-        self.last_part = max(int(first.attrs["merged_through"]), *(int(s) for s in stems if s.isdecimal()), 0)
+        self.last_part = max(int(first.attrs["merged_through"]), *(_span(Path(f.filename))[1] for f in self._files))
         self._lengths = [f["step"].shape[0] for f in self._files]
+
+    @property
+    def sessions(self) -> list[sessions.Session]:
+        """How often the run was gone on with: see :mod:`gradprobe.runfile.sessions`."""
+        return sessions.load(self.provenance.get("sessions", []))
 
     @property
     def complete(self) -> bool:
@@ -238,6 +234,10 @@ def _open_checked(path: Path) -> h5py.File:
             f"{schema.ENCODING_VERSION.split('.')[0]}. Update it: pip install -U gradprobe"
         )
     return file
+
+
+def _span(path: Path) -> parts.Span:
+    return parts.span(path) or (0, 0)
 
 
 def _close_all(files: list[h5py.File]) -> None:

@@ -13,6 +13,9 @@ ENCODING_TYPE = "gradprobe-run"
 ENCODING_VERSION = "1.0"
 PARTS_SUFFIX = ".parts"
 
+CHUNK_ROWS = 4096
+"""Rows in a chunk, and in a piece of a run that is copied."""
+
 STEP, LAYER, TASK, PAIR, EPOCH = "step", "layer", "task", "pair", "epoch"
 
 
@@ -83,5 +86,5 @@ def chunk_shape(field: Field, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """
     if 0 in shape or int(np.prod(shape)) * field.dtype.itemsize < 1 << 20:
         return None
-    limit = {STEP: 4096, LAYER: 8}
+    limit = {STEP: CHUNK_ROWS, LAYER: 8}
     return tuple(min(size, limit.get(axis, size)) for axis, size in zip(field.axes, shape, strict=True))

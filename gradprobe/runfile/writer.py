@@ -1,9 +1,8 @@
 """Writes a run while training goes on, so that whatever was flushed survives a kill at any moment.
 
-The main thread only queues rows. A writer thread turns each block of them into an immutable *part*, a whole run
-file of its own in ``conflict.h5.parts/``. Parts are merged into ``conflict.h5`` when there are many, and at the
-end, by writing a new file and renaming it over the old one. The merged file says through which part it goes
-(``merged_through``), so a kill between the rename and the removal of the parts counts no row twice.
+The main thread only queues rows (:mod:`gradprobe.runfile.backlog`); a thread (:mod:`gradprobe.runfile.flusher`) brings
+them to the disk (:mod:`gradprobe.runfile.store`). What it cannot write it keeps, up to a bound, and tries again. In a
+forked child a writer is dead: it takes rows and closes without touching anything.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import shutil
-import threading
-import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,128 +18,103 @@ from typing import Any
 
 import numpy as np
 
-from gradprobe.errors import RunFileError
+from gradprobe.errors import GradprobeError, RunFileError
 from gradprobe.rows import Header, Row
-from gradprobe.runfile import content, schema
-from gradprobe.runfile.files import Lock, sync_folder, write_whole
-from gradprobe.runfile.reader import Run, part_paths
+from gradprobe.runfile import parts, schema
+from gradprobe.runfile.files import Disk
+from gradprobe.runfile.flusher import Flusher
+from gradprobe.runfile.lock import Lock, acquire
+from gradprobe.runfile.store import Store
 
 log = logging.getLogger("gradprobe")
 
 
 class RunWriter:
-    """A sink (see :class:`gradprobe.rows.Sink`) that keeps a run in one HDF5 file.
+    """A sink (see :class:`gradprobe.rows.ResumableSink`) that keeps a run in one HDF5 file. Safe in threads.
 
     Args:
         path: Where the file goes; ``PATH.parts/`` beside it holds what is not merged yet.
         overwrite: Replace a run that is there.
-        resume_at: Go on with the run that is there, from this step: its rows from this step on are cut.
-        resume_epoch: With it: epochs from this one on are cut too. None: they stay until they are written again.
+        resume: Go on with the run that is there, from where :meth:`rewind` says. No run there, and nothing to
+            go back to: a new one.
         flush_seconds, flush_rows: A row is on the disk after so much time, or so many rows, at the latest.
+        disk: Where the files go; tests give one that fails.
 
     Raises:
         RunFileError: The file exists, another process records into it, or the folder cannot be written.
     """
 
-    merge_at = 64
-    """Parts are merged when there are so many, and hold a quarter of the merged rows: so that merging stays
-    cheap against what was written."""
+    keep_bytes = 256 << 20
+    """Memory for rows while the disk takes none; beyond that the oldest are dropped, and counted."""
 
-    keep_rows = 100_000
-    """Rows kept in memory while the disk takes none; beyond that the oldest are dropped, and counted."""
+    part_bytes = 16 << 20
+    """Memory of the rows that go into one part at most."""
+
+    merge_at = 32
+    """Parts are put together when there are so many of a size."""
 
     def __init__(
         self,
         path: str | Path,
         *,
         overwrite: bool = False,
-        resume_at: int | None = None,
-        resume_epoch: int | None = None,
+        resume: bool = False,
         flush_seconds: float = 5.0,
         flush_rows: int = 256,
+        disk: Disk | None = None,
     ) -> None:
+        if overwrite and resume:
+            raise RunFileError(f"{path}: overwrite=True and resume=True contradict each other; leave one of them out.")
         self.path = Path(path)
         if not self.path.name or self.path.is_dir():
             raise RunFileError(f"{self.path}: is a folder, or no name. Name a file, such as --out conflict.h5.")
-        self._parts = self.path.with_name(self.path.name + schema.PARTS_SUFFIX)
-        self._resume_at, self._resume_epoch = resume_at, resume_epoch
+        self._resume, self._disk = resume, disk or Disk()
         self._process = os.getpid()
-        self._flush_seconds, self._flush_rows = flush_seconds, flush_rows
-        self._state = content.State()
-        self._header: Header | None = None
-        self._rows: list[Row] = []
-        self._epochs: dict[int, dict[str, float]] = {}
-        self._written_epochs = 0
-        self._part_number = 0
-        self._parts_rows = self._merged_rows = 0
-        self._wake = threading.Condition()
-        self._disk = threading.Lock()  # held by whoever flushes or merges
-        self._closing = False
-        self._warned = False
-        self._thread: threading.Thread | None = None
-        self._made_folder = not self._parts.exists()
-        self._lock = self._claim(overwrite or resume_at is not None)
-        self._replace = overwrite and resume_at is None
+        self._store = Store(self.path, self._disk, self.merge_at)
+        self._flusher = Flusher(self._store, flush_seconds, flush_rows, self.keep_bytes, self.part_bytes)
+        self._notes: dict[str, Any] = {}
+        self._lock = self._claim(overwrite or resume)
+        _open.add(self)
+
+    # ---- as a sink
 
     def start(self, header: Header) -> None:
         """Write the header; the file exists, and can be opened, from here on.
 
         Raises:
-            RunFileError: The disk takes nothing, or the run to go on with is of another model.
+            RunFileError: The disk takes nothing; or the run to go on with is of another model, is not there, or
+                was not told from where it goes on.
         """
-        if self._header is not None:  # resumed before the probe knew the layers
-            self._check_same(self._header, header)
+        if self._foreign():
             return
-        self._header = header
+        header = replace(header, provenance={**header.provenance, **self._notes})
         try:
-            self._begin()
+            self._begin(header)
+        except OSError as error:
+            self._give_up()
+            raise RunFileError(
+                f"{self.path}: cannot be written here ({error}). Choose another place with --out."
+            ) from error
         except BaseException:
-            self._closing = True
-            self._lock.release()
+            self._give_up()
             raise
-        atexit.register(self.close, "failed: the program ended without closing it")
-        self._thread = threading.Thread(target=self._run, name="gradprobe-writer", daemon=True)
-        self._thread.start()
-
-    def resume(self, provenance: Mapping[str, Any]) -> None:
-        """Go on at once with the run that is there, under its own header; a later :meth:`start` must fit it.
-
-        So that a resumed run which measures nothing more still ends as it did, with its last epochs.
-
-        Args:
-            provenance: Added to that of the run.
-        """
-        with Run(self.path) as old:
-            stored = {**old.provenance, **provenance}
-            header = Header(old.tasks, old.layers, old.layer_size, old.reach, stored)
-        self.start(header)
+        self._flusher.start()
 
     @property
     def started(self) -> bool:
         """Whether this writer has begun to write: until then nothing that was there was touched."""
-        return self._header is not None
-
-    def _begin(self) -> None:
-        try:
-            if self._replace:  # only now: until here the new run might have failed to begin
-                self._remove_old()
-            if self._resume_at is not None and self.path.exists():
-                self._continue(self._resume_at)
-            self._merge()
-        except OSError as error:
-            raise RunFileError(
-                f"{self.path}: cannot be written here ({error}). Choose another place with --out."
-            ) from error
+        return self._flusher.header is not None
 
     def write(self, row: Row) -> None:
         """Queue one row; returns at once."""
-        with self._wake:
-            self._rows.append(row)
-            if len(self._rows) > self.keep_rows:
-                del self._rows[0]
-                self._state.dropped += 1
-            if len(self._rows) >= self._flush_rows:
-                self._wake.notify()
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            if self._flusher.closing:
+                return
+            self._flusher.backlog.put(row)
+            if len(self._flusher.backlog) == self._flusher.rows:
+                self._flusher.lock.notify_all()
 
     def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Queue metrics of one epoch; several calls for one epoch add up.
@@ -157,23 +129,45 @@ class RunWriter:
         named = {name.replace("/", "."): float(value) for name, value in values.items()}
         if schema.EPOCH in named:
             raise RunFileError(f"{self.path}: a metric cannot be called 'epoch', as its axis is; rename it.")
-        with self._wake:
-            self._epochs.setdefault(int(epoch), {}).update(named)
-            self._written_epochs = -1
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            self._flusher.epochs.setdefault(int(epoch), {}).update(named)
+            self._flusher.changed = True
 
     def annotate(self, values: Mapping[str, Any]) -> None:
         """Add to the provenance of the run what became known only after its start."""
-        with self._wake:
-            if self._header is not None:
-                self._header = replace(self._header, provenance={**self._header.provenance, **values})
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            self._notes.update(values)
+            if self._flusher.header is not None:
+                self._flusher.header = replace(
+                    self._flusher.header, provenance={**self._flusher.header.provenance, **values}
+                )
+            self._flusher.changed = True
 
-    def flush(self) -> bool:
-        """Bring all rows so far to the disk now; a disk that takes none is complained of, once, and tried again.
+    def rewind(self, step: int, epoch: int) -> None:
+        """The training goes on from ``step``: rows from there on, and metrics of epochs after ``epoch``, are cut.
+
+        Before :meth:`start` it says where a run is gone on with; later, that the training has gone back.
+        """
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            self._flusher.rewound = (step, epoch)
+            self._flusher.backlog.cut(step)
+            self._flusher.epochs = {e: v for e, v in self._flusher.epochs.items() if e <= epoch}
+        if self._flusher.running:
+            self.flush()
+
+    def flush(self, timeout: float = 60.0) -> bool:
+        """Wait until all that was written is on the disk.
 
         Returns:
-            Whether they are there.
+            False: it is not; the disk takes nothing at present, or not within ``timeout`` seconds.
         """
-        return self._header is None or self._closing or self._try_flush()
+        return self._foreign() or self._flusher.flush(timeout)
 
     def close(self, end: str = "finished") -> None:
         """Flush, merge all into one file, and let go of it. A second call does nothing.
@@ -181,162 +175,101 @@ class RunWriter:
         Raises:
             RunFileError: The disk did not take the last rows; says how many and where the rest is.
         """
-        if self._closing or os.getpid() != self._process:  # a forked child must not touch its parent's file
+        if self._foreign():
             return
-        atexit.unregister(self.close)
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
-        if self._thread is not None:
-            self._thread.join()
-        self._state.end = end
+        with self._flusher.lock:
+            if self._flusher.closing:
+                return
+            self._flusher.closing = True
+            if self._flusher.header is None:
+                self._adopt()
+        self._flusher.stop()
         try:
-            if self._header is not None:
-                self._flush()
-                self._merge()
-                self._remove_folder()
-            elif self._made_folder:
-                self._remove_folder()
+            if self._flusher.header is not None:
+                self._flusher.finish(end)
         except Exception as error:
             raise RunFileError(
-                f"{self.path}: could not be completed ({error}); {len(self._rows)} rows are lost. "
+                f"{self.path}: could not be completed ({error}); {len(self._flusher.backlog)} rows are lost. "
                 f"What was flushed before can be read as it is: gradprobe summary {self.path}"
             ) from error
         finally:
-            self._lock.release()
+            self._give_up()
 
-    def _remove_folder(self) -> None:
-        """While the lock is held, and only without a part in it: parts are all that is left of a killed run."""
-        if not part_paths(self.path):
-            shutil.rmtree(self._parts, ignore_errors=True)
+    # ---- the beginning
 
     def _claim(self, may_exist: bool) -> Lock:
         """Make sure that the run is ours before anything is touched."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._parts.mkdir(exist_ok=True)
-            lock = Lock(self._parts / "lock", self.path)
+            lock = acquire(self.path, self._store.folder, self._disk)
         except OSError as error:
             raise RunFileError(
                 f"{self.path}: cannot be written here ({error}). Choose another place with --out."
             ) from error
-        if (self.path.exists() or part_paths(self.path)) and not may_exist:
-            if self._made_folder:
-                self._remove_folder()
+        if self._exists() and not may_exist:
+            self._store.remove_folder()
             lock.release()
             raise RunFileError(
                 f"{self.path}: this run exists. Choose another file with --out, replace it with --overwrite, "
                 "or go on with it with --resume."
             )
+        self._store.sweep()
         return lock
 
-    def _remove_old(self) -> None:
-        self.path.unlink(missing_ok=True)
-        for part in part_paths(self.path):
-            part.unlink(missing_ok=True)
+    def _exists(self) -> bool:
+        return self.path.exists() or bool(parts.paths(self.path))
 
-    def _continue(self, step: int) -> None:
-        """Cut the rows from ``step`` on, in one rename, and go on behind the rest."""
-        assert self._header is not None
-        with Run(self.path) as old:
-            self._check_same(old, self._header)
-            keep = int((old["step"] < step).sum())
-            last = self._resume_epoch
-            kept = {e: v for e, v in old.epochs_by_number().items() if last is None or e < last}
-            self._epochs = {**kept, **self._epochs}
-            self._part_number = self._state.merged_through = old.last_part
-            self._state.status_names = list(old.status_names)
-            self._state.dropped = old.rows_dropped
-            self._write_merged(old, keep, self._state)
-
-    def _check_same(self, old: Run | Header, new: Header) -> None:
-        if list(old.layers) != list(new.layers) or list(old.tasks) != list(new.tasks):
-            raise RunFileError(
-                f"{self.path}: holds tasks {list(old.tasks)} on {len(old.layers)} layers, but the run to go on has "
-                f"tasks {list(new.tasks)} on {len(new.layers)} layers. Resume with the same model."
-            )
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(
-                    lambda: self._closing or len(self._rows) >= self._flush_rows, timeout=self._flush_seconds
+    def _begin(self, header: Header) -> None:
+        if self._resume and self._exists():
+            if self._flusher.rewound is None:
+                raise RunFileError(
+                    f"{self.path}: to go on with this run, the probe must know from which step: call "
+                    "probe.load_state_dict(state) before the first step, or replace the run with overwrite=True."
                 )
-                if self._closing:
-                    return
-            if not self._try_flush():
-                time.sleep(min(self._flush_seconds, 1.0))
-
-    def _try_flush(self) -> bool:
-        with self._disk:
-            try:
-                self._flush()
-                if self._part_number - self._state.merged_through >= self.merge_at and (
-                    self._parts_rows * 4 >= self._merged_rows
-                ):
-                    self._merge()
-            except Exception as error:  # the thread must live: rows that were not written stay queued
-                self._complain(error)
-                return False
-            if self._warned:
-                log.warning("%s: recording again", self.path)
-                self._warned = False
-            return True
-
-    def _complain(self, error: Exception) -> None:
-        if not self._warned:
-            log.warning(
-                "%s: cannot be written now (%s); training goes on, rows are kept in memory and written when "
-                "there is space again",
-                self.path,
-                error,
+            header, kept = self._store.go_on(header, *self._flusher.rewound)
+            self._flusher.epochs = {
+                e: {**kept.get(e, {}), **self._flusher.epochs.get(e, {})} for e in {*kept, *self._flusher.epochs}
+            }
+        elif self._resume and self._flusher.rewound is not None and self._flusher.rewound[0] > 0:
+            raise RunFileError(
+                f"{self.path}: no such run to go on with; its rows before step {self._flusher.rewound[0]} are missing. "
+                "Put the file back, or record anew without --resume."
             )
-        self._warned = True
+        else:
+            self._store.begin(header)
+        self._flusher.begun(header)
 
-    def _flush(self) -> None:
-        """Turn what is queued into one part; what cannot be written stays queued."""
-        header = self._header
-        assert header is not None
-        with self._wake:
-            rows, epochs = list(self._rows), {e: dict(v) for e, v in self._epochs.items()}
-            pending = self._written_epochs != len(epochs)
-        if not rows and not pending:
+    def _adopt(self) -> None:
+        """Closed before anything was measured in this session: the run that is there ends all the same."""
+        if not (self._resume and self._flusher.rewound is not None and self._exists()):
             return
-        block = content.columns(rows, header, self._state)
-        number = self._part_number + 1
-        write_whole(
-            self._parts / f"{number:08d}.h5",
-            lambda file: content.fill(file, header, self._state, len(rows), [block], epochs),
-        )
-        with self._wake:
-            # Rows dropped meanwhile were the oldest, and are in the part just written: not lost after all.
-            written = {id(row) for row in rows}
-            left = [row for row in self._rows if id(row) not in written]
-            self._state.dropped -= len(rows) + len(left) - len(self._rows)
-            self._rows = left
-            self._written_epochs = len(epochs) if epochs == self._epochs else -1
-            self._part_number = number
-            self._parts_rows += len(rows)
-
-    def _merge(self) -> None:
-        """Put all parts into the one file, then remove them."""
-        old = Run(self.path) if self.path.exists() or part_paths(self.path) else None
+        nothing = Header((), (), np.zeros(0, np.int64), np.zeros((0, 0), bool), self._notes)
         try:
-            state = replace(self._state, merged_through=self._part_number)
-            self._write_merged(old, len(old) if old is not None else 0, state)
-            self._state.merged_through = self._part_number
-        finally:
-            if old is not None:
-                old.close()
-        for part in part_paths(self.path):
-            part.unlink(missing_ok=True)
-        sync_folder(self._parts)
+            self._begin(nothing)
+        except (OSError, RunFileError) as error:
+            log.warning("%s: stays as it was (%s)", self.path, error)
 
-    def _write_merged(self, old: Run | None, rows: int, state: content.State) -> None:
-        header = self._header
-        assert header is not None
-        with self._wake:
-            epochs = {e: dict(v) for e, v in self._epochs.items()}
-        blocks = old.blocks(rows) if old is not None else []
-        write_whole(self.path, lambda file: content.fill(file, header, state, rows, blocks, epochs))
-        self._merged_rows, self._parts_rows = rows, 0
+    # ---- the end
+
+    def _give_up(self) -> None:
+        """Let go of the run, and of the folder if nothing is in it."""
+        self._flusher.closing = True
+        _open.discard(self)
+        self._store.remove_folder()
+        self._lock.release()
+
+    def _foreign(self) -> bool:
+        """Whether this is the copy that a forked child inherited."""
+        return os.getpid() != self._process
+
+
+_open: weakref.WeakSet[RunWriter] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_what_is_open() -> None:
+    """A program that ends without ``close`` still gets a complete file."""
+    for writer in list(_open):
+        try:
+            writer.close("failed: the program ended without closing it")
+        except GradprobeError as error:
+            log.warning("%s", error)

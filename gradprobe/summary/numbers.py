@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from gradprobe import measures
 from gradprobe.measures import Array
 from gradprobe.rows import MEASURED
-from gradprobe.runfile import Run
+from gradprobe.runfile import Run, thin
 from gradprobe.summary import words
 
 LOWEST_LAYERS = 3
@@ -87,8 +87,13 @@ def summarise(run: Run) -> dict[str, Any]:
 
     Losses and weights have no unit of ours; norms are in loss per unit of parameter; cosine, dominance,
     interference and shares are dimensionless. Docs: docs/run-file.md.
+
+    Counts, losses, weights and times are of all rows. What is of gradients (norms, cosines, dominance,
+    interference, conflict rates) is of all rows of a run of up to :data:`gradprobe.runfile.thin.ROWS`, and of
+    every k-th row of a longer one: ``looked_at`` says which k, and how many rows that were.
     """
-    gram, weight = shared_gram(run), run["weight"].astype(np.float64)
+    run, seen = thin.whole(run), thin.thin(run)
+    gram, weight = shared_gram(seen), seen["weight"].astype(np.float64)
     trainer = run.provenance.get("trainer")
     return {
         "file": run.path.name,
@@ -96,14 +101,15 @@ def summarise(run: Run) -> dict[str, Any]:
         "end": run.end,
         "trainer": str(trainer) if trainer else None,
         "rows": len(run),
+        "looked_at": {"every": seen.every, "rows": len(seen)},
         "rows_dropped": run.rows_dropped,
         "rows_not_measured": not_measured(run),
         "steps": {"first": int(run["step"][0]), "last": int(run["step"][-1])} if len(run) else None,
         "layers": len(run.layers),
         "parameters": int(run.layer_size.sum()),
-        "tasks": _tasks(run, measures.dominance(gram, weight)),
-        "pairs": _pairs(run),
-        "interference": _interference(run, measures.interference(gram, weight)),
+        "tasks": _tasks(run, seen, measures.dominance(gram, weight)),
+        "pairs": _pairs(seen),
+        "interference": _interference(seen, measures.interference(gram, weight)),
         "metrics": _metrics(run),
         "overhead": _overhead(run),
     }
@@ -115,16 +121,15 @@ def _number(value: Any) -> float | None:
 
 def not_measured(run: Run) -> dict[str, int]:
     """How many rows hold less than a measurement, by the reason that they give."""
-    codes, counts = np.unique(run["status"], return_counts=True)
-    named = {run.status_names[code]: int(count) for code, count in zip(codes, counts, strict=True)}
-    return {name: count for name, count in named.items() if name != MEASURED}
+    counts = np.bincount(thin.whole(run)["status"])
+    return {run.status_names[c]: int(n) for c, n in enumerate(counts) if n and run.status_names[c] != MEASURED}
 
 
-def _tasks(run: Run, dominance: Array) -> dict[str, Any]:
+def _tasks(run: Run, seen: Run, dominance: Array) -> dict[str, Any]:
     loss, weight = run["loss"], run["weight"]
     tenth = max(1, len(run) // 10)
     first, last = median(loss[:tenth]), median(loss[-tenth:])
-    norm, share = median(run.norm()), median(dominance)
+    norm, share = median(seen.norm()), median(dominance)
     return {
         task: {
             "loss": {"first": _number(first[i]), "last": _number(last[i])},

@@ -19,7 +19,7 @@ PAIRS_IN_WORDS = 3
 
 def sentences(summary: dict[str, Any]) -> list[str]:
     """What a run shows, in words, from its :func:`~gradprobe.summary.numbers.summarise`."""
-    said = [_what_it_is(summary), *_gaps(summary)]
+    said = [_what_it_is(summary), *_gaps(summary), *_looked_at(summary)]
     if not summary["rows"]:
         return [*said, "No row was recorded, so there is nothing to say about gradients."]
     said += [*_losses_and_weights(summary), *_norms(summary)]
@@ -51,6 +51,16 @@ def _gaps(summary: dict[str, Any]) -> list[str]:
     if summary["rows_dropped"]:
         said.append(f"{summary['rows_dropped']} rows were lost because the disk took none.")
     return said
+
+
+def _looked_at(summary: dict[str, Any]) -> list[str]:
+    every, rows = summary["looked_at"]["every"], summary["looked_at"]["rows"]
+    if every == 1:
+        return []
+    return [
+        f"It is long: what is said of gradients below is from one row in {every} ({rows:,} rows); losses, weights and "
+        "counts are from all."
+    ]
 
 
 def _losses_and_weights(summary: dict[str, Any]) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +44,23 @@ class Paths:
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write ``state`` so that the file is whole or the old one."""
+    """Write ``state`` so that the file is whole or the old one, also after a loss of power.
+
+    Raises:
+        OSError: The disk is full or gone; the old file is as it was.
+    """
+    buffer = io.BytesIO()  # torch raises errors of many kinds when a disk fills under it
+    torch.save(dict(state), buffer)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        torch.save(dict(state), temporary)
+        with temporary.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
 
 

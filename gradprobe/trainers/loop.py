@@ -163,7 +163,7 @@ def saved(t: Training, path: Path, state: Mapping[str, Any]) -> bool:
 
 
 def resumable(t: Training) -> dict[str, Any]:
-    """All state after the last whole epoch."""
+    """All state between two epochs."""
     return {
         **t.origin,
         "epoch": t.epoch,

@@ -1,0 +1,170 @@
+"""The writer thread: brings queued rows to the store, keeps what it cannot write, and tries again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from gradprobe.rows import Header
+from gradprobe.runfile import content
+from gradprobe.runfile.backlog import Backlog
+from gradprobe.runfile.store import Store
+
+log = logging.getLogger("gradprobe")
+
+
+class Flusher:
+    """Rows, metrics and notes on their way to the disk. What is public here belongs to ``lock``.
+
+    Args:
+        store: Used by the thread alone while it runs.
+        seconds, rows: A row is written after so much time, or so many rows, at the latest.
+        keep_bytes: Memory for rows that wait.
+        part_bytes: Memory of the rows that go into one part at most.
+    """
+
+    def __init__(self, store: Store, seconds: float, rows: int, keep_bytes: int, part_bytes: int) -> None:
+        self.seconds, self.rows = seconds, rows
+        self.lock = threading.Condition()
+        self.backlog = Backlog(keep_bytes)
+        self.header: Header | None = None
+        self.epochs: dict[int, dict[str, float]] = {}
+        self.changed = False  # metrics or notes that no file holds yet
+        self.rewound: tuple[int, int] | None = None
+        self.closing = False
+        self._store, self._part_bytes = store, part_bytes
+        self._dropped_before = 0
+        self._asked = self._answered = self._refused = 0  # flushes, by number
+        self._warned = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread was started."""
+        return self._thread is not None
+
+    def begun(self, header: Header) -> None:
+        """The store has begun, or gone on."""
+        self.header, self.rewound = header, None
+        self._dropped_before = self._store.state.dropped
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name="gradprobe-writer", daemon=True)
+        self._thread.start()
+
+    def flush(self, timeout: float) -> bool:
+        """Have all that is queued written; False: it could not be, or not in so many seconds."""
+        if not self.running:
+            return True
+        with self.lock:
+            self._asked += 1
+            ticket = self._asked
+            self.lock.notify_all()
+            self.lock.wait_for(lambda: self.closing or ticket <= max(self._answered, self._refused), timeout=timeout)
+            return self._answered >= ticket
+
+    def stop(self) -> None:
+        """End the thread, with rows still queued; ``closing`` is set."""
+        with self.lock:
+            self.lock.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def finish(self, end: str) -> None:
+        """The last part says how the run ended, so that nothing after it needs to succeed."""
+        self._write_queued(end)
+        with self.lock:
+            header, epochs = self._described()
+        self._store.finish(header, epochs)
+
+    def _run(self) -> None:
+        while True:
+            with self.lock:
+                self.lock.wait_for(self._has_work, timeout=self.seconds)
+                if self.closing:
+                    return
+            if not self._try_write():
+                with self.lock:
+                    self.lock.wait_for(lambda: self.closing, timeout=min(self.seconds, 1.0))
+
+    def _has_work(self) -> bool:
+        asked = self._asked > max(self._answered, self._refused)
+        return self.closing or asked or len(self.backlog) >= self.rows
+
+    def _try_write(self) -> bool:
+        """Write what is queued; a failure is told once, and leaves it queued."""
+        ticket = self._asked
+        try:
+            self._write_queued()
+        except Exception as error:  # whatever it is, training goes on and rows are kept
+            self._complain(error)
+            self._answer(refused=ticket)
+            return False
+        if self._warned:
+            log.warning("%s: recording again", self._store.path)
+            self._warned = False
+        self._answer(answered=ticket)
+        with self.lock:
+            header, epochs = self._described()
+        try:
+            self._store.tidy(header, epochs)
+        except Exception as error:
+            self._complain(error)
+            return False
+        return True
+
+    def _answer(self, *, answered: int = 0, refused: int = 0) -> None:
+        with self.lock:
+            self._answered, self._refused = max(self._answered, answered), max(self._refused, refused)
+            self.lock.notify_all()
+
+    def _complain(self, error: Exception) -> None:
+        if not self._warned:
+            log.warning(
+                "%s: cannot be written now (%s); training goes on, rows are kept in memory and written when "
+                "there is space again",
+                self._store.path,
+                error,
+            )
+        self._warned = True
+
+    def _write_queued(self, end: str = "") -> None:
+        """Turn what is queued into parts; the last one holds ``end``."""
+        with self.lock:
+            left, rewind = len(self.backlog), self.rewound
+        if rewind is not None:
+            self._store.rewind(*self._described(), rewind[0])
+            with self.lock:
+                self.rewound = None if self.rewound == rewind else self.rewound
+        while left > 0 or self.changed or end:
+            written = self._write_part(end)
+            left -= written
+            if not written or (end and left <= 0):
+                return
+
+    def _write_part(self, end: str) -> int:
+        """One part from the oldest rows; returns how many."""
+        state = self._store.state
+        with self.lock:
+            rows = self.backlog.take(self._part_bytes)
+            header, epochs = self._described()
+            changed, self.changed = self.changed, False
+            state.dropped = self._dropped_before + self.backlog.dropped
+            state.end = end if len(rows) == len(self.backlog) else ""
+        if not rows and not changed and not end:
+            return 0
+        try:
+            self._store.append(header, epochs, content.columns(rows, header, state))
+        except BaseException:
+            with self.lock:
+                self.backlog.back(None if self.rewound is None else self.rewound[0])
+                self.changed = self.changed or changed
+            raise
+        with self.lock:
+            self.backlog.done()
+        return len(rows)
+
+    def _described(self) -> tuple[Header, dict[int, dict[str, float]]]:
+        assert self.header is not None
+        return self.header, {e: dict(v) for e, v in self.epochs.items()}

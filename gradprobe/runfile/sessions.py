@@ -1,0 +1,60 @@
+"""The sessions that a run was recorded in: the first, and one for every time it was gone on with.
+
+Stored in the provenance as one JSON text per session. What the newest session was started with is the provenance
+itself; an earlier session keeps only those entries that the next one replaced.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+MOST = 100
+"""Sessions that are kept; of more, the first and the newest."""
+
+Session = dict[str, Any]
+"""``first_step``; ``started`` (UTC); ``end`` as of the file, empty: killed, or still going on; ``replaced``."""
+
+
+def session(first_step: int = 0) -> Session:
+    """A session that begins now."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"first_step": first_step, "started": now, "end": "", "replaced": {}}
+
+
+def resumed(
+    earlier: Sequence[Session], end: str, old: Mapping[str, Any], new: Mapping[str, Any], step: int
+) -> list[Session]:
+    """The sessions of a run that is gone on with.
+
+    Args:
+        earlier: Those up to now.
+        end: How the last of them ended.
+        old: Its provenance, flat.
+        new: The provenance of the session that begins.
+        step: The first step of the new session.
+
+    >>> [s["replaced"] for s in resumed([session()], "", {"a": 1, "b": 2}, {"a": 1, "b": 3}, 10)]
+    [{'b': 2}, {}]
+    """
+    before = [dict(s) for s in earlier] or [session() | {"started": ""}]
+    gone = {k: v for k, v in old.items() if k not in new or _plain(new[k]) != _plain(v)}
+    before[-1] = {**before[-1], "end": end, "replaced": gone}
+    kept = before if len(before) < MOST else [before[0], *before[2 - MOST :]]
+    return [*kept, session(step)]
+
+
+def dump(sessions: Sequence[Session]) -> list[str]:
+    """As they are stored."""
+    return [json.dumps(s, default=str, ensure_ascii=False) for s in sessions]
+
+
+def load(texts: Sequence[str]) -> list[Session]:
+    """As :func:`dump` made them."""
+    return [json.loads(text) for text in texts]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,268 @@
+"""A run on the disk while it is written: the main file, the parts beside it, and how rows get from these into that.
+
+Every method leaves the folder readable if it is cut off anywhere. Rows go into an immutable *part*, a whole run
+file of its own in ``conflict.h5.parts/``. Parts are put together when there are many (:func:`parts.due`), and
+into ``conflict.h5`` when they hold as many rows as it does, by writing a new file and renaming it over the old
+one. A file says through which part it goes, so a kill before the parts are removed counts no row twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from gradprobe.errors import RunFileError
+from gradprobe.rows import Header
+from gradprobe.runfile import content, parts, schema, sessions
+from gradprobe.runfile.files import Disk, write_whole
+from gradprobe.runfile.reader import Run
+
+log = logging.getLogger("gradprobe")
+
+TIDY_AGAIN = 60.0
+"""Seconds until parts are put together again where the disk had no room for that."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    span: parts.Span
+    rows: int
+
+
+class Store:
+    """The files of one run, for one thread.
+
+    Args:
+        path: The main file.
+        disk: Where everything goes.
+        fan: Parts are put together when there are so many of a size.
+    """
+
+    def __init__(self, path: Path, disk: Disk, fan: int) -> None:
+        self.path, self.folder, self._disk, self._fan = path, parts.folder(path), disk, fan
+        self.state = content.State()
+        self.sessions: list[sessions.Session] = [sessions.session()]
+        self._parts: list[_Part] = []
+        self._number = self._merged_rows = 0
+        self._tidy_at = 0.0
+
+    # ---- the beginning
+
+    def begin(self, header: Header) -> None:
+        """The header of a new run. What lies there under the same name is no longer counted, then removed."""
+        self._number = self.state.merged_through = max((last for _, last in self._spans()), default=0)
+        self._write_main(header, {}, [], 0, self.state)
+        self._remove_parts()
+
+    def go_on(self, header: Header, step: int, epoch: int) -> tuple[Header, dict[int, dict[str, float]]]:
+        """Cut what was recorded from ``step`` on, in one rename, and go on behind the rest.
+
+        Args:
+            header: Of the session that begins. Without layers, where nothing was measured yet: those of the run.
+            step: Rows from this one on are cut.
+            epoch: Metrics of later epochs are cut.
+
+        Returns:
+            The header, and the metrics that were kept.
+        """
+        with Run(self.path) as old:
+            header = _same_layers(self.path, header, old, any(old["step"] < step))
+            kept = {e: v for e, v in old.epochs_by_number().items() if e <= epoch}
+            self._number = self.state.merged_through = old.last_part
+            self.state.status_names = list(old.status_names)
+            self.state.dropped = old.rows_dropped
+            flat = dict(content.flatten(header.provenance))
+            before = {k: v for k, v in old.provenance.items() if k != "sessions"}
+            self.sessions = sessions.resumed(old.sessions, old.end, before, flat, step)
+            self._cut(header, kept, step)
+        return header, kept
+
+    # ---- while it goes on
+
+    def append(self, header: Header, epochs: content.Epochs, rows: content.Columns) -> None:
+        """One more part, on the disk when this returns.
+
+        Raises:
+            OSError: It could not be written; nothing has changed.
+        """
+        number, count = self._number + 1, len(rows["step"])
+        self._write(self.folder / parts.name((number, number)), header, epochs, self.state, count, [rows])
+        self._number = number
+        self._parts.append(_Part((number, number), count))
+
+    def tidy(self, header: Header, epochs: content.Epochs) -> None:
+        """Put parts together if there are many; where there is no room for that, they stay as they are."""
+        taken = parts.due([last - first + 1 for first, last in (p.span for p in self._parts)], self._fan)
+        if not taken or time.monotonic() < self._tidy_at:
+            return
+        try:
+            if sum(p.rows for p in self._parts) >= self._merged_rows:
+                self.merge(header, epochs)
+            else:
+                self._compact(header, epochs, taken)
+        except OSError:
+            self._tidy_at = time.monotonic() + TIDY_AGAIN
+
+    def merge(self, header: Header, epochs: content.Epochs) -> None:
+        """Put all parts into the main file, then remove them."""
+        files, rows = self._files(), self._merged_rows + sum(p.rows for p in self._parts)
+        self._check_room(files)
+        state = replace(self.state, merged_through=self._number)
+        self._write_main(header, epochs, blocks(files), rows, state)
+        self._remove_parts()
+
+    def rewind(self, header: Header, epochs: content.Epochs, step: int) -> None:
+        """Cut the rows from ``step`` on, in one rename; the training has gone back."""
+        self._cut(header, epochs, step)
+
+    def _cut(self, header: Header, epochs: content.Epochs, step: int) -> None:
+        files = [p for p in (self.path, *parts.paths(self.path)) if p.exists()]
+        files = [p for p in files if p == self.path or _above(p, _merged_through(self.path))]
+        kept = list(_counts(files, step))
+        state = replace(self.state, merged_through=self._number)
+        self._write_main(header, epochs, _before(blocks(files), step), sum(kept), state)
+        self._remove_parts()
+
+    def _compact(self, header: Header, epochs: content.Epochs, taken: int) -> None:
+        """Put the last ``taken`` parts into one."""
+        last = self._parts[-taken:]
+        files = [self.folder / parts.name(p.span) for p in last]
+        self._check_room(files)
+        one = _Part((last[0].span[0], last[-1].span[1]), sum(p.rows for p in last))
+        self._write(self.folder / parts.name(one.span), header, epochs, self.state, one.rows, blocks(files))
+        self._parts[-taken:] = [one]
+        for file in files:
+            self._disk.unlink(file)
+
+    # ---- the end
+
+    def finish(self, header: Header, epochs: content.Epochs) -> None:
+        """All in one file, and nothing beside it; or, where there is no room for that, a note why not."""
+        try:
+            self.merge(header, epochs)
+        except OSError as error:
+            log.warning(
+                "%s: complete, but in pieces: its rows stay in %s/ beside it, as they could not be put together "
+                "(%s). Every command reads it as it is; keep the folder with the file.",
+                self.path,
+                self.folder.name,
+                error,
+            )
+
+    def sweep(self) -> None:
+        """Remove what a killed writer left half made."""
+        for stray in self.folder.glob(".*.tmp"):
+            self._disk.unlink(stray)
+
+    def remove_folder(self) -> None:
+        """Remove the folder of parts, unless there are some."""
+        if not self._spans():
+            with suppress(OSError):
+                self.sweep()
+                self._disk.unlink(self.folder / "lock")
+                self._disk.rmdir(self.folder)
+
+    # ---- beneath
+
+    def _write_main(
+        self, header: Header, epochs: content.Epochs, rows: Iterable[content.Columns], count: int, state: content.State
+    ) -> None:
+        self._write(self.path, header, epochs, state, count, rows)
+        self.state.merged_through, self._merged_rows, self._parts = self._number, count, []
+
+    def _write(
+        self,
+        path: Path,
+        header: Header,
+        epochs: content.Epochs,
+        state: content.State,
+        count: int,
+        rows: Iterable[content.Columns],
+    ) -> None:
+        provenance = {**header.provenance, "sessions": sessions.dump(self._sessions(state.end))}
+        described = replace(header, provenance=provenance)
+        temporary = self.folder / f".{path.name}.tmp"
+        write_whole(path, temporary, lambda file: content.fill(file, described, state, count, rows, epochs), self._disk)
+
+    def _sessions(self, end: str) -> list[sessions.Session]:
+        return [*self.sessions[:-1], {**self.sessions[-1], "end": end}]
+
+    def _files(self) -> list[Path]:
+        main = [self.path] if self._merged_rows else []
+        return [*main, *(self.folder / parts.name(p.span) for p in self._parts)]
+
+    def _spans(self) -> list[parts.Span]:
+        return [s for s in map(parts.span, self.folder.glob("*.h5")) if s is not None]
+
+    def _remove_parts(self) -> None:
+        # In order: a reader that listed some of them then misses the first, and looks again.
+        for span in sorted(self._spans()):
+            self._disk.unlink(self.folder / parts.name(span))
+
+    def _check_room(self, files: Sequence[Path]) -> None:
+        """Do not fill the disk to find out that it is full."""
+        needed, free = sum(f.stat().st_size for f in files), self._disk.free(self.folder)
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free")
+
+
+def blocks(files: Iterable[Path], size: int = schema.CHUNK_ROWS) -> Iterator[content.Columns]:
+    """The rows of our own files, piece by piece."""
+    for path in files:
+        with h5py.File(path, "r", locking=False) as file:
+            for start in range(0, len(file["step"]), size):
+                yield {f.name: file[f.name][start : start + size] for f in schema.ROW_FIELDS}
+
+
+def _before(pieces: Iterable[content.Columns], step: int) -> Iterator[content.Columns]:
+    for piece in pieces:
+        keep = piece["step"] < step
+        yield {name: values[keep] for name, values in piece.items()}
+
+
+def _counts(files: Iterable[Path], step: int) -> Iterator[int]:
+    """How many rows of each file are before ``step``."""
+    for path in files:
+        with h5py.File(path, "r", locking=False) as file:
+            yield int((file["step"][()] < step).sum())
+
+
+def _merged_through(path: Path) -> int:
+    if not path.exists():
+        return 0
+    with h5py.File(path, "r", locking=False) as file:
+        return int(file.attrs["merged_through"])
+
+
+def _above(part: Path, merged_through: int) -> bool:
+    span = parts.span(part)
+    return span is not None and span[0] > merged_through
+
+
+def _same_layers(path: Path, header: Header, old: Run, any_kept: bool) -> Header:
+    """The header to go on with.
+
+    Raises:
+        RunFileError: Rows are kept, and they are of other tasks or layers.
+    """
+    if not header.layers and list(header.tasks) in ([], list(old.tasks)):
+        return Header(old.tasks, old.layers, old.layer_size, old.reach, {**_unnumbered(old), **header.provenance})
+    same = list(old.layers) == list(header.layers) and list(old.tasks) == list(header.tasks)
+    if any_kept and not same:
+        raise RunFileError(
+            f"{path}: holds tasks {list(old.tasks)} on {len(old.layers)} layers, but the run to go on has "
+            f"tasks {list(header.tasks)} on {len(header.layers)} layers. Resume with the same model."
+        )
+    return header
+
+
+def _unnumbered(old: Run) -> Mapping[str, Any]:
+    return {k: v for k, v in old.provenance.items() if k != "sessions"}
