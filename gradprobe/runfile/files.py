@@ -16,6 +16,7 @@ from typing import Any
 import h5py
 
 from gradprobe.errors import RunFileError
+from gradprobe.runfile.sums import seal
 
 try:
     import fcntl
@@ -103,6 +104,7 @@ def write_whole(path: Path, fill: Callable[[h5py.File], None]) -> None:
             # v108..v110: what the h5dump and netCDF of today's distributions can open.
             with h5py.File(raw, "w", libver=("v108", "v110")) as file:
                 fill(file)
+            seal(raw)
             raw.sync()
         finally:
             raw.close()
