@@ -183,7 +183,7 @@ def attribute(value: Any) -> Any:
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value) or not value:
         return value
     raw = [item.encode("utf-8", "replace") for item in value]
-    return np.array(raw, dtype=h5py.string_dtype("utf-8", max(1, *map(len, raw), 1)))
+    return np.array(raw, dtype=h5py.string_dtype("utf-8", max(1, *map(len, raw))))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

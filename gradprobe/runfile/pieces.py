@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -169,7 +168,7 @@ def open_pieces(path: Path, known: Sequence[Piece] = ()) -> list[Piece]:
 
 def _collect(path: Path, stands: dict[Identity, Piece], taken: list[Piece]) -> None:
     parts = part_paths(path)  # listed first: what is merged meanwhile is in the main file then, and skipped
-    if os.path.lexists(path):
+    if path.exists():
         taken.append(_take(path, stands, part=False))
     elif not parts:
         raise RunFileError(f"{path}: no such file.")

@@ -24,6 +24,8 @@ FOOTER = struct.Struct("<16sQIII")  # magic, bytes of HDF5, bytes per block, blo
 MAGIC = b"gradprobe-crc32\n"
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
+HEAP = b"GCOL"  # how a global heap, where HDF5 keeps variable-length text, begins
+
 _CACHED_BLOCKS = 16  # HDF5 reads its own structures in small scattered pieces
 _IN_MEMORY = 1 << 18  # so small a file (a part) is taken whole: a long live run must not use up file descriptors
 
@@ -149,6 +151,8 @@ class SummedFile(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         try:
             self._fill(view)
+            if view[:4] == HEAP:
+                check_heap(view)
         except OSError as error:
             self.error = str(error)
             raise
@@ -209,6 +213,27 @@ class SummedFile(io.RawIOBase):
             if not count:
                 raise OSError(f"it became shorter while it was read, at byte {start + done:,}")
             done += count
+
+
+def check_heap(view: bytes | memoryview) -> None:
+    """Look through a global heap before HDF5 does, which loops for ever over one with an empty free space.
+
+    Args:
+        view: The heap from its beginning, or its first bytes: HDF5 reads those first to learn its size.
+
+    Raises:
+        OSError: An object in it is empty free space, or leads beyond the heap.
+    """
+    size = int.from_bytes(view[8:16], "little")
+    if size < len(view) and size < 4096:
+        raise OSError(f"it is damaged: a heap of {size} bytes")
+    at, end = 16, min(size, len(view))
+    while at + 16 <= end:
+        index, length = int.from_bytes(view[at : at + 2], "little"), int.from_bytes(view[at + 8 : at + 16], "little")
+        taken = 16 + -(-length // 8) * 8 if index else length
+        if not taken or at + taken > size:
+            raise OSError(f"it is damaged: an object of {length:,} bytes in a heap of {size:,}")
+        at += taken
 
 
 def _open_regular(path: Path, follow: bool) -> io.FileIO | io.BytesIO:

@@ -6,7 +6,9 @@ read that is larger than the file itself or of another type or shape than docs/r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -23,6 +25,8 @@ MAX_NAMES = 100_000
 MAX_TEXT = 1 << 20
 MAX_CHUNK = 1 << 28
 MAX_STRINGS = 1 << 28
+MAX_FILE = 1 << 37  # 10 tasks on 100 layers in six million rows
+MAX_BLIND = 1 << 28  # a read of more is held against the memory that is there
 
 NUMBERS = (h5t.INTEGER, h5t.FLOAT)
 _STRING_REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("index", "<u4")])
@@ -47,8 +51,8 @@ def attribute(owner: h5py.HLObject, name: str, kinds: type | tuple[type, ...] = 
         raise Refused(f"{where} is missing")
     found = h5a.open(owner.id, key)
     space, kind = found.get_space(), found.get_type()
-    if space.get_simple_extent_type() == h5s.NULL:
-        value: Any = []  # how HDF5 keeps an empty list
+    if space.get_simple_extent_type() == h5s.NULL or not space.get_simple_extent_npoints():
+        value: Any = []
     else:
         _check_attribute(where, kind, space, found.get_storage_size(), len_of(owner))
         value = _plain(where, owner.attrs[name])
@@ -74,12 +78,12 @@ def _check_attribute(where: str, kind: h5t.TypeID, space: h5s.SpaceID, stored: i
     variable = kind.get_class() == h5t.STRING and kind.is_variable_str()
     # Many references to one long string would be copied many times; HDF5 shows no length before it has done so.
     if variable and count > 1 and count * file_size > MAX_STRINGS:
-        raise Refused(f"{where} holds {count:,} variable-length strings; in a large file a list must be of fixed length")
+        raise Refused(
+            f"{where} holds {count:,} variable-length strings; in a large file a list must be of fixed length"
+        )
 
 
 def _plain(where: str, value: Any) -> Any:
-    if isinstance(value, h5py.Empty):
-        return []
     items = np.asarray(value).ravel().tolist() if isinstance(value, np.ndarray) else [value]
     plain = [_scalar(where, item) for item in items]
     return plain if isinstance(value, np.ndarray) else plain[0]
@@ -124,8 +128,7 @@ def check_version(file: h5py.File) -> None:
     ours = schema.ENCODING_VERSION.split(".")[0]
     if version.split(".")[0] != ours:
         raise Refused(
-            f"has format version {version}; this gradprobe reads version {ours}. "
-            "Update it: pip install -U gradprobe"
+            f"has format version {version}; this gradprobe reads version {ours}. Update it: pip install -U gradprobe"
         )
 
 
@@ -143,6 +146,8 @@ def check(file: h5py.File, raw: SummedFile) -> None:
         Refused: What is wrong, where.
     """
     size = raw.length
+    if size > MAX_FILE:
+        raise Refused(f"has {size:,} bytes; at most {MAX_FILE:,} are read")
     for owner in _objects(file):
         if h5a.get_num_attrs(owner.id) > MAX_ATTRIBUTES:
             raise Refused(f"{_name(owner)} has {h5a.get_num_attrs(owner.id):,} attributes")
@@ -194,15 +199,39 @@ def _check_dataset(dataset: h5py.Dataset, size: int) -> None:
     space = low.get_space()
     if space.get_simple_extent_type() != h5s.SIMPLE:
         raise Refused(f"{where} has no axes; every dataset of a run has")
-    shape = space.get_simple_extent_dims()
-    needed = kind.get_size() * int(np.prod([int(n) for n in shape], dtype=object))
+    variable = kind.get_class() == h5t.STRING and kind.is_variable_str()
+    item = _STRING_REFERENCE.itemsize if variable else kind.get_size()
+    needed = item * _product(space.get_simple_extent_dims())
+    if layout == h5d.CHUNKED and needed:
+        chunk = plist.get_chunk()
+        if item * _product(chunk) > MAX_CHUNK:
+            raise Refused(f"{where} has chunks of {item * _product(chunk):,} bytes")
+        grid = [-(-n // c) * c for n, c in zip(space.get_simple_extent_dims(), chunk, strict=True)]
+        needed = item * _product(grid)
     stored = low.get_storage_size() if needed else 0
-    if not needed <= stored <= size:
+    if stored != needed or stored > size:  # a chunk that is not there would read as zeros
         raise Refused(f"{where} claims {needed:,} bytes, but {stored:,} are stored in a file of {size:,}")
-    if layout == h5d.CHUNKED:
-        chunk = kind.get_size() * int(np.prod([int(n) for n in plist.get_chunk()], dtype=object))
-        if chunk > min(MAX_CHUNK, max(size, 1)):
-            raise Refused(f"{where} has chunks of {chunk:,} bytes in a file of {size:,}")
+
+
+def _product(lengths: Sequence[int]) -> int:
+    return math.prod(int(length) for length in lengths)
+
+
+def check_memory(needed: int) -> None:
+    """Whether so many bytes can be read at once; a sparse file is large at no cost.
+
+    Raises:
+        Refused: The machine has less.
+    """
+    if needed <= MAX_BLIND:
+        return
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: numpy's own MemoryError has to do
+        return
+    if needed > free:
+        raise Refused(f"{needed:,} bytes would be read at once, {free:,} of memory are free; read it with a stride")
 
 
 def _check_known(file: h5py.File, raw: SummedFile) -> None:
