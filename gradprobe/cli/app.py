@@ -10,6 +10,7 @@ import typer
 
 from gradprobe import __version__
 from gradprobe.cli.data import app as data_app
+from gradprobe.cli.export import export
 from gradprobe.cli.plot import plot
 from gradprobe.cli.record import record
 from gradprobe.cli.summary import summary
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(record)
 app.command()(plot)
 app.command()(summary)
+app.command()(export)
 app.add_typer(data_app, name="data", help="Make the embedded data set, or check one of your own.")
 
 

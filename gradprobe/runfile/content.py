@@ -175,12 +175,21 @@ def _write_provenance(group: h5py.Group, provenance: Mapping[str, Any]) -> None:
 
 
 def attribute(value: Any) -> Any:
-    """A value as HDF5 is to keep it: lists of text with fixed length, so that a reader knows their size beforehand.
+    """A value as HDF5 is to keep it, so that every tool can read it.
+
+    Lists of text have a fixed length, so that a reader knows their size beforehand; truth is 0 or 1 (h5py would make
+    an enumeration of it, which netCDF does not show).
 
     >>> attribute(["record", "--epochs"]).dtype.itemsize
     8
     """
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value) or not value:
+    if isinstance(value, (bool, np.bool_)):
+        return np.uint8(value)
+    if not isinstance(value, list) or not value:
+        return value
+    if all(isinstance(item, bool) for item in value):
+        return np.array(value, dtype=np.uint8)
+    if not all(isinstance(item, str) for item in value):
         return value
     raw = [item.encode("utf-8", "replace") for item in value]
     return np.array(raw, dtype=h5py.string_dtype("utf-8", max(1, *map(len, raw))))

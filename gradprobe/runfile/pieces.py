@@ -80,6 +80,7 @@ class Piece:
             raise untrusted.Refused(f"its pairs are {list(self.pairs)[:6]}, those of its tasks are {expected[:6]}")
         self.rows = int(self.file[schema.STEP].shape[0])
         self.end: str = untrusted.attribute(self.file, "end", str)
+        self.file_time: str = untrusted.attribute(self.file, "file_time", str)
         self.merged_through = self._count("merged_through")
         self.rows_dropped = self._count("rows_dropped")
         names = untrusted.attribute(self.file["status"], "status_names", list)

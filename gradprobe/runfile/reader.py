@@ -73,6 +73,7 @@ class Run:
         self.provenance: dict[str, Any] = last.provenance
         self.status_names: Names = last.status_names
         self.end: str = last.end
+        self.file_time: str = last.file_time
         self.rows_dropped = last.rows_dropped
         self.last_part = max(first.merged_through, *(piece.number for piece in self._files))
         self._lengths = [piece.rows for piece in self._files]
