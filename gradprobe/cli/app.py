@@ -14,6 +14,7 @@ from gradprobe.cli.export import export
 from gradprobe.cli.plot import plot
 from gradprobe.cli.record import record
 from gradprobe.cli.summary import summary
+from gradprobe.cli.watch import watch
 from gradprobe.errors import GradprobeError
 
 INTERRUPTED = 130
@@ -37,6 +38,7 @@ app = typer.Typer(
 app.command()(record)
 app.command()(plot)
 app.command()(summary)
+app.command()(watch)
 app.command()(export)
 app.add_typer(data_app, name="data", help="Make the embedded data set, or check one of your own.")
 

@@ -101,6 +101,11 @@ class Run:
         return all(piece.raw.sealed for piece in self._files)
 
     @property
+    def changed(self) -> float:
+        """When its files were last written, in seconds of the wall clock."""
+        return max(piece.identity[2] for piece in self._files) * 1e-9
+
+    @property
     def complete(self) -> bool:
         """Whether the recording ended and closed its file: finished, stopped or failed, but not killed."""
         return bool(self.end)
