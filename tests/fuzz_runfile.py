@@ -1,9 +1,9 @@
 """Damages a run file in many ways and looks at what the reader makes of it; run by tests/test_runfile_fuzz.py.
 
 `python tests/fuzz_runfile.py RUN FIRST LAST [--resealed]` goes through cases FIRST to LAST - 1, each made from its
-number alone, and prints a line per case: its number, and "right", "refused", "partly" (some arrays refused, the rest right) or what
-else came. With --resealed the sums
-are made right after the damage, as a malicious writer would: then the numbers may differ, but nothing may crash.
+number alone, and prints a line per case: its number, and "right", "refused", "partly" (some arrays refused, the rest
+right) or what else came. With --resealed the sums are made right after the damage, as a malicious writer would: then
+the numbers may differ ("other"), but nothing may crash.
 """
 
 from __future__ import annotations

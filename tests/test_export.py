@@ -28,9 +28,7 @@ def path(tmp_path_factory):
     layers = trunk_layers()
     reach = np.ones((len(layers), 2), bool)
     reach[0, 1] = False  # cls does not reach the first layer
-    return make_run(
-        folder / "conflict.h5", rows=ROWS, layers=layers, reach=reach, provenance=PROVENANCE, bad_rows=[3]
-    )
+    return make_run(folder / "conflict.h5", rows=ROWS, layers=layers, reach=reach, provenance=PROVENANCE, bad_rows=[3])
 
 
 @pytest.fixture
@@ -91,9 +89,8 @@ def test_h5py_reads_it_with_types_that_matlab_has(path, run):
         kinds = []
         file.visititems(lambda _, item: kinds.append(item.dtype) if isinstance(item, h5py.Dataset) else None)
         for owner in (file, file["provenance"], file["status"]):
-            kinds += [
-                owner.attrs.get_id(name).dtype for name in owner.attrs if name not in ("REFERENCE_LIST", "DIMENSION_LIST")
-            ]
+            ours = [name for name in owner.attrs if name not in ("REFERENCE_LIST", "DIMENSION_LIST")]
+            kinds += [owner.attrs.get_id(name).dtype for name in ours]
     assert {(kind.kind, kind.itemsize) for kind in kinds if kind.kind in "iuf"} <= {
         ("i", 4), ("i", 8), ("u", 1), ("f", 4), ("f", 8)
     }  # fmt: skip
@@ -229,8 +226,9 @@ def test_tensorboard_shows_the_series(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("to", "package"), [("parquet", "pyarrow"), ("netcdf", "xarray"), ("netcdf", "h5netcdf"), ("tensorboard", "tensorboard")]
-)  # fmt: skip
+    ("to", "package"),
+    [("parquet", "pyarrow"), ("netcdf", "xarray"), ("netcdf", "h5netcdf"), ("tensorboard", "tensorboard")],
+)
 def test_a_missing_package_gives_the_pip_line(run, tmp_path, monkeypatch, to, package):
     for module in list(sys.modules):
         if module.split(".")[0] == package:

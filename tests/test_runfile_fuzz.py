@@ -16,7 +16,7 @@ WORKER = Path(__file__).with_name("fuzz_runfile.py")
 
 
 def outcomes(path: Path, cases: int, *options: str) -> collections.Counter[str]:
-    """How many cases ended how; a case that kills its process ends as "died", and the next process goes on behind it."""
+    """How many cases ended how; one that kills its process ends as "died", and the next process goes on behind it."""
     found: collections.Counter[str] = collections.Counter()
     first = 0
     while first < cases:

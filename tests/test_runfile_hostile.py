@@ -12,7 +12,7 @@ import pytest
 from run_factory import make_run
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import open_run, schema
+from gradprobe.runfile import attributes, open_run, schema, untrusted
 
 if not hasattr(os, "mkfifo"):
     pytest.skip("needs the files of POSIX", allow_module_level=True)
@@ -143,21 +143,17 @@ def test_text_of_a_stranger_cannot_steer_the_terminal(tmp_path):
 
 def test_a_list_of_text_in_a_large_file_is_refused(tmp_path, monkeypatch):
     """Many references to one long text would be copied many times before anyone could look at it."""
-    from gradprobe.runfile import untrusted
-
     path = tmp_path / "run.h5"
     with hostile.changed(path) as file:
         file["provenance"].attrs["notes"] = ["a", "b"]
     with open_run(path) as run:
         assert run.provenance["notes"] == ["a", "b"]
-    monkeypatch.setattr(untrusted, "MAX_STRINGS", 1000)
+    monkeypatch.setattr(attributes, "MAX_STRINGS", 1000)
     with pytest.raises(RunFileError, match="'notes' of /provenance holds 2 variable-length strings"):
         open_run(path)
 
 
 def test_a_file_beyond_the_cap_is_refused(tmp_path, monkeypatch):
-    from gradprobe.runfile import untrusted
-
     path = make_run(tmp_path / "run.h5")
     monkeypatch.setattr(untrusted, "MAX_FILE", 10_000)
     with pytest.raises(RunFileError, match="at most 10,000 are read"):
@@ -165,11 +161,9 @@ def test_a_file_beyond_the_cap_is_refused(tmp_path, monkeypatch):
 
 
 def test_more_than_memory_holds_is_not_read_at_once():
-    from gradprobe.runfile import untrusted
-
     if not Path("/proc/meminfo").exists():
         pytest.skip("needs /proc/meminfo")
-    with pytest.raises(untrusted.Refused, match="read it with a stride"):
+    with pytest.raises(untrusted.RefusedError, match="read it with a stride"):
         untrusted.check_memory(1 << 60)
     untrusted.check_memory(1 << 20)
 

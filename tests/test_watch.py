@@ -232,12 +232,12 @@ def test_a_killed_recording_ends_the_watch_with_what_to_do(tmp_path):
 def test_once_for_programs(tmp_path, capsys):
     path = tmp_path / "run.h5"
     writer = writing(path, rows=30)
-    before = sorted(os.listdir(tmp_path / "run.h5.parts"))
+    before = sorted(Path(tmp_path / "run.h5.parts").iterdir())
     assert command(["watch", str(path), "--once", "--json"]) == 0
     seen = json.loads(capsys.readouterr().out)
     assert seen["rows"] == 30
     assert seen["end"] == ""
-    assert sorted(os.listdir(tmp_path / "run.h5.parts")) == before
+    assert sorted(Path(tmp_path / "run.h5.parts").iterdir()) == before
     writer.close()
 
 

@@ -14,6 +14,7 @@ from gradprobe.cli.sparks import sparkline
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from gradprobe.runfile import Run
 
@@ -43,7 +44,7 @@ def watch(
         last = _follow(run, once, as_json, interval)
     if not once and last["state"] == live.STOPPED:
         print(
-            f"gradprobe: {file}: the recording process is gone and did not end its run ({last['rows']} rows are there). "
+            f"gradprobe: {file}: the recording process is gone and did not end its run; {last['rows']} rows are there. "
             f"Go on with it with: gradprobe record --resume {file}",
             file=sys.stderr,
         )
@@ -61,7 +62,7 @@ def _opened(file: Path, wait: float) -> Run:
             return Run(file)
         except RunFileError:
             preparing = wait > 0 and live.being_recorded(file) is True
-            if file.exists() or not preparing and time.monotonic() >= until:
+            if file.exists() or (not preparing and time.monotonic() >= until):
                 raise
         if not told:
             print(f"gradprobe: {file}: is not there yet; waiting for it", file=sys.stderr)
@@ -81,7 +82,6 @@ def _follow(run: Run, once: bool, as_json: bool, interval: float) -> dict[str, A
     if once or not console.is_terminal or console.is_dumb_terminal:
         return _until_end(run, once, interval, lambda seen: print(line(seen), flush=True))
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as display:
-
         # Every time: the age of the last row goes on when no row comes.
         return _until_end(run, once, interval, lambda seen: display.update(render(seen), refresh=True), always=True)
 
@@ -181,7 +181,7 @@ def _pairs(seen: dict[str, Any]) -> RenderableType:
     return table
 
 
-def _table(*heads: str) -> Any:
+def _table(*heads: str) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

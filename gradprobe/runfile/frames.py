@@ -50,7 +50,7 @@ def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
         if field.name == schema.STEP:
             continue
         values = run.read(field.name, stride=stride) if field.axes[0] == schema.STEP else run[field.name]
-        about = {"long_name": field.meaning} | ({"units": field.units} if field.units else {})
+        about: dict[str, Any] = {"long_name": field.meaning} | ({"units": field.units} if field.units else {})
         if field.name == "status":
             about["status_names"] = list(run.status_names)
         variables[field.name] = (field.axes, values, about)

@@ -14,6 +14,7 @@ import h5py
 
 from gradprobe.errors import RunFileError
 from gradprobe.runfile import schema, untrusted
+from gradprobe.runfile.attributes import RefusedError, attribute, printable
 from gradprobe.runfile.sums import SummedFile
 
 log = logging.getLogger("gradprobe")
@@ -77,30 +78,30 @@ class Piece:
         self.pairs = self._names(schema.PAIR)
         expected = [f"{a}|{b}" for i, a in enumerate(self.tasks) for b in self.tasks[i + 1 :]]
         if list(self.pairs) != expected:
-            raise untrusted.Refused(f"its pairs are {list(self.pairs)[:6]}, those of its tasks are {expected[:6]}")
+            raise RefusedError(f"its pairs are {list(self.pairs)[:6]}, those of its tasks are {expected[:6]}")
         self.rows = int(self.file[schema.STEP].shape[0])
-        self.end: str = untrusted.attribute(self.file, "end", str)
-        self.file_time: str = untrusted.attribute(self.file, "file_time", str)
+        self.end: str = attribute(self.file, "end", str)
+        self.file_time: str = attribute(self.file, "file_time", str)
         self.merged_through = self._count("merged_through")
         self.rows_dropped = self._count("rows_dropped")
-        names = untrusted.attribute(self.file["status"], "status_names", list)
+        names = attribute(self.file["status"], "status_names", list)
         if not all(isinstance(name, str) for name in names):
-            raise untrusted.Refused("attribute 'status_names' of /status is of the wrong type")
+            raise RefusedError("attribute 'status_names' of /status is of the wrong type")
         self.status_names: tuple[str, ...] = tuple(names)
 
     def _count(self, name: str) -> int:
-        value: int = untrusted.attribute(self.file, name, int)
+        value: int = attribute(self.file, name, int)
         if value < 0 or isinstance(value, bool):
-            raise untrusted.Refused(f"attribute {name!r} of / is {value}")
+            raise RefusedError(f"attribute {name!r} of / is {value}")
         return value
 
     def _names(self, axis: str) -> tuple[str, ...]:
         names = tuple(str(name) for name in self.file[axis].asstr()[()])
         for name in names:
-            if not name or name != untrusted.printable(name) or "\n" in name or "\t" in name:
-                raise untrusted.Refused(f"dataset {axis!r} holds a name that is empty or not printable: {name!r}")
+            if not name or name != printable(name) or "\n" in name or "\t" in name:
+                raise RefusedError(f"dataset {axis!r} holds a name that is empty or not printable: {name!r}")
         if len(set(names)) != len(names):
-            raise untrusted.Refused(f"dataset {axis!r} holds a name twice")
+            raise RefusedError(f"dataset {axis!r} holds a name twice")
         return names
 
     @property
@@ -108,7 +109,7 @@ class Piece:
         """Attributes of the group: str, bool, int, float and lists of these, by dotted name."""
         with self.reading():
             group = self.file["provenance"]
-            return {untrusted.printable(name): untrusted.attribute(group, name) for name in group.attrs}
+            return {printable(name): attribute(group, name) for name in group.attrs}
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -119,7 +120,7 @@ class Piece:
         """
         try:
             yield
-        except untrusted.Refused as error:
+        except RefusedError as error:
             raise RunFileError(f"{self.path}: {error}.") from error
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as error:
             words = self.raw.error or str(error)

@@ -122,9 +122,7 @@ class Run:
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self.read(name)
 
-    def read(
-        self, name: str, *, stride: int = 1, start: int = 0, layers: slice | int = slice(None)
-    ) -> NDArray[Any]:
+    def read(self, name: str, *, stride: int = 1, start: int = 0, layers: slice | int = slice(None)) -> NDArray[Any]:
         """One dataset, or every ``stride``-th row of it from ``start`` on, or some layers of it.
 
         Args:
@@ -284,4 +282,3 @@ def open_run(path: str | Path) -> Run:
 
 def _below(layer: str, name: str) -> bool:
     return layer == name or layer.startswith(name + ".")
-
