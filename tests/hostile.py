@@ -536,7 +536,7 @@ def bytes_appended(path):
         file.write(b"more")
 
 
-@hostile("it is damaged: bytes 0 to")
+@hostile("it is damaged: bytes 4,096 to 8,192 do not match their sum")
 def one_bit_flipped(path):
     make_run(path, rows=12)
     data = bytearray(path.read_bytes())

@@ -36,6 +36,7 @@ class Piece:
     Args:
         path: The file.
         part: It is a part; its name is then its number.
+        lenient: Use what is left of damaged sums (see :class:`gradprobe.runfile.sums.SummedFile`).
 
     Raises:
         FileNotFoundError: It is not there (any more).
@@ -43,12 +44,12 @@ class Piece:
             docs/run-file.md says; nothing outside the file was touched.
     """
 
-    def __init__(self, path: Path, *, part: bool = False) -> None:
+    def __init__(self, path: Path, *, part: bool = False, lenient: bool = False) -> None:
         self.path = path
         self.number = int(path.stem) if part else 0
         try:
             self.identity = identity(path)
-            self.raw = SummedFile(path, follow=not part)
+            self.raw = SummedFile(path, follow=not part, lenient=lenient)
         except FileNotFoundError:
             raise
         except OSError as error:
