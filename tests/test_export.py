@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -265,3 +266,26 @@ def test_the_command_says_what_it_wrote(path, tmp_path, capsys):
     assert str(tmp_path / "t" / "layers.csv") in said
     assert len(read_csv(tmp_path / "t" / "rows.csv")) == ROWS // 10
     assert command(["export", str(path), "--to", "csv", "--out", str(tmp_path / "t")]) == 2
+
+
+C_PROGRAM = """
+#include <hdf5.h>
+#include <stdio.h>
+#include <stdlib.h>
+int main(void) {{
+    {code}
+    for (hsize_t i = 0; i < size[0] * size[1]; i++) printf("%.9g\\n", values[i]);
+    return 0;
+}}
+"""
+
+
+@pytest.mark.skipif(shutil.which("h5cc") is None, reason="h5cc is not installed (Debian: libhdf5-dev)")
+def test_the_document_shows_how_to_read_it_from_c(path, run, tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "run-file.md").read_text(encoding="utf-8")
+    code = text.split("```c\n")[1].split("```")[0]
+    (tmp_path / "read.c").write_text(C_PROGRAM.format(code=code))
+    subprocess.run(["h5cc", "-o", "read", "read.c"], cwd=tmp_path, check=True, capture_output=True)
+    shutil.copy(path, tmp_path)
+    said = subprocess.run([tmp_path / "read"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    np.testing.assert_array_equal(np.array(said.split(), np.float32).reshape(ROWS, 2), run["loss"])
