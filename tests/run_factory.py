@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, Header, Row
 from gradprobe.runfile import RunWriter
+from gradprobe.runfile.sums import seal
 
 SCORES = ("mAP50", "mAP50-95", "precision", "recall", "f1", "accuracy", "macro_f1", "auroc")
 
@@ -125,4 +126,6 @@ def make_run(
     if not end:
         with h5py.File(path, "r+") as file:
             file.attrs["end"] = ""
+        with path.open("rb+") as raw:
+            seal(raw)
     return path

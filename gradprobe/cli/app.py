@@ -9,10 +9,13 @@ import click
 import typer
 
 from gradprobe import __version__
+from gradprobe.cli.check import check
 from gradprobe.cli.data import app as data_app
+from gradprobe.cli.export import export
 from gradprobe.cli.plot import plot
 from gradprobe.cli.record import record
 from gradprobe.cli.summary import summary
+from gradprobe.cli.watch import watch
 from gradprobe.errors import GradprobeError
 
 INTERRUPTED = 130
@@ -36,6 +39,9 @@ app = typer.Typer(
 app.command()(record)
 app.command()(plot)
 app.command()(summary)
+app.command()(watch)
+app.command()(export)
+app.command()(check)
 app.add_typer(data_app, name="data", help="Make the embedded data set, or check one of your own.")
 
 

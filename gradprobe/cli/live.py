@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gradprobe import measures
+from gradprobe.cli.sparks import sparkline
 from gradprobe.rows import Header, Row
 from gradprobe.trainers.settings import TASKS, Settings
 
 SHOWN_METRICS = ("mAP50", "mAP50-95", "precision", "recall", "f1", "accuracy", "macro_f1", "auroc")
-SPARKS = "▁▂▃▄▅▆▇█"
 
 
 class Display:
@@ -234,15 +234,6 @@ def make_display(settings: Settings) -> Display:
     """The live form where stderr is a terminal that can show it, else plain lines."""
     console = Console(stderr=True)
     return LiveDisplay(settings) if console.is_terminal and not console.is_dumb_terminal else Display(settings)
-
-
-def sparkline(values: deque[float]) -> str:
-    """Cosines as a row of blocks, -1 lowest, +1 highest; NaN is a space.
-
-    >>> sparkline(deque([-1.0, 0.0, 1.0, float("nan")]))
-    '▁▅█ '
-    """
-    return "".join(" " if math.isnan(v) else SPARKS[min(int((v + 1) / 2 * 8), 7)] for v in values)
 
 
 def _number(value: float | None) -> str:

@@ -94,7 +94,7 @@ def fill(file: h5py.File, header: Header, state: State, rows: int, blocks: Itera
             field_.name, shape, field_.dtype, chunks=schema.chunk_shape(field_, shape), track_times=False
         )
         _describe(dataset, field_)
-    file["status"].attrs["status_names"] = state.status_names
+    file["status"].attrs["status_names"] = attribute(state.status_names)
     _scale(file, schema.STEP)
     for field_ in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS):
         _attach(file, field_)
@@ -187,7 +187,28 @@ def _write_epochs(file: h5py.File, epochs: Epochs) -> None:
 
 def _write_provenance(group: h5py.Group, provenance: Mapping[str, Any]) -> None:
     for name, value in flatten(provenance):
-        group.attrs[name] = value
+        group.attrs[name] = attribute(value)
+
+
+def attribute(value: Any) -> Any:
+    """A value as HDF5 is to keep it, so that every tool can read it.
+
+    Lists of text have a fixed length, so that a reader knows their size beforehand; truth is 0 or 1 (h5py would make
+    an enumeration of it, which netCDF does not show).
+
+    >>> attribute(["record", "--epochs"]).dtype.itemsize
+    8
+    """
+    if isinstance(value, (bool, np.bool_)):
+        return np.uint8(value)
+    if not isinstance(value, list) or not value:
+        return value
+    if all(isinstance(item, bool) for item in value):
+        return np.array(value, dtype=np.uint8)
+    if not all(isinstance(item, str) for item in value):
+        return value
+    raw = [item.encode("utf-8", "replace") for item in value]
+    return np.array(raw, dtype=h5py.string_dtype("utf-8", max(1, *map(len, raw))))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -20,6 +20,8 @@ from typing import Any
 
 import h5py
 
+from gradprobe.runfile.sums import seal
+
 
 class Disk:
     """The operations on files that a writer is made of, each a thin name for the system's."""
@@ -188,6 +190,7 @@ def write_whole(path: Path, temporary: Path, fill: Callable[[h5py.File], None], 
                 with _no_fork:
                     file.close()
                     _half_written.remove(file)
+            seal(raw)
             raw.sync()
         finally:
             raw.close()

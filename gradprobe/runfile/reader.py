@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -13,7 +14,14 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import parts, schema, sessions
+from gradprobe.runfile import schema, sessions, untrusted
+from gradprobe.runfile.pieces import Piece, open_pieces
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+log = logging.getLogger("gradprobe")
 
 Names = tuple[str, ...]
 
@@ -22,13 +30,15 @@ class Run:
     """One recorded run, from its file alone.
 
     Arrays by name, as docs/run-file.md lists them: ``run["cosine"]`` is (n, L, P). A dataset that is read is read
-    whole; ``run.read`` takes a stride for long runs.
+    whole; ``run.read`` takes a stride, or the last rows only, for long runs. The file may come from anyone: it is
+    checked before a number is read from it, and every byte that is read against its sum.
 
     Args:
         path: ``conflict.h5``. Parts that are not merged yet are found beside it and read along.
 
     Raises:
-        RunFileError: No such file, not a run file, of a later major version, or damaged.
+        RunFileError: No such file, not a run file, of a later major version, damaged, or something in it is not as
+            docs/run-file.md says. Reading from it later raises the same.
 
     Example:
         >>> with Run("conflict.h5") as run:             # doctest: +SKIP
@@ -37,56 +47,61 @@ class Run:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._files: list[h5py.File] = []
+        self._files: list[Piece] = open_pieces(self.path)
         try:
-            self._files = self._open()
             self._read_header()
-        except OSError as error:
-            self.close()
-            raise RunFileError(f"{self.path}: cannot be read as a run file ({error}).") from error
-        except (KeyError, ValueError, TypeError) as error:
-            self.close()
-            raise RunFileError(
-                f"{self.path}: is not a complete run file ({error}). Was it written by gradprobe?"
-            ) from error
         except BaseException:
             self.close()
             raise
-
-    # ---- opening
-
-    def _open(self) -> list[h5py.File]:
-        for _ in range(20):
-            opened: list[h5py.File] = []
-            try:
-                found = parts.paths(self.path)
-                if not self.path.exists() and not found:
-                    raise RunFileError(f"{self.path}: no such file.")
-                if self.path.exists():
-                    opened.append(_open_checked(self.path))
-                merged = int(opened[0].attrs["merged_through"]) if opened else 0
-                opened += [_open_checked(part) for part in found if _span(part)[0] > merged]
-                return opened
-            except FileNotFoundError:  # merged away between the listing and the opening: look again
-                _close_all(opened)
-            except BaseException:
-                _close_all(opened)
-                raise
-        raise RunFileError(f"{self.path}: its parts change faster than they can be opened. Try again.")
+        if not self.sealed:
+            log.warning(
+                "%s: carries no sums: another program changed it after it was recorded, so that damage to its numbers "
+                "would not be noticed",
+                self.path,
+            )
 
     def _read_header(self) -> None:
         first, last = self._files[0], self._files[-1]
-        self.tasks: Names = _names(first, schema.TASK)
-        self.layers: Names = _names(first, schema.LAYER)
-        self.pairs: Names = _names(first, schema.PAIR)
-        self.layer_size: NDArray[np.int64] = first["layer_size"][()]
-        self.reach: NDArray[np.bool_] = first["reach"][()].astype(bool)
-        self.provenance: dict[str, Any] = {k: _plain(v) for k, v in last["provenance"].attrs.items()}
-        self.status_names: Names = tuple(str(v) for v in last["status"].attrs["status_names"])
-        self.end: str = str(last.attrs["end"])
-        self.rows_dropped = int(last.attrs["rows_dropped"])
-        self.last_part = max(int(first.attrs["merged_through"]), *(_span(Path(f.filename))[1] for f in self._files))
-        self._lengths = [f["step"].shape[0] for f in self._files]
+        self.tasks: Names = first.tasks
+        self.layers: Names = first.layers
+        self.pairs: Names = first.pairs
+        with first.reading():
+            self.layer_size: NDArray[np.int64] = first["layer_size"][()]
+            self.reach: NDArray[np.bool_] = first["reach"][()].astype(bool)
+        self.provenance: dict[str, Any] = last.provenance
+        self.status_names: Names = last.status_names
+        self.end: str = last.end
+        self.file_time: str = last.file_time
+        self.rows_dropped = last.rows_dropped
+        self.last_part = max(first.merged_through, *(piece.span[1] for piece in self._files))
+        self._lengths = [piece.rows for piece in self._files]
+
+    def refresh(self) -> bool:
+        """Look again at a run that is being written; only files that are new are opened.
+
+        Returns:
+            Whether anything changed. Arrays that were read before are as they were.
+
+        Raises:
+            RunFileError: As on opening.
+        """
+        before = self._files
+        self._files = open_pieces(self.path, before)
+        for piece in before:
+            if piece not in self._files:
+                piece.close()
+        self._read_header()
+        return self._files != before
+
+    @property
+    def sealed(self) -> bool:
+        """Whether every file of the run still carries the sums that the writer gave it."""
+        return all(piece.raw.sealed for piece in self._files)
+
+    @property
+    def changed(self) -> float:
+        """When its files were last written, in seconds of the wall clock."""
+        return max(piece.identity[2] for piece in self._files) * 1e-9
 
     @property
     def sessions(self) -> list[sessions.Session]:
@@ -110,37 +125,53 @@ class Run:
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self.read(name)
 
-    def read(self, name: str, *, stride: int = 1, layers: slice | int = slice(None)) -> NDArray[Any]:
-        """One dataset, or every ``stride``-th row of it, or some layers of it.
+    def read(self, name: str, *, stride: int = 1, start: int = 0, layers: slice | int = slice(None)) -> NDArray[Any]:
+        """One dataset, or every ``stride``-th row of it from ``start`` on, or some layers of it.
+
+        Args:
+            name: As in docs/run-file.md.
+            stride: Every so many rows.
+            start: First row; negative: so many rows before the end. Only what lies behind it is read.
+            layers: Which layers, or one.
 
         Raises:
-            RunFileError: This run holds no such dataset; lists those it holds.
+            RunFileError: This run holds no such dataset (lists those it holds), or it is damaged there.
         """
         if name not in self:
-            held = ", ".join(sorted(n for n in self._files[0] if isinstance(self._files[0][n], h5py.Dataset)))
+            held = ", ".join(sorted(n for n in self._files[0].file if n in self))
             raise RunFileError(f"{self.path}: no dataset {name!r} in this run (it holds: {held}).")
         axes = {f.name: f.axes for f in schema.ROW_FIELDS}.get(name)
         if axes is None:
-            value = self._files[0][name]
-            return np.asarray(value.asstr()[()] if h5py.check_string_dtype(value.dtype) else value[()])
-        pieces, start = [], 0
-        for file, length in zip(self._files, self._lengths, strict=True):
-            first = -start % stride  # the stride goes on across files as if they were one
-            index: tuple[Any, ...] = (slice(first, length, stride),)
-            if schema.LAYER in axes:
-                index += (layers,)
-            pieces.append(file[name][index])
-            start += length
-        return np.concatenate(pieces)
+            with self._files[0].reading():
+                value = self._files[0][name]
+                return np.asarray(value.asstr()[()] if h5py.check_string_dtype(value.dtype) else value[()])
+        ahead = max(len(self) + start, 0) if start < 0 else start  # rows until the next one that is wanted
+        columns = (layers,) if schema.LAYER in axes else ()
+        pieces = []
+        for piece in self._files:
+            if ahead < piece.rows or piece is self._files[0]:  # the first one gives an empty result its shape
+                with piece.reading():
+                    dataset = piece[name]
+                    untrusted.check_memory(dataset.nbytes * (piece.rows - ahead) // max(piece.rows * stride, 1))
+                    pieces.append(dataset[(slice(ahead, piece.rows, stride), *columns)])
+            taken = len(range(ahead, piece.rows, stride))
+            ahead += taken * stride - piece.rows
+        found = np.concatenate(pieces)
+        if name == "status" and found.size and found.max() >= len(self.status_names):
+            raise RunFileError(f"{self.path}: is damaged: status {found.max()} has no name in status_names.")
+        return found
 
-    def blocks(self, rows: int, size: int = 4096) -> Iterator[dict[str, NDArray[Any]]]:
-        """All row datasets, piece by piece, up to ``rows`` rows; for merging and exporting large runs."""
-        left = rows
-        for file, length in zip(self._files, self._lengths, strict=True):
-            for start in range(0, min(length, left), size):
-                stop = min(start + size, length, left)
-                yield {f.name: file[f.name][start:stop] for f in schema.ROW_FIELDS}
-            left -= min(length, left)
+    def blocks(self, rows: int, size: int = 4096, *, stride: int = 1) -> Iterator[dict[str, NDArray[Any]]]:
+        """All row datasets, piece by piece, from the first ``rows`` rows; for merging and exporting large runs."""
+        done = 0
+        for piece in self._files:
+            length = min(piece.rows, rows - done)
+            for start in range(-done % stride, length, size - size % stride or stride):
+                stop = min(start + (size - size % stride or stride), length)
+                with piece.reading():
+                    block = {f.name: piece[f.name][start:stop:stride] for f in schema.ROW_FIELDS}
+                yield block
+            done += max(length, 0)
 
     # ---- quantities
 
@@ -186,8 +217,9 @@ class Run:
     @property
     def epochs(self) -> dict[str, NDArray[Any]]:
         """Metrics per epoch, and ``epoch`` itself, each (E,); NaN where an epoch lacks a metric."""
-        group = self._files[-1]["epochs"]
-        return {name: group[name][()] for name in group}
+        with self._files[-1].reading():
+            group = self._files[-1]["epochs"]
+            return {name: group[name][()] for name in group}
 
     def epochs_by_number(self) -> dict[int, dict[str, float]]:
         """The same by epoch: {0: {"mAP50": 0.1, ...}, ...}."""
@@ -195,11 +227,42 @@ class Run:
         numbers = table.pop("epoch")
         return {int(e): {name: float(v[i]) for name, v in table.items()} for i, e in enumerate(numbers)}
 
+    # ---- for other tools
+
+    def to_pandas(self, name: str, *, stride: int = 1) -> pandas.DataFrame:
+        """One dataset as a tidy table: a row per value, with a column per axis and one named ``name``.
+
+        Args:
+            name: As in docs/run-file.md; ``"epochs"`` gives the metrics per epoch, a column each.
+            stride: Every so many steps.
+
+        Raises:
+            MissingExtraError: pandas is not installed.
+            RunFileError: As for :meth:`read`.
+        """
+        from gradprobe.runfile import frames
+
+        return frames.to_pandas(self, name, stride)
+
+    def to_xarray(self, *, stride: int = 1) -> xarray.Dataset:
+        """All of it in memory: axes step, layer, task, pair by name, and epoch_number for metrics per epoch.
+
+        Args:
+            stride: Every so many steps.
+
+        Raises:
+            MissingExtraError: xarray is not installed.
+        """
+        from gradprobe.runfile import frames
+
+        return frames.to_xarray(self, stride)
+
     # ---- closing
 
     def close(self) -> None:
         """Let go of the files. A second call does nothing."""
-        _close_all(self._files)
+        for piece in self._files:
+            piece.close()
         self._files = []
 
     def __enter__(self) -> Run:
@@ -220,40 +283,5 @@ def open_run(path: str | Path) -> Run:
     return Run(path)
 
 
-def _open_checked(path: Path) -> h5py.File:
-    file = h5py.File(path, "r", locking=False)  # a reader must never keep a writer out
-    kind = file.attrs.get("encoding-type")
-    version = str(file.attrs.get("encoding-version", ""))
-    if kind != schema.ENCODING_TYPE:
-        file.close()
-        raise RunFileError(f"{path}: is an HDF5 file but not a gradprobe run (encoding-type is {kind!r}).")
-    if version.split(".")[0] != schema.ENCODING_VERSION.split(".")[0]:
-        file.close()
-        raise RunFileError(
-            f"{path}: has format version {version}; this gradprobe reads version "
-            f"{schema.ENCODING_VERSION.split('.')[0]}. Update it: pip install -U gradprobe"
-        )
-    return file
-
-
-def _span(path: Path) -> parts.Span:
-    return parts.span(path) or (0, 0)
-
-
-def _close_all(files: list[h5py.File]) -> None:
-    for file in files:
-        file.close()
-
-
-def _names(file: h5py.File, axis: str) -> Names:
-    return tuple(str(name) for name in file[axis].asstr()[()])
-
-
 def _below(layer: str, name: str) -> bool:
     return layer == name or layer.startswith(name + ".")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    return value.item() if isinstance(value, np.generic) else value

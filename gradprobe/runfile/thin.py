@@ -34,7 +34,7 @@ class ThinRun(Run):
     def __len__(self) -> int:
         return -(-len(self.whole) // self.every)
 
-    def read(self, name: str, *, stride: int = 1, layers: slice | int = slice(None)) -> NDArray[Any]:
+    def read(self, name: str, *, stride: int = 1, start: int = 0, layers: slice | int = slice(None)) -> NDArray[Any]:
         """As of the run, of the rows that are looked at."""
         if name not in self._read:
             self._read[name] = self.whole.read(name, stride=self.every)
@@ -43,12 +43,13 @@ class ThinRun(Run):
         axes = {f.name: f.axes for f in schema.ROW_FIELDS}.get(name)
         if axes is None:
             return values
-        return values[::stride][:, layers] if schema.LAYER in axes else values[::stride]
+        return values[start::stride][:, layers] if schema.LAYER in axes else values[start::stride]
 
-    def blocks(self, rows: int, size: int = schema.CHUNK_ROWS) -> Iterator[dict[str, NDArray[Any]]]:
+    def blocks(self, rows: int, size: int = schema.CHUNK_ROWS, *, stride: int = 1) -> Iterator[dict[str, NDArray[Any]]]:
         """As of the run, of the rows that are looked at."""
-        for start in range(0, min(rows, len(self)), size):
-            yield {f.name: self.read(f.name)[start : min(start + size, rows)] for f in schema.ROW_FIELDS}
+        for start in range(0, min(rows, len(self)), size * stride):
+            stop = min(start + size * stride, rows)
+            yield {f.name: self.read(f.name)[start:stop:stride] for f in schema.ROW_FIELDS}
 
     def close(self) -> None:
         """Forget what was read; the run stays open."""

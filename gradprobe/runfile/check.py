@@ -1,0 +1,239 @@
+"""Whether a run is whole: every sum, every shape, and what its numbers must obey."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradprobe.errors import RunFileError
+from gradprobe.runfile import live, parts, schema
+from gradprobe.runfile.pieces import Piece, span_of
+
+DAMAGED, INCOMPLETE, NOTE = "damaged", "incomplete", "note"
+
+_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        file: The name of the file it is in.
+        kind: ``damaged``; ``incomplete`` (no damage, but not all there or not to be verified); ``note``.
+        what: In words.
+    """
+
+    file: str
+    kind: str
+    what: str
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        rows: Rows in the files that can be opened.
+        files: Names of those that count.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    rows: int = 0
+    files: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the run ended and nothing of it is damaged, missing or unverified."""
+        return all(finding.kind == NOTE for finding in self.findings)
+
+    def add(self, path: Path, kind: str, what: str) -> None:
+        """Note one finding."""
+        self.findings.append(Finding(path.name, kind, what))
+
+
+def check(path: Path) -> Report:
+    """Read all of a run and report what is wrong with it.
+
+    Args:
+        path: ``conflict.h5``; its parts are found beside it.
+
+    Raises:
+        RunFileError: There is no such run.
+    """
+    report = Report()
+    pieces = open_readable(path, report)
+    try:
+        last = -1
+        for piece in pieces:
+            report.files.append(piece.path.name)
+            report.rows += piece.rows
+            if not piece.raw.sealed:
+                report.add(piece.path, INCOMPLETE, "carries no sums: another program changed it after it was recorded")
+            _check_sums(piece, report)
+            last = _check_values(piece, report, last)
+        if pieces:
+            _check_end(path, pieces[-1], report)
+    finally:
+        for piece in pieces:
+            piece.close()
+    return report
+
+
+def open_readable(path: Path, report: Report, *, lenient: bool = False) -> list[Piece]:
+    """The files of a run that can be opened, in order; the others are reported.
+
+    Raises:
+        RunFileError: There is no such run.
+    """
+    for _ in range(20):
+        trial = Report()
+        pieces: list[Piece] = []
+        try:
+            _open_readable(path, trial, pieces, lenient)
+        except FileNotFoundError:  # a part was merged away meanwhile: look again
+            for piece in pieces:
+                piece.close()
+            continue
+        report.findings += trial.findings
+        return pieces
+    raise RunFileError(f"{path}: its parts change faster than they can be opened. Try again.")
+
+
+def _open_readable(path: Path, report: Report, pieces: list[Piece], lenient: bool) -> None:
+    found = parts.paths(path)
+    if not path.exists() and not found:
+        raise RunFileError(f"{path}: no such file.")
+    merged, expected = 0, 0
+    if not path.exists():
+        report.add(path, DAMAGED, "is not there; only its parts are")
+    elif (main := _open_one(path, report, lenient, part=False)) is not None:
+        pieces.append(main)
+        merged = expected = main.merged_through
+    for part in found:
+        number, last = span_of(part)
+        if last <= merged:
+            report.add(part, NOTE, "is in the main file already; a kill came before it was removed")
+            continue
+        if expected and number > expected + 1:
+            report.add(part, DAMAGED, f"follows part {expected:08d}: {number - expected - 1} parts between are missing")
+        expected = last
+        piece = _open_one(part, report, lenient, part=True)
+        if piece is None:
+            continue
+        if pieces and (piece.tasks, piece.layers) != (pieces[0].tasks, pieces[0].layers):
+            report.add(part, DAMAGED, "is a part of another run: it has other tasks or layers")
+            piece.close()
+        else:
+            pieces.append(piece)
+
+
+def _open_one(path: Path, report: Report, lenient: bool, *, part: bool) -> Piece | None:
+    try:
+        return Piece(path, part=part)
+    except RunFileError as error:
+        if lenient:
+            try:
+                return Piece(path, part=part, lenient=True)
+            except RunFileError:
+                pass
+        report.add(path, DAMAGED, str(error).removeprefix(f"{path}: "))
+        return None
+
+
+def _check_sums(piece: Piece, report: Report) -> None:
+    damage = piece.raw.damaged()
+    if damage:
+        size = sum(stop - start for start, stop in damage)
+        where = ", ".join(f"{start:,} to {stop:,}" for start, stop in damage[:3]) + (", ..." if damage[3:] else "")
+        report.add(piece.path, DAMAGED, f"{size:,} bytes do not match their sums: {where}")
+
+
+def _check_end(path: Path, last: Piece, report: Report) -> None:
+    held = live.being_recorded(path)
+    if held:
+        report.add(path, INCOMPLETE, "is being recorded")
+    elif not last.end:
+        report.add(path, INCOMPLETE, "its recording was killed, or goes on: it does not say how it ended")
+    elif last.span[1]:
+        report.add(path, INCOMPLETE, "has parts that were not merged")
+    if last.rows_dropped:
+        report.add(path, NOTE, f"{last.rows_dropped} rows were dropped while the disk took none")
+
+
+# ---- numbers
+
+
+def _check_values(piece: Piece, report: Report, last_step: int) -> int:
+    """Report numbers that cannot be.
+
+    Returns:
+        The last step, for the next file.
+    """
+    wrong: dict[str, tuple[int, int]] = {}  # what: how often, first row
+    for start, name, values in _readable(piece, report):
+        if name == "step":
+            steps = np.concatenate([[last_step], values])
+            _count(wrong, "step does not increase", steps[1:] <= steps[:-1], start)
+            last_step = int(values[-1])
+        for what, where in _impossible(piece, name, values):
+            _count(wrong, f"{name} {what}", np.asarray(where.any(axis=tuple(range(1, where.ndim)))), start)
+    for what, (often, first) in wrong.items():
+        report.add(piece.path, DAMAGED, f"{what} in {often} rows, first in row {first}")
+    _check_epochs(piece, report)
+    return last_step
+
+
+def _readable(piece: Piece, report: Report) -> Iterator[tuple[int, str, NDArray[Any]]]:
+    for field_ in schema.ROW_FIELDS:
+        lost = 0
+        for start in range(0, piece.rows, _BLOCK):
+            stop = min(start + _BLOCK, piece.rows)
+            try:
+                with piece.reading():
+                    values = piece[field_.name][start:stop]
+            except RunFileError:
+                lost += stop - start
+                continue
+            yield start, field_.name, values
+        if lost:
+            report.add(piece.path, DAMAGED, f"{field_.name} cannot be read in a stretch of {lost} rows")
+
+
+def _impossible(piece: Piece, name: str, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    if name in ("step", "epoch", "batch_size"):
+        yield "is negative", values < 0
+    elif name in ("grad_norm", "shared_grad_norm", "overhead"):
+        yield "is negative or infinite", (values < 0) | np.isinf(values)
+    elif name in ("cosine", "shared_cosine"):
+        yield "is beyond -1 to 1", np.abs(values) > 1
+    elif name == "status":
+        yield "has no name in status_names", values >= len(piece.status_names)
+
+
+def _count(wrong: dict[str, tuple[int, int]], what: str, where: NDArray[np.bool_], start: int) -> None:
+    if where.any():
+        often, first = wrong.get(what, (0, math.inf))
+        wrong[what] = often + int(where.sum()), int(min(first, start + int(np.argmax(where))))
+
+
+def _check_epochs(piece: Piece, report: Report) -> None:
+    try:
+        with piece.reading():
+            epochs = {name: piece["epochs"][name][()] for name in piece["epochs"]}
+            reach, size = piece["reach"][()], piece["layer_size"][()]
+    except RunFileError as error:
+        report.add(piece.path, DAMAGED, str(error).removeprefix(f"{piece.path}: "))
+        return
+    if np.any(np.diff(epochs[schema.EPOCH]) <= 0):
+        report.add(piece.path, DAMAGED, "epochs/epoch does not increase")
+    if np.any(reach > 1):
+        report.add(piece.path, DAMAGED, "reach holds other values than 0 and 1")
+    if np.any(size < 0):
+        report.add(piece.path, DAMAGED, "layer_size is negative")

@@ -1,0 +1,233 @@
+"""A run in the formats of other tools: CSV, Parquet, netCDF, TensorBoard.
+
+Long runs go through in blocks of rows. What is written appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradprobe.errors import RunFileError, UsageError
+from gradprobe.runfile import frames, schema
+from gradprobe.runfile.extras import optional
+from gradprobe.runfile.reader import Run
+
+Table = dict[str, NDArray[Any]]
+"""Columns of one length, by name."""
+
+FORMATS = ("csv", "parquet", "netcdf", "tensorboard")
+
+
+def export(run: Run, to: str, out: Path | None = None, *, stride: int = 1) -> Path:
+    """Write a run in another format.
+
+    Args:
+        run: Finished or not; what is there now is written.
+        to: ``csv`` and ``parquet``: a folder of tables: rows, layers and cosines (tidy), layer_table, epochs,
+            provenance. ``netcdf``: one netCDF-4 file. ``tensorboard``: a folder of events.
+        out: Must not exist. Default: beside the run, named after it and the format.
+        stride: Every so many rows.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UsageError: An unknown format, or ``out`` exists.
+        MissingExtraError: The package that writes the format is not installed.
+        RunFileError: The run cannot be read, or ``out`` not written.
+    """
+    if to not in FORMATS:
+        raise UsageError(f"unknown format {to!r}; there are: {', '.join(FORMATS)}.")
+    if stride < 1:
+        raise UsageError(f"a stride of {stride}: it must be 1 (every row) or more.")
+    if out is None:
+        out = run.path.with_name(run.path.stem + (".nc" if to == "netcdf" else f"-{to}"))
+    write: dict[str, Callable[[Run, Path, int], None]] = {
+        "csv": _csv,
+        "parquet": _parquet,
+        "netcdf": _netcdf,
+        "tensorboard": _tensorboard,
+    }
+    with _whole(out) as target:
+        write[to](run, target, stride)
+    return out
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A place to write to that becomes ``out`` in the end, or vanishes."""
+    if out.exists() or out.is_symlink():
+        raise UsageError(f"{out} exists; choose another place with --out, or remove it.")
+    target = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove(target)
+        yield target
+        target.rename(out)
+    except OSError as error:
+        raise RunFileError(f"{out}: cannot be written ({error}). Choose another place with --out.") from error
+    finally:
+        _remove(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---- tables
+
+
+def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
+    """Every table by name, in pieces with the same columns."""
+    yield "rows", (_rows(run, block) for block in run.blocks(len(run), stride=stride))
+    yield "layers", _tidy(run, "grad_norm", schema.TASK, stride)
+    yield "cosines", _tidy(run, "cosine", schema.PAIR, stride)
+    reach = {f"reach.{task}": run.reach[:, i].astype(np.int8) for i, task in enumerate(run.tasks)}
+    yield "layer_table", iter([{"layer": _text(run.layers), "parameters": run.layer_size, **reach}])
+    yield "epochs", iter([run.epochs])
+    values = [value if isinstance(value, str) else json.dumps(value) for value in run.provenance.values()]
+    yield "provenance", iter([{"name": _text(tuple(run.provenance)), "value": _text(tuple(values))}])
+
+
+def _rows(run: Run, block: Table) -> Table:
+    """What has a value per step: a column for every task or pair, named ``loss.det``."""
+    table: Table = {}
+    for field in schema.ROW_FIELDS:
+        values = block[field.name]
+        if field.name == "status":
+            table["status"] = _text(run.status_names)[values]
+        elif len(field.axes) == 1:
+            table[field.name] = values
+        elif schema.LAYER not in field.axes:
+            heads = frames.names(run, field.axes[1])
+            table |= {f"{field.name}.{head}": values[:, i] for i, head in enumerate(heads)}
+    return table
+
+
+def _tidy(run: Run, name: str, last: str, stride: int) -> Iterator[Table]:
+    for block in run.blocks(len(run), size=1024, stride=stride):
+        values = block[name]
+        yield {
+            "step": frames.along(block["step"], 0, values.shape),
+            "layer": frames.along(_text(run.layers), 1, values.shape),
+            last: frames.along(_text(frames.names(run, last)), 2, values.shape),
+            name: values.ravel(),
+        }
+
+
+def _text(values: tuple[str, ...]) -> NDArray[Any]:
+    return np.array(values, dtype=object)
+
+
+def _csv(run: Run, target: Path, stride: int) -> None:
+    target.mkdir()
+    for name, pieces in tables(run, stride):
+        with (target / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            for number, table in enumerate(pieces):
+                if number == 0:
+                    writer.writerow(table)
+                writer.writerows(zip(*map(_written, table.values()), strict=True))
+
+
+def _written(column: NDArray[Any]) -> list[str]:
+    """The shortest text that gives the same number again; nothing for NaN."""
+    text: list[str] = column.astype(str).tolist()
+    return ["" if value == "nan" else value for value in text] if column.dtype.kind == "f" else text
+
+
+def _parquet(run: Run, target: Path, stride: int) -> None:
+    arrow = optional("pyarrow", "export --to parquet")
+    parquet = optional("pyarrow.parquet", "export --to parquet")
+    target.mkdir()
+    for name, pieces in tables(run, stride):
+        writer = None
+        try:
+            for piece in pieces:
+                table = arrow.table({key: _column(arrow, values) for key, values in piece.items()})
+                writer = writer or parquet.ParquetWriter(target / f"{name}.parquet", table.schema)
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def _column(arrow: Any, values: NDArray[Any]) -> Any:
+    return arrow.array(values, type=arrow.string()) if values.dtype == object else arrow.array(values)
+
+
+def _netcdf(run: Run, target: Path, stride: int) -> None:
+    optional("h5netcdf", "export --to netcdf")
+    frames.to_xarray(run, stride).to_netcdf(target, engine="h5netcdf")
+
+
+# ---- TensorBoard
+
+
+def _tensorboard(run: Run, target: Path, stride: int) -> None:
+    why = "export --to tensorboard"
+    event = optional("tensorboard.compat.proto.event_pb2", why)
+    summary = optional("tensorboard.compat.proto.summary_pb2", why)
+    files = optional("tensorboard.summary.writer.event_file_writer", why)
+    writer = files.EventFileWriter(str(target))
+
+    def add(step: int, wall: float, values: dict[str, float]) -> None:
+        known = [summary.Summary.Value(tag=k, simple_value=v) for k, v in values.items() if np.isfinite(v)]
+        writer.add_event(event.Event(step=step, wall_time=wall, summary=summary.Summary(value=known)))
+
+    try:
+        began = _began(run)
+        last: dict[int, tuple[int, float]] = {}
+        for block in run.blocks(len(run), stride=stride):
+            scalars = _scalars(run, block)
+            for row, (step, time, epoch) in enumerate(zip(block["step"], block["time"], block["epoch"], strict=True)):
+                last[int(epoch)] = int(step), began + float(time)
+                add(int(step), began + float(time), {tag: float(values[row]) for tag, values in scalars.items()})
+        for epoch, values in run.epochs_by_number().items():
+            step, wall = last.get(epoch, (epoch, began))
+            add(step, wall, {f"epochs/{name}": value for name, value in values.items()})
+    finally:
+        writer.close()
+
+
+def _scalars(run: Run, block: Table) -> Table:
+    """What TensorBoard is to show, by tag."""
+    found: Table = {}
+    for field in schema.ROW_FIELDS:
+        values = block[field.name]
+        if field.axes == (schema.STEP,):
+            if field.name in ("lr", "overhead"):
+                found[field.name] = values
+        elif schema.LAYER not in field.axes:
+            found |= {f"{field.name}/{n}": values[:, i] for i, n in enumerate(frames.names(run, field.axes[1]))}
+        else:
+            for place, layer in enumerate(run.layers):
+                heads = frames.names(run, field.axes[2])
+                found |= {f"{field.name}/{layer}/{n}": values[:, place, i] for i, n in enumerate(heads)}
+    return found
+
+
+def _began(run: Run) -> float:
+    """When recording started, in seconds of the wall clock: about the time of the file less that of its last row."""
+    last = run.read("time", start=-1)
+    return _wall(run) - float(last[0] if last.size else 0.0)
+
+
+def _wall(run: Run) -> float:
+    try:
+        return datetime.fromisoformat(run.file_time).timestamp()
+    except ValueError:
+        return 0.0

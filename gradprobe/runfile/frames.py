@@ -1,0 +1,87 @@
+"""A run as pandas and xarray hold it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradprobe.errors import RunFileError
+from gradprobe.runfile import schema
+from gradprobe.runfile.extras import optional
+
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
+    from gradprobe.runfile.reader import Run
+
+EPOCHS = "epochs"
+NAMED = (schema.LAYER, schema.TASK, schema.PAIR)
+EPOCH_NUMBER = "epoch_number"  # the axis of metrics per epoch; "epoch" is the epoch of each row
+
+
+def to_pandas(run: Run, name: str, stride: int = 1) -> pandas.DataFrame:
+    """One dataset as a tidy table; documented at :meth:`gradprobe.runfile.reader.Run.to_pandas`."""
+    pandas = optional("pandas", "Run.to_pandas")
+    if name == EPOCHS:
+        return pandas.DataFrame(run.epochs)
+    fields = {f.name: f for f in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS)}
+    if name not in fields or name == schema.STEP:
+        raise RunFileError(f"{run.path}: no table {name!r}; there are: {', '.join([*fields, EPOCHS])}.")
+    field = fields[name]
+    values = run.read(name, stride=stride) if field.axes[0] == schema.STEP else run[name]
+    columns: dict[str, Any] = {}
+    for place, axis in enumerate(field.axes):
+        codes = along(np.arange(values.shape[place]), place, values.shape)
+        if axis == schema.STEP:
+            columns[axis] = run.read(schema.STEP, stride=stride)[codes]
+        else:
+            columns[axis] = pandas.Categorical.from_codes(codes, list(names(run, axis)))
+    return pandas.DataFrame({**columns, name: values.ravel()})
+
+
+def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
+    """A whole run; documented at :meth:`gradprobe.runfile.reader.Run.to_xarray`."""
+    xarray = optional("xarray", "Run.to_xarray")
+    variables: dict[str, Any] = {}
+    for field in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS):
+        if field.name == schema.STEP:
+            continue
+        values = run.read(field.name, stride=stride) if field.axes[0] == schema.STEP else run[field.name]
+        about: dict[str, Any] = {"long_name": field.meaning} | ({"units": field.units} if field.units else {})
+        if field.name == "status":
+            about["status_names"] = list(run.status_names)
+        variables[field.name] = (field.axes, values, about)
+    epochs = run.epochs
+    number = epochs.pop(schema.EPOCH)
+    variables |= {f"{EPOCHS}.{name}": ((EPOCH_NUMBER,), values) for name, values in epochs.items()}
+    coordinates: dict[str, Any] = {axis: np.array(names(run, axis), dtype=object) for axis in NAMED}
+    coordinates |= {schema.STEP: run.read(schema.STEP, stride=stride), EPOCH_NUMBER: number}
+    return xarray.Dataset(variables, coordinates, about_run(run))
+
+
+def about_run(run: Run) -> dict[str, Any]:
+    """Provenance and end as attributes that netCDF can hold: no bool, no empty list."""
+    about: dict[str, Any] = {"end": run.end, "rows_dropped": run.rows_dropped}
+    for name, value in run.provenance.items():
+        if isinstance(value, bool):
+            value = int(value)
+        about[f"provenance.{name}"] = "" if isinstance(value, list) and not value else value
+    return about
+
+
+def names(run: Run, axis: str) -> tuple[str, ...]:
+    """What the places along an axis are called."""
+    return {schema.LAYER: run.layers, schema.TASK: run.tasks, schema.PAIR: run.pairs}[axis]
+
+
+def along(values: NDArray[Any], place: int, shape: tuple[int, ...]) -> NDArray[Any]:
+    """The values of one axis, repeated to go with an array of ``shape`` that is laid out flat.
+
+    >>> along(np.array([7, 8]), 0, (2, 3)).tolist()
+    [7, 7, 7, 8, 8, 8]
+    """
+    view = values.reshape([-1 if axis == place else 1 for axis in range(len(shape))])
+    return np.broadcast_to(view, shape).ravel()

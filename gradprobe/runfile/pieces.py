@@ -1,0 +1,211 @@
+"""The files that make up a run, each opened once and checked before it is used."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from gradprobe.errors import RunFileError
+from gradprobe.runfile import parts, schema, untrusted
+from gradprobe.runfile.attributes import RefusedError, attribute, printable
+from gradprobe.runfile.sums import SummedFile
+
+log = logging.getLogger("gradprobe")
+
+Identity = tuple[int, int, int]
+
+_open: weakref.WeakSet[Piece] = weakref.WeakSet()
+
+
+class Piece:
+    """One file of a run: the main file, or a part.
+
+    Args:
+        path: The file.
+        part: It is a part; its name then says which numbers it stands for.
+        lenient: Use what is left of damaged sums (see :class:`gradprobe.runfile.sums.SummedFile`).
+
+    Raises:
+        FileNotFoundError: It is not there (any more).
+        RunFileError: It cannot be read, is not a run, is of a later major version, or something in it is not as
+            docs/run-file.md says; nothing outside the file was touched.
+    """
+
+    def __init__(self, path: Path, *, part: bool = False, lenient: bool = False) -> None:
+        self.path = path
+        self.span = span_of(path) if part else (0, 0)
+        try:
+            self.identity = identity(path)
+            self.raw = SummedFile(path, follow=not part, lenient=lenient)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise RunFileError(f"{path}: cannot be read as a run file ({error}).") from error
+        try:
+            self.file = self._open()
+            with self.reading():
+                untrusted.check_version(self.file)
+                untrusted.check(self.file, self.raw)
+                self._read_header()
+        except BaseException:
+            self.close()
+            raise
+        _open.add(self)
+
+    def _open(self) -> h5py.File:
+        # The traceback through h5py holds what crashes Python at its end, if it still lives then: take the words only.
+        try:
+            return h5py.File(self.raw, "r")
+        except Exception as error:
+            words = self.raw.error or str(error)
+        raise RunFileError(f"{self.path}: cannot be read as a run file ({words}).")
+
+    def _read_header(self) -> None:
+        self.tasks = self._names(schema.TASK)
+        self.layers = self._names(schema.LAYER)
+        self.pairs = self._names(schema.PAIR)
+        expected = [f"{a}|{b}" for i, a in enumerate(self.tasks) for b in self.tasks[i + 1 :]]
+        if list(self.pairs) != expected:
+            raise RefusedError(f"its pairs are {list(self.pairs)[:6]}, those of its tasks are {expected[:6]}")
+        self.rows = int(self.file[schema.STEP].shape[0])
+        self.end: str = attribute(self.file, "end", str)
+        self.file_time: str = attribute(self.file, "file_time", str)
+        self.merged_through = self._count("merged_through")
+        self.rows_dropped = self._count("rows_dropped")
+        names = attribute(self.file["status"], "status_names", list)
+        if not all(isinstance(name, str) for name in names):
+            raise RefusedError("attribute 'status_names' of /status is of the wrong type")
+        self.status_names: tuple[str, ...] = tuple(names)
+
+    def _count(self, name: str) -> int:
+        value: int = attribute(self.file, name, int)
+        if value < 0 or isinstance(value, bool):
+            raise RefusedError(f"attribute {name!r} of / is {value}")
+        return value
+
+    def _names(self, axis: str) -> tuple[str, ...]:
+        names = tuple(str(name) for name in self.file[axis].asstr()[()])
+        for name in names:
+            if not name or name != printable(name):
+                raise RefusedError(f"dataset {axis!r} holds a name that is empty or not printable: {name!r}")
+        if len(set(names)) != len(names):
+            raise RefusedError(f"dataset {axis!r} holds a name twice")
+        return names
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Attributes of the group: str, bool, int, float and lists of these, by dotted name."""
+        with self.reading():
+            group = self.file["provenance"]
+            return {printable(name): attribute(group, name) for name in group.attrs}
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns what HDF5 raises into our error, with what was found in the bytes.
+
+        Raises:
+            RunFileError: Names the file and the damage.
+        """
+        try:
+            yield
+        except RefusedError as error:
+            raise RunFileError(f"{self.path}: {error}.") from error
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, MemoryError) as error:
+            words = self.raw.error or str(error)
+            raise RunFileError(f"{self.path}: is not a complete run file ({words}).") from error
+
+    def __getitem__(self, name: str) -> Any:
+        return self.file[name]
+
+    def __contains__(self, name: str) -> bool:
+        return isinstance(self.file.get(name), h5py.Dataset)
+
+    def close(self) -> None:
+        """Let go of the file. A second call does nothing."""
+        if hasattr(self, "file"):
+            self.file.close()
+        self.raw.close()
+        _open.discard(self)
+
+
+def span_of(part: Path) -> parts.Span:
+    """First and last number that a part stands for, from its name."""
+    span = parts.span(part)
+    if span is None:
+        raise RunFileError(f"{part}: is not named as a part of a run is (00000007.h5, or 00000001-00000032.h5).")
+    return span
+
+
+def identity(path: Path) -> Identity:
+    """The same for two looks at one file that was not replaced between them."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def open_pieces(path: Path, known: Sequence[Piece] = ()) -> list[Piece]:
+    """The main file and the parts that count, in order. Those among ``known`` that still stand are used again.
+
+    Raises:
+        RunFileError: No such run, or a file that is refused.
+    """
+    stands = {piece.identity: piece for piece in known}
+    for _ in range(20):
+        taken: list[Piece] = []
+        try:
+            _collect(path, stands, taken)
+        except FileNotFoundError:  # merged away between the listing and the opening: look again
+            _close(taken, stands)
+        except BaseException:
+            _close(taken, stands)
+            raise
+        else:
+            _check_same_run(taken, stands)
+            return taken
+    raise RunFileError(f"{path}: its parts change faster than they can be opened. Try again.")
+
+
+def _collect(path: Path, stands: dict[Identity, Piece], taken: list[Piece]) -> None:
+    found = parts.paths(path)  # listed first: what is merged meanwhile is in the main file then, and skipped
+    if path.exists():
+        taken.append(_take(path, stands, part=False))
+    elif not found:
+        raise RunFileError(f"{path}: no such file.")
+    merged = taken[0].merged_through if taken else 0
+    for part in found:
+        if span_of(part)[0] > merged:
+            taken.append(_take(part, stands, part=True))
+
+
+def _take(path: Path, stands: dict[Identity, Piece], *, part: bool) -> Piece:
+    return stands.get(identity(path)) or Piece(path, part=part)
+
+
+def _check_same_run(pieces: list[Piece], stands: dict[Identity, Piece]) -> None:
+    first = pieces[0]
+    for piece in pieces[1:]:
+        if (piece.tasks, piece.layers) != (first.tasks, first.layers):
+            _close(pieces, stands)
+            raise RunFileError(
+                f"{piece.path}: is a part of another run: it has tasks {list(piece.tasks)} on {len(piece.layers)} "
+                f"layers, {first.path.name} has {list(first.tasks)} on {len(first.layers)}."
+            )
+
+
+def _close(pieces: Sequence[Piece], but: dict[Identity, Piece]) -> None:
+    for piece in pieces:
+        if piece.identity not in but:
+            piece.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    # A file that HDF5 closes after Python has ended calls back into what is no more, and crashes.
+    for piece in list(_open):
+        piece.close()

@@ -1,0 +1,194 @@
+"""Saves what can be saved of a damaged or killed run, into a new file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradprobe.errors import RunFileError, UsageError
+from gradprobe.rows import Header
+from gradprobe.runfile import content, live, schema
+from gradprobe.runfile.check import DAMAGED, NOTE, Report, open_readable
+from gradprobe.runfile.files import Disk, write_whole
+from gradprobe.runfile.pieces import Piece
+from gradprobe.runfile.salvage import Salvage
+
+REPAIRED = "damaged: some of its numbers could not be read"
+KILLED = "failed: the recording was killed before its end"
+
+_BLOCK = 4096
+_NEEDED = ("step", "epoch", "time")  # a row without these is dropped; other numbers become NaN or 0
+
+
+def repair(path: Path, out: Path) -> Report:
+    """Write a whole run file of all that can be read of a run.
+
+    Args:
+        path: The run; it is not changed.
+        out: The new file; must not exist.
+
+    Returns:
+        What was lost, file by file, and how many rows there are. A row whose step cannot be read is left out; another
+        number that cannot be read is NaN (whole numbers: 0), and the row's status says so.
+
+    Raises:
+        UsageError: ``out`` exists, or the run is being recorded.
+        RunFileError: Nothing can be read, or ``out`` cannot be written.
+    """
+    parts = out.with_name(out.name + schema.PARTS_SUFFIX)
+    if out.exists() or out.is_symlink() or parts.exists():
+        raise UsageError(f"{out} exists, or parts of it do; choose another place with --repair.")
+    if live.being_recorded(path):
+        raise UsageError(f"{path} is being recorded; repair it when that has ended.")
+    report = Report()
+    pieces = open_readable(path, report, lenient=True)
+    try:
+        if not pieces:
+            reasons = "; ".join(f"{finding.file} {finding.what}" for finding in report.findings)
+            raise RunFileError(f"{path}: nothing can be saved: {reasons}")
+        _write(pieces, out, report)
+    finally:
+        for piece in pieces:
+            piece.close()
+    return report
+
+
+def _write(pieces: list[Piece], out: Path, report: Report) -> None:
+    state = content.State(end=pieces[-1].end or KILLED, dropped=pieces[-1].rows_dropped)
+    state.status_names = list(pieces[-1].status_names)
+    salvages = [Salvage(piece) for piece in pieces]
+    kept = [_kept(salvage, report) for salvage in salvages]
+    _drop_repeated(salvages, kept, report)
+    for _ in _blocks(salvages, kept, state, report):  # once for what is lost, which the file says before its rows
+        pass
+    header = _header(pieces, report)
+    report.rows = sum(int(rows.sum()) for rows in kept)
+    report.files = [piece.path.name for piece in pieces]
+    epochs = _epochs(pieces, report)
+    lost = [f"{finding.file} {finding.what}" for finding in report.findings if finding.kind == DAMAGED]
+    header = Header(
+        header.tasks,
+        header.layers,
+        header.layer_size,
+        header.reach,
+        {**header.provenance, "repair": {"of": pieces[0].path.name, "lost": lost}},
+    )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        blocks = _blocks(salvages, kept, state, Report())
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        write_whole(out, temporary, lambda file: content.fill(file, header, state, report.rows, blocks, epochs), Disk())
+    except OSError as error:
+        raise RunFileError(f"{out}: cannot be written ({error}). Choose another place with --repair.") from error
+
+
+def _kept(salvage: Salvage, report: Report) -> NDArray[np.bool_]:
+    """Which rows have all that a row must have."""
+    piece = salvage.piece
+    good = np.ones(piece.rows, dtype=bool)
+    for name in _NEEDED:
+        for start in range(0, piece.rows, _BLOCK):
+            stop = min(start + _BLOCK, piece.rows)
+            _, unread = salvage.rows(name, start, stop)
+            good[start:stop] &= ~unread
+    if not good.all():
+        report.add(piece.path, DAMAGED, f"{int((~good).sum())} of {piece.rows} rows are lost: no step, epoch or time")
+    return good
+
+
+def _drop_repeated(salvages: list[Salvage], kept: list[NDArray[np.bool_]], report: Report) -> None:
+    """Leave out rows whose step is not above all before: a series must increase."""
+    last = -1
+    for salvage, rows in zip(salvages, kept, strict=True):
+        step, _ = salvage.rows("step", 0, salvage.piece.rows)
+        places = np.flatnonzero(rows)
+        before = np.maximum.accumulate(np.concatenate([[last], step[places]]))[:-1]
+        repeated = places[step[places] <= before]
+        if repeated.size:
+            rows[repeated] = False
+            report.add(salvage.piece.path, DAMAGED, f"{repeated.size} rows are left out: their step does not increase")
+        if places.size:
+            last = max(last, int(step[places].max()))
+
+
+def _blocks(
+    salvages: list[Salvage], kept: list[NDArray[np.bool_]], state: content.State, report: Report
+) -> Iterator[content.Columns]:
+    for salvage, rows in zip(salvages, kept, strict=True):
+        yield from _blocks_of(salvage, rows, state, report)
+
+
+def _blocks_of(
+    salvage: Salvage, kept: NDArray[np.bool_], state: content.State, report: Report
+) -> Iterator[content.Columns]:
+    piece = salvage.piece
+    lost: dict[str, int] = {}
+    for start in range(0, piece.rows, _BLOCK):
+        stop = min(start + _BLOCK, piece.rows)
+        rows = kept[start:stop]
+        block, holes = {}, np.zeros(stop - start, dtype=bool)
+        for field in schema.ROW_FIELDS:
+            values, unread = salvage.rows(field.name, start, stop)
+            block[field.name] = values[rows]
+            holes |= unread
+            if (unread & rows).any():
+                lost[field.name] = lost.get(field.name, 0) + int((unread & rows).sum())
+        status = np.array([state.status_code(name) for name in piece.status_names], dtype=np.uint8)
+        known = np.minimum(block["status"], len(status) - 1)
+        marked = holes[rows] | (block["status"] >= len(status))
+        block["status"] = np.where(marked, state.status_code(REPAIRED) if marked.any() else 0, status[known]).astype(
+            "|u1"
+        )
+        if rows.any():
+            yield block
+    for name, count in lost.items():
+        report.add(piece.path, DAMAGED, f"{name} could not be read in {count} rows")
+
+
+def _header(pieces: list[Piece], report: Report) -> Header:
+    """Names and provenance; of several files the first that can be read says what the layers are."""
+    provenance: dict[str, Any] = {}
+    for piece in reversed(pieces):
+        try:
+            provenance = piece.provenance
+            break
+        except RunFileError:
+            report.add(piece.path, DAMAGED, "its provenance cannot be read")
+    for piece in pieces:
+        others = [name for name in piece.file if name not in _KNOWN]
+        if others:
+            report.add(piece.path, NOTE, f"what this version does not know is left out: {', '.join(others)}")
+        try:
+            with piece.reading():
+                size, reach = piece["layer_size"][()], piece["reach"][()].astype(bool)
+        except RunFileError:
+            report.add(piece.path, DAMAGED, "the sizes of its layers and who reaches them cannot be read")
+            continue
+        return Header(piece.tasks, piece.layers, size, reach, provenance)
+    raise RunFileError(f"{pieces[0].path}: nothing can be saved: no file says which task reaches which layer.")
+
+
+_KNOWN = {
+    *(field.name for field in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS)),
+    *(schema.LAYER, schema.TASK, schema.PAIR, "epochs", "provenance"),
+}
+
+
+def _epochs(pieces: list[Piece], report: Report) -> dict[int, dict[str, float]]:
+    """Metrics by epoch, of the last file in which they can be read."""
+    for piece in reversed(pieces):
+        try:
+            with piece.reading():
+                group = piece["epochs"]
+                table = {name: group[name][()] for name in group}
+        except RunFileError:
+            report.add(piece.path, DAMAGED, "its metrics per epoch cannot be read")
+            continue
+        numbers = table.pop(schema.EPOCH)
+        return {int(e): {name: float(v[i]) for name, v in table.items()} for i, e in enumerate(numbers)}
+    return {}
