@@ -81,7 +81,7 @@ def test_a_run_can_be_read_while_it_is_written_and_parts_stay_few(tmp_path, monk
         with open_run(path) as run:
             np.testing.assert_array_equal(run["step"], np.arange(step + 1))
             assert len(run._files) <= 1 + 3 * 4
-            wide = wide or any("-" in Path(f.filename).name for f in run._files)
+            wide = wide or any("-" in piece.path.name for piece in run._files)
     assert wide  # parts were put together beside the main file
     with h5py.File(path) as main:
         assert len(main["step"]) >= 20

@@ -94,7 +94,9 @@ def long_run(path: Path, rows: int) -> Path:
     state = content.State(end="finished")
     block = content.columns([row] * 10_000, header, state)
     blocks = [{**block, "step": np.arange(i, i + 10_000)} for i in range(0, rows, 10_000)]
-    files.write_whole(path, lambda file: content.fill(file, header, state, rows, blocks, {}))
+    files.write_whole(
+        path, path.with_suffix(".tmp"), lambda file: content.fill(file, header, state, rows, blocks, {}), files.Disk()
+    )
     return path
 
 
@@ -156,7 +158,7 @@ def test_looking_keeps_no_writer_out(tmp_path):
     writing(path).close()
     with open_run(path) as run:
         latest(run)
-        second = RunWriter(path, resume_at=100)
+        second = RunWriter(path, resume=True)
         assert live.being_recorded(path)
         second.close()
 
