@@ -12,31 +12,80 @@ from torch import Tensor
 from gradprobe.measures import Array
 from gradprobe.probes.graph import Layer
 
-_PIECE = 1 << 16  # numbers converted to float64 at a time: they stay in the cache, and no whole copy is made
+# Numbers converted to float64 at a time: they stay in the cache, and no whole copy is made. A matrix product is quicker
+# than single ones from about five gradients on, and wants smaller pieces.
+_PIECE, _PIECE_OF_MANY, _MANY = 1 << 15, 1 << 13, 5
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two tensors of one shape and any floating type, accumulated in float64.
+    """Inner product of two tensors of one shape, as of real vectors, accumulated in float64.
 
     Returns:
         0-d, float64 (float32 on Apple's MPS, which has no float64), on the tensors' device.
     """
-    a, b = a.reshape(-1), b.reshape(-1)
-    if a.device.type == "mps":
-        return torch.dot(a.float(), b.float())
-    if a.device.type != "cpu":  # a wide product costs a GPU more than its accumulation does
-        return (a.float() * b.float() if a.dtype != torch.float64 else a * b).sum(dtype=torch.float64)
-    if a.numel() <= _PIECE:
-        return torch.dot(a.double(), b.double())
-    pieces = zip(torch.split(a, _PIECE), torch.split(b, _PIECE), strict=True)
-    return torch.stack([torch.dot(x.double(), y.double()) for x, y in pieces]).sum()
+    return products([a, b])[0, 1]
+
+
+def products(gradients: Sequence[Tensor]) -> Tensor:
+    """Inner products of every two of k tensors of one shape and any floating type, accumulated in float64.
+
+    A sparse tensor counts with its zeros; a complex one as twice as many real numbers, so that the product is the
+    real part of the Hermitian one: that by which a step along one gradient changes the other's loss.
+
+    Returns:
+        (k, k), float64 (float32 on Apple's MPS, which has no float64), on the tensors' device.
+    """
+    flat = [_vector(g) for g in gradients]
+    kind = flat[0].device.type
+    if kind == "cpu":
+        return _on_cpu(flat)
+    if kind == "mps":
+        return _symmetric([[torch.dot(a.float(), b.float()) for b in flat[i:]] for i, a in enumerate(flat)])
+    # A wide product costs a GPU more than its accumulation does.
+    wide = [g if g.dtype == torch.float64 else g.float() for g in flat]
+    return _symmetric([[(a * b).sum(dtype=torch.float64) for b in wide[i:]] for i, a in enumerate(wide)])
+
+
+def _vector(gradient: Tensor) -> Tensor:
+    gradient = gradient.detach()
+    if gradient.layout != torch.strided:
+        gradient = gradient.to_dense()
+    return (torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient).reshape(-1)
+
+
+def _on_cpu(flat: Sequence[Tensor]) -> Tensor:
+    many = len(flat) >= _MANY
+    total: Tensor | None = None
+    for piece in zip(*(g.split(_PIECE_OF_MANY if many else _PIECE) for g in flat), strict=True):
+        if many:
+            block = torch.stack(piece).double()
+            part = block @ block.T
+        else:
+            wide = [p.double() for p in piece]
+            part = torch.stack([torch.dot(a, b) for i, a in enumerate(wide) for b in wide[i:]])
+        total = part if total is None else total + part
+    assert total is not None
+    return total if many else total[_places(len(flat))]
+
+
+def _symmetric(upper: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The matrix whose upper triangle is given row by row."""
+    flat = torch.stack([value for row in upper for value in row])
+    return flat[_places(len(upper)).to(flat.device)]
+
+
+def _places(count: int) -> Tensor:
+    """(k, k): where each entry of a symmetric matrix stands in the list of its upper triangle."""
+    order = np.zeros((count, count), dtype=np.int64)
+    order[np.triu_indices(count)] = range(count * (count + 1) // 2)
+    return torch.from_numpy(np.maximum(order, order.T))
 
 
 class GramianSum:
     """Takes task gradients one parameter at a time, in any order, and gives the Gramian of every layer.
 
     Only products are kept, so a gradient can be freed as soon as it was added. Nothing is moved off the device
-    before :meth:`result`, and then everything in one transfer.
+    before :meth:`result`, and then everything in one transfer per device.
 
     Args:
         layers: L of them.
@@ -46,8 +95,7 @@ class GramianSum:
     def __init__(self, layers: Sequence[Layer], tasks: int) -> None:
         self._layers, self._tasks = layers, tasks
         self._owner = [index for index, layer in enumerate(layers) for _ in layer.parameters]
-        self._products: list[Tensor] = []
-        self._places: list[tuple[int, int, int]] = []
+        self._parts: dict[torch.device, list[tuple[int, list[int], Tensor]]] = {}
         self._present = np.zeros((len(layers), tasks), dtype=bool)
 
     def add(self, index: int, gradients: Sequence[Tensor | None]) -> None:
@@ -57,16 +105,13 @@ class GramianSum:
             index: Its place in ``SharedLayers.parameters``.
             gradients: T tensors of its shape; None where a task has no path to it.
         """
+        there = [task for task, g in enumerate(gradients) if g is not None]
+        if not there:
+            return
         layer = self._owner[index]
-        for i, first in enumerate(gradients):
-            if first is None:
-                continue
-            self._present[layer, i] = True
-            for j in range(i, self._tasks):
-                second = gradients[j]
-                if second is not None:
-                    self._products.append(dot(first, second))
-                    self._places.append((layer, i, j))
+        self._present[layer, there] = True
+        part = products([g for g in gradients if g is not None])
+        self._parts.setdefault(part.device, []).append((layer, there, part))
 
     @property
     def present(self) -> NDArray[np.bool_]:
@@ -81,11 +126,12 @@ class GramianSum:
             parameter of the layer, or a gradient is not finite.
         """
         gram = np.zeros((len(self._layers), self._tasks, self._tasks))
-        if self._products:
-            values = torch.stack(self._products).cpu().numpy()
+        for parts in self._parts.values():
+            values = torch.cat([part.reshape(-1) for _, _, part in parts]).cpu().double().numpy()
             values[~np.isfinite(values)] = np.nan
-            layer, i, j = np.array(self._places).T
-            np.add.at(gram, (layer, i, j), values)
-            gram += np.triu(gram, 1).transpose(0, 2, 1)
+            start = 0
+            for layer, there, part in parts:
+                gram[layer][np.ix_(there, there)] += values[start : start + part.numel()].reshape(part.shape)
+                start += part.numel()
         gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
         return gram
