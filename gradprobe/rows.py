@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +72,51 @@ class Row:
     def shared(self, reach: NDArray[np.bool_]) -> tuple[Array, Array]:
         """Norms (T,) and pair cosines (P,) over all shared layers together."""
         return over_layers(self.gram, reach)
+
+
+@dataclass(frozen=True)
+class FeatureHeader:
+    """What holds for all feature rows of a run.
+
+    Attributes:
+        tasks: (T,) names.
+        features: (F,) names: the layer that makes each feature.
+        feature_size: (F,) numbers that the feature had for the batch in which it was found.
+    """
+
+    tasks: Sequence[str]
+    features: Sequence[str]
+    feature_size: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """The task gradients at the features that the heads share, at one step.
+
+    A bound on what :class:`Row` holds, and no measurement of it: see ``gradprobe.probes.features``.
+
+    Attributes:
+        step, epoch, time, overhead: As in :class:`Row`.
+        gram: (F, T, T) float64, of the gradients of the unweighted losses with respect to the features; NaN where a
+            task does not enter at a feature, its weight is 0, or its gradient is not finite.
+    """
+
+    step: int
+    epoch: int
+    time: float
+    gram: Array
+    overhead: float = 0.0
+
+
+@runtime_checkable
+class FeatureSink(Protocol):
+    """What a :class:`Sink` has besides, where it takes feature rows. Others are not asked to."""
+
+    def start_features(self, header: FeatureHeader) -> None:
+        """Called once, after ``start`` and before the first feature row."""
+
+    def write_features(self, row: FeatureRow) -> None:
+        """Called once per step at which features were measured, steps increasing."""
 
 
 class Sink(Protocol):
