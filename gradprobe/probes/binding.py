@@ -22,7 +22,7 @@ class Selection:
 
     Args:
         model: Whose parameters they are.
-        shared: None: whatever two or more tasks reach.
+        shared: None: whatever two or more tasks reach. An empty tuple: none.
         layers: None: by the module that owns them.
 
     Raises:
@@ -65,7 +65,7 @@ def choose(model: nn.Module, shared: Shared) -> list[nn.Parameter]:
         for item in [shared] if isinstance(shared, str) else shared:
             members = _below(named, item) if isinstance(item, str) else [item]
             chosen |= {id(p): p for p in members}
-    if not chosen:
+    if not chosen and shared != ():
         raise ProbeError(f"shared={shared!r} chooses no parameter (the model has: {list(named)[:4]}, ...).")
     return list(chosen.values())
 

@@ -17,7 +17,7 @@ class StepClock:
 
     Args:
         schedule: Which steps are due.
-        optimizer: Where given, a step is what its ``step()`` completes; gradient accumulation needs no telling.
+        optimizer: See :meth:`follow`; gradient accumulation then needs no telling.
         accumulate: Without an optimizer: how many calls make one step.
         now: Seconds.
     """
@@ -35,14 +35,21 @@ class StepClock:
         self._last_asked = -1
         self._handle: Any = None
         if optimizer is not None:
-            self._handle = optimizer.register_step_post_hook(self._stepped)
+            self.follow(optimizer)
 
-    def due(self) -> bool:
-        """Whether the present step is to be measured; True once per step at most."""
+    def follow(self, optimizer: Optimizer) -> None:
+        """From now on a step is what this optimizer's ``step()`` completes."""
+        self._handle = optimizer.register_step_post_hook(self._stepped)
+
+    def ask(self) -> tuple[bool, bool]:
+        """Whether this is the first call in the present step, and whether the step is to be measured now.
+
+        Asked once per call; only the first call of a step can be due.
+        """
         if self.step == self._last_asked:
-            return False
+            return False, False
         self._last_asked = self.step
-        return self.schedule.due(self.step)
+        return True, self.schedule.due(self.step)
 
     def called(self) -> None:
         """One forward and backward is done."""

@@ -47,16 +47,13 @@ class DerivedMeasurement:
         derived: int,
         graph: Trace,
     ) -> None:
-        self._shared, self._weights, self._derived = shared, weights, derived
+        self.shared, self._weights, self._derived = shared, weights, derived
         self._paths = [graph.reaches(derived, p) for p in shared.parameters]
         with buffers_kept(model):
             others = {t: explicit(loss, shared.parameters) for t, loss in enumerate(losses) if t != derived}
         self._meeting = Meeting(shared, others, derived)
-        self._listener = Listener(shared.parameters, self._take)
-
-    def listening(self) -> Listener:
-        """Enter it while the joint backward runs."""
-        return self._listener
+        self.listener = Listener(shared.parameters, self._take)
+        """To be entered while the joint backward runs."""
 
     def result(self) -> Array | None:
         """The Gramians (L, T, T); None where the derived gradient cannot be trusted.
@@ -64,13 +61,13 @@ class DerivedMeasurement:
         That is when it is not finite (the task's own gradient, or only another's, which an explicit pass must
         tell apart) or the small remainder of large terms.
         """
-        if self._listener.failure is not None:
-            raise self._listener.failure
+        if self.listener.failure is not None:
+            raise self.listener.failure
         gram = self._meeting.end()
         own = gram[:, self._derived, self._derived][self._meeting.sum.present[:, self._derived]]
         if not np.isfinite(own).all():
             return None
-        return gram if cancellation(gram, self._weights)[self._derived] <= largest_cancellation(self._shared) else None
+        return gram if cancellation(gram, self._weights)[self._derived] <= largest_cancellation(self.shared) else None
 
     def _take(self, index: int, joint: Tensor) -> None:
         rest = joint.to_dense() if joint.layout != torch.strided else joint

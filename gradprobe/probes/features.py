@@ -146,7 +146,7 @@ class JointFeatures:
     """
 
     def __init__(self, features: Sequence[Feature], factors: Array) -> None:
-        self._features, self._factors = features, factors
+        self.features, self._factors = features, factors
         self._gradients: list[dict[int, Tensor]] = [{} for _ in features]
         self._failure: Exception | None = None
         self.seconds = 0.0
@@ -154,7 +154,7 @@ class JointFeatures:
     def __enter__(self) -> JointFeatures:
         self._handles = [
             parent.register_hook(self._hook(place, slot, task))
-            for place, feature in enumerate(self._features)
+            for place, feature in enumerate(self.features)
             for (parent, slot), task in feature.entries.items()
         ]
         return self
