@@ -72,7 +72,10 @@ def test_recomputed_activations_give_the_same(memory):
             losses = twin.losses(step)
             named = dict(twin.model.named_parameters())
             layers = [
-                type(la)(la.name, tuple(named[n] for n, p in case.model.named_parameters() if any(p is q for q in la.parameters)))
+                type(la)(
+                    la.name,
+                    tuple(named[n] for n, p in case.model.named_parameters() if any(p is q for q in la.parameters)),
+                )
                 for la in probe.shared.layers
             ]
             assert_close(sink.rows[-1].gram, naive_gramian(layers, losses), 1e-10)
@@ -149,7 +152,9 @@ def test_complex_parameters_are_twice_as_many_real_ones():
     with GradientProbe(module, ("t0", "t1"), [sink], every=1) as probe:
         for _ in range(3):
             probe.backward(losses(module.weight))
-    expected = [torch.autograd.grad(v, real, retain_graph=True)[0] for v in losses(torch.view_as_complex(real)).values()]
+    expected = [
+        torch.autograd.grad(v, real, retain_graph=True)[0] for v in losses(torch.view_as_complex(real)).values()
+    ]
     gram = [[float((a * b).sum()) for b in expected] for a in expected]
     for row in sink.rows:
         np.testing.assert_allclose(row.gram[0], gram, rtol=1e-10)

@@ -229,9 +229,12 @@ def test_nothing_is_left_behind(where, level, memory, monkeypatch):
     outcome = contextlib.nullcontext() if where == "nowhere" else pytest.raises(RuntimeError, match="own")
     if where == "when measuring":
         outcome = pytest.warns(RuntimeWarning, match="measuring failed")
-    with outcome, GradientProbe(
-        case.model, ("t0", "t1"), [Collector()], every=1, optimizer=optimizer, level=level, memory=memory
-    ) as probe:
+    with (
+        outcome,
+        GradientProbe(
+            case.model, ("t0", "t1"), [Collector()], every=1, optimizer=optimizer, level=level, memory=memory
+        ) as probe,
+    ):
         for step in range(4):
             losses = case.losses(step)
             if step == 3 and where == "when measuring":

@@ -22,17 +22,23 @@ class Selection:
 
     Args:
         model: Whose parameters they are.
-        shared: None: whatever two or more tasks reach. An empty tuple: none.
+        shared: None: whatever two or more tasks reach.
         layers: None: by the module that owns them.
+        nothing: Choose no parameter at all.
 
     Raises:
         ProbeError: ``shared`` chooses nothing.
     """
 
-    def __init__(self, model: nn.Module, shared: Shared | None, layers: Groups | None) -> None:
+    def __init__(
+        self, model: nn.Module, shared: Shared | None, layers: Groups | None, *, nothing: bool = False
+    ) -> None:
         self._model = model
         names = {id(p): name for name, p in model.named_parameters()}
-        self._chosen = None if shared is None else [names.get(id(p), p) for p in choose(model, shared)]
+        chosen = None if shared is None else choose(model, shared)
+        self._chosen = [names.get(id(p), p) for p in chosen] if chosen is not None else None
+        if nothing:
+            self._chosen = []
         self._layers = None
         if layers is not None:
             self._layers = {layer: [names.get(id(p), p) for p in members] for layer, members in layers.items()}
@@ -65,7 +71,7 @@ def choose(model: nn.Module, shared: Shared) -> list[nn.Parameter]:
         for item in [shared] if isinstance(shared, str) else shared:
             members = _below(named, item) if isinstance(item, str) else [item]
             chosen |= {id(p): p for p in members}
-    if not chosen and shared != ():
+    if not chosen:
         raise ProbeError(f"shared={shared!r} chooses no parameter (the model has: {list(named)[:4]}, ...).")
     return list(chosen.values())
 

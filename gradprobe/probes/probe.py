@@ -90,7 +90,7 @@ class GradientProbe:
             level=chosen,
             clock=clock,
             report=report,
-            meter=Meter(model, Selection(model, shared if chosen.parameters else (), layers), memory, warn),
+            meter=Meter(model, Selection(model, shared, layers, nothing=not chosen.parameters), memory, warn),
             features=FeatureMeter(model, features, warn),
             scale=LossScale(scaler),
             optimizer=optimizer,
