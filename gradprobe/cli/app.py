@@ -52,7 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command.
 
     Returns:
-        0 done, 1 failed, 2 wrong usage, 3 file unreadable or incomplete, 10 a gate asked for tripped, 130 stopped by Ctrl-C.
+        0 done, 1 failed, 2 wrong usage, 3 file unreadable or incomplete, 10 a gate asked for tripped, 130 stopped by
+        Ctrl-C.
     """
     try:
         code = app(list(arguments), standalone_mode=False, prog_name="gradprobe")

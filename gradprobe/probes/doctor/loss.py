@@ -62,7 +62,7 @@ def scaled(patient: Patient) -> Iterator[Finding]:
     """A loss multiplied by a GradScaler's scale, or by the number of samples."""
     size = patient.batch_size
     for task, loss in patient.losses.items():
-        factors = {abs(term.factor) for term in terms(loss.grad_fn)}
+        factors = {abs(term.whole) for term in terms(loss.grad_fn)}
         for factor in sorted(factors):
             if _is_scale(factor) or (size > 1 and _is_scale(factor / size)):
                 yield Finding(
@@ -106,11 +106,13 @@ class Term:
 
     Attributes:
         factor: The constants that it is multiplied by.
+        whole: Those of them that the loss as a whole is multiplied by, before it falls into terms.
         divided: Whether it is divided by something that may be a count.
         summed: Shape of what a sum reduced to it; () where no sum did.
     """
 
     factor: float
+    whole: float
     divided: bool
     summed: tuple[int, ...]
 
@@ -122,30 +124,32 @@ _TERMS = {"Add", "Sub", "Neg", "Stack", "Cat"}
 def terms(root: Node | None) -> list[Term]:
     """The terms of a loss, as far as they are made by sums and constants; what else it is made of is left alone."""
     found: list[Term] = []
-    pending = [(root, 1.0, False)]
+    pending: list[tuple[Node | None, float, float | None, bool]] = [(root, 1.0, None, False)]
     while pending and len(found) < 100:
-        node, factor, divided = pending.pop()
-        if node is None or is_leaf(node):
+        node, factor, whole, divided = pending.pop()
+        if node is None or is_leaf(node) or _numbers(node) != 1:
             continue
         kind = type(node).__name__.split("Backward")[0]
         children = [(slot, child) for slot, (child, _) in enumerate(node.next_functions) if child is not None]
-        if _numbers(node) != 1:
-            continue
-        if kind == "Sum" and len(children) == 1 and _numbers(children[0][1]) == 1:
-            kind = "View"  # a sum of a single number
-        if kind in _TERMS or (kind in _AS_IT_IS and len(children) == 1):
-            pending += [(child, factor, divided) for _, child in children]
+        if kind in _TERMS and len(children) > 1 and whole is None:
+            whole = factor
+        if kind in _TERMS or (kind in _AS_IT_IS and len(children) == 1) or _of_one_number(kind, children):
+            pending += [(child, factor, whole, divided) for _, child in children]
         elif kind in ("Mul", "Div") and len(children) == 1:
-            constant = _constant(node, children[0][0])
-            if constant is None:
-                continue
-            if kind == "Div" and children[0][0] == 0:
-                pending.append((children[0][1], factor / constant if constant else math.inf, True))
-            elif kind == "Mul":
-                pending.append((children[0][1], factor * constant, divided or abs(constant) < 1))
+            slot, child = children[0]
+            constant = _constant(node, slot)
+            if constant and kind == "Mul":
+                pending.append((child, factor * constant, whole, divided or abs(constant) < 1))
+            elif constant and slot == 0:
+                pending.append((child, factor / constant, whole, True))
         else:
-            found.append(Term(factor, divided, _summed(node, kind, children)))
+            found.append(Term(factor, factor if whole is None else whole, divided, _summed(node, kind, children)))
     return found
+
+
+def _of_one_number(kind: str, children: list[tuple[int, Node]]) -> bool:
+    """Whether it is a sum or mean that has nothing to sum."""
+    return kind in ("Sum", "Mean") and len(children) == 1 and _numbers(children[0][1]) == 1
 
 
 def _numbers(node: Node) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
+import torch._functorch.config
 from torch import nn
 
 from gradprobe.probes.doctor.finding import Finding, Patient
@@ -19,7 +19,7 @@ def compiled(patient: Patient) -> Iterator[Finding]:
     ]
     if not parts and not patient.nodes("CompiledFunctionBackward"):
         return
-    donated = bool(torch._functorch.config.donated_buffer)
+    donated = bool(getattr(torch._functorch.config, "donated_buffer", False))
     yield Finding(
         "error" if donated else "warning",
         "compiled",
