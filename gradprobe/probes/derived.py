@@ -48,6 +48,8 @@ class DerivedMeasurement:
         graph: Trace,
     ) -> None:
         self.shared, self._weights, self._derived = shared, weights, derived
+        # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
+        self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in shared.parameters)
         self._paths = [graph.reaches(derived, p) for p in shared.parameters]
         with buffers_kept(model):
             others = {t: explicit(loss, shared.parameters) for t, loss in enumerate(losses) if t != derived}
@@ -63,18 +65,30 @@ class DerivedMeasurement:
         """
         if self.listener.failure is not None:
             raise self.listener.failure
-        gram = self._meeting.end()
+        gram = self._meeting.end(self._difference() if self._by_products else None)
         own = gram[:, self._derived, self._derived][self._meeting.sum.present[:, self._derived]]
         if not np.isfinite(own).all():
             return None
         return gram if cancellation(gram, self._weights)[self._derived] <= largest_cancellation(self.shared) else None
 
     def _take(self, index: int, joint: Tensor) -> None:
-        rest = joint.to_dense() if joint.layout != torch.strided else joint
-        for task, own in enumerate(self._meeting.at(index)):
-            if own is not None:
-                rest = torch.sub(rest, own, alpha=float(self._weights[task]))
-        self._meeting.add(index, rest / float(self._weights[self._derived]) if self._paths[index] else None)
+        if not self._paths[index]:
+            self._meeting.add(index, None)
+        elif self._by_products:
+            self._meeting.add(index, joint)
+        else:
+            rest = joint.to_dense() if joint.layout != torch.strided else joint.clone()
+            for task, own in enumerate(self._meeting.at(index)):
+                if own is not None:
+                    rest.sub_(own, alpha=float(self._weights[task]))
+            self._meeting.add(index, rest.div_(float(self._weights[self._derived])))
+
+    def _difference(self) -> Array:
+        """(T, T): makes of the others' gradients and the joint one, in the derived task's place, all tasks' own."""
+        change = np.eye(len(self._weights))
+        change[self._derived] = -self._weights / self._weights[self._derived]
+        change[self._derived, self._derived] = 1 / self._weights[self._derived]
+        return change
 
 
 def cancellation(gram: Array, weights: Array) -> Array:
@@ -84,10 +98,10 @@ def cancellation(gram: Array, weights: Array) -> Array:
     task has weight 0 or an exactly zero gradient.
     """
     square = np.square(weights) * np.diagonal(gram, axis1=-2, axis2=-1)
-    largest = np.sqrt(np.nansum(square, axis=-1, keepdims=True))
+    largest = np.sqrt(np.nansum(np.maximum(square, 0), axis=-1, keepdims=True))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = largest / np.sqrt(square)
-    ratio = np.where(square == 0, np.inf, ratio)
+    ratio = np.where(square <= 0, np.inf, ratio)  # below 0: a difference of which nothing is left
     worst: Array = np.nanmax(np.where(np.isnan(square), 1.0, ratio), axis=-2, initial=1.0)
     return worst
 

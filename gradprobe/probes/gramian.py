@@ -118,8 +118,11 @@ class GramianSum:
         """(L, T): which task brought a gradient to which layer."""
         return self._present
 
-    def result(self) -> Array:
+    def result(self, change: Array | None = None) -> Array:
         """The Gramians so far.
+
+        Args:
+            change: (T, T); the Gramians wanted are those of ``change @ gradients``.
 
         Returns:
             (L, T, T) float64, symmetric, in (loss per unit of parameter)^2. NaN where a task has no path to any
@@ -131,7 +134,10 @@ class GramianSum:
             values[~np.isfinite(values)] = np.nan
             start = 0
             for layer, there, part in parts:
-                gram[layer][np.ix_(there, there)] += values[start : start + part.numel()].reshape(part.shape)
+                block = values[start : start + part.numel()].reshape(part.shape)
+                if change is not None:
+                    block = change[np.ix_(there, there)] @ block @ change[np.ix_(there, there)].T
+                gram[layer][np.ix_(there, there)] += block
                 start += part.numel()
         gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
         return gram

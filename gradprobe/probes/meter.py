@@ -20,6 +20,7 @@ from gradprobe.probes.derived import (
     task_to_derive,
 )
 from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.limits import refuse
 from gradprobe.probes.passes import measure_explicitly
 from gradprobe.probes.trace import trace
 
@@ -54,8 +55,12 @@ class Meter:
 
         Args:
             losses: In the order of the tasks.
+
+        Raises:
+            ProbeError: Something hides gradients, or a shared parameter is gone.
         """
         if self.shared is None or self._binding is None:
+            refuse(self._model, list(losses.values()))
             self.shared = self._selection.find(losses)
             self._binding = Binding(self._model, self.shared)
             return self.shared

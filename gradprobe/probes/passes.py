@@ -118,11 +118,11 @@ class Meeting:
         for gradients in self.others.values():
             gradients[index] = None
 
-    def end(self) -> Array:
-        """Nothing more will come: the Gramians (L, T, T)."""
+    def end(self, change: Array | None = None) -> Array:
+        """Nothing more will come: the Gramians (L, T, T), of ``change @ gradients`` where that is given."""
         for index in sorted(self._missing):
             self.add(index, None)
-        return self.sum.result()
+        return self.sum.result(change)
 
 
 def measure_explicitly(model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:

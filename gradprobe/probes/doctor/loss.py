@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gradprobe.probes.doctor.finding import Finding, Patient
+from gradprobe.probes.limits import reentrant_checkpoints
 from gradprobe.probes.trace import Node, is_leaf, several
 
 
@@ -18,7 +19,7 @@ def faulty(patient: Patient) -> Iterator[Finding]:
 
 def sharing_nothing(patient: Patient) -> Iterator[Finding]:
     """A task that has no parameter in common with another has nothing to interfere with."""
-    if patient.nodes("CheckpointFunctionBackward"):
+    if reentrant_checkpoints(patient.graph):
         return  # what it shares may be hidden there, and is reported there
     own = {id(p) for p in patient.model.parameters()}
     shared = 0

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch._functorch.config
 from torch import nn
 
+from gradprobe.probes import limits
 from gradprobe.probes.doctor.finding import Finding, Patient
 
 
@@ -38,34 +39,31 @@ def compiled(patient: Patient) -> Iterator[Finding]:
 
 def reentrant_checkpoints(patient: Patient) -> Iterator[Finding]:
     """What a reentrant checkpoint recomputes is not in the graph before the backward runs."""
-    count = len(patient.nodes("CheckpointFunctionBackward"))
+    count = limits.reentrant_checkpoints(patient.graph)
     if count:
         hidden = [n for n, p in patient.model.named_parameters() if p.requires_grad and id(p) not in patient.graph.leaves]
         yield Finding(
             "error",
             "reentrant_checkpoint",
             hidden[0].rpartition(".")[0] if hidden else "",
-            f"{count} reentrant activation checkpoints hide {len(hidden)} parameters from autograd.grad, which would "
-            "be missing from the shared layers without a word.",
+            f"{count} reentrant activation checkpoints hide {len(hidden)} parameters from autograd.grad; a probe refuses "
+            "such a model.",
             "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
         )
 
 
 def sharded(patient: Patient) -> Iterator[Finding]:
     """Sharded parameters are no leaves of the graph that the forward makes."""
-    for name, module in patient.model.named_modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        direct = {type(p).__name__ for p in module.parameters(recurse=False)}
-        if kinds & {"FSDPModule", "FullyShardedDataParallel"} or direct & {"DTensor", "FlatParameter"}:
-            yield Finding(
-                "error",
-                "sharded",
-                name,
-                "has parameters that are sharded over processes (FSDP or DTensor): autograd.grad gives None for them "
-                "and hooks on them never fire.",
-                "Measure on a replicated model: DDP, or the same model on one device with a smaller batch.",
-            )
-            return
+    name = limits.sharded_module(patient.model)
+    if name is not None:
+        yield Finding(
+            "error",
+            "sharded",
+            name,
+            "has parameters that are sharded over processes (FSDP or DTensor): autograd.grad gives None for them, and "
+            "hooks on them never fire; a probe refuses such a model.",
+            "Measure on a replicated model: DDP, or the same model on one device with a smaller batch.",
+        )
 
 
 def data_parallel(patient: Patient) -> Iterator[Finding]:
