@@ -25,7 +25,7 @@ class World:
     """A clock that moves when work is done."""
 
     def __init__(self, share, bare, cost, seed=0):
-        self.now, self.spent, self.random = 0.0, 0.0, random.Random(seed)
+        self.now, self.spent, self.first, self.random = 0.0, 0.0, 0.0, random.Random(seed)
         self.bare, self.cost, self.due_at = bare, cost, []
         self.schedule = Budget(share)
         self.clock = StepClock(self.schedule, now=lambda: self.now)
@@ -35,6 +35,7 @@ class World:
             cost = self.cost * self.random.uniform(0.7, 1.3) * (4 if not self.due_at else 1)  # the first warms up
             self.now += cost
             self.spent += cost
+            self.first = self.first or cost
             self.schedule.spent(cost)
             self.due_at.append(self.clock.step)
         self.now += self.bare * self.random.uniform(0.5, 2) + pause
@@ -55,9 +56,11 @@ def test_a_budget_is_held_to_within_a_point_and_a_half_after_200_steps(cost, sha
     # Where even measuring at every step costs less than the budget, it is measured at every step.
     most = cost / (cost + 1.25)
     if share < 0.8 * most:
-        assert share - 0.015 <= world.share <= share + 0.015
-    else:
+        assert world.share >= share - 0.015
+    if world.first <= share * world.now:  # else the first alone, whose cost nobody knows beforehand, is too dear
         assert world.share <= share + 0.015
+    else:
+        assert len(world.due_at) == 1
 
 
 def test_a_budget_follows_when_steps_become_slower_or_dearer():

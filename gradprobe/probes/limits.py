@@ -21,7 +21,7 @@ def sharded_module(model: nn.Module) -> str | None:
         kinds = {kind.__name__ for kind in type(module).__mro__}
         direct = {type(p).__name__ for p in module.parameters(recurse=False)}
         if kinds & {"FSDPModule", "FullyShardedDataParallel"} or direct & {"DTensor", "FlatParameter"}:
-            return name
+            return str(name)
     return None
 
 

@@ -43,8 +43,9 @@ class Budget:
     """As often as a share of the time allows.
 
     Every step earns its part of the share, every measurement costs what it took; the next is due when what was
-    earned since the start covers all that was spent and the next one's likely cost. So the share is exceeded only
-    after the first measurement, until that is earned, and is used up but for less than one measurement.
+    earned since the start covers all that was spent and the next one's likely cost. So the share is exceeded only at
+    first, until the first measurements are earned, and is used up but for less than one measurement. The first is
+    dearer than the others (the layers are found, caches are cold): the second waits until it is earned, and no more.
 
     Args:
         share: Of the whole time, in (0, 1): 0.05 means that of 100 s at most 5 are spent measuring.
@@ -61,17 +62,20 @@ class Budget:
         self._rate = share / (1 - share)  # seconds of measuring per second of bare training
         self._balance = 0.0
         self._in_step = 0.0
+        self._begun = False
         self._costs: deque[float] = deque(maxlen=5)
         self._steps: deque[float] = deque(maxlen=50)
         self._last: float | None = None
 
     def due(self, step: int) -> bool:
         """Whether what was earned covers a measurement."""
-        return not self._costs or self._balance >= median(self._costs)
+        return not self._begun or self._balance >= (median(self._costs) if self._costs else 0.0)
 
     def spent(self, seconds: float) -> None:
         """Pay for a measurement."""
-        self._costs.append(seconds)
+        if self._begun:
+            self._costs.append(seconds)
+        self._begun = True
         self._balance -= seconds
         self._in_step += seconds
 
