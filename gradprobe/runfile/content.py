@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe import __version__, measures
-from gradprobe.rows import MEASURED, Header, Row
-from gradprobe.runfile import schema
+from gradprobe.rows import MEASURED, FeatureHeader, Header, Row
+from gradprobe.runfile import features, schema
 
 Columns = dict[str, NDArray[Any]]
 """One array per row field, all with the rows on the first axis."""
@@ -75,7 +75,16 @@ Epochs = Mapping[int, Mapping[str, float]]
 """Metrics by epoch."""
 
 
-def fill(file: h5py.File, header: Header, state: State, rows: int, blocks: Iterable[Columns], epochs: Epochs) -> None:
+def fill(
+    file: h5py.File,
+    header: Header,
+    state: State,
+    rows: int,
+    blocks: Iterable[Columns],
+    epochs: Epochs,
+    feature_header: FeatureHeader | None = None,
+    feature_rows: Columns | None = None,
+) -> None:
     """Write a whole run file.
 
     Args:
@@ -85,6 +94,7 @@ def fill(file: h5py.File, header: Header, state: State, rows: int, blocks: Itera
         rows: Total number of rows in ``blocks``.
         blocks: The rows in order, piece by piece, so that a large run is never in memory as a whole.
         epochs: Metrics per epoch.
+        feature_header, feature_rows: What goes into `features/`, if anything does.
     """
     _write_attributes(file, state)
     _write_names(file, header)
@@ -98,6 +108,7 @@ def fill(file: h5py.File, header: Header, state: State, rows: int, blocks: Itera
     _scale(file, schema.STEP)
     for field_ in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS):
         _attach(file, field_)
+    features.write(file, feature_header, feature_rows)
     _write_epochs(file, epochs)
     _write_provenance(file.create_group("provenance"), header.provenance)
     start = 0

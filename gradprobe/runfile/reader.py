@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import schema
+from gradprobe.runfile import features, schema
 
 Names = tuple[str, ...]
 
@@ -186,6 +186,16 @@ class Run:
         chosen = self.layer_indices(group)
         gram = measures.from_norms(self["grad_norm"][:, chosen], self["cosine"][:, chosen])
         return measures.over_layers(gram, self.reach[chosen])
+
+    @property
+    def features(self) -> dict[str, NDArray[Any]]:
+        """Task gradients at the features where tasks part, by name; empty where they were not measured.
+
+        ``step``, ``epoch``, ``time``, ``overhead`` (m,); ``grad_norm`` (m, F, T) and ``cosine`` (m, F, P), as
+        docs/run-file.md describes them; ``feature`` (F,) names and ``feature_size`` (F,). They bound what the
+        parameters' gradients can be, and do not measure them.
+        """
+        return features.read(self._files)
 
     @property
     def epochs(self) -> dict[str, NDArray[Any]]:

@@ -13,7 +13,7 @@ ENCODING_TYPE = "gradprobe-run"
 ENCODING_VERSION = "1.0"
 PARTS_SUFFIX = ".parts"
 
-STEP, LAYER, TASK, PAIR, EPOCH = "step", "layer", "task", "pair", "epoch"
+STEP, LAYER, TASK, PAIR, EPOCH, FEATURE = "step", "layer", "task", "pair", "epoch", "feature"
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,31 @@ HEADER_FIELDS: tuple[Field, ...] = (
     _field("layer_size", "layer", "<i8", "number of parameters of the layer"),
     _field("reach", "layer task", "|u1", "1: the task's graph reaches the layer"),
 )
+
+FEATURE_FIELDS: tuple[Field, ...] = (
+    _field("step", "step", "<i8", "training step of the row, from 0; measured before the step's update"),
+    _field("epoch", "step", "<i4", "epoch of the row, from 0"),
+    _field("time", "step", "<f8", "time since recording started", "s"),
+    _field(
+        "grad_norm",
+        "step feature task",
+        "<f4",
+        "Euclidean norm of the gradient of the unweighted loss at the feature: a bound on the parameters' and no "
+        "measurement of it; 0: exactly zero; NaN: none, weight 0, or not finite",
+        "loss per unit of feature",
+    ),
+    _field(
+        "cosine",
+        "step feature pair",
+        "<f4",
+        "cosine of the angle between two tasks' gradients at the feature, not on parameters; NaN: one of them is zero, "
+        "missing or not finite",
+    ),
+    _field("overhead", "step", "<f4", "time spent measuring this row", "s"),
+)
+"""Of the group `features/`, whose step axis is its own."""
+
+FEATURE_SIZE = _field("feature_size", "feature", "<i8", "numbers that the feature had for the first batch")
 
 MEANINGS = {f.name: f.meaning for f in (*ROW_FIELDS, *HEADER_FIELDS)} | {
     "layer": "names of the shared layers, in the order in which the forward runs them",

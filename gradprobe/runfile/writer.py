@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from gradprobe.errors import RunFileError
-from gradprobe.rows import Header, Row
-from gradprobe.runfile import content, schema
+from gradprobe.rows import FeatureHeader, FeatureRow, Header, Row
+from gradprobe.runfile import content, features, schema
 from gradprobe.runfile.files import Lock, sync_folder, write_whole
 from gradprobe.runfile.reader import Run, part_paths
 
@@ -62,6 +62,7 @@ class RunWriter:
         self._state = content.State()
         self._header: Header | None = None
         self._rows: list[Row] = []
+        self._features = features.Queue(self.keep_rows)
         self._epochs: dict[int, dict[str, float]] = {}
         self._written_epochs = 0
         self._part_number = 0
@@ -110,6 +111,18 @@ class RunWriter:
                 del self._rows[0]
                 self._state.dropped += 1
             if len(self._rows) >= self._flush_rows:
+                self._wake.notify()
+
+    def start_features(self, header: FeatureHeader) -> None:
+        """Announce the features; see :class:`gradprobe.rows.FeatureSink`."""
+        with self._wake:
+            self._features.header = header
+
+    def write_features(self, row: FeatureRow) -> None:
+        """Queue one feature row; returns at once."""
+        with self._wake:
+            self._state.dropped += self._features.put(row)
+            if len(self._features.rows) >= self._flush_rows:
                 self._wake.notify()
 
     def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
@@ -204,7 +217,7 @@ class RunWriter:
             self._part_number = self._state.merged_through = old.last_part
             self._state.status_names = list(old.status_names)
             self._state.dropped = old.rows_dropped
-            self._write_merged(old, keep, self._state)
+            self._write_merged(old, keep, self._state, before=step)
 
     def _check_same(self, old: Run) -> None:
         assert self._header is not None
@@ -218,7 +231,8 @@ class RunWriter:
         while True:
             with self._wake:
                 self._wake.wait_for(
-                    lambda: self._closing or len(self._rows) >= self._flush_rows, timeout=self._flush_seconds
+                    lambda: self._closing or max(len(self._rows), len(self._features.rows)) >= self._flush_rows,
+                    timeout=self._flush_seconds,
                 )
                 if self._closing:
                     return
@@ -258,13 +272,16 @@ class RunWriter:
         with self._wake:
             rows, epochs = list(self._rows), {e: dict(v) for e, v in self._epochs.items()}
             pending = self._written_epochs != len(epochs)
-        if not rows and not pending:
+            feature_rows = list(self._features.rows)
+        if not rows and not pending and not feature_rows:
             return
         block = content.columns(rows, header, self._state)
         number = self._part_number + 1
         write_whole(
             self._parts / f"{number:08d}.h5",
-            lambda file: content.fill(file, header, self._state, len(rows), [block], epochs),
+            lambda file: content.fill(
+                file, header, self._state, len(rows), [block], epochs, *self._features.part(feature_rows)
+            ),
         )
         with self._wake:
             # Rows dropped meanwhile were the oldest, and are in the part just written: not lost after all.
@@ -272,6 +289,7 @@ class RunWriter:
             left = [row for row in self._rows if id(row) not in written]
             self._state.dropped -= len(rows) + len(left) - len(self._rows)
             self._rows = left
+            self._features.done(feature_rows)
             self._written_epochs = len(epochs) if epochs == self._epochs else -1
             self._part_number = number
             self._parts_rows += len(rows)
@@ -290,11 +308,12 @@ class RunWriter:
             part.unlink(missing_ok=True)
         sync_folder(self._parts)
 
-    def _write_merged(self, old: Run | None, rows: int, state: content.State) -> None:
+    def _write_merged(self, old: Run | None, rows: int, state: content.State, before: int | None = None) -> None:
         header = self._header
         assert header is not None
         with self._wake:
             epochs = {e: dict(v) for e, v in self._epochs.items()}
         blocks = old.blocks(rows) if old is not None else []
-        write_whole(self.path, lambda file: content.fill(file, header, state, rows, blocks, epochs))
+        stored = self._features.merged(old.features if old is not None else {}, header.tasks, before)
+        write_whole(self.path, lambda file: content.fill(file, header, state, rows, blocks, epochs, *stored))
         self._merged_rows, self._parts_rows = rows, 0
