@@ -6,6 +6,8 @@ import contextlib
 import copy
 import gc
 import random
+import subprocess
+import sys
 import weakref
 from dataclasses import dataclass
 
@@ -280,6 +282,26 @@ def test_a_probe_that_is_lost_completes_its_file_and_frees_the_optimizer(tmp_pat
         assert run.end == "not closed"
         assert len(run) == 1
     GradientProbe(case.model, ("t0", "t1")).close()
+
+
+UNCLOSED = """
+import sys, torch
+from torch import nn
+import gradprobe
+model = nn.Linear(2, 2)
+probe = gradprobe.attach(model, ("a", "b"), sys.argv[1], every=1)
+z = model(torch.ones(1, 2))
+probe.backward({"a": z.sum(), "b": z.pow(2).sum()})
+"""
+
+
+def test_a_script_that_ends_without_closing_completes_its_file(tmp_path):
+    path = tmp_path / "run.h5"
+    done = subprocess.run([sys.executable, "-c", UNCLOSED, path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    with gradprobe.open_run(path) as run:
+        assert (run.end, len(run)) == ("not closed", 1)
+    assert not path.with_name("run.h5.parts").exists()
 
 
 CELL = "probe = attach(model, ('t0', 't1'), path, every=1, overwrite=True)\nprobe.backward(losses(0))"

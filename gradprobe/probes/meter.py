@@ -80,6 +80,8 @@ class Meter:
             shared: From :meth:`find`.
             losses: (T,).
         """
+        if not shared.layers:
+            return np.zeros((0, len(losses), len(losses)))
         if self._memory == "low":
             return measure_by_blocks(self._model, shared, losses, trace(losses))
         return measure_explicitly(self._model, shared, losses)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 import weakref
@@ -102,6 +103,8 @@ class GradientProbe:
         claim(model, self)
         # A probe that is lost without being closed still completes its file.
         self._lost = weakref.finalize(self, _end, clock, report, "not closed")
+        self._lost.atexit = False
+        atexit.register(self._lost)  # of its own: h5py must still work then, and what registers last is called first
 
     # ---- in the training loop
 
@@ -227,6 +230,7 @@ class GradientProbe:
         """Let go of model and optimizer, and close the sinks. A second call does nothing."""
         if self._lost.detach() is None:
             return
+        atexit.unregister(self._lost)
         release(self._model, self)
         _end(self._clock, self._measuring.report, end)
 
