@@ -68,16 +68,22 @@ class Case:
         return run
 
     def passes_alone(self, use):
-        """The autograd passes that a probe makes, and nothing of it besides."""
+        """The autograd passes that a probe makes, their gradients kept, and nothing of it besides."""
         model, optimizer = self.fresh()
         losses = self.losses(model)
         parameters = Selection(model, None, None).find(losses).parameters
         explicit = len(losses) - (use == "backward")
 
         def backward(losses):
-            for loss in list(losses.values())[-explicit:]:
+            kept = [
                 torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                for loss in list(losses.values())[-explicit:]
+            ]
+            if use == "record":
+                del kept  # before the joint backward, as a probe does
+                kept = None
             sum(self.weights[t] * losses[t] for t in losses).backward(retain_graph=use == "backward")
+            del kept
 
         return self.step_of(model, optimizer, backward)
 

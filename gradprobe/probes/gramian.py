@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ def products(gradients: Sequence[Tensor]) -> Tensor:
     flat = [_vector(g) for g in gradients]
     kind = flat[0].device.type
     if kind == "cpu":
-        return _on_cpu(flat)
+        return torch.from_numpy(_on_cpu(flat))
     if kind == "mps":
         return _symmetric([[torch.dot(a.float(), b.float()) for b in flat[i:]] for i, a in enumerate(flat)])
     # A wide product costs a GPU more than its accumulation does.
@@ -48,28 +48,32 @@ def products(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _vector(gradient: Tensor) -> Tensor:
-    gradient = gradient.detach().resolve_conj().resolve_neg()
+    gradient = gradient.detach()
     if gradient.layout != torch.strided:
         gradient = gradient.to_dense()
-    return (torch.view_as_real(gradient) if gradient.is_complex() else gradient).reshape(-1)
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient.resolve_conj())
+    return gradient.resolve_neg().reshape(-1)
 
 
-def _on_cpu(flat: Sequence[Tensor]) -> Tensor:
+def _on_cpu(flat: Sequence[Tensor]) -> Array:
     """By numpy, whose calls cost a tenth of torch's: most parameters are small."""
     arrays = [(g if g.dtype in (torch.float32, torch.float64) else g.float()).numpy() for g in flat]
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is seen in the result
-        return torch.from_numpy(_by_matrix(arrays) if len(arrays) >= _MANY else _one_by_one(arrays))
+        return _by_matrix(arrays) if len(arrays) >= _MANY else _one_by_one(arrays)
 
 
 def _one_by_one(arrays: Sequence[NDArray[Any]]) -> Array:
-    total = np.zeros((len(arrays), len(arrays)))
-    for start in range(0, arrays[0].size, _PIECE):
-        wide = [a[start : start + _PIECE].astype(np.float64, copy=False) for a in arrays]
+    count, size = len(arrays), arrays[0].size
+    total = np.zeros((count, count))
+    for start in range(0, size, _PIECE):
+        wide = [(a if size <= _PIECE else a[start : start + _PIECE]).astype(np.float64, copy=False) for a in arrays]
         for i, first in enumerate(wide):
-            for j in range(i, len(wide)):
-                total[i, j] += first @ wide[j]
-    result: Array = total + np.triu(total, 1).T
-    return result
+            for j in range(i, count):
+                total[i, j] += first.dot(wide[j])
+    for i in range(1, count):
+        total[i, :i] = total[:i, i]
+    return total
 
 
 def _by_matrix(arrays: Sequence[NDArray[Any]]) -> Array:
@@ -108,6 +112,7 @@ class GramianSum:
         self._layers, self._tasks = layers, tasks
         self._owner = [index for index, layer in enumerate(layers) for _ in layer.parameters]
         self._parts: dict[torch.device, list[tuple[int, list[int], Tensor]]] = {}
+        self._done: list[tuple[int, list[int], Array]] = []  # those that never were on another device
         self._present = np.zeros((len(layers), tasks), dtype=bool)
 
     def add(self, index: int, gradients: Sequence[Tensor | None]) -> None:
@@ -122,8 +127,12 @@ class GramianSum:
             return
         layer = self._owner[index]
         self._present[layer, there] = True
-        part = products([g for g in gradients if g is not None])
-        self._parts.setdefault(part.device, []).append((layer, there, part))
+        present = [g for g in gradients if g is not None]
+        if present[0].is_cpu:
+            self._done.append((layer, there, _on_cpu([_vector(g) for g in present])))
+        else:
+            part = products(present)
+            self._parts.setdefault(part.device, []).append((layer, there, part))
 
     @property
     def present(self) -> NDArray[np.bool_]:
@@ -141,15 +150,20 @@ class GramianSum:
             parameter of the layer, or a gradient is not finite.
         """
         gram = np.zeros((len(self._layers), self._tasks, self._tasks))
+        for layer, there, block in self._blocks():
+            place = np.ix_(there, there)
+            if change is not None:
+                block = change[place] @ block @ change[place].T
+            gram[layer][place] += block
+        gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
+        gram[~np.isfinite(gram)] = np.nan
+        return gram
+
+    def _blocks(self) -> Iterator[tuple[int, list[int], Array]]:
+        yield from self._done
         for parts in self._parts.values():
             values = torch.cat([part.reshape(-1) for _, _, part in parts]).cpu().double().numpy()
-            values[~np.isfinite(values)] = np.nan
             start = 0
             for layer, there, part in parts:
-                block = values[start : start + part.numel()].reshape(part.shape)
-                if change is not None:
-                    block = change[np.ix_(there, there)] @ block @ change[np.ix_(there, there)].T
-                gram[layer][np.ix_(there, there)] += block
+                yield layer, there, values[start : start + part.numel()].reshape(part.shape)
                 start += part.numel()
-        gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
-        return gram
