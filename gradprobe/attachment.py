@@ -36,14 +36,15 @@ def attach(
     level: str = "parameters",
     features: Iterable[str] | None = None,
     memory: str = "normal",
+    products: str = "direct",
     sinks: Sequence[Sink] = (),
     overwrite: bool = False,
 ) -> GradientProbe:
     """Attach a probe to any multitask model.
 
     Args:
-        model, tasks, every, budget, optimizer, scaler, accumulate, shared, layers, level, features, memory: See
-            :class:`gradprobe.GradientProbe`.
+        model, tasks, every, budget, optimizer, scaler, accumulate, shared, layers, level, features, memory, products:
+            See :class:`gradprobe.GradientProbe`.
         out: The run file; None: rows go to ``sinks`` only.
         sinks: Who gets the rows besides the file.
         overwrite: Replace a run that is there.
@@ -82,6 +83,7 @@ def attach(
             level=level,
             features=features,
             memory=memory,
+            products=products,
             provenance={"trainer": "attach", **environment()},
             _caller=caller,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 
 from gradprobe.measures import Array
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.passes import Listener, Meeting, buffers_kept, explicit
+from gradprobe.probes.ghost import Ghost, OutputGradients
+from gradprobe.probes.passes import Listener, Meeting, buffers_kept, pass_to
 from gradprobe.probes.trace import Trace
 
 _TOLERANCE = {
@@ -36,6 +38,7 @@ class DerivedMeasurement:
         weights: (T,), finite; the derived task's is not 0.
         derived: Which task to derive.
         graph: Of the losses; says where the derived task has no path, where a difference would be rounding, not 0.
+        ghosts: Weights whose gradients are not made.
     """
 
     def __init__(
@@ -46,16 +49,24 @@ class DerivedMeasurement:
         weights: Array,
         derived: int,
         graph: Trace,
+        ghosts: Sequence[Ghost] = (),
     ) -> None:
         self.shared, self._weights, self._derived = shared, weights, derived
         # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
         self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in shared.parameters)
         self._paths = [graph.reaches(derived, p) for p in shared.parameters]
+        self._outputs = OutputGradients(ghosts)
         with buffers_kept(model):
-            others = {t: explicit(loss, shared.parameters) for t, loss in enumerate(losses) if t != derived}
+            others = {
+                t: pass_to(loss, shared.parameters, self._outputs, t) for t, loss in enumerate(losses) if t != derived
+            }
         self._meeting = Meeting(shared, others, derived)
-        self.listener = Listener(shared.parameters, self._take)
-        """To be entered while the joint backward runs."""
+        self.listener = Listener(shared.parameters, self._take, skipped=self._outputs.places)
+        """To be entered while the joint backward runs, as is :meth:`at_outputs`."""
+
+    def at_outputs(self) -> AbstractContextManager[None]:
+        """To be entered while the joint backward runs: listens where outputs stand for weights."""
+        return self._outputs.listening(self._derived, self._weights, self._paths)
 
     def result(self) -> Array | None:
         """The Gramians (L, T, T); None where the derived gradient cannot be trusted.
@@ -65,6 +76,8 @@ class DerivedMeasurement:
         """
         if self.listener.failure is not None:
             raise self.listener.failure
+        for place, tasks, products in self._outputs.products():
+            self._meeting.sum.add_products(place, tasks, products)
         gram = self._meeting.end(self._difference() if self._by_products else None)
         own = gram[:, self._derived, self._derived][self._meeting.sum.present[:, self._derived]]
         if not np.isfinite(own).all():
@@ -162,6 +175,6 @@ def agree(derived: Array, by_passes: Array, shared: SharedLayers) -> bool:
     if (np.isnan(derived) != np.isnan(by_passes)).any():
         return False
     norm = np.sqrt(np.diagonal(by_passes, axis1=-2, axis2=-1))
-    bound = 10 * max(_TOLERANCE[p.dtype] for p in shared.parameters) * norm[:, :, None] * norm[:, None, :]
+    bound = 10 * max(_TOLERANCE.get(p.dtype, 1e-2) for p in shared.parameters) * norm[:, :, None] * norm[:, None, :]
     known = ~np.isnan(by_passes)
     return bool((np.abs(derived - by_passes)[known] <= bound[known]).all())

@@ -41,10 +41,10 @@ def products(gradients: Sequence[Tensor]) -> Tensor:
     if kind == "cpu":
         return torch.from_numpy(_on_cpu(flat))
     if kind == "mps":
-        return _symmetric([[torch.dot(a.float(), b.float()) for b in flat[i:]] for i, a in enumerate(flat)])
+        return symmetric([[torch.dot(a.float(), b.float()) for b in flat[i:]] for i, a in enumerate(flat)])
     # A wide product costs a GPU more than its accumulation does.
     wide = [g if g.dtype == torch.float64 else g.float() for g in flat]
-    return _symmetric([[(a * b).sum(dtype=torch.float64) for b in wide[i:]] for i, a in enumerate(wide)])
+    return symmetric([[(a * b).sum(dtype=torch.float64) for b in wide[i:]] for i, a in enumerate(wide)])
 
 
 def _vector(gradient: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _by_matrix(arrays: Sequence[NDArray[Any]]) -> Array:
     return total
 
 
-def _symmetric(upper: Sequence[Sequence[Tensor]]) -> Tensor:
+def symmetric(upper: Sequence[Sequence[Tensor]]) -> Tensor:
     """The matrix whose upper triangle is given row by row."""
     flat = torch.stack([value for row in upper for value in row])
     return flat[_places(len(upper)).to(flat.device)]
@@ -113,6 +113,7 @@ class GramianSum:
         self._owner = [index for index, layer in enumerate(layers) for _ in layer.parameters]
         self._parts: dict[torch.device, list[tuple[int, list[int], Tensor]]] = {}
         self._done: list[tuple[int, list[int], Array]] = []  # those that never were on another device
+        self._final: list[tuple[int, list[int], Array]] = []
         self._present = np.zeros((len(layers), tasks), dtype=bool)
 
     def add(self, index: int, gradients: Sequence[Tensor | None]) -> None:
@@ -133,6 +134,12 @@ class GramianSum:
         else:
             part = products(present)
             self._parts.setdefault(part.device, []).append((layer, there, part))
+
+    def add_products(self, index: int, tasks: Sequence[int], products: Tensor) -> None:
+        """Add one parameter whose products are known: (k, k) of the k tasks that reach it."""
+        layer = self._owner[index]
+        self._present[layer, list(tasks)] = True
+        self._final.append((layer, list(tasks), products.cpu().numpy()))
 
     @property
     def present(self) -> NDArray[np.bool_]:
@@ -155,6 +162,8 @@ class GramianSum:
             if change is not None:
                 block = change[place] @ block @ change[place].T
             gram[layer][place] += block
+        for layer, there, block in self._final:
+            gram[layer][np.ix_(there, there)] += block
         gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
         gram[~np.isfinite(gram)] = np.nan
         return gram

@@ -83,6 +83,7 @@ class Measuring:
         with ExitStack() as hooks:
             if derived is not None:
                 hooks.enter_context(derived.listener)
+                hooks.enter_context(derived.at_outputs())
             if entering is not None:
                 hooks.enter_context(entering)
             # The graph is kept until the result is checked: an explicit pass may have to replace it.

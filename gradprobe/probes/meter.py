@@ -19,12 +19,14 @@ from gradprobe.probes.derived import (
     may_be_derived,
     task_to_derive,
 )
+from gradprobe.probes.ghost import find_ghosts
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.limits import refuse
 from gradprobe.probes.passes import measure_explicitly
 from gradprobe.probes.trace import trace
 
 MEMORY = ("normal", "low")
+PRODUCTS = ("direct", "ghost")
 
 
 class Meter:
@@ -34,6 +36,7 @@ class Meter:
         model: Whose parameters are shared.
         selection: Which of them count.
         memory: "normal", or "low": block by block, see :mod:`gradprobe.probes.blocks`.
+        products: "direct", or "ghost": some weights' without their gradients, see :mod:`gradprobe.probes.ghost`.
         warn: Is told what the user should know.
 
     Attributes:
@@ -41,10 +44,17 @@ class Meter:
         last_gram: (L, T, T) of the last row that was measured; None before.
     """
 
-    def __init__(self, model: nn.Module, selection: Selection, memory: str, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, model: nn.Module, selection: Selection, memory: str, products: str, warn: Callable[[str], None]
+    ) -> None:
         if memory not in MEMORY:
             raise ProbeError(f"memory={memory!r}: there are {' and '.join(map(repr, MEMORY))}.")
+        if products not in PRODUCTS:
+            raise ProbeError(f"products={products!r}: there are {' and '.join(map(repr, PRODUCTS))}.")
+        if (memory, products) == ("low", "ghost"):
+            raise ProbeError("memory='low' and products='ghost' exclude each other: blocks make every gradient.")
         self._model, self._selection, self._memory, self._warn = model, selection, memory, warn
+        self._ghostly, self._ghosts_checked = products == "ghost", False
         self._binding: Binding | None = None
         self._checked: bool | None = None  # whether what is derived was found equal to what is explicit
         self.shared: SharedLayers | None = None
@@ -84,7 +94,10 @@ class Meter:
             return np.zeros((0, len(losses), len(losses)))
         if self._memory == "low":
             return measure_by_blocks(self._model, shared, losses, trace(losses))
-        return measure_explicitly(self._model, shared, losses)
+        if not self._ghostly:
+            return measure_explicitly(self._model, shared, losses)
+        gram = measure_explicitly(self._model, shared, losses, find_ghosts(trace(losses), shared))
+        return gram if self._ghosts_checked else self._check_ghosts(gram, shared, losses)
 
     def begin(self, shared: SharedLayers, losses: Sequence[Tensor], weights: Array) -> Array | DerivedMeasurement:
         """Either the Gramians, or a measurement that the joint backward completes.
@@ -102,7 +115,8 @@ class Meter:
         graph = trace(losses)
         if not may_be_derived(self._model, shared, graph):
             return self.explicit(shared, losses)
-        return DerivedMeasurement(self._model, shared, losses, weights, derived, graph)
+        ghosts = find_ghosts(graph, shared) if self._ghostly else []
+        return DerivedMeasurement(self._model, shared, losses, weights, derived, graph, ghosts)
 
     def finish(self, measurement: DerivedMeasurement, losses: Sequence[Tensor]) -> Array:
         """The Gramians once the joint backward has run, and kept the graph for a second look."""
@@ -119,6 +133,15 @@ class Meter:
                 )
             return by_passes
         return gram
+
+    def _check_ghosts(self, gram: Array, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
+        """Once: whether products without gradients are those of the gradients. Gives the latter."""
+        direct = measure_explicitly(self._model, shared, losses)
+        self._ghosts_checked = True
+        if not agree(gram, direct, shared):
+            self._ghostly = False
+            self._warn("products without gradients differ from those of the gradients, which are made from here on")
+        return direct
 
     def check_reach(self, tasks: Sequence[str], gram: Array) -> None:
         """Warn where a task reaches a layer now that it did not reach when the layers were found.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from gradprobe.measures import Array
+from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
 
@@ -19,11 +21,25 @@ Gradients = list["Tensor | None"]
 
 def explicit(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Gradients:
     """One task's own gradient, by a backward pass of its own that touches no ``.grad`` and keeps the graph."""
-    wanted = [p for p in parameters if p.requires_grad]  # one may have been frozen since the layers were found
-    if not wanted:
-        return [None] * len(parameters)
-    found = iter(torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True))
-    return [next(found) if p.requires_grad else None for p in parameters]
+    return pass_to(loss, parameters, None, 0)
+
+
+def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter], outputs: OutputGradients | None, task: int) -> Gradients:
+    """The same, without the weights for which ``outputs`` takes the gradients at the outputs instead."""
+    skipped = outputs.places if outputs is not None else set()
+    # One may have been frozen since the layers were found.
+    wanted = [i for i, p in enumerate(parameters) if p.requires_grad and i not in skipped]
+    edges = outputs.edges if outputs is not None else []
+    result: Gradients = [None] * len(parameters)
+    if not wanted and not edges:
+        return result
+    targets = [parameters[i] for i in wanted] if not edges else [*map(get_gradient_edge, map(parameters.__getitem__, wanted)), *edges]
+    found = torch.autograd.grad(loss, targets, retain_graph=True, allow_unused=True)
+    for index, gradient in zip(wanted, found, strict=False):
+        result[index] = gradient
+    if outputs is not None:
+        outputs.add(task, found[len(wanted) :])
+    return result
 
 
 @contextmanager
@@ -50,6 +66,7 @@ class Listener:
         parameters: Those listened to.
         take: Called with the place of a parameter and its gradient. What it raises is kept in ``failure``: a hook
             that raises would end the user's backward.
+        skipped: Places that are not listened to.
         hollow: Put a tensor without storage of its own in the place of each gradient, so that a pass made for ``take``
             alone does not collect what nobody needs. Never for the user's own backward.
 
@@ -58,14 +75,24 @@ class Listener:
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], take: Callable[[int, Tensor], None], *, hollow: bool = False
+        self,
+        parameters: Sequence[nn.Parameter],
+        take: Callable[[int, Tensor], None],
+        *,
+        skipped: Collection[int] = (),
+        hollow: bool = False,
     ) -> None:
         self._parameters, self._take, self._hollow = parameters, take, hollow
+        self._skipped = skipped
         self.seconds = 0.0
         self.failure: Exception | None = None
 
     def __enter__(self) -> Listener:
-        self._handles = [p.register_hook(self._hook(i)) for i, p in enumerate(self._parameters) if p.requires_grad]
+        self._handles = [
+            p.register_hook(self._hook(i))
+            for i, p in enumerate(self._parameters)
+            if p.requires_grad and i not in self._skipped
+        ]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,13 +152,18 @@ class Meeting:
         return self.sum.result(change)
 
 
-def measure_explicitly(model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
-    """The Gramians (L, T, T) by one explicit pass per task."""
+def measure_explicitly(
+    model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor], ghosts: Sequence[Ghost] = ()
+) -> Array:
+    """The Gramians (L, T, T) by one explicit pass per task; some weights' by their ghosts."""
     parameters, last = shared.parameters, len(losses) - 1
+    outputs = OutputGradients(ghosts)
     with buffers_kept(model):
-        meeting = Meeting(shared, {t: explicit(losses[t], parameters) for t in range(last)}, last)
-        with Listener(parameters, meeting.add, hollow=True) as listener:
-            explicit(losses[last], parameters)
-    if listener.failure is not None:
-        raise listener.failure
+        meeting = Meeting(shared, {t: pass_to(losses[t], parameters, outputs, t) for t in range(last)}, last)
+        with Listener(parameters, meeting.add, skipped=outputs.places, hollow=True) as listener:
+            pass_to(losses[last], parameters, outputs, last)
+        if listener.failure is not None:
+            raise listener.failure
+        for place, tasks, products in outputs.products():
+            meeting.sum.add_products(place, tasks, products)
     return meeting.end()

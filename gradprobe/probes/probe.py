@@ -52,6 +52,8 @@ class GradientProbe:
             or "both": parameters at the due steps and features at every one.
         features: At which modules' outputs, by name; default: at all where tasks part.
         memory: "normal": at most T - 1 copies of the shared parameters, one pass saved; or "low": block by block.
+        products: "direct": of the gradients; "ghost": those of weights on few samples and positions without making
+            their gradients, see :mod:`gradprobe.probes.ghost`: cheaper, and as exact as float32 products.
         provenance: Stored in the header.
 
     Raises:
@@ -75,6 +77,7 @@ class GradientProbe:
         level: str = "parameters",
         features: Iterable[str] | None = None,
         memory: str = "normal",
+        products: str = "direct",
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
     ) -> None:
@@ -91,7 +94,7 @@ class GradientProbe:
             level=chosen,
             clock=clock,
             report=report,
-            meter=Meter(model, Selection(model, shared, layers, nothing=not chosen.parameters), memory, warn),
+            meter=Meter(model, Selection(model, shared, layers, nothing=not chosen.parameters), memory, products, warn),
             features=FeatureMeter(model, features, warn),
             scale=LossScale(scaler),
             optimizer=optimizer,
