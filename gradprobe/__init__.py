@@ -13,11 +13,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from gradprobe.attachment import attach
     from gradprobe.errors import GradprobeError
+    from gradprobe.probes.doctor import doctor
     from gradprobe.probes.probe import GradientProbe
     from gradprobe.runfile import Run, RunWriter, open_run
 
 _HOME = {
     "attach": "gradprobe.attachment",
+    "doctor": "gradprobe.probes.doctor",
     "open_run": "gradprobe.runfile",
     "GradientProbe": "gradprobe.probes.probe",
     "GradprobeError": "gradprobe.errors",
@@ -25,7 +27,7 @@ _HOME = {
     "RunWriter": "gradprobe.runfile",
 }
 
-__all__ = ["GradientProbe", "GradprobeError", "Run", "RunWriter", "attach", "open_run"]
+__all__ = ["GradientProbe", "GradprobeError", "Run", "RunWriter", "attach", "doctor", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

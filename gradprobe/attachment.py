@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradprobe.probes.probe import GradientProbe
+from gradprobe.probes.registry import make_room
 from gradprobe.provenance import environment
 from gradprobe.runfile import RunWriter
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.amp import GradScaler
     from torch.optim import Optimizer
 
+    from gradprobe.probes.binding import Groups, Shared
     from gradprobe.rows import Sink
 
 
@@ -22,11 +26,17 @@ def attach(
     tasks: Sequence[str],
     out: str | Path | None = None,
     *,
-    every: int = 10,
+    every: int | None = None,
+    budget: float | None = None,
     optimizer: Optimizer | None = None,
+    scaler: GradScaler | None = None,
     accumulate: int = 1,
-    shared: Iterable[str | nn.Parameter] | Callable[[str, nn.Parameter], bool] | None = None,
-    layers: Mapping[str, Iterable[nn.Parameter]] | None = None,
+    shared: Shared | None = None,
+    layers: Groups | None = None,
+    level: str = "parameters",
+    features: Iterable[str] | None = None,
+    memory: str = "normal",
+    products: str = "direct",
     sinks: Sequence[Sink] = (),
     overwrite: bool = False,
     resume: bool = False,
@@ -34,7 +44,8 @@ def attach(
     """Attach a probe to any multitask model.
 
     Args:
-        model, tasks, every, optimizer, accumulate, shared, layers: See :class:`gradprobe.GradientProbe`.
+        model, tasks, every, budget, optimizer, scaler, accumulate, shared, layers, level, features, memory, products:
+            See :class:`gradprobe.GradientProbe`.
         out: The run file; None: rows go to ``sinks`` only.
         sinks: Who gets the rows besides the file.
         overwrite: Replace a run that is there.
@@ -43,7 +54,8 @@ def attach(
             step on are cut. Where there is no run yet, a new one begins.
 
     Returns:
-        The probe, a context manager; leaving it closes the file.
+        The probe, a context manager; leaving it closes the file. A notebook's cell that assigns it may be run again:
+        the variable's old probe is closed first.
 
     Raises:
         ProbeError: See :class:`gradprobe.GradientProbe`.
@@ -63,6 +75,8 @@ def attach(
         >>> probe = attach(model, ("det", "cls"), "conflict.h5", resume=True)  # doctest: +SKIP
         >>> probe.load_state_dict(torch.load(path)["probe"])  # doctest: +SKIP
     """
+    caller = sys._getframe(1)
+    make_room(model, caller)  # before the file is opened, which the old probe of this variable may hold
     writer = RunWriter(out, overwrite=overwrite, resume=resume) if out is not None else None
     try:
         return GradientProbe(
@@ -70,11 +84,18 @@ def attach(
             tasks,
             [*([writer] if writer is not None else []), *sinks],
             every=every,
+            budget=budget,
             optimizer=optimizer,
+            scaler=scaler,
             accumulate=accumulate,
             shared=shared,
             layers=layers,
+            level=level,
+            features=features,
+            memory=memory,
+            products=products,
             provenance={"trainer": "attach", **environment()},
+            _caller=caller,
         )
     except BaseException:
         if writer is not None:

@@ -24,6 +24,21 @@ Provenance = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class FeatureHeader:
+    """What holds for all feature rows of a run.
+
+    Attributes:
+        tasks: (T,) names.
+        features: (F,) names: the layer that makes each feature.
+        feature_size: (F,) numbers that the feature had for the batch in which it was found.
+    """
+
+    tasks: Sequence[str]
+    features: Sequence[str]
+    feature_size: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
 class Header:
     """What holds for all rows of a run.
 
@@ -32,6 +47,8 @@ class Header:
         layers: (L,) names, in the order in which the forward runs them. Empty: the tasks share nothing.
         layer_size: (L,) numbers of parameters.
         reach: (L, T) bool: which task's graph reaches which layer.
+        provenance: Where the run comes from.
+        features: None until, or unless, features are measured; they are announced by ``start_features``.
     """
 
     tasks: Sequence[str]
@@ -39,6 +56,7 @@ class Header:
     layer_size: NDArray[np.int64]
     reach: NDArray[np.bool_]
     provenance: Provenance = field(default_factory=dict)
+    features: FeatureHeader | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,36 @@ class Row:
     def shared(self, reach: NDArray[np.bool_]) -> tuple[Array, Array]:
         """Norms (T,) and pair cosines (P,) over all shared layers together."""
         return over_layers(self.gram, reach)
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """The task gradients at the features that the heads share, at one step.
+
+    A bound on what :class:`Row` holds, and no measurement of it: see ``gradprobe.probes.features``.
+
+    Attributes:
+        step, epoch, time, overhead: As in :class:`Row`.
+        gram: (F, T, T) float64, of the gradients of the unweighted losses with respect to the features; NaN where a
+            task does not enter at a feature, its weight is 0, or its gradient is not finite.
+    """
+
+    step: int
+    epoch: int
+    time: float
+    gram: Array
+    overhead: float = 0.0
+
+
+@runtime_checkable
+class FeatureSink(Protocol):
+    """What a :class:`Sink` has besides, where it takes feature rows. Others are not asked to."""
+
+    def start_features(self, header: FeatureHeader) -> None:
+        """Called once, after ``start`` and before the first feature row."""
+
+    def write_features(self, row: FeatureRow) -> None:
+        """Called once per step at which features were measured, steps increasing."""
 
 
 class Sink(Protocol):

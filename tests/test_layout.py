@@ -30,7 +30,18 @@ MAY_IMPORT = {
     "probes": {"errors", "measures", "rows"},
     "trainers": {"errors", "measures", "probes", "rows"},
     "attachment": {"probes", "provenance", "rows", "runfile"},
-    "cli": {"__init__", "errors", "measures", "plots", "provenance", "rows", "runfile", "summary", "trainers"},
+    "cli": {
+        "__init__",
+        "errors",
+        "measures",
+        "plots",
+        "probes",
+        "provenance",
+        "rows",
+        "runfile",
+        "summary",
+        "trainers",
+    },
 }
 
 MAY_NOT_IMPORT = {
@@ -84,7 +95,15 @@ def test_one_file_alone_imports_yolov5():
 
 
 def test_what_is_exported():
-    assert set(gradprobe.__all__) == {"GradientProbe", "GradprobeError", "Run", "RunWriter", "attach", "open_run"}
+    assert set(gradprobe.__all__) == {
+        "GradientProbe",
+        "GradprobeError",
+        "Run",
+        "RunWriter",
+        "attach",
+        "doctor",
+        "open_run",
+    }
     for name in gradprobe.__all__:
         assert callable(getattr(gradprobe, name))
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):

@@ -13,7 +13,7 @@ from zoo import ZOO, Collector, mlp, naive_gramian
 
 import gradprobe
 from gradprobe.errors import ProbeError
-from gradprobe.probes import GradientProbe, passes
+from gradprobe.probes import GradientProbe, derived, passes
 from gradprobe.probes.gramian import dot
 from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS
 
@@ -133,24 +133,24 @@ def test_what_is_derived_is_as_good_as_explicit_whatever_the_weights(ratio):
 
 def test_the_derived_task_is_the_one_that_cancels_least():
     gram = np.array([np.diag([1.0, 1e-4]), np.diag([1.0, 4.0])])
-    assert passes.task_to_derive(gram, np.array([1.0, 1.0]), torch.float32) == 0
-    assert passes.task_to_derive(gram, np.array([1e-3, 1.0]), torch.float32) == 1
-    assert passes.task_to_derive(gram, np.array([0.0, 1.0]), torch.float32) == 1  # weight 0 leaves no trace
+    assert derived.task_to_derive(gram, np.array([1.0, 1.0]), 10) == 0
+    assert derived.task_to_derive(gram, np.array([1e-3, 1.0]), 10) == 1
+    assert derived.task_to_derive(gram, np.array([0.0, 1.0]), 10) == 1  # weight 0 leaves no trace
     opposed = np.array([np.diag([1.0, 1e-12]), np.diag([1e-12, 1.0])])  # each drowns somewhere
-    assert passes.task_to_derive(opposed, np.array([1.0, 1.0]), torch.float32) is None
-    assert passes.task_to_derive(gram, np.array([1.0, 1.0]), torch.bfloat16) is None
+    assert derived.task_to_derive(opposed, np.array([1.0, 1.0]), 10) is None
 
 
 def test_one_explicit_pass_is_saved(monkeypatch):
     case, passes_made = make("mlp"), []
     real = passes.explicit
-    monkeypatch.setattr(passes, "explicit", lambda *a: passes_made.append(1) or real(*a))
+    for module in (passes, derived):
+        monkeypatch.setattr(module, "explicit", lambda *a: passes_made.append(1) or real(*a))
     with GradientProbe(case.model, ("t0", "t1"), every=1) as probe:
         counts = []
-        for step in range(3):
+        for step in range(4):
             probe.backward(case.losses(step))
             counts.append(len(passes_made))
-    assert counts == [2, 3, 4]
+    assert counts == [2, 5, 6, 7]  # the first that is derived is also measured explicitly, and compared
 
 
 def test_a_remainder_that_lost_its_digits_is_measured_again():
@@ -160,7 +160,8 @@ def test_a_remainder_that_lost_its_digits_is_measured_again():
     with GradientProbe(case.model, ("t0", "t1"), [sink], every=1) as probe:
         probe.backward(case.losses(0), {"t0": 1.0, "t1": 1.0})
         losses = case.losses(1)
-        probe._last_gram = probe._last_gram * np.diag([1.0, 1e12])  # makes it derive t1
+        meter = probe._measuring.meter
+        meter.last_gram = meter.last_gram * np.diag([1.0, 1e12])  # makes it derive t1
         expected = naive_gramian(probe.shared.layers, losses)
         probe.backward(losses, {"t0": 1e6, "t1": 1e-2})
     assert_close(sink.rows[-1].gram, expected, 1e-6)
@@ -389,7 +390,8 @@ def test_a_failure_in_measuring_is_a_row_with_a_reason_and_no_exception(monkeypa
     with GradientProbe(case.model, ("t0", "t1"), [sink], every=1, optimizer=opt) as probe:
         probe.backward(case.losses(0))
         opt.step()
-        monkeypatch.setattr(passes, "explicit", lambda *_: 1 / 0)
+        for module in (passes, derived):
+            monkeypatch.setattr(module, "explicit", lambda *_: 1 / 0)
         case.model.zero_grad()
         with pytest.warns(RuntimeWarning, match="measuring failed: ZeroDivisionError"):
             probe.backward(case.losses(1))

@@ -94,8 +94,9 @@ def long_run(path: Path, rows: int) -> Path:
     state = content.State(end="finished")
     block = content.columns([row] * 10_000, header, state)
     blocks = [{**block, "step": np.arange(i, i + 10_000)} for i in range(0, rows, 10_000)]
+    stretch = {"": content.Stretch(rows, blocks)}
     files.write_whole(
-        path, path.with_suffix(".tmp"), lambda file: content.fill(file, header, state, rows, blocks, {}), files.Disk()
+        path, path.with_suffix(".tmp"), lambda file: content.fill(file, header, state, stretch, {}), files.Disk()
     )
     return path
 

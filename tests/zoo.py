@@ -16,12 +16,20 @@ class Collector:
 
     def __init__(self):
         self.header, self.rows, self.epochs, self.end = None, [], {}, None
+        self.feature_header, self.feature_rows = None, []
 
     def start(self, header):
         self.header = header
 
     def write(self, row):
         self.rows.append(row)
+
+    def start_features(self, header):
+        assert self.header is not None
+        self.feature_header = header
+
+    def write_features(self, row):
+        self.feature_rows.append(row)
 
     def write_epoch(self, epoch, values):
         self.epochs.setdefault(epoch, {}).update(values)

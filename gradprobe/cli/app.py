@@ -11,6 +11,7 @@ import typer
 from gradprobe import __version__
 from gradprobe.cli.check import check
 from gradprobe.cli.data import app as data_app
+from gradprobe.cli.doctor import doctor
 from gradprobe.cli.export import export
 from gradprobe.cli.plot import plot
 from gradprobe.cli.record import record
@@ -42,6 +43,7 @@ app.command()(summary)
 app.command()(watch)
 app.command()(export)
 app.command()(check)
+app.command()(doctor)
 app.add_typer(data_app, name="data", help="Make the embedded data set, or check one of your own.")
 
 
@@ -56,7 +58,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command.
 
     Returns:
-        0 done, 1 failed, 2 wrong usage, 3 file unreadable or incomplete, 130 stopped by Ctrl-C.
+        0 done, 1 failed, 2 wrong usage, 3 file unreadable or incomplete, 10 a gate asked for tripped, 130 stopped by
+        Ctrl-C.
     """
     try:
         code = app(list(arguments), standalone_mode=False, prog_name="gradprobe")

@@ -2,54 +2,72 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
 
-from gradprobe.errors import ProbeError
+from gradprobe.probes.schedule import Schedule, whole
 
 
 class StepClock:
     """Training steps, not backwards: by the optimizer's own step hook, else by calls.
 
     Args:
-        every: Steps 0, every, 2 every, ... are due.
-        optimizer: Where given, a step is what its ``step()`` completes; gradient accumulation needs no telling.
+        schedule: Which steps are due.
+        optimizer: See :meth:`follow`; gradient accumulation then needs no telling.
         accumulate: Without an optimizer: how many calls make one step.
+        now: Seconds.
     """
 
-    def __init__(self, every: int, optimizer: Optimizer | None = None, accumulate: int = 1) -> None:
-        for name, value in (("every", every), ("accumulate", accumulate)):
-            if value != int(value) or value < 1:
-                raise ProbeError(f"{name}={value!r}: must be a whole number of at least 1.")
-        self.every, self.accumulate = int(every), int(accumulate)
+    def __init__(
+        self,
+        schedule: Schedule,
+        optimizer: Optimizer | None = None,
+        accumulate: int = 1,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.schedule, self.accumulate, self._now = schedule, whole("accumulate", accumulate), now
         self.step = 0
         self._calls = 0
-        self._last_due = -1
+        self._last_asked = -1
         self._handle: Any = None
         if optimizer is not None:
-            self._handle = optimizer.register_step_post_hook(self._stepped)
+            self.follow(optimizer)
 
-    def due(self) -> bool:
-        """Whether the present step is to be measured; True once per step."""
-        due = self.step % self.every == 0 and self.step != self._last_due
-        if due:
-            self._last_due = self.step
-        return due
+    def follow(self, optimizer: Optimizer) -> None:
+        """From now on a step is what this optimizer's ``step()`` completes."""
+        self._handle = optimizer.register_step_post_hook(self._stepped)
+
+    def ask(self) -> tuple[bool, bool]:
+        """Whether this is the first call in the present step, and whether the step is to be measured now.
+
+        Asked once per call; only the first call of a step can be due.
+        """
+        if self.step == self._last_asked:
+            return False, False
+        self._last_asked = self.step
+        return True, self.schedule.due(self.step)
 
     def called(self) -> None:
         """One forward and backward is done."""
         self._calls += 1
         if self._handle is None and self._calls % self.accumulate == 0:
-            self.step += 1
+            self._stepped()
 
     def state_dict(self) -> dict[str, int]:
         """What :meth:`load_state_dict` needs to go on."""
-        return {"step": self.step, "calls": self._calls, "last_due": self._last_due}
+        return {"step": self.step, "calls": self._calls, "last_due": self._last_asked}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where another clock stopped."""
-        self.step, self._calls, self._last_due = state["step"], state["calls"], state["last_due"]
+        """Go on where another clock stopped, ahead or behind."""
+        self.step, self._calls, self._last_asked = state["step"], state["calls"], state["last_due"]
+
+    @property
+    def first_open(self) -> int:
+        """The first step of which nothing was asked yet: rows from there on are still to come."""
+        return max(self.step, self._last_asked + 1)
 
     def close(self) -> None:
         """Take the hook off the optimizer."""
@@ -58,3 +76,4 @@ class StepClock:
 
     def _stepped(self, *_: Any) -> None:
         self.step += 1
+        self.schedule.passed(self._now())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,31 +13,95 @@ from torch import Tensor
 from gradprobe.measures import Array
 from gradprobe.probes.graph import Layer
 
-_PIECE = 1 << 16  # numbers converted to float64 at a time: they stay in the cache, and no whole copy is made
+# Numbers converted to float64 at a time: they stay in the cache, and no whole copy is made. A matrix product is quicker
+# than single ones from about eight gradients on, and wants smaller pieces.
+_PIECE, _PIECE_OF_MANY, _MANY = 1 << 16, 1 << 13, 8
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two tensors of one shape and any floating type, accumulated in float64.
+    """Inner product of two tensors of one shape, as of real vectors, accumulated in float64.
 
     Returns:
         0-d, float64 (float32 on Apple's MPS, which has no float64), on the tensors' device.
     """
-    a, b = a.reshape(-1), b.reshape(-1)
-    if a.device.type == "mps":
-        return torch.dot(a.float(), b.float())
-    if a.device.type != "cpu":  # a wide product costs a GPU more than its accumulation does
-        return (a.float() * b.float() if a.dtype != torch.float64 else a * b).sum(dtype=torch.float64)
-    if a.numel() <= _PIECE:
-        return torch.dot(a.double(), b.double())
-    pieces = zip(torch.split(a, _PIECE), torch.split(b, _PIECE), strict=True)
-    return torch.stack([torch.dot(x.double(), y.double()) for x, y in pieces]).sum()
+    return products([a, b])[0, 1]
+
+
+def products(gradients: Sequence[Tensor]) -> Tensor:
+    """Inner products of every two of k tensors of one shape and any floating type, accumulated in float64.
+
+    A sparse tensor counts with its zeros; a complex one as twice as many real numbers, so that the product is the
+    real part of the Hermitian one: that by which a step along one gradient changes the other's loss.
+
+    Returns:
+        (k, k), float64 (float32 on Apple's MPS, which has no float64), on the tensors' device.
+    """
+    flat = [_vector(g) for g in gradients]
+    kind = flat[0].device.type
+    if kind == "cpu":
+        return torch.from_numpy(_on_cpu(flat))
+    if kind == "mps":
+        return symmetric([[torch.dot(a.float(), b.float()) for b in flat[i:]] for i, a in enumerate(flat)])
+    # A wide product costs a GPU more than its accumulation does.
+    wide = [g if g.dtype == torch.float64 else g.float() for g in flat]
+    return symmetric([[(a * b).sum(dtype=torch.float64) for b in wide[i:]] for i, a in enumerate(wide)])
+
+
+def _vector(gradient: Tensor) -> Tensor:
+    gradient = gradient.detach()
+    if gradient.layout != torch.strided:
+        gradient = gradient.to_dense()
+    if gradient.is_complex():
+        gradient = torch.view_as_real(gradient.resolve_conj())
+    return gradient.resolve_neg().reshape(-1)
+
+
+def _on_cpu(flat: Sequence[Tensor]) -> Array:
+    """By numpy, whose calls cost a tenth of torch's: most parameters are small."""
+    arrays = [(g if g.dtype in (torch.float32, torch.float64) else g.float()).numpy() for g in flat]
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is seen in the result
+        return _by_matrix(arrays) if len(arrays) >= _MANY else _one_by_one(arrays)
+
+
+def _one_by_one(arrays: Sequence[NDArray[Any]]) -> Array:
+    count, size = len(arrays), arrays[0].size
+    total = np.zeros((count, count))
+    for start in range(0, size, _PIECE):
+        wide = [(a if size <= _PIECE else a[start : start + _PIECE]).astype(np.float64, copy=False) for a in arrays]
+        for i, first in enumerate(wide):
+            for j in range(i, count):
+                total[i, j] += first.dot(wide[j])
+    for i in range(1, count):
+        total[i, :i] = total[:i, i]
+    return total
+
+
+def _by_matrix(arrays: Sequence[NDArray[Any]]) -> Array:
+    total = np.zeros((len(arrays), len(arrays)))
+    for start in range(0, arrays[0].size, _PIECE_OF_MANY):
+        block = np.array([a[start : start + _PIECE_OF_MANY] for a in arrays], dtype=np.float64)
+        total += block @ block.T
+    return total
+
+
+def symmetric(upper: Sequence[Sequence[Tensor]]) -> Tensor:
+    """The matrix whose upper triangle is given row by row."""
+    flat = torch.stack([value for row in upper for value in row])
+    return flat[_places(len(upper)).to(flat.device)]
+
+
+def _places(count: int) -> Tensor:
+    """(k, k): where each entry of a symmetric matrix stands in the list of its upper triangle."""
+    order = np.zeros((count, count), dtype=np.int64)
+    order[np.triu_indices(count)] = range(count * (count + 1) // 2)
+    return torch.from_numpy(np.maximum(order, order.T))
 
 
 class GramianSum:
     """Takes task gradients one parameter at a time, in any order, and gives the Gramian of every layer.
 
     Only products are kept, so a gradient can be freed as soon as it was added. Nothing is moved off the device
-    before :meth:`result`, and then everything in one transfer.
+    before :meth:`result`, and then everything in one transfer per device.
 
     Args:
         layers: L of them.
@@ -46,8 +111,9 @@ class GramianSum:
     def __init__(self, layers: Sequence[Layer], tasks: int) -> None:
         self._layers, self._tasks = layers, tasks
         self._owner = [index for index, layer in enumerate(layers) for _ in layer.parameters]
-        self._products: list[Tensor] = []
-        self._places: list[tuple[int, int, int]] = []
+        self._parts: dict[torch.device, list[tuple[int, list[int], Tensor]]] = {}
+        self._done: list[tuple[int, list[int], Array]] = []  # those that never were on another device
+        self._final: list[tuple[int, list[int], Array]] = []
         self._present = np.zeros((len(layers), tasks), dtype=bool)
 
     def add(self, index: int, gradients: Sequence[Tensor | None]) -> None:
@@ -57,35 +123,56 @@ class GramianSum:
             index: Its place in ``SharedLayers.parameters``.
             gradients: T tensors of its shape; None where a task has no path to it.
         """
+        there = [task for task, g in enumerate(gradients) if g is not None]
+        if not there:
+            return
         layer = self._owner[index]
-        for i, first in enumerate(gradients):
-            if first is None:
-                continue
-            self._present[layer, i] = True
-            for j in range(i, self._tasks):
-                second = gradients[j]
-                if second is not None:
-                    self._products.append(dot(first, second))
-                    self._places.append((layer, i, j))
+        self._present[layer, there] = True
+        present = [g for g in gradients if g is not None]
+        if present[0].is_cpu:
+            self._done.append((layer, there, _on_cpu([_vector(g) for g in present])))
+        else:
+            part = products(present)
+            self._parts.setdefault(part.device, []).append((layer, there, part))
+
+    def add_products(self, index: int, tasks: Sequence[int], products: Tensor) -> None:
+        """Add one parameter whose products are known: (k, k) of the k tasks that reach it."""
+        layer = self._owner[index]
+        self._present[layer, list(tasks)] = True
+        self._final.append((layer, list(tasks), products.cpu().numpy()))
 
     @property
     def present(self) -> NDArray[np.bool_]:
         """(L, T): which task brought a gradient to which layer."""
         return self._present
 
-    def result(self) -> Array:
+    def result(self, change: Array | None = None) -> Array:
         """The Gramians so far.
+
+        Args:
+            change: (T, T); the Gramians wanted are those of ``change @ gradients``.
 
         Returns:
             (L, T, T) float64, symmetric, in (loss per unit of parameter)^2. NaN where a task has no path to any
             parameter of the layer, or a gradient is not finite.
         """
         gram = np.zeros((len(self._layers), self._tasks, self._tasks))
-        if self._products:
-            values = torch.stack(self._products).cpu().numpy()
-            values[~np.isfinite(values)] = np.nan
-            layer, i, j = np.array(self._places).T
-            np.add.at(gram, (layer, i, j), values)
-            gram += np.triu(gram, 1).transpose(0, 2, 1)
+        for layer, there, block in self._blocks():
+            place = np.ix_(there, there)
+            if change is not None:
+                block = change[place] @ block @ change[place].T
+            gram[layer][place] += block
+        for layer, there, block in self._final:
+            gram[layer][np.ix_(there, there)] += block
         gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
+        gram[~np.isfinite(gram)] = np.nan
         return gram
+
+    def _blocks(self) -> Iterator[tuple[int, list[int], Array]]:
+        yield from self._done
+        for parts in self._parts.values():
+            values = torch.cat([part.reshape(-1) for _, _, part in parts]).cpu().double().numpy()
+            start = 0
+            for layer, there, part in parts:
+                yield layer, there, values[start : start + part.numel()].reshape(part.shape)
+                start += part.numel()

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
-
-from gradprobe.errors import ProbeError
 
 
 def reached(loss: Tensor) -> dict[int, int]:
@@ -111,38 +108,3 @@ def by_module(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         owner = name.rpartition(".")[0] or name
         groups.setdefault(owner, []).append(parameter)
     return groups
-
-
-def check_losses(tasks: tuple[str, ...], losses: Mapping[str, Tensor]) -> None:
-    """Raise for a call that cannot be meant.
-
-    Raises:
-        ProbeError: A task is missing or unknown, or a loss is no scalar or has no graph.
-    """
-    missing, unknown = [t for t in tasks if t not in losses], [t for t in losses if t not in tasks]
-    if missing or unknown:
-        raise ProbeError(
-            f"the probe was attached for tasks {list(tasks)}; losses "
-            + " and ".join(
-                text
-                for text in (
-                    f"lack {missing}" if missing else "",
-                    f"have the unknown {unknown}" if unknown else "",
-                )
-                if text
-            )
-            + ". Pass one loss per task, under these names."
-        )
-    for task, loss in losses.items():
-        if not isinstance(loss, Tensor):
-            raise ProbeError(f"the loss of task {task!r} is a {type(loss).__name__}, not a tensor.")
-        if loss.numel() != 1:
-            raise ProbeError(
-                f"the loss of task {task!r} has shape {tuple(loss.shape)}; reduce it to one number, "
-                "for example with .mean()."
-            )
-        if torch.is_grad_enabled() and not loss.requires_grad:
-            raise ProbeError(
-                f"the loss of task {task!r} has no graph (was it detached, or computed under no_grad?), "
-                "so it has no gradient to measure."
-            )

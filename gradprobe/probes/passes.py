@@ -1,30 +1,45 @@
-"""The autograd passes of a measurement: explicit gradients, and the last task's derived from the joint one."""
+"""The autograd passes of a measurement by explicit gradients: one backward pass per task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from gradprobe.measures import Array
+from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.gramian import GramianSum
-from gradprobe.probes.graph import SharedLayers, reached
+from gradprobe.probes.graph import SharedLayers
 
-Gradients = Sequence[Tensor | None]
+Gradients = list["Tensor | None"]
 """One task's gradient on every shared parameter, in the order of ``SharedLayers.parameters``; None: no path."""
-
-_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-"""How far a derived gradient may be from the explicit one, relative to its length. Other types are never derived."""
 
 
 def explicit(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Gradients:
     """One task's own gradient, by a backward pass of its own that touches no ``.grad`` and keeps the graph."""
-    if not parameters:
-        return ()
-    return torch.autograd.grad(loss, list(parameters), retain_graph=True, allow_unused=True)
+    return pass_to(loss, parameters, None, 0)
+
+
+def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter], outputs: OutputGradients | None, task: int) -> Gradients:
+    """The same, without the weights for which ``outputs`` takes the gradients at the outputs instead."""
+    skipped = outputs.places if outputs is not None else set()
+    # One may have been frozen since the layers were found.
+    wanted = [i for i, p in enumerate(parameters) if p.requires_grad and i not in skipped]
+    edges = outputs.edges if outputs is not None else []
+    result: Gradients = [None] * len(parameters)
+    if not wanted and not edges:
+        return result
+    targets = [parameters[i] for i in wanted] if not edges else [*map(get_gradient_edge, map(parameters.__getitem__, wanted)), *edges]
+    found = torch.autograd.grad(loss, targets, retain_graph=True, allow_unused=True)
+    for index, gradient in zip(wanted, found, strict=False):
+        result[index] = gradient
+    if outputs is not None:
+        outputs.add(task, found[len(wanted) :])
+    return result
 
 
 @contextmanager
@@ -44,124 +59,111 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
             buffer.copy_(old)
 
 
-def measure_explicitly(model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
-    """The Gramians (L, T, T) by one explicit pass per task."""
-    parameters = shared.parameters
-    total = GramianSum(shared.layers, len(losses))
-    with buffers_kept(model):
-        gradients = [explicit(loss, parameters) for loss in losses]
-    for index in range(len(parameters)):
-        total.add(index, [g[index] for g in gradients])
-    return total.result()
-
-
-class DerivedMeasurement:
-    """T - 1 explicit passes; the last task's gradient is what the joint backward has beyond theirs.
-
-    ``joint = sum_k w_k g_k`` gives ``g_d = (joint - sum_{k != d} w_k g_k) / w_d`` without a pass of its own. Hooks on
-    the shared parameters see the joint gradient as it arrives, so no copy of it is kept.
+class Listener:
+    """While it is entered, hands on every gradient that a backward pass brings to the parameters.
 
     Args:
-        shared: The layers.
-        losses: (T,) in the order of the tasks.
-        weights: (T,), finite; the derived task's is not 0.
-        derived: Which task to derive.
+        parameters: Those listened to.
+        take: Called with the place of a parameter and its gradient. What it raises is kept in ``failure``: a hook
+            that raises would end the user's backward.
+        skipped: Places that are not listened to.
+        hollow: Put a tensor without storage of its own in the place of each gradient, so that a pass made for ``take``
+            alone does not collect what nobody needs. Never for the user's own backward.
+
+    Attributes:
+        seconds: Spent in ``take``, which would else look like time of the backward.
     """
 
     def __init__(
-        self, model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor], weights: Array, derived: int
+        self,
+        parameters: Sequence[nn.Parameter],
+        take: Callable[[int, Tensor], None],
+        *,
+        skipped: Collection[int] = (),
+        hollow: bool = False,
     ) -> None:
-        self._shared, self._weights, self._derived = shared, weights, derived
-        self._sum = GramianSum(shared.layers, len(losses))
-        # From the graph: where the derived task has no path, the difference would be rounding, not 0.
-        self._paths = reached(losses[derived])
-        with buffers_kept(model):
-            self._explicit: dict[int, list[Tensor | None]] = {
-                task: list(explicit(loss, shared.parameters)) for task, loss in enumerate(losses) if task != derived
-            }
-        self._failure: Exception | None = None
+        self._parameters, self._take, self._hollow = parameters, take, hollow
+        self._skipped = skipped
+        self.seconds = 0.0
+        self.failure: Exception | None = None
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """While the joint backward runs."""
-        parameters = self._shared.parameters
-        handles = [p.register_hook(self._hook(index, p)) for index, p in enumerate(parameters)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def __enter__(self) -> Listener:
+        self._handles = [
+            p.register_hook(self._hook(i))
+            for i, p in enumerate(self._parameters)
+            if p.requires_grad and i not in self._skipped
+        ]
+        return self
 
-    def result(self) -> Array | None:
-        """The Gramians (L, T, T); None where the derived gradient cannot be trusted.
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
-        That is when it is not finite (the task's own gradient, or only another's, which an explicit pass must
-        tell apart) or the small remainder of large terms.
-        """
-        if self._failure is not None:
-            raise self._failure
-        gram = self._sum.result()
-        own = gram[:, self._derived, self._derived][self._sum.present[:, self._derived]]
-        if not np.isfinite(own).all():
-            return None
-        dtype = self._shared.parameters[0].dtype
-        return gram if cancellation(gram, self._weights)[self._derived] <= _bound(dtype) else None
-
-    def _hook(self, index: int, parameter: nn.Parameter):  # type: ignore[no-untyped-def]
-        def take(joint: Tensor) -> None:
+    def _hook(self, index: int) -> Callable[[Tensor], Tensor | None]:
+        def hook(gradient: Tensor) -> Tensor | None:
+            started = time.perf_counter()
             try:
                 with torch.no_grad():
-                    self._sum.add(index, self._all(index, id(parameter), joint))
-                for gradients in self._explicit.values():
-                    gradients[index] = None  # freed as the backward goes
-            except Exception as error:  # a hook that raises would end the user's backward
-                self._failure = self._failure or error
+                    self._take(index, gradient)
+            except Exception as error:
+                self.failure = self.failure or error
+            self.seconds += time.perf_counter() - started
+            if self._hollow and gradient.layout == torch.strided:
+                return gradient.new_zeros(()).expand_as(gradient)
+            return None
 
-        return take
-
-    def _all(self, index: int, leaf: int, joint: Tensor) -> list[Tensor | None]:
-        row: list[Tensor | None] = [None] * (len(self._explicit) + 1)
-        rest = joint
-        for task, gradients in self._explicit.items():
-            own = gradients[index]
-            row[task] = own
-            if own is not None:
-                rest = torch.sub(rest, own, alpha=float(self._weights[task]))
-        if leaf in self._paths:
-            row[self._derived] = rest / float(self._weights[self._derived])
-        return row
+        return hook
 
 
-def cancellation(gram: Array, weights: Array) -> Array:
-    """How many times larger the terms are than the task's weighted gradient that is left of them: (..., T).
+class Meeting:
+    """Brings one task's gradients, as they arrive, together with the others', which are there already.
 
-    Deriving task d loses about so many times the rounding error. The worst layer counts. Infinite where the
-    task has weight 0 or an exactly zero gradient.
-    """
-    square = np.square(weights) * np.diagonal(gram, axis1=-2, axis2=-1)
-    largest = np.sqrt(np.nansum(square, axis=-1, keepdims=True))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = largest / np.sqrt(square)
-    ratio = np.where(square == 0, np.inf, ratio)
-    worst: Array = np.nanmax(np.where(np.isnan(square), 1.0, ratio), axis=-2, initial=1.0)
-    return worst
-
-
-def task_to_derive(gram: Array, weights: Array, dtype: torch.dtype) -> int | None:
-    """The task whose worst layer cancels least, or None where every task needs a pass of its own.
+    Each parameter's gradients are multiplied and freed at once, so that no more than T - 1 copies of the shared
+    parameters are ever alive.
 
     Args:
-        gram: (L, T, T) of the last measured row.
-        weights: (T,) now in force.
-        dtype: Of the gradients.
+        shared: The layers.
+        others: Task -> its gradients. Emptied as the last task's arrive.
+        last: The task that is still to come.
     """
-    if dtype not in _TOLERANCE or gram.shape[0] == 0:
-        return None
-    worst = cancellation(gram, weights)
-    best = int(np.argmin(worst))
-    return best if worst[best] <= _bound(dtype) else None
+
+    def __init__(self, shared: SharedLayers, others: dict[int, Gradients], last: int) -> None:
+        self.sum = GramianSum(shared.layers, len(others) + 1)
+        self.others, self.last = others, last
+        self._missing = set(range(len(shared.parameters)))
+
+    def at(self, index: int) -> Gradients:
+        """All tasks' gradients on one parameter as far as they are known; None for the last task's."""
+        return [self.others[task][index] if task != self.last else None for task in range(len(self.others) + 1)]
+
+    def add(self, index: int, gradient: Tensor | None) -> None:
+        """The last task's gradient on one parameter has come."""
+        row = self.at(index)
+        row[self.last] = gradient
+        self.sum.add(index, row)
+        self._missing.discard(index)
+        for gradients in self.others.values():
+            gradients[index] = None
+
+    def end(self, change: Array | None = None) -> Array:
+        """Nothing more will come: the Gramians (L, T, T), of ``change @ gradients`` where that is given."""
+        for index in sorted(self._missing):
+            self.add(index, None)
+        return self.sum.result(change)
 
 
-def _bound(dtype: torch.dtype) -> float:
-    # A backward pass rounds each number a few times; 8 was enough for every model in the tests.
-    return _TOLERANCE[dtype] / (8 * torch.finfo(dtype).eps)
+def measure_explicitly(
+    model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor], ghosts: Sequence[Ghost] = ()
+) -> Array:
+    """The Gramians (L, T, T) by one explicit pass per task; some weights' by their ghosts."""
+    parameters, last = shared.parameters, len(losses) - 1
+    outputs = OutputGradients(ghosts)
+    with buffers_kept(model):
+        meeting = Meeting(shared, {t: pass_to(losses[t], parameters, outputs, t) for t in range(last)}, last)
+        with Listener(parameters, meeting.add, skipped=outputs.places, hollow=True) as listener:
+            pass_to(losses[last], parameters, outputs, last)
+        if listener.failure is not None:
+            raise listener.failure
+        for place, tasks, products in outputs.products():
+            meeting.sum.add_products(place, tasks, products)
+    return meeting.end()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 
-from gradprobe.rows import Row
+from gradprobe.rows import FeatureRow, Row
+
+AnyRow = Row | FeatureRow
 
 ROW_OVERHEAD = 1000
 """Bytes of a row beyond its Gramian: objects, losses, weights."""
 
 
-def size(row: Row) -> int:
+def size(row: AnyRow) -> int:
     """About how many bytes of memory a row takes."""
     return row.gram.nbytes + ROW_OVERHEAD
 
@@ -25,15 +27,15 @@ class Backlog:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.dropped = 0
-        self._waiting: deque[Row] = deque()
-        self._taken: list[Row] = []
+        self._waiting: deque[AnyRow] = deque()
+        self._taken: list[AnyRow] = []
         self._bytes = self._taken_bytes = 0
 
     def __len__(self) -> int:
         """Rows that wait or were taken."""
         return len(self._waiting) + len(self._taken)
 
-    def put(self, row: Row) -> None:
+    def put(self, row: AnyRow) -> None:
         """Add the newest row."""
         self._waiting.append(row)
         self._bytes += size(row)
@@ -41,7 +43,7 @@ class Backlog:
             self._bytes -= size(self._waiting.popleft())
             self.dropped += 1
 
-    def take(self, most: int) -> list[Row]:
+    def take(self, most: int) -> list[AnyRow]:
         """The oldest rows: up to ``most`` bytes of them, and at least one if there is one."""
         assert not self._taken
         total = 0

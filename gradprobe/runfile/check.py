@@ -70,14 +70,14 @@ def check(path: Path) -> Report:
     report = Report()
     pieces = open_readable(path, report)
     try:
-        last = -1
+        last = dict.fromkeys((table.group for table in schema.TABLES), -1)
         for piece in pieces:
             report.files.append(piece.path.name)
             report.rows += piece.rows
             if not piece.raw.sealed:
                 report.add(piece.path, INCOMPLETE, "carries no sums: another program changed it after it was recorded")
             _check_sums(piece, report)
-            last = _check_values(piece, report, last)
+            _check_values(piece, report, last)
         if pieces:
             _check_end(path, pieces[-1], report)
     finally:
@@ -127,11 +127,16 @@ def _open_readable(path: Path, report: Report, pieces: list[Piece], lenient: boo
         piece = _open_one(part, report, lenient, part=True)
         if piece is None:
             continue
-        if pieces and (piece.tasks, piece.layers) != (pieces[0].tasks, pieces[0].layers):
-            report.add(part, DAMAGED, "is a part of another run: it has other tasks or layers")
+        if pieces and not _of_one_run(pieces, piece):
+            report.add(part, DAMAGED, "is a part of another run: it has other tasks, layers or features")
             piece.close()
         else:
             pieces.append(piece)
+
+
+def _of_one_run(pieces: list[Piece], piece: Piece) -> bool:
+    known = {other.features for other in (*pieces, piece) if other.features}
+    return (piece.tasks, piece.layers) == (pieces[0].tasks, pieces[0].layers) and len(known) <= 1
 
 
 def _open_one(path: Path, report: Report, lenient: bool, *, part: bool) -> Piece | None:
@@ -170,40 +175,44 @@ def _check_end(path: Path, last: Piece, report: Report) -> None:
 # ---- numbers
 
 
-def _check_values(piece: Piece, report: Report, last_step: int) -> int:
+def _check_values(piece: Piece, report: Report, last: dict[str, int]) -> None:
     """Report numbers that cannot be.
 
-    Returns:
-        The last step, for the next file.
+    Args:
+        piece: Where to look.
+        report: Gets the findings.
+        last: The last step of each table so far, by group; brought up to date.
     """
-    wrong: dict[str, tuple[int, int]] = {}  # what: how often, first row
-    for start, name, values in _readable(piece, report):
-        if name == "step":
-            steps = np.concatenate([[last_step], values])
-            _count(wrong, "step does not increase", steps[1:] <= steps[:-1], start)
-            last_step = int(values[-1])
-        for what, where in _impossible(piece, name, values):
-            _count(wrong, f"{name} {what}", np.asarray(where.any(axis=tuple(range(1, where.ndim)))), start)
-    for what, (often, first) in wrong.items():
-        report.add(piece.path, DAMAGED, f"{what} in {often} rows, first in row {first}")
+    for table in schema.TABLES:
+        wrong: dict[str, tuple[int, int]] = {}  # what: how often, first row
+        for start, name, values in _readable(piece, table, report):
+            path = table.path(name)
+            if name == schema.STEP:
+                steps = np.concatenate([[last[table.group]], values])
+                _count(wrong, f"{path} does not increase", steps[1:] <= steps[:-1], start)
+                last[table.group] = int(values[-1])
+            for what, where in _impossible(piece, name, values):
+                _count(wrong, f"{path} {what}", np.asarray(where.any(axis=tuple(range(1, where.ndim)))), start)
+        for what, (often, first) in wrong.items():
+            report.add(piece.path, DAMAGED, f"{what} in {often} rows, first in row {first}")
     _check_epochs(piece, report)
-    return last_step
 
 
-def _readable(piece: Piece, report: Report) -> Iterator[tuple[int, str, NDArray[Any]]]:
-    for field_ in schema.ROW_FIELDS:
+def _readable(piece: Piece, table: schema.Table, report: Report) -> Iterator[tuple[int, str, NDArray[Any]]]:
+    rows = piece.count(table)
+    for field_ in table.fields:
         lost = 0
-        for start in range(0, piece.rows, _BLOCK):
-            stop = min(start + _BLOCK, piece.rows)
+        for start in range(0, rows, _BLOCK):
+            stop = min(start + _BLOCK, rows)
             try:
                 with piece.reading():
-                    values = piece[field_.name][start:stop]
+                    values = piece[table.path(field_.name)][start:stop]
             except RunFileError:
                 lost += stop - start
                 continue
             yield start, field_.name, values
         if lost:
-            report.add(piece.path, DAMAGED, f"{field_.name} cannot be read in a stretch of {lost} rows")
+            report.add(piece.path, DAMAGED, f"{table.path(field_.name)} cannot be read in a stretch of {lost} rows")
 
 
 def _impossible(piece: Piece, name: str, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:

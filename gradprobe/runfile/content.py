@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe import __version__, measures
-from gradprobe.rows import MEASURED, Header, Row
+from gradprobe.rows import MEASURED, FeatureRow, Header, Row
 from gradprobe.runfile import schema
 
 Columns = dict[str, NDArray[Any]]
@@ -40,8 +40,7 @@ class State:
 
 def columns(rows: Sequence[Row], header: Header, state: State) -> Columns:
     """Rows side by side, in the form in which they are stored."""
-    tasks, layers = len(header.tasks), len(header.layers)
-    gram = np.array([row.gram for row in rows], dtype=np.float64).reshape(len(rows), layers, tasks, tasks)
+    gram = _gramians(rows, len(header.layers), len(header.tasks))
     shared_norm, shared_cosine = measures.over_layers(gram, header.reach)
     values: dict[str, Any] = {
         "loss": [row.loss for row in rows],
@@ -52,21 +51,42 @@ def columns(rows: Sequence[Row], header: Header, state: State) -> Columns:
         "shared_cosine": shared_cosine,
         "status": [state.status_code(row.status) for row in rows],
     }
-    for name in ("step", "epoch", "time", "lr", "overhead", "batch_size"):
-        values[name] = [getattr(row, name) for row in rows]
+    return _stored(schema.ROWS, rows, values, header)
+
+
+def feature_columns(rows: Sequence[FeatureRow], header: Header) -> Columns:
+    """The same for feature rows of a header that has features."""
+    assert header.features is not None
+    gram = _gramians(rows, len(header.features.features), len(header.tasks))
+    values = {"grad_norm": measures.norm(gram), "cosine": measures.pair_cosine(gram)}
+    return _stored(schema.FEATURES, rows, values, header)
+
+
+def _gramians(rows: Sequence[Row] | Sequence[FeatureRow], places: int, tasks: int) -> measures.Array:
+    return np.array([row.gram for row in rows], dtype=np.float64).reshape(len(rows), places, tasks, tasks)
+
+
+def _stored(
+    table: schema.Table, rows: Sequence[Row] | Sequence[FeatureRow], values: Mapping[str, Any], header: Header
+) -> Columns:
+    """What is not among ``values`` is an attribute of each row."""
     return {
-        f.name: np.asarray(values[f.name], dtype=f.dtype).reshape(len(rows), *_lengths(f, header)[1:])
-        for f in schema.ROW_FIELDS
+        f.name: np.asarray(
+            values[f.name] if f.name in values else [getattr(row, f.name) for row in rows], dtype=f.dtype
+        ).reshape(lengths(f, header, len(rows)))
+        for f in table.fields
     }
 
 
-def _lengths(field_: schema.Field, header: Header, rows: int = 0) -> tuple[int, ...]:
+def lengths(field_: schema.Field, header: Header, rows: int = 0) -> tuple[int, ...]:
+    """The shape of a dataset with so many rows."""
     tasks = len(header.tasks)
     sizes = {
         schema.STEP: rows,
         schema.LAYER: len(header.layers),
         schema.TASK: tasks,
         schema.PAIR: tasks * (tasks - 1) // 2,
+        schema.FEATURE: len(header.features.features) if header.features is not None else 0,
     }
     return tuple(sizes[axis] for axis in field_.axes)
 
@@ -75,37 +95,67 @@ Epochs = Mapping[int, Mapping[str, float]]
 """Metrics by epoch."""
 
 
-def fill(file: h5py.File, header: Header, state: State, rows: int, blocks: Iterable[Columns], epochs: Epochs) -> None:
+@dataclass(frozen=True)
+class Stretch:
+    """Rows of one table on their way into a file.
+
+    Attributes:
+        count: How many.
+        blocks: In order, piece by piece, so that a large run is never in memory as a whole.
+    """
+
+    count: int = 0
+    blocks: Iterable[Columns] = ()
+
+
+Content = Mapping[str, Stretch]
+"""What goes into a file, by the group of the table; a table that is missing has no rows."""
+
+
+def fill(file: h5py.File, header: Header, state: State, content: Content, epochs: Epochs) -> None:
     """Write a whole run file.
 
     Args:
         file: Open for writing, empty.
-        header: Names and provenance.
+        header: Names and provenance; where it has features, the file has their table.
         state: How far the run is.
-        rows: Total number of rows in ``blocks``.
-        blocks: The rows in order, piece by piece, so that a large run is never in memory as a whole.
+        content: The rows.
         epochs: Metrics per epoch.
     """
     _write_attributes(file, state)
     _write_names(file, header)
-    for field_ in schema.ROW_FIELDS:
-        shape = _lengths(field_, header, rows)
-        dataset = file.create_dataset(
-            field_.name, shape, field_.dtype, chunks=schema.chunk_shape(field_, shape), track_times=False
-        )
-        _describe(dataset, field_)
+    tables = [schema.ROWS] if header.features is None else [schema.ROWS, schema.FEATURES]
+    for table in tables:
+        count = content.get(table.group, Stretch()).count
+        for field_ in table.fields:
+            _create(file, table.path(field_.name), field_, lengths(field_, header, count))
+        _scale(file, table.path(schema.STEP))
     file["status"].attrs["status_names"] = attribute(state.status_names)
-    _scale(file, schema.STEP)
-    for field_ in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS):
-        _attach(file, field_)
+    for table in tables:
+        for field_ in table.fields:
+            _attach(file, table, field_)
+    for field_ in schema.HEADER_FIELDS:
+        _attach(file, schema.ROWS, field_)
+    if header.features is not None:
+        _attach(file, schema.FEATURES, schema.FEATURE_SIZE)
     _write_epochs(file, epochs)
     _write_provenance(file.create_group("provenance"), header.provenance)
+    for table in tables:
+        _write_rows(file, table, content.get(table.group, Stretch()).blocks)
+
+
+def _create(file: h5py.File, path: str, field_: schema.Field, shape: tuple[int, ...]) -> None:
+    chunks = schema.chunk_shape(field_, shape)
+    _describe(file.create_dataset(path, shape, field_.dtype, chunks=chunks, track_times=False), field_)
+
+
+def _write_rows(file: h5py.File, table: schema.Table, blocks: Iterable[Columns]) -> None:
     start = 0
     for block in whole_chunks(blocks):
         stop = start + len(block["step"])
-        for field_ in schema.ROW_FIELDS:
+        for field_ in table.fields:
             if block[field_.name].size:
-                file[field_.name][start:stop] = block[field_.name]
+                file[table.path(field_.name)][start:stop] = block[field_.name]
         start = stop
 
 
@@ -145,14 +195,23 @@ def _write_names(file: h5py.File, header: Header) -> None:
         schema.TASK: list(header.tasks),
         schema.PAIR: ["|".join(pair) for pair in measures.pairs(header.tasks)],
     }
-    for axis, values in names.items():
-        dataset = file.create_dataset(axis, data=np.array(values, dtype=object), dtype=text, track_times=False)
-        dataset.attrs["long_name"] = schema.MEANINGS[axis]
-        _scale(file, axis)
+    if header.features is not None:
+        names[schema.FEATURES.path(schema.FEATURE)] = list(header.features.features)
+    for path, values in names.items():
+        dataset = file.create_dataset(path, data=np.array(values, dtype=object), dtype=text, track_times=False)
+        dataset.attrs["long_name"] = schema.MEANINGS[path.rpartition("/")[2]]
+        _scale(file, path)
     tables = {"layer_size": header.layer_size, "reach": header.reach}
     for field_ in schema.HEADER_FIELDS:
-        data = np.asarray(tables[field_.name], dtype=field_.dtype).reshape(_lengths(field_, header))
-        _describe(file.create_dataset(field_.name, data=data, track_times=False), field_)
+        _write_table(file, field_.name, field_, tables[field_.name], header)
+    if header.features is not None:
+        path = schema.FEATURES.path(schema.FEATURE_SIZE.name)
+        _write_table(file, path, schema.FEATURE_SIZE, header.features.feature_size, header)
+
+
+def _write_table(file: h5py.File, path: str, field_: schema.Field, values: NDArray[Any], header: Header) -> None:
+    data = np.asarray(values, dtype=field_.dtype).reshape(lengths(field_, header))
+    _describe(file.create_dataset(path, data=data, track_times=False), field_)
 
 
 def _describe(dataset: h5py.Dataset, field_: schema.Field) -> None:
@@ -161,22 +220,23 @@ def _describe(dataset: h5py.Dataset, field_: schema.Field) -> None:
         dataset.attrs["units"] = field_.units
 
 
-def _scale(group: h5py.Group, axis: str) -> None:
-    group[axis].make_scale(axis)
+def _scale(file: h5py.File, path: str) -> None:
+    file[path].make_scale(path.rpartition("/")[2])
 
 
-def _attach(file: h5py.File, field_: schema.Field) -> None:
+def _attach(file: h5py.File, table: schema.Table, field_: schema.Field) -> None:
+    dataset = file[table.path(field_.name)]
     for index, axis in enumerate(field_.axes):
         if field_.name != axis:
-            file[field_.name].dims[index].attach_scale(file[axis])
-        file[field_.name].dims[index].label = axis
+            dataset.dims[index].attach_scale(file[table.path(axis) if axis in (schema.STEP, schema.FEATURE) else axis])
+        dataset.dims[index].label = axis
 
 
 def _write_epochs(file: h5py.File, epochs: Epochs) -> None:
     group = file.create_group("epochs")
     order = sorted(epochs)
     group.create_dataset("epoch", data=np.array(order, dtype="<i4"), track_times=False)
-    _scale(group, schema.EPOCH)
+    group[schema.EPOCH].make_scale(schema.EPOCH)
     names = sorted({name for values in epochs.values() for name in values})
     for name in names:
         data = np.array([epochs[e].get(name, np.nan) for e in order], dtype="<f8")

@@ -93,8 +93,11 @@ def _remove(path: Path) -> None:
 def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
     """Every table by name, in pieces with the same columns."""
     yield "rows", (_rows(run, block) for block in run.blocks(len(run), stride=stride))
-    yield "layers", _tidy(run, "grad_norm", schema.TASK, stride)
-    yield "cosines", _tidy(run, "cosine", schema.PAIR, stride)
+    yield "layers", _tidy(run, schema.ROWS, "grad_norm", stride)
+    yield "cosines", _tidy(run, schema.ROWS, "cosine", stride)
+    if run.feature_names:
+        yield "features", _tidy(run, schema.FEATURES, "grad_norm", stride)
+        yield "feature_cosines", _tidy(run, schema.FEATURES, "cosine", stride)
     reach = {f"reach.{task}": run.reach[:, i].astype(np.int8) for i, task in enumerate(run.tasks)}
     yield "layer_table", iter([{"layer": _text(run.layers), "parameters": run.layer_size, **reach}])
     yield "epochs", iter([run.epochs])
@@ -117,13 +120,14 @@ def _rows(run: Run, block: Table) -> Table:
     return table
 
 
-def _tidy(run: Run, name: str, last: str, stride: int) -> Iterator[Table]:
-    for block in run.blocks(len(run), size=1024, stride=stride):
+def _tidy(run: Run, table: schema.Table, name: str, stride: int) -> Iterator[Table]:
+    (axes,) = (field.axes for field in table.fields if field.name == name)
+    for block in run.blocks(run.count(table), size=1024, stride=stride, table=table):
         values = block[name]
         yield {
-            "step": frames.along(block["step"], 0, values.shape),
-            "layer": frames.along(_text(run.layers), 1, values.shape),
-            last: frames.along(_text(frames.names(run, last)), 2, values.shape),
+            axes[0]: frames.along(block[schema.STEP], 0, values.shape),
+            axes[1]: frames.along(_text(frames.names(run, axes[1])), 1, values.shape),
+            axes[2]: frames.along(_text(frames.names(run, axes[2])), 2, values.shape),
             name: values.ravel(),
         }
 
@@ -191,8 +195,8 @@ def _tensorboard(run: Run, target: Path, stride: int) -> None:
     try:
         began = _began(run)
         last: dict[int, tuple[int, float]] = {}
-        for block in run.blocks(len(run), stride=stride):
-            scalars = _scalars(run, block)
+        for table, block in _all_blocks(run, stride):
+            scalars = _scalars(run, table, block)
             for row, (step, time, epoch) in enumerate(zip(block["step"], block["time"], block["epoch"], strict=True)):
                 last[int(epoch)] = int(step), began + float(time)
                 add(int(step), began + float(time), {tag: float(values[row]) for tag, values in scalars.items()})
@@ -203,20 +207,26 @@ def _tensorboard(run: Run, target: Path, stride: int) -> None:
         writer.close()
 
 
-def _scalars(run: Run, block: Table) -> Table:
+def _all_blocks(run: Run, stride: int) -> Iterator[tuple[schema.Table, Table]]:
+    for table in schema.TABLES:
+        yield from ((table, block) for block in run.blocks(run.count(table), stride=stride, table=table))
+
+
+def _scalars(run: Run, table: schema.Table, block: Table) -> Table:
     """What TensorBoard is to show, by tag."""
     found: Table = {}
-    for field in schema.ROW_FIELDS:
-        values = block[field.name]
+    for field in table.fields:
+        values, tag = block[field.name], table.path(field.name)
         if field.axes == (schema.STEP,):
             if field.name in ("lr", "overhead"):
-                found[field.name] = values
-        elif schema.LAYER not in field.axes:
-            found |= {f"{field.name}/{n}": values[:, i] for i, n in enumerate(frames.names(run, field.axes[1]))}
+                found[tag] = values
+            continue
+        heads = frames.names(run, field.axes[-1])
+        if len(field.axes) == 2:
+            found |= {f"{tag}/{head}": values[:, i] for i, head in enumerate(heads)}
         else:
-            for place, layer in enumerate(run.layers):
-                heads = frames.names(run, field.axes[2])
-                found |= {f"{field.name}/{layer}/{n}": values[:, place, i] for i, n in enumerate(heads)}
+            for place, name in enumerate(frames.names(run, field.axes[1])):
+                found |= {f"{tag}/{name}/{head}": values[:, place, i] for i, head in enumerate(heads)}
     return found
 
 

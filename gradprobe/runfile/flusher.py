@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 
-from gradprobe.rows import Header
-from gradprobe.runfile import content
-from gradprobe.runfile.backlog import Backlog
+from gradprobe.rows import FeatureRow, Header, Row
+from gradprobe.runfile import content, schema
+from gradprobe.runfile.backlog import AnyRow, Backlog
 from gradprobe.runfile.store import Store
 
 log = logging.getLogger("gradprobe")
@@ -155,7 +155,7 @@ class Flusher:
         if not rows and not changed and not end:
             return 0
         try:
-            self._store.append(header, epochs, content.columns(rows, header, state))
+            self._store.append(header, epochs, _side_by_side(rows, header, state))
         except BaseException:
             with self.lock:
                 self.backlog.back(None if self.rewound is None else self.rewound[0])
@@ -168,3 +168,13 @@ class Flusher:
     def _described(self) -> tuple[Header, dict[int, dict[str, float]]]:
         assert self.header is not None
         return self.header, {e: dict(v) for e, v in self.epochs.items()}
+
+
+def _side_by_side(rows: list[AnyRow], header: Header, state: content.State) -> dict[str, content.Columns]:
+    """Rows of all kinds as they are stored, by the group of their table."""
+    plain = [row for row in rows if isinstance(row, Row)]
+    found = {schema.ROWS.group: content.columns(plain, header, state)}
+    if header.features is not None:
+        features = [row for row in rows if isinstance(row, FeatureRow)]
+        found[schema.FEATURES.group] = content.feature_columns(features, header)
+    return found

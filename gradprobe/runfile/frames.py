@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,39 +28,59 @@ def to_pandas(run: Run, name: str, stride: int = 1) -> pandas.DataFrame:
     pandas = optional("pandas", "Run.to_pandas")
     if name == EPOCHS:
         return pandas.DataFrame(run.epochs)
-    fields = {f.name: f for f in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS)}
-    if name not in fields or name == schema.STEP:
+    fields = {path: (table, field) for table, path, field in _fields(run)}
+    if name not in fields or fields[name][1].name == schema.STEP:
         raise RunFileError(f"{run.path}: no table {name!r}; there are: {', '.join([*fields, EPOCHS])}.")
-    field = fields[name]
+    table, field = fields[name]
     values = run.read(name, stride=stride) if field.axes[0] == schema.STEP else run[name]
     columns: dict[str, Any] = {}
     for place, axis in enumerate(field.axes):
         codes = along(np.arange(values.shape[place]), place, values.shape)
         if axis == schema.STEP:
-            columns[axis] = run.read(schema.STEP, stride=stride)[codes]
+            columns[axis] = run.read(table.path(schema.STEP), stride=stride)[codes]
         else:
             columns[axis] = pandas.Categorical.from_codes(codes, list(names(run, axis)))
-    return pandas.DataFrame({**columns, name: values.ravel()})
+    return pandas.DataFrame({**columns, field.name: values.ravel()})
+
+
+def _fields(run: Run) -> Iterator[tuple[schema.Table, str, schema.Field]]:
+    """Every field of the tables that the run has, with its table and its name in the file."""
+    for table in schema.TABLES:
+        if table.path(schema.STEP) in run:
+            yield from ((table, table.path(field.name), field) for field in table.fields)
+    yield from ((schema.ROWS, field.name, field) for field in schema.HEADER_FIELDS)
+    if run.feature_names:
+        yield schema.FEATURES, schema.FEATURES.path(schema.FEATURE_SIZE.name), schema.FEATURE_SIZE
 
 
 def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
     """A whole run; documented at :meth:`gradprobe.runfile.reader.Run.to_xarray`."""
     xarray = optional("xarray", "Run.to_xarray")
     variables: dict[str, Any] = {}
-    for field in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS):
+    for table, path, field in _fields(run):
         if field.name == schema.STEP:
             continue
-        values = run.read(field.name, stride=stride) if field.axes[0] == schema.STEP else run[field.name]
+        values = run.read(path, stride=stride) if field.axes[0] == schema.STEP else run[path]
         about: dict[str, Any] = {"long_name": field.meaning} | ({"units": field.units} if field.units else {})
         if field.name == "status":
             about["status_names"] = list(run.status_names)
-        variables[field.name] = (field.axes, values, about)
+        axes = [_axis(table, axis) for axis in field.axes]
+        variables[path.replace("/", ".")] = (axes, values, about)
     epochs = run.epochs
     number = epochs.pop(schema.EPOCH)
     variables |= {f"{EPOCHS}.{name}": ((EPOCH_NUMBER,), values) for name, values in epochs.items()}
     coordinates: dict[str, Any] = {axis: np.array(names(run, axis), dtype=object) for axis in NAMED}
     coordinates |= {schema.STEP: run.read(schema.STEP, stride=stride), EPOCH_NUMBER: number}
+    if run.feature_names:
+        steps = schema.FEATURES.path(schema.STEP)
+        coordinates[schema.FEATURE] = np.array(run.feature_names, dtype=object)
+        coordinates[_axis(schema.FEATURES, schema.STEP)] = run.read(steps, stride=stride)
     return xarray.Dataset(variables, coordinates, about_run(run))
+
+
+def _axis(table: schema.Table, axis: str) -> str:
+    """Steps of a group are an axis of their own: ``features.step``."""
+    return f"{table.group}.{axis}" if table.group and axis == schema.STEP else axis
 
 
 def about_run(run: Run) -> dict[str, Any]:
@@ -74,7 +95,12 @@ def about_run(run: Run) -> dict[str, Any]:
 
 def names(run: Run, axis: str) -> tuple[str, ...]:
     """What the places along an axis are called."""
-    return {schema.LAYER: run.layers, schema.TASK: run.tasks, schema.PAIR: run.pairs}[axis]
+    return {
+        schema.LAYER: run.layers,
+        schema.TASK: run.tasks,
+        schema.PAIR: run.pairs,
+        schema.FEATURE: run.feature_names,
+    }[axis]
 
 
 def along(values: NDArray[Any], place: int, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -21,6 +21,8 @@ log = logging.getLogger("gradprobe")
 
 Identity = tuple[int, int, int]
 
+_FEATURES = schema.FEATURES.path(schema.FEATURE)
+
 _open: weakref.WeakSet[Piece] = weakref.WeakSet()
 
 
@@ -74,7 +76,8 @@ class Piece:
         expected = [f"{a}|{b}" for i, a in enumerate(self.tasks) for b in self.tasks[i + 1 :]]
         if list(self.pairs) != expected:
             raise RefusedError(f"its pairs are {list(self.pairs)[:6]}, those of its tasks are {expected[:6]}")
-        self.rows = int(self.file[schema.STEP].shape[0])
+        self.features = self._names(_FEATURES) if _FEATURES in self else ()
+        self.rows = self.count(schema.ROWS)
         self.end: str = attribute(self.file, "end", str)
         self.file_time: str = attribute(self.file, "file_time", str)
         self.merged_through = self._count("merged_through")
@@ -83,6 +86,11 @@ class Piece:
         if not all(isinstance(name, str) for name in names):
             raise RefusedError("attribute 'status_names' of /status is of the wrong type")
         self.status_names: tuple[str, ...] = tuple(names)
+
+    def count(self, table: schema.Table) -> int:
+        """Number of rows of a table; 0 where the file has no such table."""
+        path = table.path(schema.STEP)
+        return int(self.file[path].shape[0]) if path in self else 0
 
     def _count(self, name: str) -> int:
         value: int = attribute(self.file, name, int)
@@ -196,6 +204,10 @@ def _check_same_run(pieces: list[Piece], stands: dict[Identity, Piece]) -> None:
                 f"{piece.path}: is a part of another run: it has tasks {list(piece.tasks)} on {len(piece.layers)} "
                 f"layers, {first.path.name} has {list(first.tasks)} on {len(first.layers)}."
             )
+    features = {piece.features for piece in pieces if piece.features}
+    if len(features) > 1:
+        _close(pieces, stands)
+        raise RunFileError(f"{first.path}: its files are of different runs: they have features {sorted(features)}.")
 
 
 def _close(pieces: Sequence[Piece], but: dict[Identity, Piece]) -> None:

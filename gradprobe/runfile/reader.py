@@ -65,6 +65,7 @@ class Run:
         self.tasks: Names = first.tasks
         self.layers: Names = first.layers
         self.pairs: Names = first.pairs
+        self.feature_names: Names = next((piece.features for piece in self._files if piece.features), ())
         with first.reading():
             self.layer_size: NDArray[np.int64] = first["layer_size"][()]
             self.reach: NDArray[np.bool_] = first["reach"][()].astype(bool)
@@ -120,7 +121,7 @@ class Run:
         return sum(self._lengths)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files[0]
+        return any(name in piece for piece in self._files)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self.read(name)
@@ -137,39 +138,59 @@ class Run:
         Raises:
             RunFileError: This run holds no such dataset (lists those it holds), or it is damaged there.
         """
-        if name not in self:
-            held = ", ".join(sorted(n for n in self._files[0].file if n in self))
-            raise RunFileError(f"{self.path}: no dataset {name!r} in this run (it holds: {held}).")
-        axes = {f.name: f.axes for f in schema.ROW_FIELDS}.get(name)
-        if axes is None:
-            with self._files[0].reading():
-                value = self._files[0][name]
+        held = [piece for piece in self._files if name in piece]
+        if not held:
+            raise RunFileError(f"{self.path}: no dataset {name!r} in this run (it holds: {', '.join(self.names())}).")
+        found = schema.row_field(name)
+        if found is None:
+            with held[0].reading():
+                value = held[0][name]
                 return np.asarray(value.asstr()[()] if h5py.check_string_dtype(value.dtype) else value[()])
-        ahead = max(len(self) + start, 0) if start < 0 else start  # rows until the next one that is wanted
-        columns = (layers,) if schema.LAYER in axes else ()
+        table, field = found
+        total = sum(piece.count(table) for piece in held)
+        ahead = max(total + start, 0) if start < 0 else start  # rows until the next one that is wanted
+        columns = (layers,) if schema.LAYER in field.axes else ()
         pieces = []
-        for piece in self._files:
-            if ahead < piece.rows or piece is self._files[0]:  # the first one gives an empty result its shape
+        for piece in held:
+            rows = piece.count(table)
+            if ahead < rows or piece is held[0]:  # the first one gives an empty result its shape
                 with piece.reading():
                     dataset = piece[name]
-                    untrusted.check_memory(dataset.nbytes * (piece.rows - ahead) // max(piece.rows * stride, 1))
-                    pieces.append(dataset[(slice(ahead, piece.rows, stride), *columns)])
-            taken = len(range(ahead, piece.rows, stride))
-            ahead += taken * stride - piece.rows
-        found = np.concatenate(pieces)
-        if name == "status" and found.size and found.max() >= len(self.status_names):
-            raise RunFileError(f"{self.path}: is damaged: status {found.max()} has no name in status_names.")
-        return found
+                    untrusted.check_memory(dataset.nbytes * (rows - ahead) // max(rows * stride, 1))
+                    pieces.append(dataset[(slice(ahead, rows, stride), *columns)])
+            ahead += len(range(ahead, rows, stride)) * stride - rows
+        values = np.concatenate(pieces)
+        if name == "status" and values.size and values.max() >= len(self.status_names):
+            raise RunFileError(f"{self.path}: is damaged: status {values.max()} has no name in status_names.")
+        return values
 
-    def blocks(self, rows: int, size: int = 4096, *, stride: int = 1) -> Iterator[dict[str, NDArray[Any]]]:
-        """All row datasets, piece by piece, from the first ``rows`` rows; for merging and exporting large runs."""
+    def names(self) -> list[str]:
+        """Every dataset that can be read by name."""
+        places = ("", f"{schema.FEATURES.group}/")
+        found = {
+            f"{place}{name}"
+            for piece in self._files
+            for place in places
+            if (place or "/") in piece.file
+            for name in piece.file[place or "/"]
+        }
+        return sorted(name for name in found if name in self)
+
+    def count(self, table: schema.Table) -> int:
+        """Number of rows of a table; 0 where the run has no such table."""
+        return sum(piece.count(table) for piece in self._files)
+
+    def blocks(
+        self, rows: int, size: int = 4096, *, stride: int = 1, table: schema.Table = schema.ROWS
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        """All datasets of a table, piece by piece, from its first ``rows`` rows; for exporting large runs."""
         done = 0
         for piece in self._files:
-            length = min(piece.rows, rows - done)
+            length = min(piece.count(table), rows - done)
             for start in range(-done % stride, length, size - size % stride or stride):
                 stop = min(start + (size - size % stride or stride), length)
                 with piece.reading():
-                    block = {f.name: piece[f.name][start:stop:stride] for f in schema.ROW_FIELDS}
+                    block = {f.name: piece[table.path(f.name)][start:stop:stride] for f in table.fields}
                 yield block
             done += max(length, 0)
 
@@ -213,6 +234,20 @@ class Run:
         chosen = self.layer_indices(group)
         gram = measures.from_norms(self["grad_norm"][:, chosen], self["cosine"][:, chosen])
         return measures.over_layers(gram, self.reach[chosen])
+
+    @property
+    def features(self) -> dict[str, NDArray[Any]]:
+        """Task gradients at the features where tasks part, by name; empty where they were not measured.
+
+        ``step``, ``epoch``, ``time``, ``overhead`` (m,); ``grad_norm`` (m, F, T) and ``cosine`` (m, F, P), as
+        docs/run-file.md describes them; ``feature`` (F,) names and ``feature_size`` (F,). They bound what the
+        parameters' gradients can be, and do not measure them. Each by itself: ``run["features/cosine"]``.
+        """
+        table = schema.FEATURES
+        if table.path(schema.STEP) not in self:
+            return {}
+        names = [*(field.name for field in table.fields), schema.FEATURE, schema.FEATURE_SIZE.name]
+        return {name: self.read(table.path(name)) for name in names}
 
     @property
     def epochs(self) -> dict[str, NDArray[Any]]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.rows import Header
+from gradprobe.rows import FeatureHeader, Header
 from gradprobe.runfile import content, live, schema
 from gradprobe.runfile.check import DAMAGED, NOTE, Report, open_readable
 from gradprobe.runfile.files import Disk, write_whole
@@ -62,12 +62,13 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
     state = content.State(end=pieces[-1].end or KILLED, dropped=pieces[-1].rows_dropped)
     state.status_names = list(pieces[-1].status_names)
     salvages = [Salvage(piece) for piece in pieces]
-    kept = [_kept(salvage, report) for salvage in salvages]
-    _drop_repeated(salvages, kept, report)
-    for _ in _blocks(salvages, kept, state, report):  # once for what is lost, which the file says before its rows
-        pass
+    kept = {table.group: _kept_in_all(salvages, table, report) for table in schema.TABLES}
+    for table in schema.TABLES:  # once for what is lost, which the file says before its rows
+        for _ in _blocks(salvages, table, kept[table.group], state, report):
+            pass
     header = _header(pieces, report)
-    report.rows = sum(int(rows.sum()) for rows in kept)
+    counts = {group: sum(int(rows.sum()) for rows in each) for group, each in kept.items()}
+    report.rows = counts[schema.ROWS.group]
     report.files = [piece.path.name for piece in pieces]
     epochs = _epochs(pieces, report)
     lost = [f"{finding.file} {finding.what}" for finding in report.findings if finding.kind == DAMAGED]
@@ -77,77 +78,105 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         header.layer_size,
         header.reach,
         {**header.provenance, "repair": {"of": pieces[0].path.name, "lost": lost}},
+        _features(pieces, report),
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        blocks = _blocks(salvages, kept, state, Report())
+        rows = {
+            table.group: content.Stretch(
+                counts[table.group], _blocks(salvages, table, kept[table.group], state, Report())
+            )
+            for table in schema.TABLES
+        }
         temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        write_whole(out, temporary, lambda file: content.fill(file, header, state, report.rows, blocks, epochs), Disk())
+        write_whole(out, temporary, lambda file: content.fill(file, header, state, rows, epochs), Disk())
     except OSError as error:
         raise RunFileError(f"{out}: cannot be written ({error}). Choose another place with --repair.") from error
 
 
-def _kept(salvage: Salvage, report: Report) -> NDArray[np.bool_]:
+def _kept_in_all(salvages: list[Salvage], table: schema.Table, report: Report) -> list[NDArray[np.bool_]]:
+    """Which rows of each file are written."""
+    kept = [_kept(salvage, table, report) for salvage in salvages]
+    _drop_repeated(salvages, table, kept, report)
+    return kept
+
+
+def _kept(salvage: Salvage, table: schema.Table, report: Report) -> NDArray[np.bool_]:
     """Which rows have all that a row must have."""
-    piece = salvage.piece
-    good = np.ones(piece.rows, dtype=bool)
+    piece, rows = salvage.piece, salvage.piece.count(table)
+    good = np.ones(rows, dtype=bool)
     for name in _NEEDED:
-        for start in range(0, piece.rows, _BLOCK):
-            stop = min(start + _BLOCK, piece.rows)
-            _, unread = salvage.rows(name, start, stop)
+        for start in range(0, rows, _BLOCK):
+            stop = min(start + _BLOCK, rows)
+            _, unread = salvage.rows(table.path(name), start, stop)
             good[start:stop] &= ~unread
     if not good.all():
-        report.add(piece.path, DAMAGED, f"{int((~good).sum())} of {piece.rows} rows are lost: no step, epoch or time")
+        what = f"{int((~good).sum())} of {rows} rows{_of(table)} are lost: no step, epoch or time"
+        report.add(piece.path, DAMAGED, what)
     return good
 
 
-def _drop_repeated(salvages: list[Salvage], kept: list[NDArray[np.bool_]], report: Report) -> None:
+def _drop_repeated(salvages: list[Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], report: Report) -> None:
     """Leave out rows whose step is not above all before: a series must increase."""
     last = -1
     for salvage, rows in zip(salvages, kept, strict=True):
-        step, _ = salvage.rows("step", 0, salvage.piece.rows)
+        if not rows.size:
+            continue
+        step, _ = salvage.rows(table.path(schema.STEP), 0, rows.size)
         places = np.flatnonzero(rows)
         before = np.maximum.accumulate(np.concatenate([[last], step[places]]))[:-1]
         repeated = places[step[places] <= before]
         if repeated.size:
             rows[repeated] = False
-            report.add(salvage.piece.path, DAMAGED, f"{repeated.size} rows are left out: their step does not increase")
+            what = f"{repeated.size} rows{_of(table)} are left out: their step does not increase"
+            report.add(salvage.piece.path, DAMAGED, what)
         if places.size:
             last = max(last, int(step[places].max()))
 
 
+def _of(table: schema.Table) -> str:
+    return f" of {table.group}/" if table.group else ""
+
+
 def _blocks(
-    salvages: list[Salvage], kept: list[NDArray[np.bool_]], state: content.State, report: Report
+    salvages: list[Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], state: content.State, report: Report
 ) -> Iterator[content.Columns]:
     for salvage, rows in zip(salvages, kept, strict=True):
-        yield from _blocks_of(salvage, rows, state, report)
+        yield from _blocks_of(salvage, table, rows, state, report)
 
 
 def _blocks_of(
-    salvage: Salvage, kept: NDArray[np.bool_], state: content.State, report: Report
+    salvage: Salvage, table: schema.Table, kept: NDArray[np.bool_], state: content.State, report: Report
 ) -> Iterator[content.Columns]:
     piece = salvage.piece
     lost: dict[str, int] = {}
-    for start in range(0, piece.rows, _BLOCK):
-        stop = min(start + _BLOCK, piece.rows)
+    for start in range(0, kept.size, _BLOCK):
+        stop = min(start + _BLOCK, kept.size)
         rows = kept[start:stop]
         block, holes = {}, np.zeros(stop - start, dtype=bool)
-        for field in schema.ROW_FIELDS:
-            values, unread = salvage.rows(field.name, start, stop)
+        for field in table.fields:
+            path = table.path(field.name)
+            values, unread = salvage.rows(path, start, stop)
             block[field.name] = values[rows]
             holes |= unread
             if (unread & rows).any():
-                lost[field.name] = lost.get(field.name, 0) + int((unread & rows).sum())
-        status = np.array([state.status_code(name) for name in piece.status_names], dtype=np.uint8)
-        known = np.minimum(block["status"], len(status) - 1)
-        marked = holes[rows] | (block["status"] >= len(status))
-        block["status"] = np.where(marked, state.status_code(REPAIRED) if marked.any() else 0, status[known]).astype(
-            "|u1"
-        )
+                lost[path] = lost.get(path, 0) + int((unread & rows).sum())
+        if "status" in block:
+            block["status"] = _statuses(piece, block["status"], holes[rows], state)
         if rows.any():
             yield block
     for name, count in lost.items():
         report.add(piece.path, DAMAGED, f"{name} could not be read in {count} rows")
+
+
+def _statuses(
+    piece: Piece, stored: NDArray[np.uint8], holes: NDArray[np.bool_], state: content.State
+) -> NDArray[np.uint8]:
+    """The status of each row in the new file, which says of a row with holes that it has some."""
+    status = np.array([state.status_code(name) for name in piece.status_names], dtype=np.uint8)
+    marked = holes | (stored >= len(status))
+    code = state.status_code(REPAIRED) if marked.any() else 0
+    return np.where(marked, code, status[np.minimum(stored, len(status) - 1)]).astype(np.uint8)
 
 
 def _header(pieces: list[Piece], report: Report) -> Header:
@@ -173,9 +202,24 @@ def _header(pieces: list[Piece], report: Report) -> Header:
     raise RunFileError(f"{pieces[0].path}: nothing can be saved: no file says which task reaches which layer.")
 
 
+def _features(pieces: list[Piece], report: Report) -> FeatureHeader | None:
+    """Names of the features, where they were measured."""
+    for piece in pieces:
+        if not piece.features:
+            continue
+        try:
+            with piece.reading():
+                size = piece[schema.FEATURES.path(schema.FEATURE_SIZE.name)][()]
+        except RunFileError:
+            report.add(piece.path, DAMAGED, "the sizes of its features cannot be read")
+            size = np.zeros(len(piece.features), np.int64)
+        return FeatureHeader(piece.tasks, piece.features, size)
+    return None
+
+
 _KNOWN = {
     *(field.name for field in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS)),
-    *(schema.LAYER, schema.TASK, schema.PAIR, "epochs", "provenance"),
+    *(schema.LAYER, schema.TASK, schema.PAIR, schema.FEATURES.group, "epochs", "provenance"),
 }
 
 

@@ -16,7 +16,7 @@ PARTS_SUFFIX = ".parts"
 CHUNK_ROWS = 4096
 """Rows in a chunk, and in a piece of a run that is copied."""
 
-STEP, LAYER, TASK, PAIR, EPOCH = "step", "layer", "task", "pair", "epoch"
+STEP, LAYER, TASK, PAIR, EPOCH, FEATURE = "step", "layer", "task", "pair", "epoch", "feature"
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,69 @@ HEADER_FIELDS: tuple[Field, ...] = (
     _field("reach", "layer task", "|u1", "1: the task's graph reaches the layer"),
 )
 
+FEATURE_FIELDS: tuple[Field, ...] = (
+    _field("step", "step", "<i8", "training step of the row, from 0; measured before the step's update"),
+    _field("epoch", "step", "<i4", "epoch of the row, from 0"),
+    _field("time", "step", "<f8", "time since recording started", "s"),
+    _field(
+        "grad_norm",
+        "step feature task",
+        "<f4",
+        "Euclidean norm of the gradient of the unweighted loss at the feature: a bound on the parameters' and no "
+        "measurement of it; 0: exactly zero; NaN: none, weight 0, or not finite",
+        "loss per unit of feature",
+    ),
+    _field(
+        "cosine",
+        "step feature pair",
+        "<f4",
+        "cosine of the angle between two tasks' gradients at the feature, not on parameters; NaN: one of them is zero, "
+        "missing or not finite",
+    ),
+    _field("overhead", "step", "<f4", "time spent measuring this row", "s"),
+)
+
+FEATURE_SIZE = _field("feature_size", "feature", "<i8", "numbers that the feature had for the first batch")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Datasets along one step axis: those at the root, or those of a group that has steps of its own.
+
+    Attributes:
+        group: Its name; empty: the root.
+        fields: What has a value per row.
+    """
+
+    group: str
+    fields: tuple[Field, ...]
+
+    def path(self, name: str) -> str:
+        """Where a dataset of it is in the file."""
+        return f"{self.group}/{name}" if self.group else name
+
+
+ROWS, FEATURES = Table("", ROW_FIELDS), Table("features", FEATURE_FIELDS)
+
+TABLES = (ROWS, FEATURES)
+"""All there can be in a file; only the first is in every one."""
+
+
+def row_field(name: str) -> tuple[Table, Field] | None:
+    """The table and field of a dataset that has a value per row; None for any other.
+
+    >>> row_field("features/cosine")[1].axes, row_field("reach")
+    (('step', 'feature', 'pair'), None)
+    """
+    found = ((table, field) for table in TABLES for field in table.fields if table.path(field.name) == name)
+    return next(found, None)
+
+
 MEANINGS = {f.name: f.meaning for f in (*ROW_FIELDS, *HEADER_FIELDS)} | {
     "layer": "names of the shared layers, in the order in which the forward runs them",
     "task": "names of the tasks",
     "pair": "two task names joined by |",
+    "feature": "names of the layers that make the features at which tasks part",
 }
 
 

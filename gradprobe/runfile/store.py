@@ -20,7 +20,7 @@ from typing import Any
 import h5py
 
 from gradprobe.errors import RunFileError
-from gradprobe.rows import Header
+from gradprobe.rows import FeatureHeader, Header
 from gradprobe.runfile import content, parts, schema, sessions
 from gradprobe.runfile.files import Disk, write_whole
 from gradprobe.runfile.reader import Run
@@ -34,7 +34,7 @@ TIDY_AGAIN = 60.0
 @dataclass(frozen=True)
 class _Part:
     span: parts.Span
-    rows: int
+    rows: int  # of all tables together
 
 
 class Store:
@@ -59,7 +59,7 @@ class Store:
     def begin(self, header: Header) -> None:
         """The header of a new run. What lies there under the same name is no longer counted, then removed."""
         self._number = self.state.merged_through = max((last for _, last in self._spans()), default=0)
-        self._write_main(header, {}, [], 0, self.state)
+        self._write_main(header, {}, {}, self.state)
         self._remove_parts()
 
     def go_on(self, header: Header, step: int, epoch: int) -> tuple[Header, dict[int, dict[str, float]]]:
@@ -75,6 +75,7 @@ class Store:
         """
         with Run(self.path) as old:
             header = _same_layers(self.path, header, old, any(old["step"] < step))
+            header = replace(header, features=_kept_features(old, step))
             kept = {e: v for e, v in old.epochs_by_number().items() if e <= epoch}
             self._number = self.state.merged_through = old.last_part
             self.state.status_names = list(old.status_names)
@@ -87,16 +88,21 @@ class Store:
 
     # ---- while it goes on
 
-    def append(self, header: Header, epochs: content.Epochs, rows: content.Columns) -> None:
+    def append(self, header: Header, epochs: content.Epochs, rows: Mapping[str, content.Columns]) -> None:
         """One more part, on the disk when this returns.
+
+        Args:
+            header, epochs: As they are now.
+            rows: By the group of the table.
 
         Raises:
             OSError: It could not be written; nothing has changed.
         """
-        number, count = self._number + 1, len(rows["step"])
-        self._write(self.folder / parts.name((number, number)), header, epochs, self.state, count, [rows])
+        number = self._number + 1
+        stretches = {group: content.Stretch(len(block[schema.STEP]), [block]) for group, block in rows.items()}
+        self._write(self.folder / parts.name((number, number)), header, epochs, self.state, stretches)
         self._number = number
-        self._parts.append(_Part((number, number), count))
+        self._parts.append(_Part((number, number), _count(stretches)))
 
     def tidy(self, header: Header, epochs: content.Epochs) -> None:
         """Put parts together if there are many; where there is no room for that, they stay as they are."""
@@ -113,10 +119,10 @@ class Store:
 
     def merge(self, header: Header, epochs: content.Epochs) -> None:
         """Put all parts into the main file, then remove them."""
-        files, rows = self._files(), self._merged_rows + sum(p.rows for p in self._parts)
+        files = self._files()
         self._check_room(files)
         state = replace(self.state, merged_through=self._number)
-        self._write_main(header, epochs, blocks(files), rows, state)
+        self._write_main(header, epochs, stored(files), state)
         self._remove_parts()
 
     def rewind(self, header: Header, epochs: content.Epochs, step: int) -> None:
@@ -126,9 +132,8 @@ class Store:
     def _cut(self, header: Header, epochs: content.Epochs, step: int) -> None:
         files = [p for p in (self.path, *parts.paths(self.path)) if p.exists()]
         files = [p for p in files if p == self.path or _above(p, _merged_through(self.path))]
-        kept = list(_counts(files, step))
         state = replace(self.state, merged_through=self._number)
-        self._write_main(header, epochs, _before(blocks(files), step), sum(kept), state)
+        self._write_main(header, epochs, stored(files, step), state)
         self._remove_parts()
 
     def _compact(self, header: Header, epochs: content.Epochs, taken: int) -> None:
@@ -137,7 +142,7 @@ class Store:
         files = [self.folder / parts.name(p.span) for p in last]
         self._check_room(files)
         one = _Part((last[0].span[0], last[-1].span[1]), sum(p.rows for p in last))
-        self._write(self.folder / parts.name(one.span), header, epochs, self.state, one.rows, blocks(files))
+        self._write(self.folder / parts.name(one.span), header, epochs, self.state, stored(files))
         self._parts[-taken:] = [one]
         for file in files:
             self._disk.unlink(file)
@@ -172,11 +177,9 @@ class Store:
 
     # ---- beneath
 
-    def _write_main(
-        self, header: Header, epochs: content.Epochs, rows: Iterable[content.Columns], count: int, state: content.State
-    ) -> None:
-        self._write(self.path, header, epochs, state, count, rows)
-        self.state.merged_through, self._merged_rows, self._parts = self._number, count, []
+    def _write_main(self, header: Header, epochs: content.Epochs, rows: content.Content, state: content.State) -> None:
+        self._write(self.path, header, epochs, state, rows)
+        self.state.merged_through, self._merged_rows, self._parts = self._number, _count(rows), []
 
     def _write(
         self,
@@ -184,13 +187,12 @@ class Store:
         header: Header,
         epochs: content.Epochs,
         state: content.State,
-        count: int,
-        rows: Iterable[content.Columns],
+        rows: content.Content,
     ) -> None:
         provenance = {**header.provenance, "sessions": sessions.dump(self._sessions(state.end))}
         described = replace(header, provenance=provenance)
         temporary = self.folder / f".{path.name}.tmp"
-        write_whole(path, temporary, lambda file: content.fill(file, described, state, count, rows, epochs), self._disk)
+        write_whole(path, temporary, lambda file: content.fill(file, described, state, rows, epochs), self._disk)
 
     def _sessions(self, end: str) -> list[sessions.Session]:
         return [*self.sessions[:-1], {**self.sessions[-1], "end": end}]
@@ -214,25 +216,38 @@ class Store:
             raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free")
 
 
-def blocks(files: Iterable[Path], size: int = schema.CHUNK_ROWS) -> Iterator[content.Columns]:
-    """The rows of our own files, piece by piece."""
+def stored(files: Sequence[Path], before: int | None = None) -> dict[str, content.Stretch]:
+    """The rows of our own files, to be read when they are written; all, or those of steps below ``before``."""
+    found = {}
+    for table in schema.TABLES:
+        count = sum(_counts(files, table, before))
+        found[table.group] = content.Stretch(count, blocks(files, table, before=before))
+    return found
+
+
+def blocks(
+    files: Iterable[Path], table: schema.Table, *, before: int | None = None, size: int = schema.CHUNK_ROWS
+) -> Iterator[content.Columns]:
+    """The rows of one table of our own files, piece by piece."""
     for path in files:
         with h5py.File(path, "r", locking=False) as file:
-            for start in range(0, len(file["step"]), size):
-                yield {f.name: file[f.name][start : start + size] for f in schema.ROW_FIELDS}
+            group = file.get(table.group or "/")
+            for start in range(0, len(group[schema.STEP]) if group is not None else 0, size):
+                piece = {f.name: group[f.name][start : start + size] for f in table.fields}
+                keep = slice(None) if before is None else piece[schema.STEP] < before
+                yield {name: values[keep] for name, values in piece.items()}
 
 
-def _before(pieces: Iterable[content.Columns], step: int) -> Iterator[content.Columns]:
-    for piece in pieces:
-        keep = piece["step"] < step
-        yield {name: values[keep] for name, values in piece.items()}
-
-
-def _counts(files: Iterable[Path], step: int) -> Iterator[int]:
-    """How many rows of each file are before ``step``."""
+def _counts(files: Iterable[Path], table: schema.Table, before: int | None) -> Iterator[int]:
+    """How many rows each file has."""
     for path in files:
         with h5py.File(path, "r", locking=False) as file:
-            yield int((file["step"][()] < step).sum())
+            if (step := file.get(table.path(schema.STEP))) is not None:
+                yield len(step) if before is None else int((step[()] < before).sum())
+
+
+def _count(rows: content.Content) -> int:
+    return sum(stretch.count for stretch in rows.values())
 
 
 def _merged_through(path: Path) -> int:
@@ -262,6 +277,14 @@ def _same_layers(path: Path, header: Header, old: Run, any_kept: bool) -> Header
             f"tasks {list(header.tasks)} on {len(header.layers)} layers. Resume with the same model."
         )
     return header
+
+
+def _kept_features(old: Run, step: int) -> FeatureHeader | None:
+    """The features whose rows are kept; None where there are no such rows."""
+    table = schema.FEATURES
+    if not old.count(table) or not any(old[table.path(schema.STEP)] < step):
+        return None
+    return FeatureHeader(old.tasks, old.feature_names, old[table.path(schema.FEATURE_SIZE.name)])
 
 
 def _unnumbered(old: Run) -> Mapping[str, Any]:

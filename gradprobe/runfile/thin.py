@@ -40,16 +40,22 @@ class ThinRun(Run):
             self._read[name] = self.whole.read(name, stride=self.every)
             self._read[name].flags.writeable = False
         values = self._read[name]
-        axes = {f.name: f.axes for f in schema.ROW_FIELDS}.get(name)
-        if axes is None:
+        found = schema.row_field(name)
+        if found is None:
             return values
-        return values[start::stride][:, layers] if schema.LAYER in axes else values[start::stride]
+        return values[start::stride][:, layers] if schema.LAYER in found[1].axes else values[start::stride]
 
-    def blocks(self, rows: int, size: int = schema.CHUNK_ROWS, *, stride: int = 1) -> Iterator[dict[str, NDArray[Any]]]:
+    def count(self, table: schema.Table) -> int:
         """As of the run, of the rows that are looked at."""
-        for start in range(0, min(rows, len(self)), size * stride):
+        return -(-self.whole.count(table) // self.every)
+
+    def blocks(
+        self, rows: int, size: int = schema.CHUNK_ROWS, *, stride: int = 1, table: schema.Table = schema.ROWS
+    ) -> Iterator[dict[str, NDArray[Any]]]:
+        """As of the run, of the rows that are looked at."""
+        for start in range(0, min(rows, self.count(table)), size * stride):
             stop = min(start + size * stride, rows)
-            yield {f.name: self.read(f.name)[start:stop:stride] for f in schema.ROW_FIELDS}
+            yield {f.name: self.read(table.path(f.name))[start:stop:stride] for f in table.fields}
 
     def close(self) -> None:
         """Forget what was read; the run stays open."""

@@ -166,12 +166,23 @@ def _check_known(found: _Found, raw: SummedFile) -> None:
         _check_text(found, axis, raw)
     for field in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS):
         _check_field(found, field.name, field.dtype, tuple(lengths[axis] for axis in field.axes))
+    if f"/{schema.FEATURES.group}" in found:
+        _check_features(found, raw, lengths)
     for name in ("epochs", "provenance"):
         if not isinstance(found.get(f"/{name}"), h5py.Group):
             raise RefusedError(f"has no group {name!r}")
     shape = _shape(found, f"epochs/{schema.EPOCH}", 1)
     for name in [where[1:] for where in found if where.startswith("/epochs/")]:
         _check_field(found, name, np.dtype("<i4" if name == f"epochs/{schema.EPOCH}" else "<f8"), shape)
+
+
+def _check_features(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> None:
+    """The table `features/`: all of it or none."""
+    own = {axis: _shape(found, schema.FEATURES.path(axis), 1)[0] for axis in (schema.STEP, schema.FEATURE)}
+    _check_text(found, schema.FEATURES.path(schema.FEATURE), raw)
+    for field in (*schema.FEATURES.fields, schema.FEATURE_SIZE):
+        shape = tuple({**lengths, **own}[axis] for axis in field.axes)
+        _check_field(found, schema.FEATURES.path(field.name), field.dtype, shape)
 
 
 def _shape(found: _Found, name: str, dimensions: int) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gradprobe.errors import GradprobeError, RunFileError
-from gradprobe.rows import Header, Row
+from gradprobe.rows import FeatureHeader, FeatureRow, Header, Row
 from gradprobe.runfile import parts, schema
 from gradprobe.runfile.files import Disk
 from gradprobe.runfile.flusher import Flusher
@@ -107,6 +107,33 @@ class RunWriter:
 
     def write(self, row: Row) -> None:
         """Queue one row; returns at once."""
+        self._queue(row)
+
+    def start_features(self, header: FeatureHeader) -> None:
+        """Announce the features; see :class:`gradprobe.rows.FeatureSink`.
+
+        Raises:
+            RunFileError: The run that is gone on with holds rows of others.
+        """
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            known = self._flusher.header
+            if known is None:
+                return
+            if known.features is not None and tuple(known.features.features) != tuple(header.features):
+                raise RunFileError(
+                    f"{self.path}: holds rows of the features {list(known.features.features)}, but the run to go on "
+                    f"with has {list(header.features)}. Resume with the same model and the same features=."
+                )
+            self._flusher.header = replace(known, features=known.features or header)
+            self._flusher.changed = True
+
+    def write_features(self, row: FeatureRow) -> None:
+        """Queue one feature row; returns at once."""
+        self._queue(row)
+
+    def _queue(self, row: Row | FeatureRow) -> None:
         if self._foreign():
             return
         with self._flusher.lock:

@@ -1,0 +1,78 @@
+"""`gradprobe doctor`: what would make a measurement wrong on a model."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradprobe.errors import GradprobeError, UsageError
+
+if TYPE_CHECKING:
+    from gradprobe.probes.doctor import Finding
+
+GATE_TRIPPED = 10
+
+
+def doctor(
+    target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="A function that returns model and losses.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
+    fail_on: Annotated[
+        str, typer.Option(metavar="SEVERITY", help="Leave with 10 if there is one: error, warning or note.")
+    ] = "",
+) -> int:
+    """Find what would make a measurement wrong on a model.
+
+    FACTORY takes no arguments and returns (model, losses): the model in training mode, and task -> loss of one forward.
+
+    Example: gradprobe doctor mytraining:make_case --json
+    """
+    import json
+    from dataclasses import asdict
+
+    from gradprobe.probes.doctor import SEVERITIES
+    from gradprobe.probes.doctor import doctor as examine
+
+    if fail_on and fail_on not in SEVERITIES:
+        raise UsageError(f"--fail-on {fail_on!r}: one of {', '.join(SEVERITIES)}.")
+    findings = examine(*_made(target))
+    if as_json:
+        print(json.dumps({"findings": [asdict(finding) for finding in findings]}, indent=2))
+    else:
+        _show(findings)
+    bad = SEVERITIES[: SEVERITIES.index(fail_on) + 1] if fail_on else ()
+    return GATE_TRIPPED if any(finding.severity in bad for finding in findings) else 0
+
+
+def _made(target: str) -> tuple[Any, Any]:
+    import importlib
+    from collections.abc import Mapping
+
+    from torch import nn
+
+    name, colon, attribute = target.partition(":")
+    if not (name and colon and attribute):
+        raise UsageError(f"{target!r}: write MODULE:FACTORY, for example mytraining:make_case.")
+    sys.path.insert(0, "")  # the installed command does not look in the folder that it is called from
+    try:
+        made = getattr(importlib.import_module(name), attribute)()
+    except GradprobeError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{target}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove("")
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping):
+        return made
+    raise UsageError(f"{target} returned a {type(made).__name__}, not a model and a mapping of task to loss.")
+
+
+def _show(findings: list[Finding]) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for finding in findings:
+        console.print(str(finding), markup=False, soft_wrap=True)
+    if not findings:
+        console.print("nothing found", markup=False)

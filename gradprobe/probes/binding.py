@@ -1,0 +1,130 @@
+"""Layers and their parameters by name, so that parameters that were replaced in mid-run are found again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from gradprobe.errors import ProbeError
+from gradprobe.probes.graph import Layer, SharedLayers, by_module, find_shared
+
+Shared = Iterable["str | nn.Parameter"] | Callable[[str, nn.Parameter], bool]
+"""What is shared, said by the user: module names, parameters, or a predicate of name and parameter."""
+
+Groups = Mapping[str, Iterable[nn.Parameter]]
+"""Layer name -> its parameters."""
+
+
+class Selection:
+    """Which parameters may be measured, and how they form layers; kept by name until the first measurement.
+
+    Args:
+        model: Whose parameters they are.
+        shared: None: whatever two or more tasks reach.
+        layers: None: by the module that owns them.
+        nothing: Choose no parameter at all.
+
+    Raises:
+        ProbeError: ``shared`` chooses nothing.
+    """
+
+    def __init__(
+        self, model: nn.Module, shared: Shared | None, layers: Groups | None, *, nothing: bool = False
+    ) -> None:
+        self._model = model
+        names = {id(p): name for name, p in model.named_parameters()}
+        chosen = None if shared is None else choose(model, shared)
+        self._chosen = [names.get(id(p), p) for p in chosen] if chosen is not None else None
+        if nothing:
+            self._chosen = []
+        self._layers = None
+        if layers is not None:
+            self._layers = {layer: [names.get(id(p), p) for p in members] for layer, members in layers.items()}
+
+    def find(self, losses: Mapping[str, Tensor]) -> SharedLayers:
+        """The shared layers as the graphs of these losses show them."""
+        named = dict(self._model.named_parameters())
+
+        def now(item: str | nn.Parameter) -> nn.Parameter:
+            return named[item] if isinstance(item, str) else item
+
+        groups = by_module(self._model)
+        if self._layers is not None:
+            groups = {layer: [now(item) for item in members] for layer, members in self._layers.items()}
+        chosen = None if self._chosen is None else {id(now(item)) for item in self._chosen}
+        return find_shared(groups, losses, chosen)
+
+
+def choose(model: nn.Module, shared: Shared) -> list[nn.Parameter]:
+    """The parameters that ``shared`` names.
+
+    Raises:
+        ProbeError: It names nothing; says what is there.
+    """
+    named = dict(model.named_parameters())
+    chosen: dict[int, nn.Parameter] = {}
+    if callable(shared):
+        chosen = {id(p): p for name, p in named.items() if shared(name, p)}
+    else:
+        for item in [shared] if isinstance(shared, str) else shared:
+            members = _below(named, item) if isinstance(item, str) else [item]
+            chosen |= {id(p): p for p in members}
+    if not chosen:
+        raise ProbeError(f"shared={shared!r} chooses no parameter (the model has: {list(named)[:4]}, ...).")
+    return list(chosen.values())
+
+
+def _below(named: Mapping[str, nn.Parameter], item: str) -> list[nn.Parameter]:
+    found = [p for name, p in named.items() if name == item or name.startswith(item + ".")]
+    if not found:
+        raise ProbeError(f"shared={item!r}: the model has no parameter there (first: {list(named)[:4]}).")
+    return found
+
+
+class Binding:
+    """Remembers the shared layers by the names of their parameters.
+
+    ``load_state_dict(assign=True)``, and moving a model with torch's overwrite-on-conversion flag, put new
+    parameters into a model. A probe that held on to the old ones would go on measuring a model that nobody trains.
+    """
+
+    def __init__(self, model: nn.Module, shared: SharedLayers) -> None:
+        self._model = model
+        names = {id(p): name for name, p in model.named_parameters()}
+        # None: a parameter from outside the model, which nothing can replace there.
+        self._names = [names.get(id(p)) for p in shared.parameters]
+
+    def replaced(self, shared: SharedLayers) -> list[str]:
+        """Names of the parameters that are others now than in ``shared``.
+
+        Raises:
+            ProbeError: A parameter is gone, or has another shape.
+        """
+        now = dict(self._model.named_parameters())
+        changed = []
+        for name, old in zip(self._names, shared.parameters, strict=True):
+            if name is None or now.get(name) is old:
+                continue
+            if name not in now:
+                raise ProbeError(
+                    f"the shared parameter {name!r} is no longer in the model. A probe keeps the layers that it began "
+                    "with: close it, and attach a new one to the changed model."
+                )
+            if now[name].shape != old.shape:
+                raise ProbeError(
+                    f"the shared parameter {name!r} had shape {tuple(old.shape)} and has {tuple(now[name].shape)} now. "
+                    "A probe keeps the layers that it began with: close it, and attach a new one."
+                )
+            changed.append(name)
+        return changed
+
+    def again(self, shared: SharedLayers) -> SharedLayers:
+        """The same layers with the parameters that stand in the model now."""
+        now = dict(self._model.named_parameters())
+        found = iter(
+            old if name is None else now[name] for name, old in zip(self._names, shared.parameters, strict=True)
+        )
+        layers = tuple(Layer(la.name, tuple(next(found) for _ in la.parameters)) for la in shared.layers)
+        return replace(shared, layers=layers)

@@ -1,0 +1,85 @@
+"""What is checked in every call of a probe: tasks, losses, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradprobe.errors import ProbeError
+from gradprobe.measures import Array
+
+Weights = Mapping[str, "float | Tensor"]
+Losses = Mapping[str, Tensor]
+
+
+def task_names(tasks: Sequence[str]) -> tuple[str, ...]:
+    """The tasks of a probe.
+
+    Raises:
+        ProbeError: Fewer than two, two of one name, or a name with ``|``.
+    """
+    names = tuple(tasks)
+    if isinstance(tasks, str) or len(names) < 2 or len(set(names)) != len(names):
+        raise ProbeError(f"tasks={tasks!r}: give a list of two or more different names.")
+    if any("|" in task for task in names):
+        raise ProbeError(f"tasks={list(names)}: a name must not contain '|', which joins the names of a pair.")
+    return names
+
+
+def check_losses(tasks: tuple[str, ...], losses: Losses) -> None:
+    """Raise for a call that cannot be meant.
+
+    Raises:
+        ProbeError: A task is missing or unknown, or a loss is no real scalar or has no graph.
+    """
+    missing, unknown = [t for t in tasks if t not in losses], [t for t in losses if t not in tasks]
+    if missing or unknown:
+        wrong = [f"lack {missing}"] * bool(missing) + [f"have the unknown {unknown}"] * bool(unknown)
+        raise ProbeError(
+            f"the probe was attached for tasks {list(tasks)}; losses {' and '.join(wrong)}. "
+            "Pass one loss per task, under these names."
+        )
+    for task, loss in losses.items():
+        fault = loss_fault(loss)
+        if fault:
+            raise ProbeError(f"the loss of task {task!r} {fault}")
+
+
+def loss_fault(loss: object) -> str:
+    """What is wrong with a loss, and what to do; empty where nothing is."""
+    if not isinstance(loss, Tensor):
+        return f"is a {type(loss).__name__}, not a tensor."
+    if loss.numel() != 1:
+        return f"has shape {tuple(loss.shape)}; reduce it to one number, for example with .mean()."
+    if loss.is_complex():
+        return "is complex; a gradient needs a real one, for example .abs()."
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        return "has no graph (was it detached, or computed under no_grad?), so it has no gradient to measure."
+    return ""
+
+
+def weight_values(tasks: Sequence[str], weights: Weights | None, step: int) -> Array:
+    """The weights in force, (T,) in the order of ``tasks``; 1 each where there are none.
+
+    Raises:
+        ProbeError: A task has no weight, an unknown one has, or a weight is NaN or infinite.
+    """
+    if weights is None:
+        return np.ones(len(tasks))
+    missing, unknown = [t for t in tasks if t not in weights], [t for t in weights if t not in tasks]
+    if missing:
+        raise ProbeError(f"weights lack {missing}; give one for each of {list(tasks)}.")
+    if unknown:
+        raise ProbeError(f"weights have the unknown {unknown}; the tasks are {list(tasks)}.")
+    values = np.array([_number(weights[task]) for task in tasks])
+    for task, value in zip(tasks, values, strict=True):
+        if not np.isfinite(value):
+            raise ProbeError(f"the weight of task {task!r} is {value} at step {step}; it must be finite.")
+    return values
+
+
+def _number(weight: float | Tensor) -> float:
+    return float(weight.detach()) if isinstance(weight, Tensor) else float(weight)

@@ -1,0 +1,180 @@
+"""One pass saved: the last task's gradient is what the joint backward has beyond the other tasks'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradprobe.measures import Array
+from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.ghost import Ghost, OutputGradients
+from gradprobe.probes.passes import Listener, Meeting, buffers_kept, pass_to
+from gradprobe.probes.trace import Trace
+
+_TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.complex64: 1e-5,
+    torch.float64: 1e-10,
+    torch.complex128: 1e-10,
+}
+"""How far a derived gradient may be from the explicit one, relative to its length. Other types are never derived."""
+
+
+class DerivedMeasurement:
+    """T - 1 explicit passes, and the joint backward that training makes anyway.
+
+    ``joint = sum_k w_k g_k`` gives ``g_d = (joint - sum_{k != d} w_k g_k) / w_d`` without a pass of its own. Hooks on
+    the shared parameters see the joint gradient as it arrives, so no copy of it is kept. Under data parallelism
+    they see this process's own gradient, before it is averaged over the processes: what the explicit passes gave too.
+
+    Args:
+        model: Whose buffers are kept.
+        shared: The layers.
+        losses: (T,) in the order of the tasks.
+        weights: (T,), finite; the derived task's is not 0.
+        derived: Which task to derive.
+        graph: Of the losses; says where the derived task has no path, where a difference would be rounding, not 0.
+        ghosts: Weights whose gradients are not made.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shared: SharedLayers,
+        losses: Sequence[Tensor],
+        weights: Array,
+        derived: int,
+        graph: Trace,
+        ghosts: Sequence[Ghost] = (),
+    ) -> None:
+        self.shared, self._weights, self._derived = shared, weights, derived
+        # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
+        self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in shared.parameters)
+        self._paths = [graph.reaches(derived, p) for p in shared.parameters]
+        self._outputs = OutputGradients(ghosts)
+        with buffers_kept(model):
+            others = {
+                t: pass_to(loss, shared.parameters, self._outputs, t) for t, loss in enumerate(losses) if t != derived
+            }
+        self._meeting = Meeting(shared, others, derived)
+        self.listener = Listener(shared.parameters, self._take, skipped=self._outputs.places)
+        """To be entered while the joint backward runs, as is :meth:`at_outputs`."""
+
+    def at_outputs(self) -> AbstractContextManager[None]:
+        """To be entered while the joint backward runs: listens where outputs stand for weights."""
+        return self._outputs.listening(self._derived, self._weights, self._paths)
+
+    def result(self) -> Array | None:
+        """The Gramians (L, T, T); None where the derived gradient cannot be trusted.
+
+        That is when it is not finite (the task's own gradient, or only another's, which an explicit pass must
+        tell apart) or the small remainder of large terms.
+        """
+        if self.listener.failure is not None:
+            raise self.listener.failure
+        for place, tasks, products in self._outputs.products():
+            self._meeting.sum.add_products(place, tasks, products)
+        gram = self._meeting.end(self._difference() if self._by_products else None)
+        own = gram[:, self._derived, self._derived][self._meeting.sum.present[:, self._derived]]
+        if not np.isfinite(own).all():
+            return None
+        return gram if cancellation(gram, self._weights)[self._derived] <= largest_cancellation(self.shared) else None
+
+    def _take(self, index: int, joint: Tensor) -> None:
+        if not self._paths[index]:
+            self._meeting.add(index, None)
+        elif self._by_products:
+            self._meeting.add(index, joint)
+        else:
+            rest = joint.to_dense() if joint.layout != torch.strided else joint.clone()
+            for task, own in enumerate(self._meeting.at(index)):
+                if own is not None:
+                    rest.sub_(own, alpha=float(self._weights[task]))
+            self._meeting.add(index, rest.div_(float(self._weights[self._derived])))
+
+    def _difference(self) -> Array:
+        """(T, T): makes of the others' gradients and the joint one, in the derived task's place, all tasks' own."""
+        change = np.eye(len(self._weights))
+        change[self._derived] = -self._weights / self._weights[self._derived]
+        change[self._derived, self._derived] = 1 / self._weights[self._derived]
+        return change
+
+
+def cancellation(gram: Array, weights: Array) -> Array:
+    """How many times larger the terms are than the task's weighted gradient that is left of them: (..., T).
+
+    Deriving task d loses about so many times the rounding error. The worst layer counts. Infinite where the
+    task has weight 0 or an exactly zero gradient.
+    """
+    square = np.square(weights) * np.diagonal(gram, axis1=-2, axis2=-1)
+    largest = np.sqrt(np.nansum(np.maximum(square, 0), axis=-1, keepdims=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = largest / np.sqrt(square)
+    ratio = np.where(square <= 0, np.inf, ratio)  # below 0: a difference of which nothing is left
+    worst: Array = np.nanmax(np.where(np.isnan(square), 1.0, ratio), axis=-2, initial=1.0)
+    return worst
+
+
+def largest_cancellation(shared: SharedLayers) -> float:
+    """How much cancellation the coarsest type of the shared parameters bears; 0: none of it is to be derived."""
+    types = {p.dtype for p in shared.parameters}
+    if not types or not types <= set(_TOLERANCE):
+        return 0.0
+    # A backward pass rounds each number a few times; 8 was enough for every model in the tests.
+    return min(_TOLERANCE[t] / (8 * torch.finfo(t).eps) for t in types)
+
+
+def task_to_derive(gram: Array, weights: Array, largest: float) -> int | None:
+    """The task whose worst layer cancels least, or None where every task needs a pass of its own.
+
+    Args:
+        gram: (L, T, T) of the last measured row.
+        weights: (T,) now in force.
+        largest: The cancellation that is borne.
+    """
+    if gram.shape[0] == 0:
+        return None
+    worst = cancellation(gram, weights)
+    best = int(np.argmin(worst))
+    return best if worst[best] <= largest else None
+
+
+def may_be_derived(model: nn.Module, shared: SharedLayers, graph: Trace) -> bool:
+    """Whether the joint gradient is the weighted sum of the tasks' own up to rounding in the parameters' type.
+
+    It is not where a part is computed in a half type, under autocast, or in TF32 on a GPU; nor where a hook of the
+    user's stands in the way, which may clip or replace what it sees.
+    """
+    if _rounds_products(any(p.device.type == "cuda" for p in shared.parameters)):
+        return False
+    hooked = any(p._backward_hooks for p in model.parameters()) or any(
+        m._backward_hooks or m._backward_pre_hooks for m in model.modules()
+    )
+    return not hooked and graph.exact
+
+
+def _rounds_products(on_gpu: bool) -> bool:
+    """Whether float32 products are made of shortened numbers: TF32, or bfloat16 on a CPU."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return True
+    try:
+        return on_gpu and bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # set through torch's newer switches, which the older one cannot express
+        return True
+
+
+def agree(derived: Array, by_passes: Array, shared: SharedLayers) -> bool:
+    """Whether two Gramians (L, T, T) of the same step differ by no more than rounding explains.
+
+    What nothing else tells beforehand: an operation whose backward is not linear, such as one that clips.
+    """
+    if (np.isnan(derived) != np.isnan(by_passes)).any():
+        return False
+    norm = np.sqrt(np.diagonal(by_passes, axis1=-2, axis2=-1))
+    bound = 10 * max(_TOLERANCE.get(p.dtype, 1e-2) for p in shared.parameters) * norm[:, :, None] * norm[:, None, :]
+    known = ~np.isnan(by_passes)
+    return bool((np.abs(derived - by_passes)[known] <= bound[known]).all())

@@ -1,0 +1,96 @@
+"""What a check gets to see, and what it says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from gradprobe.probes.checks import loss_fault
+from gradprobe.probes.features import Feature, find_features
+from gradprobe.probes.graph import by_module
+from gradprobe.probes.trace import Node, Trace, is_leaf, trace
+
+SEVERITIES = ("error", "warning", "note")
+"""error: a measurement would fail or be wrong. warning: it is right, and something beside it is not, or it is easily
+misread. note: good to know."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was found.
+
+    Attributes:
+        severity: One of :data:`SEVERITIES`.
+        check: Which check found it; stays the same from version to version.
+        module: Name of the module or parameter that it is about; "" for the whole model, or where it is a loss.
+        message: What it is, and what it does to a measurement.
+        advice: What to do.
+    """
+
+    severity: str
+    check: str
+    module: str
+    message: str
+    advice: str
+
+    def __str__(self) -> str:
+        where = f"{self.module}: " if self.module else ""
+        return f"{self.severity}: {where}{self.message} {self.advice}"
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A model with the losses of one forward.
+
+    Attributes:
+        losses: Those that have a gradient at all, in their order.
+        faults: Task -> what is wrong with its loss.
+        graph: Of ``losses``.
+        features: Where their tasks part.
+    """
+
+    model: nn.Module
+    losses: Mapping[str, Tensor]
+    faults: Mapping[str, str]
+    graph: Trace
+    features: list[Feature]
+
+    @classmethod
+    def of(cls, model: nn.Module, losses: Mapping[str, Tensor]) -> Patient:
+        """Look at the graph once for all checks."""
+        faults = {task: loss_fault(loss) for task, loss in losses.items()}
+        sound = {task: loss for task, loss in losses.items() if not faults[task]}
+        graph = trace(list(sound.values()))
+        owners = {id(p): layer for layer, members in by_module(model).items() for p in members}
+        return cls(model, sound, {t: f for t, f in faults.items() if f}, graph, find_features(graph, owners))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names, in the order of the bits of ``graph.tasks``."""
+        return list(self.losses)
+
+    @property
+    def batch_size(self) -> int:
+        """Length of the first axis of the shared features; 0 where they differ, or there are none."""
+        sizes = {self.shape(f.node, f.output)[:1] for f in self.features}
+        return sizes.pop()[0] if len(sizes) == 1 and () not in sizes else 0
+
+    @staticmethod
+    def shape(node: Node, output: int = 0) -> tuple[int, ...]:
+        """Shape of what an operation made."""
+        return tuple(int(n) for n in node._input_metadata[output].shape)
+
+    def nodes(self, name: str) -> list[Node]:
+        """Operations whose type is called ``name``."""
+        return [node for node in self.graph.nodes if type(node).__name__ == name]
+
+    def users(self) -> dict[int, list[Node]]:
+        """``id`` of a leaf -> the operations that use it."""
+        users: dict[int, list[Node]] = {}
+        for node in self.graph.nodes:
+            for child, _ in node.next_functions if not is_leaf(node) else ():
+                if child is not None and is_leaf(child):
+                    users.setdefault(id(child.variable), []).append(node)
+        return users

@@ -1,0 +1,217 @@
+"""Task gradients at the features that the heads share, taken within the one joint backward.
+
+Where two tasks part, the graph has operations that one task alone depends on (its head), and below them one that
+several depend on (what made the feature). What such a private operation hands down in the joint backward is that
+task's gradient at the feature, times its weight: a hook on the operation sees it, and no pass is made for it.
+
+**A bound, not a measurement.** With d_i the gradient of task i at the feature and J the Jacobian of the feature with
+respect to the parameters below it, the gradient on those is g_i = J^T d_i. So |g_i| <= s |d_i| and
+|<g_i, g_j>| <= s^2 |d_i| |d_j|, s the largest singular value of J; d_i = 0 gives g_i = 0, and parallel d give
+parallel g. But neither the size nor the sign of cos(d_i, d_j) is that of cos(g_i, g_j): J decides.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from gradprobe.errors import ProbeError
+from gradprobe.measures import Array
+from gradprobe.probes.gramian import products
+from gradprobe.probes.trace import Node, Trace, is_leaf, several
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One tensor at which two or more tasks part.
+
+    Attributes:
+        name: The layer that makes it.
+        node, output: The operation that made it, and which of its outputs it is.
+        size: How many numbers it has.
+        entries: Operation of a head, and which of its inputs the feature is -> the task whose head it is.
+    """
+
+    name: str
+    node: Node
+    output: int
+    size: int
+    entries: Mapping[tuple[Node, int], int]
+
+    @property
+    def tasks(self) -> list[int]:
+        """The tasks whose whole gradient enters here."""
+        return sorted(set(self.entries.values()))
+
+
+def find_features(graph: Trace, names: Mapping[int, str]) -> list[Feature]:
+    """The features at which tasks part, in the order in which the forward made them.
+
+    A task counts at a feature only if all of its paths into it are its own: where one leads through an operation
+    that another task depends on too, its gradient cannot be told from the other's.
+
+    Args:
+        graph: Of one step.
+        names: ``id`` of a parameter -> the layer that owns it.
+    """
+    entries: dict[tuple[Node, int], dict[tuple[Node, int], int]] = {}
+    for parent in graph.nodes:
+        if is_leaf(parent):
+            continue
+        for slot, (child, output) in enumerate(parent.next_functions):
+            if child is not None and several(graph.tasks[child]) and not is_leaf(child):
+                entries.setdefault((child, output), {})[parent, slot] = graph.tasks[parent]
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    found: list[Feature] = []
+    for (node, output), masks in sorted(entries.items(), key=lambda item: (position[item[0][0]], item[0][1])):
+        own = _own(masks)
+        if len(set(own.values())) >= 2:
+            size = math.prod(node._input_metadata[output].shape)
+            found.append(Feature(_maker(node, position, names), node, output, size, own))
+    return _distinct(found)
+
+
+def select(features: Sequence[Feature], wanted: Iterable[str] | None) -> list[Feature]:
+    """Those made at or below the modules called ``wanted``; all where that is None.
+
+    Raises:
+        ProbeError: None is; lists those there are.
+    """
+    if wanted is None:
+        return list(features)
+    names = [wanted] if isinstance(wanted, str) else list(wanted)
+    chosen = [f for f in features if any(f.name.split("#")[0] == n or f.name.startswith(n + ".") for n in names)]
+    if not chosen:
+        raise ProbeError(
+            f"features={names}: tasks part at no output of these modules. They part at the outputs of: "
+            f"{', '.join(f.name for f in features) or 'no module'}."
+        )
+    return chosen
+
+
+def _own(masks: Mapping[tuple[Node, int], int]) -> dict[tuple[Node, int], int]:
+    """The entries of the tasks that enter by operations of their own only."""
+    mixed = 0
+    for mask in masks.values():
+        mixed |= mask if several(mask) else 0
+    return {at: mask.bit_length() - 1 for at, mask in masks.items() if not mask & mixed}
+
+
+def _maker(node: Node, position: Mapping[Node, int], names: Mapping[int, str]) -> str:
+    """The layer whose parameters were used last before ``node``."""
+    queue, seen = [(-position[node], node)], {node}
+    while queue:
+        _, current = heapq.heappop(queue)
+        for child, _ in current.next_functions:
+            if child is None or child in seen:
+                continue
+            if is_leaf(child):
+                if id(child.variable) in names:
+                    return names[id(child.variable)]
+                continue
+            seen.add(child)
+            heapq.heappush(queue, (-position[child], child))
+    return "input"
+
+
+def _distinct(features: list[Feature]) -> list[Feature]:
+    """Names made different where one layer makes several: ``model.24``, ``model.24#2``."""
+    count: dict[str, int] = {}
+    result = []
+    for feature in features:
+        count[feature.name] = count.get(feature.name, 0) + 1
+        again = count[feature.name]
+        result.append(feature if again == 1 else replace(feature, name=f"{feature.name}#{again}"))
+    return result
+
+
+class JointFeatures:
+    """Collects every task's gradient at the features while the joint backward runs.
+
+    Args:
+        features: F of them.
+        factors: (T,) by what the joint backward multiplies each task's gradient: its weight, times the loss scale.
+
+    Attributes:
+        seconds: Spent in the hooks.
+    """
+
+    def __init__(self, features: Sequence[Feature], factors: Array) -> None:
+        self.features, self._factors = features, factors
+        self._gradients: list[dict[int, Tensor]] = [{} for _ in features]
+        self._failure: Exception | None = None
+        self.seconds = 0.0
+
+    def __enter__(self) -> JointFeatures:
+        self._handles = [
+            parent.register_hook(self._hook(place, slot, task))
+            for place, feature in enumerate(self.features)
+            for (parent, slot), task in feature.entries.items()
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def result(self) -> Array:
+        """The Gramians (F, T, T)."""
+        if self._failure is not None:
+            raise self._failure
+        return gramians(self._gradients, self._factors)
+
+    def _hook(self, place: int, slot: int, task: int) -> Callable[[Any, Any], None]:
+        def hook(down: Any, _: Any) -> None:
+            started = time.perf_counter()
+            try:
+                gradient, held = down[slot], self._gradients[place]
+                if gradient is not None:
+                    # A reference, no copy: the engine adds into a tensor only if nobody else holds it.
+                    held[task] = gradient if task not in held else held[task] + gradient
+            except Exception as error:
+                self._failure = self._failure or error
+            self.seconds += time.perf_counter() - started
+
+        return hook
+
+
+def explicit_features(features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
+    """The same by a pass through each head: for loops that make their own backward.
+
+    Args:
+        features: F of them.
+        losses: (T,).
+        factors: (T,) by what each loss is multiplied already.
+    """
+    gradients: list[dict[int, Tensor]] = [{} for _ in features]
+    for task, loss in enumerate(losses):
+        places = [place for place, feature in enumerate(features) if task in feature.tasks]
+        if not places:
+            continue
+        edges = [GradientEdge(features[place].node, features[place].output) for place in places]
+        found = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+        for place, gradient in zip(places, found, strict=True):
+            if gradient is not None:
+                gradients[place][task] = gradient
+    return gramians(gradients, factors)
+
+
+def gramians(gradients: Sequence[Mapping[int, Tensor]], factors: Array) -> Array:
+    """Gramians of the gradients of the unweighted losses: (F, T, T); NaN where a task is missing or its factor is 0."""
+    gram = np.full((len(gradients), len(factors), len(factors)), np.nan)
+    for place, by_task in enumerate(gradients):
+        tasks = [task for task in sorted(by_task) if factors[task] != 0]
+        if tasks:
+            values = products([by_task[task] for task in tasks]).cpu().double().numpy()
+            values = values / np.outer(factors[tasks], factors[tasks])
+            gram[place][np.ix_(tasks, tasks)] = np.where(np.isfinite(values), values, np.nan)
+    return gram

@@ -1,0 +1,194 @@
+"""One step's measurement: from the losses, around the joint backward, to the rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradprobe.measures import Array
+from gradprobe.probes.checks import Losses
+from gradprobe.probes.clock import StepClock
+from gradprobe.probes.derived import DerivedMeasurement
+from gradprobe.probes.feature_meter import FeatureMeter
+from gradprobe.probes.features import Feature, JointFeatures
+from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.level import Level
+from gradprobe.probes.meter import Meter
+from gradprobe.probes.report import Reporter, status_of
+from gradprobe.probes.scaling import LossScale
+from gradprobe.probes.stopwatch import Stopwatch
+from gradprobe.rows import MEASURED, FeatureRow, Row
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is to be measured in one call."""
+
+    rows: bool
+    features: bool
+
+    def __bool__(self) -> bool:
+        return self.rows or self.features
+
+
+@dataclass
+class Measuring:
+    """The parts of a probe, and what they do at a step. Knows nothing of the probe, which may so be let go of.
+
+    Attributes:
+        tasks: (T,) names, in the order of every array.
+        optimizer: Whose learning rate the rows carry.
+        epoch: Of the rows to come.
+    """
+
+    tasks: tuple[str, ...]
+    level: Level
+    clock: StepClock
+    report: Reporter
+    meter: Meter
+    features: FeatureMeter
+    scale: LossScale
+    optimizer: Optimizer | None
+    epoch: int = 0
+
+    def due(self) -> Due:
+        """Asked once per call of the probe."""
+        first, due = self.clock.ask()
+        return Due(due, self.level.features and (first if self.level.parameters else due))
+
+    def backward(self, losses: Losses, weights: Array, total: Tensor, due: Due, batch_size: int) -> None:
+        """The joint backward of ``total``, with the measurement around and within it."""
+        watch, feature_watch = Stopwatch(total.device), Stopwatch(total.device)
+        scaled = self.scale.all(self._ordered(losses))
+        plan, status, entering = None, MEASURED, None
+        if due.rows:
+            with watch.running():
+                plan, status = self._guarded(lambda: self.meter.begin(self.find(losses), scaled, weights))
+        if due.features:
+            with feature_watch.running():
+                entering, _ = self._guarded(
+                    lambda: JointFeatures(self._find_features(losses), weights * self.scale.factor)
+                )
+        derived = plan if isinstance(plan, DerivedMeasurement) else None
+        with ExitStack() as hooks:
+            if derived is not None:
+                hooks.enter_context(derived.listener)
+                hooks.enter_context(derived.at_outputs())
+            if entering is not None:
+                hooks.enter_context(entering)
+            # The graph is kept until the result is checked: an explicit pass may have to replace it.
+            total.backward(retain_graph=derived is not None)
+        if derived is not None:
+            watch.seconds += derived.listener.seconds
+            with watch.running():
+                plan, status = self._guarded(lambda: self.meter.finish(derived, scaled))
+        if entering is not None:
+            feature_watch.seconds += entering.seconds
+            with feature_watch.running():
+                gram, _ = self._guarded(entering.result)
+            self._emit_features(entering.features, gram, feature_watch)
+        if due.rows:
+            gram = plan if isinstance(plan, np.ndarray) else None
+            self.emit(losses, weights, gram, status, watch, batch_size)
+            self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
+
+    def record(self, losses: Losses, weights: Array, due: Due, batch_size: int) -> None:
+        """The measurement alone, by passes of its own."""
+        watch, feature_watch = Stopwatch(_device(losses)), Stopwatch(_device(losses))
+        scaled = self.scale.all(self._ordered(losses))
+        if due.features:
+            with feature_watch.running():
+                features, _ = self._guarded(lambda: self._find_features(losses))
+                factors = np.full(len(self.tasks), self.scale.factor)
+                gram, _ = self._guarded(lambda: self.features.explicit(features or [], scaled, factors))
+            self._emit_features(features or [], gram, feature_watch)
+        if due.rows:
+            with watch.running():
+                gram, status = self._guarded(lambda: self.meter.explicit(self.find(losses), scaled))
+            self.emit(losses, weights, gram, status, watch, batch_size)
+            self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
+
+    def note(self, losses: Losses, weights: Array, status: str, batch_size: int) -> None:
+        """A row without a measurement."""
+        self._guarded(lambda: self.find(losses))
+        self.emit(losses, weights, None, status, Stopwatch(_device(losses)), batch_size)
+
+    def find(self, losses: Losses) -> SharedLayers:
+        """The shared layers, announced to the sinks when they are first found."""
+        shared = self.meter.find({task: losses[task] for task in self.tasks})
+        self.report.start(shared)
+        return shared
+
+    def emit(
+        self, losses: Losses, weights: Array, gram: Array | None, status: str, watch: Stopwatch, batch_size: int
+    ) -> None:
+        """Hand one row on.
+
+        Args:
+            losses: Their values are stored.
+            weights: (T,).
+            gram: (L, T, T) of the gradients as they were scaled; None: there is no measurement, and ``status`` says why.
+            status: Why not, or :data:`MEASURED`.
+            watch: Has counted what the row cost so far.
+            batch_size: Stored.
+        """
+        header = self.report.header
+        if header is None:
+            return  # not even the layers could be found; the warning is out
+        with watch.running():
+            values = np.array([float(losses[t].detach()) for t in self.tasks])
+            if gram is None:
+                gram = np.full((len(header.layers), len(self.tasks), len(self.tasks)), np.nan)
+            elif status == MEASURED:
+                gram = self.meter.last_gram = self.scale.off(gram)
+                self.meter.check_reach(self.tasks, gram)
+                status = status_of(values, gram, header.reach)
+        self.report.row(
+            Row(
+                step=self.clock.step,
+                epoch=self.epoch,
+                time=self._now(),
+                loss=values,
+                weight=weights,
+                gram=gram,
+                lr=float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else float("nan"),
+                overhead=watch.seconds,
+                batch_size=batch_size,
+                status=status,
+            )
+        )
+
+    def _emit_features(self, features: Sequence[Feature], gram: Array | None, watch: Stopwatch) -> None:
+        if gram is not None and self.features.names:
+            gram = self.features.arranged(features, gram)
+            self.report.features(FeatureRow(self.clock.step, self.epoch, self._now(), gram, overhead=watch.seconds))
+
+    def _find_features(self, losses: Losses) -> list[Feature]:
+        self.find(losses)  # a file begins with its layers
+        found = self.features.find(self._ordered(losses))
+        if found:
+            self.report.start_features([f.name for f in found], [f.size for f in found])
+        return found
+
+    def _ordered(self, losses: Losses) -> list[Tensor]:
+        return [losses[task] for task in self.tasks]
+
+    def _guarded(self, measure: Callable[[], T]) -> tuple[T | None, str]:
+        return self.report.guarded(self.clock.step, measure)
+
+    def _now(self) -> float:
+        return time.perf_counter() - self.report.started
+
+
+def _device(losses: Losses) -> torch.device:
+    return next(iter(losses.values())).device

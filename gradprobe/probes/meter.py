@@ -1,0 +1,160 @@
+"""Measures the Gramians of one step, by whichever passes are right for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor, nn
+
+from gradprobe.errors import ProbeError
+from gradprobe.measures import Array
+from gradprobe.probes.binding import Binding, Selection
+from gradprobe.probes.blocks import measure_by_blocks
+from gradprobe.probes.checks import Losses
+from gradprobe.probes.derived import (
+    DerivedMeasurement,
+    agree,
+    largest_cancellation,
+    may_be_derived,
+    task_to_derive,
+)
+from gradprobe.probes.ghost import find_ghosts
+from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.limits import refuse
+from gradprobe.probes.passes import measure_explicitly
+from gradprobe.probes.trace import trace
+
+MEMORY = ("normal", "low")
+PRODUCTS = ("direct", "ghost")
+
+
+class Meter:
+    """Knows the shared layers, and what the last row tells about the next.
+
+    Args:
+        model: Whose parameters are shared.
+        selection: Which of them count.
+        memory: "normal", or "low": block by block, see :mod:`gradprobe.probes.blocks`.
+        products: "direct", or "ghost": some weights' without their gradients, see :mod:`gradprobe.probes.ghost`.
+        warn: Is told what the user should know.
+
+    Attributes:
+        shared: None before the first measurement.
+        last_gram: (L, T, T) of the last row that was measured; None before.
+    """
+
+    def __init__(
+        self, model: nn.Module, selection: Selection, memory: str, products: str, warn: Callable[[str], None]
+    ) -> None:
+        if memory not in MEMORY:
+            raise ProbeError(f"memory={memory!r}: there are {' and '.join(map(repr, MEMORY))}.")
+        if products not in PRODUCTS:
+            raise ProbeError(f"products={products!r}: there are {' and '.join(map(repr, PRODUCTS))}.")
+        if (memory, products) == ("low", "ghost"):
+            raise ProbeError("memory='low' and products='ghost' exclude each other: blocks make every gradient.")
+        self._model, self._selection, self._memory, self._warn = model, selection, memory, warn
+        self._ghostly, self._ghosts_checked = products == "ghost", False
+        self._binding: Binding | None = None
+        self._checked: bool | None = None  # whether what is derived was found equal to what is explicit
+        self.shared: SharedLayers | None = None
+        self.last_gram: Array | None = None
+
+    def find(self, losses: Losses) -> SharedLayers:
+        """The shared layers; searched for once, and followed when their parameters are replaced.
+
+        Args:
+            losses: In the order of the tasks.
+
+        Raises:
+            ProbeError: Something hides gradients, or a shared parameter is gone.
+        """
+        if self.shared is None or self._binding is None:
+            refuse(self._model, list(losses.values()))
+            self.shared = self._selection.find(losses)
+            self._binding = Binding(self._model, self.shared)
+            return self.shared
+        replaced = self._binding.replaced(self.shared)
+        if replaced:
+            self.shared = self._binding.again(self.shared)
+            self._warn(
+                f"{len(replaced)} shared parameters were replaced, {replaced[0]!r} first; the probe goes on with "
+                "the new ones. An optimizer made before still updates the old ones: make it anew"
+            )
+        return self.shared
+
+    def explicit(self, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
+        """The Gramians by passes of their own.
+
+        Args:
+            shared: From :meth:`find`.
+            losses: (T,).
+        """
+        if not shared.layers:
+            return np.zeros((0, len(losses), len(losses)))
+        if self._memory == "low":
+            return measure_by_blocks(self._model, shared, losses, trace(losses))
+        if not self._ghostly:
+            return measure_explicitly(self._model, shared, losses)
+        gram = measure_explicitly(self._model, shared, losses, find_ghosts(trace(losses), shared))
+        return gram if self._ghosts_checked else self._check_ghosts(gram, shared, losses)
+
+    def begin(self, shared: SharedLayers, losses: Sequence[Tensor], weights: Array) -> Array | DerivedMeasurement:
+        """Either the Gramians, or a measurement that the joint backward completes.
+
+        Args:
+            shared: From :meth:`find`.
+            losses: (T,), multiplied by the loss scale where the joint one is.
+            weights: (T,) in force.
+        """
+        if self._memory == "low" or self.last_gram is None or self._checked is False or not shared.layers:
+            return self.explicit(shared, losses)
+        derived = task_to_derive(self.last_gram, weights, largest_cancellation(shared))
+        if derived is None:
+            return self.explicit(shared, losses)
+        graph = trace(losses)
+        if not may_be_derived(self._model, shared, graph):
+            return self.explicit(shared, losses)
+        ghosts = find_ghosts(graph, shared) if self._ghostly else []
+        return DerivedMeasurement(self._model, shared, losses, weights, derived, graph, ghosts)
+
+    def finish(self, measurement: DerivedMeasurement, losses: Sequence[Tensor]) -> Array:
+        """The Gramians once the joint backward has run, and kept the graph for a second look."""
+        shared, gram = measurement.shared, measurement.result()
+        if gram is None:
+            return self.explicit(shared, losses)
+        if self._checked is None:
+            by_passes = self.explicit(shared, losses)
+            self._checked = agree(gram, by_passes, shared)
+            if not self._checked:
+                self._warn(
+                    "the joint gradient is not the weighted sum of the tasks' own (an operation whose backward is not "
+                    "linear, such as one that clips gradients); every task gets a pass of its own from here on"
+                )
+            return by_passes
+        return gram
+
+    def _check_ghosts(self, gram: Array, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
+        """Once: whether products without gradients are those of the gradients. Gives the latter."""
+        direct = measure_explicitly(self._model, shared, losses)
+        self._ghosts_checked = True
+        if not agree(gram, direct, shared):
+            self._ghostly = False
+            self._warn("products without gradients differ from those of the gradients, which are made from here on")
+        return direct
+
+    def check_reach(self, tasks: Sequence[str], gram: Array) -> None:
+        """Warn where a task reaches a layer now that it did not reach when the layers were found.
+
+        What such a step brings there is stored, but left out of quantities over all layers, so that they stay
+        comparable from step to step.
+        """
+        assert self.shared is not None
+        reach = np.array(self.shared.reach, dtype=bool).reshape(gram.shape[:2])
+        new = np.argwhere(~np.isnan(np.diagonal(gram, axis1=-2, axis2=-1)) & ~reach)
+        if len(new):
+            layer, task = new[0]
+            self._warn(
+                f"task {tasks[task]!r} reaches layer {self.shared.layers[layer].name!r} now but did not when the layers "
+                "were found, at the first measured step; begin recording at a step at which every task has samples"
+            )

@@ -1,0 +1,202 @@
+"""Hands rows to the sinks, and turns a failure of the probe's own into words instead of an exception."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gradprobe.errors import GradprobeError
+from gradprobe.measures import Array
+from gradprobe.probes.graph import SharedLayers
+from gradprobe.rows import (
+    MEASURED,
+    NONFINITE_GRADIENT,
+    NONFINITE_LOSS,
+    FeatureHeader,
+    FeatureRow,
+    FeatureSink,
+    Header,
+    Provenance,
+    ResumableSink,
+    Row,
+    Sink,
+)
+
+T = TypeVar("T")
+
+
+class Reporter:
+    """What stands between a probe and its sinks.
+
+    Args:
+        tasks: Their names.
+        sinks: Who gets the rows.
+        provenance: Stored in the header.
+
+    Attributes:
+        header: None before the layers were found.
+        last_step: Of the last row; -1 before the first.
+        last_metrics: The last epoch that metrics came of; -1 before the first.
+        overhead: Seconds spent on all rows.
+        started: When recording began, on the clock of ``time.perf_counter``.
+    """
+
+    def __init__(self, tasks: Sequence[str], sinks: Sequence[Sink], provenance: Provenance | None) -> None:
+        self._tasks, self._sinks, self._provenance = tuple(tasks), list(sinks), dict(provenance or {})
+        self._warned: set[str] = set()
+        self._closed = False
+        self._last_feature_step = -1
+        self.header: Header | None = None
+        self.feature_header: FeatureHeader | None = None
+        self.last_step = -1
+        self.last_metrics = -1
+        self.overhead = 0.0
+        self.started = time.perf_counter()
+
+    def start(self, shared: SharedLayers) -> None:
+        """Announce the layers. A second call does nothing."""
+        if self.header is not None:
+            return
+        header = Header(
+            tasks=self._tasks,
+            layers=tuple(layer.name for layer in shared.layers),
+            layer_size=np.array([layer.size for layer in shared.layers], dtype=np.int64),
+            reach=np.array(shared.reach, dtype=bool).reshape(len(shared.layers), len(self._tasks)),
+            provenance=self._provenance,
+        )
+        self.header = header  # first: no sink is started twice, whatever happens below
+        for sink in list(self._sinks):
+            self._start(sink, sink.start, header)
+
+    def start_features(self, names: Sequence[str], sizes: Sequence[int]) -> None:
+        """Announce the features. A second call does nothing."""
+        if self.feature_header is not None:
+            return
+        self.feature_header = FeatureHeader(self._tasks, tuple(names), np.array(sizes, dtype=np.int64))
+        for sink in list(self._sinks):
+            if isinstance(sink, FeatureSink):
+                self._start(sink, sink.start_features, self.feature_header)
+
+    def row(self, row: Row) -> None:
+        """Hand on a row; not a second one of the same step."""
+        if self.header is None or row.step <= self.last_step:
+            return  # without a header not even the layers could be found; the warning is out
+        self.last_step = row.step
+        self.overhead += row.overhead
+        for sink in self._sinks:
+            self._hand(sink, row.step, sink.write, row)
+
+    def features(self, row: FeatureRow) -> None:
+        """Hand on a feature row; not a second one of the same step."""
+        if self.feature_header is None or row.step <= self._last_feature_step:
+            return
+        self._last_feature_step = row.step
+        self.overhead += row.overhead
+        for sink in self._sinks:
+            if isinstance(sink, FeatureSink):
+                self._hand(sink, row.step, sink.write_features, row)
+
+    def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Hand on metrics of one epoch.
+
+        Raises:
+            GradprobeError: A name or an epoch that a sink refuses.
+        """
+        for sink in self._sinks:
+            self._try(sink, lambda: sink.write_epoch(epoch, values))
+        self.last_metrics = max(self.last_metrics, epoch)
+
+    def flush(self) -> bool:
+        """Make all rows so far safe, and say whether they are."""
+        return all([self._try(sink, sink.flush) for sink in self._sinks])  # each is asked, whatever the others say
+
+    def rewind(self, step: int, epoch: int) -> None:
+        """The training goes on from ``step``, with metrics up to ``epoch``: sinks that can forget what came after."""
+        self.last_step, self._last_feature_step = min(self.last_step, step - 1), min(self._last_feature_step, step - 1)
+        self.last_metrics = epoch
+        for sink in self._sinks:
+            if isinstance(sink, ResumableSink):
+                sink.rewind(step, epoch)
+
+    def close(self, end: str) -> None:
+        """Close the sinks. A second call does nothing.
+
+        Raises:
+            GradprobeError: A file could not be completed; the other sinks are closed all the same.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self.start(SharedLayers((), ()))
+        failed: list[GradprobeError] = []
+        for sink in self._sinks:
+            try:
+                self._try(sink, lambda: sink.close(end))
+            except GradprobeError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+
+    def guarded(self, step: int, measure: Callable[[], T]) -> tuple[T | None, str]:
+        """The result of ``measure`` and the row's status; a failure is a status, not an exception."""
+        try:
+            return measure(), MEASURED
+        except GradprobeError:
+            raise  # a wrong call, or a file that cannot be written: for the user to see
+        except Exception as error:
+            reason = f"measuring failed: {type(error).__name__}: {error}".splitlines()[0][:200]
+            self.warn(step, reason)
+            return None, reason
+
+    def warn(self, step: int, reason: str) -> None:
+        """Say it once, however often it happens."""
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"gradprobe: step {step}: {reason}. Training goes on.", RuntimeWarning, stacklevel=5)
+
+    def _start(self, sink: Sink, start: Callable[[Any], None], header: Header | FeatureHeader) -> None:
+        """Start one sink; one that cannot is left out."""
+        try:
+            start(header)
+        except GradprobeError:
+            raise  # a file that cannot be written is for the user to see
+        except Exception as error:
+            self._sinks.remove(sink)
+            what = f"{type(sink).__name__} could not start and is left out: {type(error).__name__}: {error}"
+            self.warn(max(self.last_step, 0), what)
+
+    def _hand(self, sink: Sink | FeatureSink, step: int, write: Callable[[Any], None], row: Any) -> None:
+        try:
+            write(row)
+        except Exception as error:  # a display or a logger must not end a training
+            self._failed(sink, step, error)
+
+    def _try(self, sink: Sink, call: Callable[[], T]) -> T | None:
+        try:
+            return call()
+        except GradprobeError:
+            raise
+        except Exception as error:
+            self._failed(sink, max(self.last_step, 0), error)
+            return None
+
+    def _failed(self, sink: Sink | FeatureSink, step: int, error: Exception) -> None:
+        self.warn(step, f"{type(sink).__name__} failed: {type(error).__name__}: {error}")
+
+
+def status_of(losses: Array, gram: Array, reach: Any) -> str:
+    """The status of a row whose passes went through.
+
+    Args:
+        losses: (T,) values.
+        gram: (L, T, T).
+        reach: (L, T) bool.
+    """
+    if not np.isfinite(losses).all():
+        return NONFINITE_LOSS
+    diagonal = np.diagonal(gram, axis1=-2, axis2=-1)
+    return NONFINITE_GRADIENT if np.isnan(diagonal[reach]).any() else MEASURED

@@ -1,0 +1,41 @@
+"""The loss scale of mixed precision: gradients are measured scaled, and stored unscaled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradprobe.measures import Array
+
+
+class LossScale:
+    """What a ``GradScaler`` does to losses; nothing without one.
+
+    Args:
+        scaler: The loop's own. It is asked for its scale and told nothing.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        self._scaler = scaler
+
+    def apply(self, loss: Tensor) -> Tensor:
+        """The loss as its backward is to be made."""
+        if self._scaler is None:
+            return loss
+        scaled: Tensor = self._scaler.scale(loss)
+        return scaled
+
+    def all(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """Several losses, scaled."""
+        return [self.apply(loss) for loss in losses]
+
+    @property
+    def factor(self) -> float:
+        """By what losses are multiplied; right once one was."""
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
+    def off(self, gram: Array) -> Array:
+        """Gramians of scaled gradients as those of unscaled ones."""
+        return gram / self.factor**2
