@@ -96,6 +96,7 @@ def attach(
             products=products,
             provenance={"trainer": "attach", **environment()},
             _caller=caller,
+            _completes=True,
         )
     except BaseException:
         if writer is not None:

@@ -177,3 +177,14 @@ def test_the_wheel_works_outside_the_checkout(wheel, tmp_path):
         env={**os.environ, "PYTHONPATH": str(target)},
     )
     assert version.stdout.strip() == f"gradprobe {gradprobe.__version__}"
+
+
+def test_the_linter_looks_at_every_file():
+    """A pattern that leaves out the links at the top once left out the packages of the same name as well."""
+    shown = subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--show-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    seen = {Path(line).relative_to(ROOT).as_posix() for line in shown.stdout.splitlines() if line.endswith(".py")}
+    ours = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(ours.stdout.split()) <= seen
+    assert not [name for name in seen if name.startswith(("probes/", "trainers/"))]

@@ -142,9 +142,9 @@ def test_the_derived_task_is_the_one_that_cancels_least():
 
 def test_one_explicit_pass_is_saved(monkeypatch):
     case, passes_made = make("mlp"), []
-    real = passes.explicit
+    real = passes.pass_to
     for module in (passes, derived):
-        monkeypatch.setattr(module, "explicit", lambda *a: passes_made.append(1) or real(*a))
+        monkeypatch.setattr(module, "pass_to", lambda *a: passes_made.append(1) or real(*a))
     with GradientProbe(case.model, ("t0", "t1"), every=1) as probe:
         counts = []
         for step in range(4):
@@ -391,7 +391,7 @@ def test_a_failure_in_measuring_is_a_row_with_a_reason_and_no_exception(monkeypa
         probe.backward(case.losses(0))
         opt.step()
         for module in (passes, derived):
-            monkeypatch.setattr(module, "explicit", lambda *_: 1 / 0)
+            monkeypatch.setattr(module, "pass_to", lambda *_: 1 / 0)
         case.model.zero_grad()
         with pytest.warns(RuntimeWarning, match="measuring failed: ZeroDivisionError"):
             probe.backward(case.losses(1))

@@ -211,7 +211,7 @@ def test_what_is_rounded_or_changed_on_the_way_is_never_derived(obstacle, monkey
         case.model.trunk[2].register_full_backward_hook(lambda module, down, up: tuple(map(clamp, down)))
     else:
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    monkeypatch.setattr(derived, "explicit", lambda *_: pytest.fail("derived all the same"))
+    monkeypatch.setattr(derived, "pass_to", lambda *_: pytest.fail("derived all the same"))
     with GradientProbe(case.model, ("t0", "t1"), [sink], every=1) as probe:
         for step in range(3):
             probe.backward(losses(step), {"t0": 1.0, "t1": 0.3})
@@ -273,8 +273,8 @@ def test_many_tasks_with_weights_far_apart_are_derived_in_turn():
 
 def test_passes_are_as_few_as_tasks(monkeypatch):
     made = []
-    real = passes.explicit
-    monkeypatch.setattr(passes, "explicit", lambda *a: made.append(1) or real(*a))
+    real = passes.pass_to
+    monkeypatch.setattr(passes, "pass_to", lambda *a: made.append(1) or real(*a))
     case = make("mlp", tasks=5)
     with GradientProbe(case.model, NAMES[:5], every=1) as probe:
         probe.record(case.losses(0))

@@ -130,10 +130,10 @@ def _plan_to_resume(request: Request) -> Plan:
             raise UsageError(f"--resume {request.resume}: this run is finished; there is nothing to go on with.")
         last = int(run["step"].max(initial=-1))
     state = checkpoint.load(checkpoint.Paths(request.resume).checkpoint)
-    if state["probe"]["clock"]["last_due"] > last:  # of an older run, that this one had only begun to replace
+    if state["probe"]["last_row"] > last:  # of an older run, that this one had only begun to replace
         raise RunFileError(
             f"{request.resume}: ends at step {last}, but its checkpoint belongs to a run that was measured up to step "
-            f"{state['probe']['clock']['last_due']}. There is nothing to go on from; record anew with --overwrite."
+            f"{state['probe']['last_row']}. There is nothing to go on from; record anew with --overwrite."
         )
     values = dict(state["settings"], task_weights=tuple(state["settings"]["task_weights"]))
     return Plan(

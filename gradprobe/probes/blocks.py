@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -62,14 +63,10 @@ def cut(graph: Trace, shared: SharedLayers, count: int = BLOCKS) -> list[Block]:
     uses = _uses(graph, shared)
     bounds = _bounds(graph, shared, uses, count)
     blocks = []
-    for end, first in zip(bounds, bounds[1:], strict=False):
-        used = tuple(
-            i for i, places in uses.items() if any(first <= at < end for at in places)
-        )
+    for end, first in pairwise(bounds):
+        used = tuple(i for i, places in uses.items() if any(first <= at < end for at in places))
         complete = tuple(i for i in used if min(uses[i]) >= first)
-        blocks.append(
-            Block(first, end, used, complete, _leading_out(graph, first, end))
-        )
+        blocks.append(Block(first, end, used, complete, _leading_out(graph, first, end)))
     return blocks
 
 
@@ -96,9 +93,7 @@ def measure_by_blocks(
 class _Walk:
     """One task's way down through the blocks."""
 
-    def __init__(
-        self, loss: Tensor, shared: SharedLayers, position: dict[Node, int]
-    ) -> None:
+    def __init__(self, loss: Tensor, shared: SharedLayers, position: dict[Node, int]) -> None:
         self._parameters, self._position = shared.parameters, position
         self.gradients: dict[int, Tensor] = {}
         """Of the parameters of the present block, and of those that were used and are still to be used again."""
@@ -108,15 +103,9 @@ class _Walk:
 
     def through(self, block: Block) -> None:
         """Take the gradient from the upper edges of a block to its parameters and its lower edges."""
-        starts = {
-            e: self._front.pop(e)
-            for e in list(self._front)
-            if self._position[e[0]] >= block.first
-        }
+        starts = {e: self._front.pop(e) for e in list(self._front) if self._position[e[0]] >= block.first}
         leaves = [i for i in block.leaves if self._parameters[i].requires_grad]
-        targets: list[Any] = [
-            torch.autograd.graph.get_gradient_edge(self._parameters[i]) for i in leaves
-        ]
+        targets: list[Any] = [torch.autograd.graph.get_gradient_edge(self._parameters[i]) for i in leaves]
         targets += [GradientEdge(*edge) for edge in block.out]
         if not starts or not targets:
             return
@@ -132,9 +121,7 @@ class _Walk:
         _gather(self._front, block.out, found[len(leaves) :])
 
 
-def _gather(
-    into: dict[Any, Tensor], keys: Sequence[Any], gradients: Sequence[Tensor | None]
-) -> None:
+def _gather(into: dict[Any, Tensor], keys: Sequence[Any], gradients: Sequence[Tensor | None]) -> None:
     for key, gradient in zip(keys, gradients, strict=False):
         if gradient is not None:
             into[key] = into[key] + gradient if key in into else gradient
@@ -147,10 +134,7 @@ def _stopping_at(nodes: set[Node]) -> Iterator[None]:
     One of them may lie above another, and the gradient on the lower is wanted as it leaves the block, without what
     comes by way of the upper: that part is added when the next block is gone through.
     """
-    handles = [
-        node.register_prehook(lambda gradients: tuple(None for _ in gradients))
-        for node in nodes
-    ]
+    handles = [node.register_prehook(lambda gradients: tuple(None for _ in gradients)) for node in nodes]
     try:
         yield
     finally:
@@ -171,16 +155,14 @@ def _uses(graph: Trace, shared: SharedLayers) -> dict[int, list[int]]:
     return uses
 
 
-def _bounds(
-    graph: Trace, shared: SharedLayers, uses: dict[int, list[int]], count: int
-) -> list[int]:
+def _bounds(graph: Trace, shared: SharedLayers, uses: dict[int, list[int]], count: int) -> list[int]:
     """Places at which blocks end and begin, from the losses down; the first is the end of the graph, the last 0."""
     parameters = shared.parameters
     goal = sum(parameters[i].numel() for i in uses) / count
     width = _width(graph)
     order = sorted(uses, key=lambda i: -min(uses[i]))
     bounds, size = [len(graph.nodes)], 0
-    for this, following in zip(order, order[1:], strict=False):
+    for this, following in pairwise(order):
         size += parameters[this].numel()
         lowest, highest = min(uses[following]) + 1, min(uses[this])
         if size >= goal and lowest <= highest:

@@ -58,11 +58,11 @@ class StepClock:
 
     def state_dict(self) -> dict[str, int]:
         """What :meth:`load_state_dict` needs to go on."""
-        return {"step": self.step, "calls": self._calls, "last_due": self._last_asked}
+        return {"step": self.step, "calls": self._calls, "last_asked": self._last_asked}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where another clock stopped, ahead or behind."""
-        self.step, self._calls, self._last_asked = state["step"], state["calls"], state["last_due"]
+        self.step, self._calls, self._last_asked = state["step"], state["calls"], state["last_asked"]
 
     @property
     def first_open(self) -> int:

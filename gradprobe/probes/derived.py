@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.measures import Array
-from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.ghost import Ghost, OutputGradients
+from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Listener, Meeting, buffers_kept, pass_to
 from gradprobe.probes.trace import Trace
 

@@ -1,9 +1,9 @@
 """Products of gradients without the gradients: for linear and convolutional layers on few samples and positions.
 
-The gradient of such a layer's weight is a sum over samples and positions, g = sum_n d_n a_n^T, of the gradient d_n at
-the layer's output and the (unfolded) input a_n. So <g_i, g_j> = sum_{n,m} (a_n . a_m) (d^i_n . d^j_m): with fewer rows n
-than the weight has rows and columns, cheaper than making the two gradients and multiplying them, and a pass that stops
-at d is cheaper than one that makes g.
+The gradient of such a layer's weight is a sum over samples and positions, g = sum_n d_n a_n^T, of the gradient d_n
+at the layer's output and the (unfolded) input a_n. So <g_i, g_j> = sum_{n,m} (a_n . a_m) (d^i_n . d^j_m): with
+fewer rows n than the weight has rows and columns, cheaper than making the two gradients and multiplying them, and a
+pass that stops at d is cheaper than one that makes g.
 
 Source: Goodfellow, "Efficient per-example gradient computations", 2015, for the identity.
 """
@@ -145,7 +145,7 @@ class OutputGradients:
                 held[task] = gradient
 
     def listening(self, task: int, weights: Array, reached: Sequence[bool]) -> _Joint:
-        """Enter it while the joint backward runs: the gradient of ``task`` is what the joint one has beyond the others'.
+        """Enter it while the joint backward runs: the gradient of ``task`` is what the joint one has beyond the others.
 
         Args:
             task: The one to be derived.

@@ -137,7 +137,7 @@ class Measuring:
         Args:
             losses: Their values are stored.
             weights: (T,).
-            gram: (L, T, T) of the gradients as they were scaled; None: there is no measurement, and ``status`` says why.
+            gram: (L, T, T) of the gradients as they were scaled; None: there is no measurement; ``status`` says why.
             status: Why not, or :data:`MEASURED`.
             watch: Has counted what the row cost so far.
             batch_size: Stored.

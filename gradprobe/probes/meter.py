@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -59,6 +60,21 @@ class Meter:
         self._checked: bool | None = None  # whether what is derived was found equal to what is explicit
         self.shared: SharedLayers | None = None
         self.last_gram: Array | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later meter needs to measure as this one would have, to the last digit."""
+        return {
+            "last_gram": None if self.last_gram is None else self.last_gram.tolist(),
+            "checked": self._checked,
+            "ghosts": (self._ghostly, self._ghosts_checked),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another meter stopped."""
+        gram, ghosts = state["last_gram"], state["ghosts"]
+        self.last_gram = None if gram is None else np.array(gram, dtype=np.float64)
+        self._checked = state["checked"]
+        self._ghostly, self._ghosts_checked = self._ghostly and ghosts[0], ghosts[1]
 
     def find(self, losses: Losses) -> SharedLayers:
         """The shared layers; searched for once, and followed when their parameters are replaced.
@@ -155,6 +171,6 @@ class Meter:
         if len(new):
             layer, task = new[0]
             self._warn(
-                f"task {tasks[task]!r} reaches layer {self.shared.layers[layer].name!r} now but did not when the layers "
-                "were found, at the first measured step; begin recording at a step at which every task has samples"
+                f"task {tasks[task]!r} reaches layer {self.shared.layers[layer].name!r} now but did not when the "
+                "layers were found, at the first measured step; begin recording at one at which every task has samples"
             )

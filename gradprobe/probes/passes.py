@@ -19,26 +19,31 @@ Gradients = list["Tensor | None"]
 """One task's gradient on every shared parameter, in the order of ``SharedLayers.parameters``; None: no path."""
 
 
-def explicit(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Gradients:
-    """One task's own gradient, by a backward pass of its own that touches no ``.grad`` and keeps the graph."""
-    return pass_to(loss, parameters, None, 0)
+def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter], outputs: OutputGradients, task: int) -> Gradients:
+    """One task's own gradient, by a backward pass of its own that touches no ``.grad`` and keeps the graph.
 
-
-def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter], outputs: OutputGradients | None, task: int) -> Gradients:
-    """The same, without the weights for which ``outputs`` takes the gradients at the outputs instead."""
-    skipped = outputs.places if outputs is not None else set()
+    Args:
+        loss: Of the task.
+        parameters: Shared ones.
+        outputs: Takes the gradients at the outputs that stand for some of the weights, which are not made then.
+        task: Its place among the tasks.
+    """
+    skipped = outputs.places
     # One may have been frozen since the layers were found.
     wanted = [i for i, p in enumerate(parameters) if p.requires_grad and i not in skipped]
-    edges = outputs.edges if outputs is not None else []
+    edges = outputs.edges
     result: Gradients = [None] * len(parameters)
     if not wanted and not edges:
         return result
-    targets = [parameters[i] for i in wanted] if not edges else [*map(get_gradient_edge, map(parameters.__getitem__, wanted)), *edges]
+    targets = (
+        [parameters[i] for i in wanted]
+        if not edges
+        else [*map(get_gradient_edge, map(parameters.__getitem__, wanted)), *edges]
+    )
     found = torch.autograd.grad(loss, targets, retain_graph=True, allow_unused=True)
     for index, gradient in zip(wanted, found, strict=False):
         result[index] = gradient
-    if outputs is not None:
-        outputs.add(task, found[len(wanted) :])
+    outputs.add(task, found[len(wanted) :])
     return result
 
 

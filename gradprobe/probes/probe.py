@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -81,6 +80,7 @@ class GradientProbe:
         products: str = "direct",
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
+        _completes: bool = False,
     ) -> None:
         self.tasks = task_names(tasks)
         chosen = level_called(level)
@@ -105,10 +105,11 @@ class GradientProbe:
             clock.follow(optimizer)
         self._model = model
         claim(model, self)
-        # A probe that is lost without being closed still completes its file.
-        self._lost = weakref.finalize(self, _end, clock, report, "not closed")
+        # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
+        self._lost = weakref.finalize(self, _end, clock, report if _completes else None, "not closed")
         self._lost.atexit = False
-        atexit.register(self._lost)  # of its own: h5py must still work then, and what registers last is called first
+        if _completes:  # by a hook of its own: h5py must still work then, and what registers last is called first
+            atexit.register(self._lost)
 
     # ---- in the training loop
 
@@ -216,23 +217,23 @@ class GradientProbe:
         It flushes first: a checkpoint that is ahead of the file would leave a gap in the rows after a kill.
         """
         self.flush()
-        gram = self._measuring.meter.last_gram
+        report = self._measuring.report
         return {
             "clock": self._clock.state_dict(),
+            "meter": self._measuring.meter.state_dict(),
             "epoch": self.epoch,
-            "last_metrics": self._measuring.report.last_metrics,
-            "seconds": time.perf_counter() - self._measuring.report.started,
-            "last_gram": None if gram is None else gram.tolist(),
+            "last_row": report.last_step,
+            "last_metrics": report.last_metrics,
+            "seconds": time.perf_counter() - report.started,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the probe stopped that ``state`` came from; what the file holds beyond that is cut."""
-        self._clock.load_state_dict(state["clock"])
-        self.epoch = state["epoch"]
         report = self._measuring.report
+        self._clock.load_state_dict(state["clock"])
+        self._measuring.meter.load_state_dict(state["meter"])
+        self.epoch = state["epoch"]
         report.started = time.perf_counter() - state["seconds"]
-        gram = state["last_gram"]
-        self._measuring.meter.last_gram = None if gram is None else np.array(gram, dtype=np.float64)
         report.rewind(self._clock.first_open, state["last_metrics"])
 
     # ---- the end
@@ -266,6 +267,7 @@ class GradientProbe:
         return self._measuring.clock
 
 
-def _end(clock: StepClock, report: Reporter, end: str) -> None:
+def _end(clock: StepClock, report: Reporter | None, end: str) -> None:
     clock.close()
-    report.close(end)
+    if report is not None:
+        report.close(end)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -107,12 +108,13 @@ class Reporter:
             GradprobeError: A name or an epoch that a sink refuses.
         """
         for sink in self._sinks:
-            self._try(sink, lambda: sink.write_epoch(epoch, values))
+            self._try(sink, partial(sink.write_epoch, epoch, values))
         self.last_metrics = max(self.last_metrics, epoch)
 
     def flush(self) -> bool:
         """Make all rows so far safe, and say whether they are."""
-        return all([self._try(sink, sink.flush) for sink in self._sinks])  # each is asked, whatever the others say
+        answers = [self._try(sink, sink.flush) for sink in self._sinks]  # each is asked, whatever the others say
+        return all(answers)
 
     def rewind(self, step: int, epoch: int) -> None:
         """The training goes on from ``step``, with metrics up to ``epoch``: sinks that can forget what came after."""
@@ -135,7 +137,7 @@ class Reporter:
         failed: list[GradprobeError] = []
         for sink in self._sinks:
             try:
-                self._try(sink, lambda: sink.close(end))
+                self._try(sink, partial(sink.close, end))
             except GradprobeError as error:
                 failed.append(error)
         if failed:

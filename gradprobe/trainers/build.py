@@ -87,9 +87,7 @@ def build(
         probe=probe,
         train_loader=train_loader,
         val_loader=make_loader(data.val, settings.batch_size, shuffle=False),
-        test_loader=(
-            make_loader(data.test, settings.batch_size, shuffle=False) if data.test is not None else None
-        ),
+        test_loader=(make_loader(data.test, settings.batch_size, shuffle=False) if data.test is not None else None),
         paths=checkpoint.Paths(out),
         watcher=watcher,
     )

@@ -26,8 +26,9 @@ def over_a_divided_batch(patient: Patient) -> Iterator[Finding]:
                 "warning",
                 "batchnorm",
                 shared[0],
-                f"tasks {first!r} and {second!r} use different samples of one batch, which {len(shared)} shared BatchNorm "
-                "layers normalise together: each task's gradient depends on the other's samples, even at weight 0.",
+                f"tasks {first!r} and {second!r} use different samples of one batch, which {len(shared)} shared "
+                "BatchNorm layers normalise together: each task's gradient depends on the other's samples, even at "
+                "weight 0.",
                 "Give each task a forward with a norm of its own, or use GroupNorm or LayerNorm.",
             )
             return

@@ -32,7 +32,7 @@ def sharing_nothing(patient: Patient) -> Iterator[Finding]:
                 "shares_nothing",
                 "",
                 f"task {task!r} shares no parameter of the model with another task, so there is nothing to measure.",
-                "Check that its loss comes from this model's output, and that the trunk is neither frozen nor detached.",
+                "Check that its loss comes from this model's output, and that the trunk is not frozen or detached.",
             )
 
 
@@ -79,8 +79,8 @@ def scaled(patient: Patient) -> Iterator[Finding]:
                     "warning",
                     "batch_scaled",
                     "",
-                    f"the loss of task {task!r} is multiplied by {factor:g}, which is the batch size: its gradient grows "
-                    "with the batch, and its norm cannot be compared between batch sizes or with a mean loss.",
+                    f"the loss of task {task!r} is multiplied by {factor:g}, which is the batch size: its gradient "
+                    "grows with the batch, and its norm cannot be compared between batch sizes or with a mean loss.",
                     "Divide it by the batch size.",
                 )
 

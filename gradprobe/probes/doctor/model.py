@@ -41,13 +41,15 @@ def reentrant_checkpoints(patient: Patient) -> Iterator[Finding]:
     """What a reentrant checkpoint recomputes is not in the graph before the backward runs."""
     count = limits.reentrant_checkpoints(patient.graph)
     if count:
-        hidden = [n for n, p in patient.model.named_parameters() if p.requires_grad and id(p) not in patient.graph.leaves]
+        hidden = [
+            n for n, p in patient.model.named_parameters() if p.requires_grad and id(p) not in patient.graph.leaves
+        ]
         yield Finding(
             "error",
             "reentrant_checkpoint",
             hidden[0].rpartition(".")[0] if hidden else "",
-            f"{count} reentrant activation checkpoints hide {len(hidden)} parameters from autograd.grad; a probe refuses "
-            "such a model.",
+            f"{count} reentrant activation checkpoints hide {len(hidden)} parameters from autograd.grad; a probe "
+            "refuses such a model.",
             "Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False).",
         )
 
@@ -151,7 +153,7 @@ def tied_weights(patient: Patient) -> Iterator[Finding]:
                 "note",
                 "tied",
                 tied[0].rpartition(".")[0],
-                f"{tied[0]} is one parameter with {', '.join(tied[1:])}: its gradient, the sum over all uses, counts in "
-                "the first layer alone.",
+                f"{tied[0]} is one parameter with {', '.join(tied[1:])}: its gradient, the sum over all uses, "
+                "counts in the first layer alone.",
                 "Group the layers with layers={...} if it is to stand elsewhere.",
             )
