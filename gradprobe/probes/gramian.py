@@ -160,7 +160,8 @@ class GramianSum:
         for layer, there, block in self._blocks():
             place = np.ix_(there, there)
             if change is not None:
-                block = change[place] @ block @ change[place].T
+                with np.errstate(invalid="ignore", over="ignore"):  # as above
+                    block = change[place] @ block @ change[place].T
             gram[layer][place] += block
         for layer, there, block in self._final:
             gram[layer][np.ix_(there, there)] += block
