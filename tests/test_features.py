@@ -13,7 +13,7 @@ from torch import nn
 from zoo import ZOO, Collector, Heads
 
 import gradprobe
-from gradprobe import measures
+from gradprobe import measures, plots
 from gradprobe.errors import ProbeError, RunFileError
 from gradprobe.probes import GradientProbe
 from gradprobe.rows import FeatureHeader, FeatureRow, Header
@@ -21,6 +21,7 @@ from gradprobe.runfile import RunWriter
 from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
 from gradprobe.runfile.repair import repair
+from gradprobe.summary import sentences, summarise
 
 detector = _detector
 
@@ -420,6 +421,44 @@ def test_impossible_feature_rows_are_found(tmp_path):
     words = [finding.what for finding in check(path).findings]
     assert "features/step does not increase in 1 rows, first in row 2" in words
     assert "features/cosine is beyond -1 to 1 in 1 rows, first in row 1" in words
+
+
+def test_a_run_of_features_alone_is_told_and_drawn_as_such(tmp_path):
+    case = make("mlp")
+    path = tmp_path / "run.h5"
+    with gradprobe.attach(case.model, ("t0", "t1"), path, level="features") as probe:
+        for step in range(30):
+            probe.backward(case.losses(step))
+    with gradprobe.open_run(path) as run:
+        found = summarise(run)
+        cosine, names = run["features/cosine"], run.feature_names
+        (feature,) = found["features"]
+        assert feature["pairs"]["t0|t1"]["cosine"]["median"] == pytest.approx(float(np.median(cosine)))
+        assert feature["pairs"]["t0|t1"]["cosine"]["rows"] == 30
+        seconds = run["overhead"].sum(dtype=float) + run["features/overhead"].sum(dtype=float)
+        assert found["overhead"]["seconds"] == pytest.approx(seconds)
+        said = " ".join(sentences(run))
+        figure, tables = plots.make(run, "features")
+        assert set(plots.make(run)[1]) == {"losses", "weights", "features"}
+        with pytest.raises(RunFileError, match="level='features', which measures no parameters"):
+            plots.make(run, "norms")
+    assert "tasks t0 and t1, 1 feature, trainer attach" in said
+    assert "do not measure it" in said
+    assert "share no layer" not in said
+    np.testing.assert_array_equal(tables["features"].values["cosine"], cosine[:, 0, 0])
+    (ax,) = figure.axes
+    line = next(line for line in ax.lines if line.get_gid() == f"raw {names[0]}: t0 | t1")
+    np.testing.assert_array_equal(line.get_ydata(), cosine[:, 0, 0])
+
+
+def test_a_run_without_features_lacks_that_figure(tmp_path):
+    case = make("mlp")
+    with gradprobe.attach(case.model, ("t0", "t1"), tmp_path / "run.h5") as probe:
+        probe.backward(case.losses(0))
+    with gradprobe.open_run(tmp_path / "run.h5") as run:
+        assert summarise(run)["features"] == []
+        with pytest.raises(RunFileError, match="no features in this run: it was recorded without level='features'"):
+            plots.make(run, "features")
 
 
 @pytest.mark.parametrize(

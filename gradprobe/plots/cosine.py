@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from gradprobe.plots import series, style
 from gradprobe.plots.table import Table, stack
@@ -21,7 +23,7 @@ def lacks(run: Run) -> str | None:
     if len(run.tasks) < 2:
         return f"no cosines in this run: a cosine needs two tasks, it has {len(run.tasks)} ({held})"
     if not len(run.layers):
-        return f"no cosines in this run: the tasks share no layer ({held})"
+        return f"no cosines in this run: {style.why_no_layers(run)} ({held})"
     if reason := style.no_rows(run):
         return reason
     if not np.isfinite(run["cosine"]).any():
@@ -49,15 +51,20 @@ def draw(run: Run, ax: Axes, pairs: Sequence[int] = (0,)) -> Table:
         spread = series.trace(ax, steps, cosine[:, pair], style.PAIR_COLOURS[place], style.pair_title(run, pair))
         tables.append(series.series_table(run, "pair", run.pairs[pair], "cosine", cosine[:, pair], spread))
     # From all pairs, so that the panels of one run have one scale.
-    extreme = float(np.max(np.abs(cosine[np.isfinite(cosine)]), initial=0.0))
-    limit = next((value for value in LIMITS if extreme <= value), 1.0) * 1.04
-    ax.set_ylim(-limit, limit)
+    bound(ax, cosine)
     series.finish(ax, steps, cosine)
     ax.set_ylabel("cosine")
     style.titled(ax, _title(run, pairs), _note(run, pairs))
     if len(pairs) > 1:
         ax.legend(loc="upper right", ncols=len(pairs), fontsize=7.5, handlelength=1.2, columnspacing=1)
     return stack(tables)
+
+
+def bound(ax: Axes, cosine: NDArray[Any]) -> None:
+    """One of a few scales around 0, so that runs can be compared by eye."""
+    extreme = float(np.max(np.abs(cosine[np.isfinite(cosine)]), initial=0.0))
+    limit = next((value for value in LIMITS if extreme <= value), 1.0) * 1.04
+    ax.set_ylim(-limit, limit)
 
 
 def _title(run: Run, pairs: Sequence[int]) -> str:

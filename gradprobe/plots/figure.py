@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.plots import cosine, heatmap, layers, losses, metrics, norms, overview, series, style, weights
+from gradprobe.plots import cosine, features, heatmap, layers, losses, metrics, norms, overview, series, style, weights
 from gradprobe.plots.table import Table, long_csv, stack
 from gradprobe.runfile import Run, thin
 
@@ -30,7 +30,7 @@ class TaskPanel(Protocol):
         """Draw, and return the numbers drawn."""
 
 
-WHAT = ("overview", "losses", "weights", "norms", "cosine", "heatmap", "layers", "metrics")
+WHAT = ("overview", "losses", "weights", "norms", "cosine", "heatmap", "layers", "features", "metrics")
 FORMATS = ("png", "svg", "pdf")
 
 DPI = 150
@@ -112,13 +112,16 @@ def render(figure: Figure, kind: str) -> bytes:
 def _lacks(run: Run, what: str) -> str | None:
     if what in BY_TASK:
         return BY_TASK[what].lacks(run)
-    return metrics.lacks(run) if what == "metrics" else cosine.lacks(run)
+    lacks = {"metrics": metrics.lacks, "features": features.lacks}.get(what, cosine.lacks)
+    return lacks(run)
 
 
 def _single(run: Run, figure: Figure, what: str) -> Table:
     figure.set_size_inches(11, 6)
     if what in BY_TASK:
         return BY_TASK[what].draw(run, figure.add_subplot())
+    if what == "features":
+        return features.draw(run, figure.add_subplot())
     if what == "metrics":
         count = 2 if all(metrics.groups(run)) else 1
         return metrics.draw(run, list(figure.subplots(1, count, squeeze=False).flat), gap=0.04)

@@ -19,7 +19,7 @@ def lacks(run: Run) -> str | None:
         return reason
     norm = run["shared_grad_norm"]
     if not len(run.layers):
-        return f"no gradient norms in this run: the tasks share no layer ({style.holdings(run)})"
+        return f"no gradient norms in this run: {style.why_no_layers(run)} ({style.holdings(run)})"
     if not np.isfinite(norm).any():
         return f"no row of this run holds a finite gradient norm ({style.holdings(run)}){style.why_not_measured(run)}"
     if not (norm[np.isfinite(norm)] > 0).any():

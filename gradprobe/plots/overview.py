@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.figure import Figure, SubFigure
 
-from gradprobe.plots import cosine, heatmap, layers, losses, metrics, norms, style, weights
+from gradprobe.plots import cosine, features, heatmap, layers, losses, metrics, norms, style, weights
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 
@@ -46,7 +46,10 @@ def _cosine_and_metrics(run: Run, row: SubFigure) -> dict[str, Table]:
     both = metrics.lacks(run) is None and all(metrics.groups(run))
     left, *right = row.subplots(1, 3 if both else 2, width_ratios=(1, 1, 1) if both else (1, 2))
     tables = {}
-    if reason := cosine.lacks(run):
+    reason = cosine.lacks(run)
+    if reason and features.lacks(run) is None:
+        tables["features"] = features.draw(run, left)
+    elif reason:
         style.unavailable(left, "Cosine over all shared layers", reason)
     else:
         tables["cosine"] = cosine.draw(run, left, style.lowest_pairs(run, PAIRS))

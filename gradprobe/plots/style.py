@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullFormatter
 
 from gradprobe.runfile import Run, thin
-from gradprobe.summary import median, not_measured
+from gradprobe.summary import measures_parameters, median, not_measured
 
 # Okabe & Ito's colour-blind-safe palette; its yellow is darkened, as it is hard to see on white.
 TASK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A6A00", "#000000")
@@ -168,6 +168,13 @@ def no_rows(run: Run) -> str | None:
     if not run.complete:
         why = "it is still being written, or was killed, and none has reached the disk"
     return f"no rows in this run: {why} ({holdings(run)})"
+
+
+def why_no_layers(run: Run) -> str:
+    """Why a run has no layers, for a message."""
+    if measures_parameters(run):
+        return "the tasks share no layer"
+    return "it was recorded with level='features', which measures no parameters"
 
 
 def why_not_measured(run: Run) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 LONG = ("panel", "step", "epoch", "layer", "series", "quantity", "value")
-"""Columns of several tables put together; ``series`` is a task, a pair or a metric."""
+"""Columns of several tables put together; ``layer`` may be a feature, ``series`` is a task, a pair or a metric."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def long_csv(tables: Mapping[str, Table]) -> str:
         cells = {name: _cells(values) for name, values in table.index.items()}
         blank = [""] * len(table)
         series = next((v for k, v in cells.items() if k in ("task", "pair", "metric")), blank)
-        fixed = [cells.get(name, blank) for name in ("step", "epoch", "layer")]
+        place = cells.get("layer", cells.get("feature", blank))
+        fixed = [*(cells.get(name, blank) for name in ("step", "epoch")), place]
         for quantity, values in table.values.items():
             rows += zip([panel] * len(table), *fixed, series, [quantity] * len(table), _cells(values), strict=True)
     return _csv(LONG, rows)

@@ -85,7 +85,9 @@ class GradientProbe:
         self.tasks = task_names(tasks)
         chosen = level_called(level)
         clock = StepClock(make_schedule(every, budget, default=chosen.every), None, accumulate)
-        report = Reporter(self.tasks, sinks, provenance)
+        how: dict[str, Any] = {"level": level, "memory": memory, "products": products}
+        how |= {"budget": budget} if budget is not None else {"every": every if every is not None else chosen.every}
+        report = Reporter(self.tasks, sinks, {**(provenance or {}), "probe": how})
 
         def warn(reason: str) -> None:
             report.warn(clock.step, reason)

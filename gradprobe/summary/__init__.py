@@ -2,6 +2,7 @@
 
 from gradprobe.summary.numbers import (
     conflict_rate,
+    measures_parameters,
     median,
     not_measured,
     quantiles,
@@ -14,6 +15,7 @@ from gradprobe.summary.words import CAUTION
 __all__ = [
     "CAUTION",
     "conflict_rate",
+    "measures_parameters",
     "median",
     "not_measured",
     "quantiles",

@@ -105,10 +105,12 @@ def summarise(run: Run) -> dict[str, Any]:
         "rows_dropped": run.rows_dropped,
         "rows_not_measured": not_measured(run),
         "steps": {"first": int(run["step"][0]), "last": int(run["step"][-1])} if len(run) else None,
+        "level": run.provenance.get("probe.level", "parameters"),
         "layers": len(run.layers),
         "parameters": int(run.layer_size.sum()),
         "tasks": _tasks(run, seen, measures.dominance(gram, weight)),
         "pairs": _pairs(seen),
+        "features": _features(seen),
         "interference": _interference(seen, measures.interference(gram, weight)),
         "metrics": _metrics(run),
         "overhead": _overhead(run),
@@ -182,6 +184,39 @@ def _lowest(run: Run, cosines: NDArray[Any]) -> list[dict[str, Any]]:
     ]
 
 
+def measures_parameters(run: Run) -> bool:
+    """Whether gradients on parameters were to be measured, and not at features alone."""
+    return bool(run.provenance.get("probe.level") != "features")
+
+
+def _features(run: Run) -> list[dict[str, Any]]:
+    """Norms and cosines where the tasks part, by feature; empty where they were not measured."""
+    if not run.feature_names:
+        return []
+    size, norm = run["features/feature_size"], median(run["features/grad_norm"])
+    cosine = run["features/cosine"]
+    low, middle, high = quantiles(cosine, (0.25, 0.5, 0.75))
+    return [
+        {
+            "feature": name,
+            "numbers": int(size[f]),
+            "tasks": {task: {"grad_norm": {"median": _number(norm[f, i])}} for i, task in enumerate(run.tasks)},
+            "pairs": {
+                pair: {
+                    "cosine": {
+                        "median": _number(middle[f, i]),
+                        "q25": _number(low[f, i]),
+                        "q75": _number(high[f, i]),
+                        "rows": int(np.isfinite(cosine[:, f, i]).sum()),
+                    }
+                }
+                for i, pair in enumerate(run.pairs)
+            },
+        }
+        for f, name in enumerate(run.feature_names)
+    ]
+
+
 def _interference(run: Run, values: Array) -> list[dict[str, Any]]:
     """The median of w_j G_ij / (w_i G_ii) for every ordered pair: what task j did to task i."""
     middle = median(values)
@@ -214,6 +249,8 @@ def _metrics(run: Run) -> dict[str, Any]:
 
 def _overhead(run: Run) -> dict[str, float | None]:
     seconds = float(np.nansum(run["overhead"], dtype=np.float64))
+    if run.feature_names:
+        seconds += float(np.nansum(run["features/overhead"], dtype=np.float64))
     elapsed = float(np.max(run["time"], initial=0.0))
     return {"seconds": seconds, "share": _number(seconds / elapsed) if elapsed > 0 else None}
 

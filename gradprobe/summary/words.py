@@ -23,10 +23,13 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     if not summary["rows"]:
         return [*said, "No row was recorded, so there is nothing to say about gradients."]
     said += [*_losses_and_weights(summary), *_norms(summary)]
-    if summary["layers"]:
-        gradients = [*_cosines(summary), *_first_order(summary)]
-        said += [*gradients, CAUTION] if gradients else []
-    else:
+    gradients = _at_features(summary)
+    if summary["level"] == "features":
+        gradients.append("Gradients on parameters were not measured (level='features').")
+    elif summary["layers"]:
+        gradients = [*_cosines(summary), *_first_order(summary), *gradients]
+    said += [*gradients, CAUTION] if gradients else []
+    if summary["level"] != "features" and not summary["layers"]:
         said.append("The tasks share no layer, so no cosine between their gradients is defined.")
     return [*said, *_metric_words(summary), *_overhead_words(summary)]
 
@@ -37,10 +40,10 @@ def _what_it_is(summary: dict[str, Any]) -> str:
     if summary["steps"]:
         rows += f" (steps {summary['steps']['first']} to {summary['steps']['last']})"
     trainer = f", trainer {summary['trainer']}" if summary["trainer"] else ""
-    return (
-        f"{summary['file']}: {rows}, tasks {_and(summary['tasks'])}, {summary['layers']} shared layers "
-        f"with {summary['parameters']:,} parameters{trainer}; {state}."
-    )
+    where = f"{_count(summary['layers'], 'shared layer')} with {summary['parameters']:,} parameters"
+    if summary["level"] == "features":
+        where = _count(len(summary["features"]), "feature")
+    return f"{summary['file']}: {rows}, tasks {_and(summary['tasks'])}, {where}{trainer}; {state}."
 
 
 def _gaps(summary: dict[str, Any]) -> list[str]:
@@ -115,6 +118,26 @@ def _cosine(name: str, values: dict[str, Any]) -> str:
         f"{cosine['q25']:+.2f} to {cosine['q75']:+.2f}); {_percent(values['stochastic_conflict_rate'])} of the "
         f"{_count(cosine['rows'], 'measured step')} had it below 0 (the stochastic conflict rate)."
     )
+
+
+def _at_features(summary: dict[str, Any]) -> list[str]:
+    known = [
+        (values["cosine"]["median"], feature["feature"], pair, values["cosine"]["rows"])
+        for feature in summary["features"]
+        for pair, values in feature["pairs"].items()
+        if values["cosine"]["median"] is not None
+    ]
+    if not known:
+        return []
+    text = "; ".join(
+        f"{middle:+.2f} at {name} for {_both(pair)} ({_count(rows, 'step')})"
+        for middle, name, pair, rows in sorted(known)[:PAIRS_IN_WORDS]
+    )
+    lowest = f"the lowest {PAIRS_IN_WORDS} of {len(known)} " if len(known) > PAIRS_IN_WORDS else ""
+    return [
+        f"Where the tasks part, {lowest}median cosines of their gradients at the features: {text}. They bound what the "
+        "parameters' gradients can be, and do not measure it."
+    ]
 
 
 def _first_order(summary: dict[str, Any]) -> list[str]:
