@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradprobe.probes.probe import GradientProbe
+from gradprobe.probes.ranks import replicas
 from gradprobe.probes.registry import make_room
 from gradprobe.provenance import environment
 from gradprobe.runfile import RunWriter
@@ -15,6 +16,7 @@ from gradprobe.runfile import RunWriter
 if TYPE_CHECKING:
     from torch import nn
     from torch.amp import GradScaler
+    from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
     from gradprobe.probes.binding import Groups, Shared
@@ -37,6 +39,7 @@ def attach(
     features: Iterable[str] | None = None,
     memory: str = "normal",
     products: str = "direct",
+    process_group: ProcessGroup | None = None,
     sinks: Sequence[Sink] = (),
     overwrite: bool = False,
     resume: bool = False,
@@ -44,9 +47,9 @@ def attach(
     """Attach a probe to any multitask model.
 
     Args:
-        model, tasks, every, budget, optimizer, scaler, accumulate, shared, layers, level, features, memory, products:
-            See :class:`gradprobe.GradientProbe`.
-        out: The run file; None: rows go to ``sinks`` only.
+        model, tasks, every, budget, optimizer, scaler, accumulate, shared, layers, level, features, memory, products,
+            process_group: See :class:`gradprobe.GradientProbe`.
+        out: The run file; None: rows go to ``sinks`` only. Of several processes the first one writes it.
         sinks: Who gets the rows besides the file.
         overwrite: Replace a run that is there.
         resume: Go on with the run that is there: ``probe.load_state_dict(state)`` before the first step says from
@@ -76,7 +79,10 @@ def attach(
         >>> probe.load_state_dict(torch.load(path)["probe"])  # doctest: +SKIP
     """
     caller = sys._getframe(1)
-    make_room(model, caller)  # before the file is opened, which the old probe of this variable may hold
+    inner, ranks = replicas(model, process_group)
+    if not ranks.first:
+        out, sinks = None, ()
+    make_room(inner, caller)  # before the file is opened, which the old probe of this variable may hold
     writer = RunWriter(out, overwrite=overwrite, resume=resume) if out is not None else None
     try:
         return GradientProbe(
@@ -94,6 +100,7 @@ def attach(
             features=features,
             memory=memory,
             products=products,
+            process_group=process_group,
             provenance={"trainer": "attach", **environment()},
             _caller=caller,
             _completes=True,

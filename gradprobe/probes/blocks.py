@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +26,7 @@ from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import buffers_kept
+from gradprobe.probes.ranks import Alone
 from gradprobe.probes.trace import Node, Trace, is_leaf
 
 Edge = tuple[Node, int]
@@ -76,18 +78,28 @@ def measure_by_blocks(
     losses: Sequence[Tensor],
     graph: Trace,
     count: int = BLOCKS,
+    ranks: Alone | None = None,
 ) -> Array:
     """The Gramians (L, T, T), with no more than T gradients of one block alive."""
+    ranks = ranks or Alone()
     position = {node: at for at, node in enumerate(graph.nodes)}
+    parameters = shared.parameters
     total = GramianSum(shared.layers, len(losses))
     walks = [_Walk(loss, shared, position) for loss in losses]
     with buffers_kept(model):
         for block in cut(graph, shared, count):
-            for walk in walks:
-                walk.through(block)
-            for index in block.complete:
-                total.add(index, [walk.gradients.pop(index, None) for walk in walks])
+            ranks.together(partial(_all_through, walks, block))
+            found = [[walk.gradients.pop(index, None) for index in block.complete] for walk in walks]
+            whole = [ranks.average(gradients, [parameters[i] for i in block.complete]) for gradients in found]
+            del found
+            for place, index in enumerate(block.complete):
+                total.add(index, [gradients[place] for gradients in whole])
     return total.result()
+
+
+def _all_through(walks: Sequence[_Walk], block: Block) -> None:
+    for walk in walks:
+        walk.through(block)
 
 
 class _Walk:

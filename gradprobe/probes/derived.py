@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gradprobe.measures import Array
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.passes import Listener, Meeting, buffers_kept, pass_to
+from gradprobe.probes.passes import Listener, buffers_kept, meeting, pass_to
+from gradprobe.probes.ranks import Alone
 from gradprobe.probes.trace import Trace
 
 _TOLERANCE = {
@@ -39,6 +40,7 @@ class DerivedMeasurement:
         derived: Which task to derive.
         graph: Of the losses; says where the derived task has no path, where a difference would be rounding, not 0.
         ghosts: Weights whose gradients are not made.
+        ranks: The processes whose gradients are averaged.
     """
 
     def __init__(
@@ -50,17 +52,19 @@ class DerivedMeasurement:
         derived: int,
         graph: Trace,
         ghosts: Sequence[Ghost] = (),
+        ranks: Alone | None = None,
     ) -> None:
         self.shared, self._weights, self._derived = shared, weights, derived
         # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
         self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in shared.parameters)
         self._paths = [graph.reaches(derived, p) for p in shared.parameters]
         self._outputs = OutputGradients(ghosts)
+        self._ranks = ranks or Alone()
         with buffers_kept(model):
             others = {
                 t: pass_to(loss, shared.parameters, self._outputs, t) for t, loss in enumerate(losses) if t != derived
             }
-        self._meeting = Meeting(shared, others, derived)
+        self._meeting = meeting(shared, others, derived, self._ranks)
         self.listener = Listener(shared.parameters, self._take, skipped=self._outputs.places)
         """To be entered while the joint backward runs, as is :meth:`at_outputs`."""
 
@@ -74,15 +78,18 @@ class DerivedMeasurement:
         That is when it is not finite (the task's own gradient, or only another's, which an explicit pass must
         tell apart) or the small remainder of large terms.
         """
-        if self.listener.failure is not None:
-            raise self.listener.failure
-        for place, tasks, products in self._outputs.products():
-            self._meeting.sum.add_products(place, tasks, products)
+        self._ranks.together(self._complete)
         gram = self._meeting.end(self._difference() if self._by_products else None)
         own = gram[:, self._derived, self._derived][self._meeting.sum.present[:, self._derived]]
         if not np.isfinite(own).all():
             return None
         return gram if cancellation(gram, self._weights)[self._derived] <= largest_cancellation(self.shared) else None
+
+    def _complete(self) -> None:
+        if self.listener.failure is not None:
+            raise self.listener.failure
+        for place, tasks, products in self._outputs.products():
+            self._meeting.sum.add_products(place, tasks, products)
 
     def _take(self, index: int, joint: Tensor) -> None:
         if not self._paths[index]:

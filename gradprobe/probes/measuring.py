@@ -22,6 +22,7 @@ from gradprobe.probes.features import Feature, JointFeatures
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import Level
 from gradprobe.probes.meter import Meter
+from gradprobe.probes.ranks import Alone
 from gradprobe.probes.report import Reporter, status_of
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.stopwatch import Stopwatch
@@ -48,6 +49,7 @@ class Measuring:
     Attributes:
         tasks: (T,) names, in the order of every array.
         optimizer: Whose learning rate the rows carry.
+        ranks: The processes that train together.
         epoch: Of the rows to come.
     """
 
@@ -59,6 +61,7 @@ class Measuring:
     features: FeatureMeter
     scale: LossScale
     optimizer: Optimizer | None
+    ranks: Alone
     epoch: int = 0
 
     def due(self) -> Due:
@@ -76,7 +79,7 @@ class Measuring:
                 plan, status = self._guarded(lambda: self.meter.begin(self.find(losses), scaled, weights))
         if due.features:
             with feature_watch.running():
-                entering, _ = self._guarded(
+                entering, _ = self._guarded_together(
                     lambda: JointFeatures(self._find_features(losses), weights * self.scale.factor)
                 )
         derived = plan if isinstance(plan, DerivedMeasurement) else None
@@ -95,11 +98,11 @@ class Measuring:
         if entering is not None:
             feature_watch.seconds += entering.seconds
             with feature_watch.running():
-                gram, _ = self._guarded(entering.result)
+                gram, _ = self._guarded_together(entering.result)
             self._emit_features(entering.features, gram, feature_watch)
         if due.rows:
             gram = plan if isinstance(plan, np.ndarray) else None
-            self.emit(losses, weights, gram, status, watch, batch_size)
+            self._emit(losses, weights, gram, status, watch, batch_size)
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
 
     def record(self, losses: Losses, weights: Array, due: Due, batch_size: int) -> None:
@@ -108,20 +111,21 @@ class Measuring:
         scaled = self.scale.all(self._ordered(losses))
         if due.features:
             with feature_watch.running():
-                features, _ = self._guarded(lambda: self._find_features(losses))
+                features, _ = self._guarded_together(lambda: self._find_features(losses))
                 factors = np.full(len(self.tasks), self.scale.factor)
-                gram, _ = self._guarded(lambda: self.features.explicit(features or [], scaled, factors))
+                gram, _ = self._guarded_together(lambda: self.features.explicit(features or [], scaled, factors))
             self._emit_features(features or [], gram, feature_watch)
         if due.rows:
             with watch.running():
                 gram, status = self._guarded(lambda: self.meter.explicit(self.find(losses), scaled))
-            self.emit(losses, weights, gram, status, watch, batch_size)
+            self._emit(losses, weights, gram, status, watch, batch_size)
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
 
     def note(self, losses: Losses, weights: Array, status: str, batch_size: int) -> None:
         """A row without a measurement."""
         self._guarded(lambda: self.find(losses))
-        self.emit(losses, weights, None, status, Stopwatch(_device(losses)), batch_size)
+        values = self._values(losses)
+        self._hand_on(values, weights, None, status, Stopwatch(_device(losses)), batch_size)
 
     def find(self, losses: Losses) -> SharedLayers:
         """The shared layers, announced to the sinks when they are first found."""
@@ -129,13 +133,23 @@ class Measuring:
         self.report.start(shared)
         return shared
 
-    def emit(
+    def _emit(
         self, losses: Losses, weights: Array, gram: Array | None, status: str, watch: Stopwatch, batch_size: int
+    ) -> None:
+        """Hand on the row of all processes: the mean of their losses, and all their samples."""
+        *values, size = self.ranks.mean(np.array([*self._values(losses), batch_size]))
+        self._hand_on(np.array(values), weights, gram, status, watch, round(size * self.ranks.size))
+
+    def _values(self, losses: Losses) -> Array:
+        return np.array([float(losses[t].detach()) for t in self.tasks])
+
+    def _hand_on(
+        self, values: Array, weights: Array, gram: Array | None, status: str, watch: Stopwatch, batch_size: int
     ) -> None:
         """Hand one row on.
 
         Args:
-            losses: Their values are stored.
+            values: (T,) of the losses.
             weights: (T,).
             gram: (L, T, T) of the gradients as they were scaled; None: there is no measurement; ``status`` says why.
             status: Why not, or :data:`MEASURED`.
@@ -146,7 +160,6 @@ class Measuring:
         if header is None:
             return  # not even the layers could be found; the warning is out
         with watch.running():
-            values = np.array([float(losses[t].detach()) for t in self.tasks])
             if gram is None:
                 gram = np.full((len(header.layers), len(self.tasks), len(self.tasks)), np.nan)
             elif status == MEASURED:
@@ -170,7 +183,8 @@ class Measuring:
 
     def _emit_features(self, features: Sequence[Feature], gram: Array | None, watch: Stopwatch) -> None:
         if gram is not None and self.features.names:
-            gram = self.features.arranged(features, gram)
+            # The gradient of a mean over processes, at features that each process has for itself.
+            gram = self.ranks.mean(self.features.arranged(features, gram)) / self.ranks.size
             self.report.features(FeatureRow(self.clock.step, self.epoch, self._now(), gram, overhead=watch.seconds))
 
     def _find_features(self, losses: Losses) -> list[Feature]:
@@ -185,6 +199,9 @@ class Measuring:
 
     def _guarded(self, measure: Callable[[], T]) -> tuple[T | None, str]:
         return self.report.guarded(self.clock.step, measure)
+
+    def _guarded_together(self, measure: Callable[[], T]) -> tuple[T | None, str]:
+        return self._guarded(lambda: self.ranks.together(measure))
 
     def _now(self) -> float:
         return time.perf_counter() - self.report.started

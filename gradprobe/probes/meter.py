@@ -24,6 +24,7 @@ from gradprobe.probes.ghost import find_ghosts
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.limits import refuse
 from gradprobe.probes.passes import measure_explicitly
+from gradprobe.probes.ranks import Alone
 from gradprobe.probes.trace import trace
 
 MEMORY = ("normal", "low")
@@ -39,6 +40,7 @@ class Meter:
         memory: "normal", or "low": block by block, see :mod:`gradprobe.probes.blocks`.
         products: "direct", or "ghost": some weights' without their gradients, see :mod:`gradprobe.probes.ghost`.
         warn: Is told what the user should know.
+        ranks: The processes whose gradients are averaged.
 
     Attributes:
         shared: None before the first measurement.
@@ -46,7 +48,13 @@ class Meter:
     """
 
     def __init__(
-        self, model: nn.Module, selection: Selection, memory: str, products: str, warn: Callable[[str], None]
+        self,
+        model: nn.Module,
+        selection: Selection,
+        memory: str,
+        products: str,
+        warn: Callable[[str], None],
+        ranks: Alone | None = None,
     ) -> None:
         if memory not in MEMORY:
             raise ProbeError(f"memory={memory!r}: there are {' and '.join(map(repr, MEMORY))}.")
@@ -54,6 +62,9 @@ class Meter:
             raise ProbeError(f"products={products!r}: there are {' and '.join(map(repr, PRODUCTS))}.")
         if (memory, products) == ("low", "ghost"):
             raise ProbeError("memory='low' and products='ghost' exclude each other: blocks make every gradient.")
+        self._ranks = ranks or Alone()
+        if products == "ghost" and self._ranks.size > 1:
+            raise ProbeError("products='ghost' under data parallelism: averages need every gradient; leave it out.")
         self._model, self._selection, self._memory, self._warn = model, selection, memory, warn
         self._ghostly, self._ghosts_checked = products == "ghost", False
         self._binding: Binding | None = None
@@ -88,6 +99,7 @@ class Meter:
         if self.shared is None or self._binding is None:
             refuse(self._model, list(losses.values()))
             self.shared = self._selection.find(losses)
+            self._ranks.check_same(self.shared)
             self._binding = Binding(self._model, self.shared)
             return self.shared
         replaced = self._binding.replaced(self.shared)
@@ -109,9 +121,9 @@ class Meter:
         if not shared.layers:
             return np.zeros((0, len(losses), len(losses)))
         if self._memory == "low":
-            return measure_by_blocks(self._model, shared, losses, trace(losses))
+            return measure_by_blocks(self._model, shared, losses, trace(losses), ranks=self._ranks)
         if not self._ghostly:
-            return measure_explicitly(self._model, shared, losses)
+            return measure_explicitly(self._model, shared, losses, ranks=self._ranks)
         gram = measure_explicitly(self._model, shared, losses, find_ghosts(trace(losses), shared))
         return gram if self._ghosts_checked else self._check_ghosts(gram, shared, losses)
 
@@ -129,10 +141,11 @@ class Meter:
         if derived is None:
             return self.explicit(shared, losses)
         graph = trace(losses)
-        if not may_be_derived(self._model, shared, graph):
+        if not self._ranks.all(may_be_derived(self._model, shared, graph)):
             return self.explicit(shared, losses)
         ghosts = find_ghosts(graph, shared) if self._ghostly else []
-        return DerivedMeasurement(self._model, shared, losses, weights, derived, graph, ghosts)
+        model, ranks = self._model, self._ranks
+        return ranks.together(lambda: DerivedMeasurement(model, shared, losses, weights, derived, graph, ghosts, ranks))
 
     def finish(self, measurement: DerivedMeasurement, losses: Sequence[Tensor]) -> Array:
         """The Gramians once the joint backward has run, and kept the graph for a second look."""

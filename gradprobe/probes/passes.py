@@ -14,6 +14,7 @@ from gradprobe.measures import Array
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.ranks import Alone
 
 Gradients = list["Tensor | None"]
 """One task's gradient on every shared parameter, in the order of ``SharedLayers.parameters``; None: no path."""
@@ -150,25 +151,73 @@ class Meeting:
         for gradients in self.others.values():
             gradients[index] = None
 
-    def end(self, change: Array | None = None) -> Array:
-        """Nothing more will come: the Gramians (L, T, T), of ``change @ gradients`` where that is given."""
+    def complete(self) -> None:
+        """Nothing more will come from this process's passes."""
         for index in sorted(self._missing):
             self.add(index, None)
+
+    def end(self, change: Array | None = None) -> Array:
+        """Nothing more will come: the Gramians (L, T, T), of ``change @ gradients`` where that is given."""
+        self.complete()
         return self.sum.result(change)
 
 
+class MeetingOfRanks(Meeting):
+    """The same for several processes: all gradients are kept, averaged over the processes, and then multiplied.
+
+    So T copies of the shared parameters are alive at the end, and two of one task's.
+    """
+
+    def __init__(self, shared: SharedLayers, others: dict[int, Gradients], last: int, ranks: Alone) -> None:
+        super().__init__(shared, others, last)
+        self._ranks, self._parameters = ranks, shared.parameters
+        self._last: Gradients = [None] * len(shared.parameters)
+
+    def add(self, index: int, gradient: Tensor | None) -> None:
+        """The last task's gradient on one parameter has come, of this process alone."""
+        # A copy: the backward may put it into .grad, where it is averaged in place.
+        self._last[index] = gradient.clone() if gradient is not None else None
+        self._missing.discard(index)
+
+    def end(self, change: Array | None = None) -> Array:
+        """See :class:`Meeting`. Every process must get here, and gets the same."""
+        tasks = [self.others[t] if t != self.last else self._last for t in range(len(self.others) + 1)]
+        for gradients in tasks:
+            gradients[:] = self._ranks.average(gradients, self._parameters)
+        for index in range(len(self._last)):
+            self.sum.add(index, [gradients[index] for gradients in tasks])
+        return self.sum.result(change)
+
+
+def meeting(shared: SharedLayers, others: dict[int, Gradients], last: int, ranks: Alone) -> Meeting:
+    """The one that fits the number of processes."""
+    return Meeting(shared, others, last) if ranks.size == 1 else MeetingOfRanks(shared, others, last, ranks)
+
+
 def measure_explicitly(
-    model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor], ghosts: Sequence[Ghost] = ()
+    model: nn.Module,
+    shared: SharedLayers,
+    losses: Sequence[Tensor],
+    ghosts: Sequence[Ghost] = (),
+    ranks: Alone | None = None,
 ) -> Array:
     """The Gramians (L, T, T) by one explicit pass per task; some weights' by their ghosts."""
+    ranks = ranks or Alone()
+    return ranks.together(lambda: _passes(model, shared, losses, ghosts, ranks)).end()
+
+
+def _passes(
+    model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor], ghosts: Sequence[Ghost], ranks: Alone
+) -> Meeting:
     parameters, last = shared.parameters, len(losses) - 1
     outputs = OutputGradients(ghosts)
     with buffers_kept(model):
-        meeting = Meeting(shared, {t: pass_to(losses[t], parameters, outputs, t) for t in range(last)}, last)
-        with Listener(parameters, meeting.add, skipped=outputs.places, hollow=True) as listener:
+        others = {t: pass_to(losses[t], parameters, outputs, t) for t in range(last)}
+        met = meeting(shared, others, last, ranks)
+        with Listener(parameters, met.add, skipped=outputs.places, hollow=True) as listener:
             pass_to(losses[last], parameters, outputs, last)
         if listener.failure is not None:
             raise listener.failure
         for place, tasks, products in outputs.products():
-            meeting.sum.add_products(place, tasks, products)
-    return meeting.end()
+            met.sum.add_products(place, tasks, products)
+    return met

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
@@ -23,10 +24,11 @@ from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import level_called
 from gradprobe.probes.measuring import Measuring
 from gradprobe.probes.meter import Meter
+from gradprobe.probes.ranks import replicas
 from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
 from gradprobe.probes.scaling import LossScale
-from gradprobe.probes.schedule import make_schedule
+from gradprobe.probes.schedule import Led, make_schedule
 from gradprobe.rows import Header, Provenance, Sink
 
 
@@ -54,6 +56,9 @@ class GradientProbe:
         memory: "normal": at most T - 1 copies of the shared parameters, one pass saved; or "low": block by block.
         products: "direct": of the gradients; "ghost": those of weights on few samples and positions without making
             their gradients, see :mod:`gradprobe.probes.ghost`: cheaper, and as exact as float32 products.
+        process_group: Of a data-parallel training that averages gradients over it; found by itself where ``model`` is
+            DDP. The gradients that are measured are averaged likewise, losses too; ``batch_size`` is summed up. Every
+            process calls its probe at every step, and the sinks of the first one get the rows.
         provenance: Stored in the header.
 
     Raises:
@@ -78,16 +83,21 @@ class GradientProbe:
         features: Iterable[str] | None = None,
         memory: str = "normal",
         products: str = "direct",
+        process_group: ProcessGroup | None = None,
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
         _completes: bool = False,
     ) -> None:
         self.tasks = task_names(tasks)
         chosen = level_called(level)
-        clock = StepClock(make_schedule(every, budget, default=chosen.every), None, accumulate)
+        model, ranks = replicas(model, process_group)
+        schedule = make_schedule(every, budget, default=chosen.every)
+        if budget is not None and ranks.size > 1:
+            schedule = Led(schedule, ranks.first_says)
+        clock = StepClock(schedule, None, accumulate)
         how: dict[str, Any] = {"level": level, "memory": memory, "products": products}
         how |= {"budget": budget} if budget is not None else {"every": every if every is not None else chosen.every}
-        report = Reporter(self.tasks, sinks, {**(provenance or {}), "probe": how})
+        report = Reporter(self.tasks, sinks if ranks.first else (), {**(provenance or {}), "probe": how})
 
         def warn(reason: str) -> None:
             report.warn(clock.step, reason)
@@ -97,10 +107,13 @@ class GradientProbe:
             level=chosen,
             clock=clock,
             report=report,
-            meter=Meter(model, Selection(model, shared, layers, nothing=not chosen.parameters), memory, products, warn),
+            meter=Meter(
+                model, Selection(model, shared, layers, nothing=not chosen.parameters), memory, products, warn, ranks
+            ),
             features=FeatureMeter(model, features, warn),
             scale=LossScale(scaler),
             optimizer=optimizer,
+            ranks=ranks,
         )
         make_room(model, _caller or sys._getframe(1))  # the last that can raise: what failed left nothing attached
         if optimizer is not None:

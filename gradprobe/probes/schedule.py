@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from statistics import median
 from typing import Protocol
 
@@ -88,6 +89,25 @@ class Budget:
             self._steps.append(bare)
             self._balance += self._rate * bare
         self._last, self._in_step = now, 0.0
+
+
+class Led:
+    """A schedule by time, of which the first process's counts for all."""
+
+    def __init__(self, own: Schedule, first_says: Callable[[bool], bool]) -> None:
+        self._own, self._first_says = own, first_says
+
+    def due(self, step: int) -> bool:
+        """Whether the first process's says so. Every process must ask."""
+        return self._first_says(self._own.due(step))
+
+    def spent(self, seconds: float) -> None:
+        """Of this process."""
+        self._own.spent(seconds)
+
+    def passed(self, now: float) -> None:
+        """Of this process."""
+        self._own.passed(now)
 
 
 def make_schedule(every: int | None, budget: float | None, *, default: int = 10) -> Schedule:

@@ -95,8 +95,9 @@ def data_parallel(patient: Patient) -> Iterator[Finding]:
             "note",
             "data_parallel",
             name,
-            "is DDP: the gradients measured are this process's own, before they are averaged over the processes.",
-            "Attach the probe to the module inside (model.module), so that layers have their undivided names.",
+            "is DDP: a probe attached to it measures the average over its processes, and one attached to "
+            "the module inside measures this process's own gradients.",
+            "Attach the probe to the DDP model in every process; the first one writes.",
         )
 
 

@@ -1,0 +1,159 @@
+"""The processes of one data-parallel training, whose task gradients are averaged before they are multiplied.
+
+The cosine of the averaged gradients is not the mean of the processes' cosines, nor its norm that of their norms. So
+every process makes its own task gradients, those are averaged as the training averages the joint one, and each process
+multiplies the same averages: all of them know the same Gramians, and decide alike what to measure next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gradprobe.errors import ProbeError
+from gradprobe.measures import Array
+from gradprobe.probes.graph import SharedLayers
+
+T = TypeVar("T")
+
+
+class Alone:
+    """A single process: nothing to average, nobody to wait for."""
+
+    size = 1
+    first = True
+    """Whether this is the process that hands rows to the sinks."""
+
+    def together(self, part: Callable[[], T]) -> T:
+        """Do this process's part; if it fails anywhere it fails everywhere, so that nobody waits for the others."""
+        return part()
+
+    def all(self, flag: bool) -> bool:
+        """Whether it holds in every process."""
+        return flag
+
+    def first_says(self, flag: bool) -> bool:
+        """What the first process says."""
+        return flag
+
+    def average(self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """One task's gradients on some parameters: the mean over the processes, number by number.
+
+        None counts as zero, and stays None where all have None.
+        """
+        return list(gradients)
+
+    def mean(self, values: Array) -> Array:
+        """The mean over the processes of some numbers; NaN where one has NaN."""
+        return values
+
+    def check_same(self, shared: SharedLayers) -> None:
+        """Make sure that all processes found the same layers."""
+
+
+class Ranks(Alone):
+    """Several processes with a copy of the model each.
+
+    Args:
+        group: Theirs.
+        device: Where gradients are: that of the model's parameters.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self.size = dist.get_world_size(group)
+        self.first = dist.get_rank(group) == 0
+
+    def together(self, part: Callable[[], T]) -> T:
+        """See :class:`Alone`.
+
+        Raises:
+            RuntimeError: It failed in another process.
+        """
+        failure: Exception | None = None
+        try:
+            result = part()
+        except Exception as error:
+            failure = error
+        if self.all(failure is None):
+            return result
+        raise failure or RuntimeError("failed in another process")
+
+    def all(self, flag: bool) -> bool:
+        """See :class:`Alone`."""
+        return bool(self._reduced(torch.tensor([float(flag)]), dist.ReduceOp.MIN))
+
+    def first_says(self, flag: bool) -> bool:
+        """See :class:`Alone`."""
+        return bool(self._reduced(torch.tensor([float(flag and self.first)]), dist.ReduceOp.MAX))
+
+    def average(self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """See :class:`Alone`; in one message for each type of number. What comes back is flat."""
+        there = self._reduced(torch.tensor([float(g is not None) for g in gradients]), dist.ReduceOp.MAX).tolist()
+        result: list[Tensor | None] = [None] * len(gradients)
+        for kind in sorted({p.dtype for p in parameters}, key=str):
+            places = [i for i, p in enumerate(parameters) if p.dtype == kind and there[i]]
+            if not places:
+                continue
+            flat = torch.cat([_flat(gradients[i], parameters[i]) for i in places])
+            dist.all_reduce(torch.view_as_real(flat) if flat.is_complex() else flat, group=self._group)
+            sizes = [parameters[i].numel() for i in places]
+            for place, part in zip(places, flat.div_(self.size).split(sizes), strict=True):
+                result[place] = part
+        return result
+
+    def mean(self, values: Array) -> Array:
+        """See :class:`Alone`."""
+        total = self._reduced(torch.from_numpy(np.array(values, dtype=np.float64)), dist.ReduceOp.SUM)
+        return total.cpu().numpy() / self.size
+
+    def check_same(self, shared: SharedLayers) -> None:
+        """See :class:`Alone`.
+
+        Raises:
+            ProbeError: They differ; names the first difference.
+        """
+        own = [(layer.name, layer.size, reach) for layer, reach in zip(shared.layers, shared.reach, strict=True)]
+        found: list[list[tuple[str, int, tuple[bool, ...]]]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(found, own, group=self._group)
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                wrong = next((b for a, b in zip(found[0], other, strict=False) if a != b), "fewer or more layers")
+                raise ProbeError(
+                    f"the processes share different layers: process {rank} has {wrong}, process 0 has not. Begin "
+                    "recording at a step at which every task has samples in every process."
+                )
+
+    def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
+        values = values.to(self._device)
+        dist.all_reduce(values, how, group=self._group)
+        return values
+
+
+def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(parameter).detach().reshape(-1)
+    dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
+    return dense.detach().resolve_conj().reshape(-1)
+
+
+def replicas(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[nn.Module, Alone]:
+    """The model inside, whose layers have their own names, and the processes that train it.
+
+    Args:
+        model: DDP, or any module.
+        group: Of a training that averages gradients by itself; None: that of DDP, or this process alone.
+    """
+    if isinstance(model, DistributedDataParallel):
+        group = group if group is not None else model.process_group
+        model = model.module
+    if group is None or dist.get_world_size(group) == 1:
+        return model, Alone()
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return model, Ranks(group, device)

@@ -1,0 +1,125 @@
+"""Several processes with a batch each are measured as one process with all of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import two_ranks
+from two_ranks import BATCH, STEPS, TASKS, WAYS
+
+import gradprobe
+from gradprobe import measures
+from gradprobe.errors import ProbeError
+from gradprobe.probes import GradientProbe
+from gradprobe.probes.ranks import Alone, Ranks
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-5}  # the file keeps float32
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    program = Path(two_ranks.__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(program.parents[1]), str(program.parent)])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, program, folder, str(rank)], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def gramians(path):
+    with gradprobe.open_run(path) as run:
+        return run.gram(), {name: run[name] for name in ("loss", "batch_size", "status", "step")}, run.layers
+
+
+@DTYPES
+@pytest.mark.parametrize("way", list(WAYS))
+def test_two_processes_record_what_one_does_with_all_samples(way, dtype, folder, tmp_path):
+    two_ranks.recorded(two_ranks.make(dtype), tmp_path / "one.h5", lambda x: x, way, dtype)
+    one, two = gramians(tmp_path / "one.h5"), gramians(folder / f"{way}-{dtype}.h5")
+    assert one[2] == two[2] == ("first", "norm", "second")
+    bound = np.sqrt(np.einsum("nlii,nljj->nlij", one[0], one[0]))
+    np.testing.assert_array_equal(np.isnan(one[0]), np.isnan(two[0]))
+    assert np.nanmax(np.abs(two[0] - one[0]) / bound) < TOLERANCE[dtype]
+    np.testing.assert_allclose(two[1]["loss"], one[1]["loss"], rtol=TOLERANCE[dtype])
+    assert two[1]["batch_size"].tolist() == [BATCH] * STEPS
+    assert two[1]["status"].tolist() == [0] * STEPS
+
+
+@DTYPES
+def test_features_of_two_processes_are_those_of_one(dtype, folder, tmp_path):
+    two_ranks.recorded(two_ranks.make(dtype), tmp_path / "one.h5", lambda x: x, "both", dtype)
+    with gradprobe.open_run(tmp_path / "one.h5") as one, gradprobe.open_run(folder / f"both-{dtype}.h5") as two:
+        assert one.feature_names == two.feature_names
+        grams = [measures.from_norms(r["features/grad_norm"], r["features/cosine"]) for r in (one, two)]
+    assert np.isfinite(grams[0][:, :, :2, :2]).any()
+    np.testing.assert_array_equal(np.isnan(grams[0]), np.isnan(grams[1]))
+    bound = np.sqrt(np.einsum("nfii,nfjj->nfij", grams[0], grams[0]))
+    assert np.nanmax(np.abs(grams[1] - grams[0]) / bound) < 2e-5
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_a_training_of_two_processes_ends_in_every_bit_as_one_without_a_probe(way, results):
+    for rank in range(2):
+        for name, bare in results[rank]["bare"].items():
+            assert torch.equal(results[rank][way, torch.float32][name], bare), name
+
+
+def test_the_first_process_alone_writes(results):
+    assert [results[0]["sink", way, torch.float32] for way in WAYS] == [STEPS] * len(WAYS)
+    assert [results[1]["sink", way, torch.float32] for way in WAYS] == [0] * len(WAYS)
+
+
+def test_what_fails_in_one_process_is_missing_in_all_and_ends_nothing(folder, results):
+    with gradprobe.open_run(folder / "failing.h5") as run:
+        said = [run.status_names[code] for code in run["status"]]
+        assert [i for i, words in enumerate(said) if words != "measured"] == [3, 4]
+        assert "failed in another process" in said[3]
+        assert np.isfinite(run["cosine"][5, 0]).any()
+    for one, other in zip(results[0]["failing"], results[1]["failing"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_first_process_decides_which_steps_a_budget_allows(results):
+    assert results[0]["budget"] == results[1]["budget"]
+    assert 2 <= len(results[0]["budget"]) < 60
+
+
+def test_processes_that_share_different_layers_are_told(results):
+    for rank in range(2):
+        assert "the processes share different layers: process 1 has" in results[rank]["different"]
+        assert "Begin recording at a step at which every task has samples" in results[rank]["different"]
+
+
+def test_products_without_gradients_cannot_be_averaged(monkeypatch):
+    monkeypatch.setattr("gradprobe.probes.probe.replicas", lambda model, group: (model, TwoInName()))
+    with pytest.raises(ProbeError, match="products='ghost' under data parallelism"):
+        GradientProbe(two_ranks.make(torch.float32), TASKS, products="ghost")
+
+
+class TwoInName(Alone):
+    size = 2
+
+
+def test_one_process_has_the_methods_of_many():
+    assert {n for n in vars(Ranks) if not n.startswith("_")} <= set(dir(Alone))

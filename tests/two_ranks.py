@@ -1,0 +1,156 @@
+"""What test_probes_ranks.py has two processes do: one scenario after the other, results into a folder.
+
+python tests/two_ranks.py FOLDER RANK
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from zoo import Collector
+
+import gradprobe
+from gradprobe.errors import GradprobeError
+from gradprobe.probes import ranks
+
+TASKS = ("a", "b", "c")
+STEPS, BATCH = 6, 12
+WEIGHTS = {"a": 1.0, "b": 0.3, "c": 2.0}
+
+WAYS = {
+    "backward": {},
+    "record": {},
+    "low": {"memory": "low"},
+    "both": {"level": "both"},
+}
+
+
+class Net(nn.Module):
+    """c leaves the trunk after its first layer."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16, dtype=dtype), nn.Linear(16, 8, dtype=dtype)
+        self.norm = nn.LayerNorm(16, dtype=dtype)
+        self.heads = nn.ModuleList([nn.Linear(8, 1, dtype=dtype), nn.Linear(8, 1, dtype=dtype)])
+        self.early = nn.Linear(16, 1, dtype=dtype)
+
+    def forward(self, x):
+        one = self.norm(self.first(x).tanh())
+        two = self.second(one).tanh()
+        return self.heads[0](two), self.heads[1](two), self.early(one)
+
+
+def batch(step, dtype):
+    return torch.randn(BATCH, 6, dtype=dtype, generator=torch.Generator().manual_seed(step))
+
+
+def losses(model, x):
+    a, b, c = model(x)
+    return {"a": (a - x[:, :1]).square().mean(), "b": (b + x[:, 1:2]).square().mean(), "c": c.cosh().mean()}
+
+
+def make(dtype, seed=0):
+    torch.manual_seed(seed)
+    return Net(dtype)
+
+
+def train(model, share, way, dtype, probe=None):
+    """``share`` picks this process's samples of each batch."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for step in range(STEPS):
+        x = share(batch(step, dtype))
+        found = losses(model, x)
+        if probe is None:
+            sum(WEIGHTS[t] * found[t] for t in TASKS).backward()
+        elif way == "record":
+            probe.record(found, WEIGHTS, batch_size=len(x))
+            sum(WEIGHTS[t] * found[t] for t in TASKS).backward()
+        else:
+            probe.backward(found, WEIGHTS, batch_size=len(x))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def recorded(model, path, share, way, dtype, sinks=()):
+    with gradprobe.attach(model, TASKS, path, every=1, sinks=sinks, **WAYS[way]) as probe:
+        return train(model, share, way, dtype, probe)
+
+
+def main(folder, rank):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+
+    def mine(x):
+        return x.chunk(2)[rank]
+
+    out = {}
+    for dtype in (torch.float64, torch.float32):
+        for way in WAYS:
+            model, sink = DistributedDataParallel(make(dtype)), Collector()
+            out[way, dtype] = recorded(model, folder / f"{way}-{dtype}.h5", mine, way, dtype, [sink])
+            out["sink", way, dtype] = len(sink.rows)
+    out["bare"] = train(DistributedDataParallel(make(torch.float32)), mine, "backward", torch.float32)
+    out["failing"] = failing(folder, rank, mine)
+    out["budget"] = budgeted(rank, mine)
+    out["different"] = different(rank)
+    torch.save(out, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def failing(folder, rank, mine):
+    """Measuring fails in the second process alone, in the passes and then in the hooks of the joint backward."""
+    from gradprobe.probes import derived, passes
+
+    model = DistributedDataParallel(make(torch.float32))
+    rows = []
+    with warnings.catch_warnings(record=True), gradprobe.attach(model, TASKS, folder / "failing.h5", every=1) as probe:
+        for step in range(STEPS):
+            real = derived.pass_to, passes.MeetingOfRanks.add
+            if rank == 1 and step == 3:
+                derived.pass_to = lambda *_: 1 / 0
+            if rank == 1 and step == 4:
+                passes.MeetingOfRanks.add = lambda *_: 1 / 0
+            probe.backward(losses(model, mine(batch(step, torch.float32))), WEIGHTS)
+            derived.pass_to, passes.MeetingOfRanks.add = real
+            rows.append(probe._measuring.meter.last_gram.copy())
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def budgeted(rank, mine):
+    """The second process is slow, and would measure less often by itself."""
+    model, steps = DistributedDataParallel(make(torch.float32)), []
+    real = ranks.Ranks.mean
+    with gradprobe.attach(model, TASKS, budget=0.3) as probe:
+        for step in range(60):
+            ranks.Ranks.mean = lambda self, values, step=step: (steps.append(step), real(self, values))[1]
+            time.sleep(0.002 + 0.004 * rank)
+            probe.backward(losses(model, mine(batch(step, torch.float32))), WEIGHTS)
+    ranks.Ranks.mean = real
+    return steps
+
+
+def different(rank):
+    model = DistributedDataParallel(make(torch.float32), find_unused_parameters=True)
+    probe = gradprobe.attach(model, TASKS, every=1)
+    found = losses(model, batch(0, torch.float32))
+    if rank == 1:
+        found["c"] = model.module.early(torch.ones(1, 16)).sum()
+    try:
+        probe.record(found)
+    except GradprobeError as error:
+        return str(error)
+    finally:
+        probe.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), int(sys.argv[2]))
