@@ -83,18 +83,23 @@ def measure_by_blocks(
     """The Gramians (L, T, T), with no more than T gradients of one block alive."""
     ranks = ranks or Alone()
     position = {node: at for at, node in enumerate(graph.nodes)}
-    parameters = shared.parameters
     total = GramianSum(shared.layers, len(losses))
     walks = [_Walk(loss, shared, position) for loss in losses]
     with buffers_kept(model):
         for block in cut(graph, shared, count):
             ranks.together(partial(_all_through, walks, block))
-            found = [[walk.gradients.pop(index, None) for index in block.complete] for walk in walks]
-            whole = [ranks.average(gradients, [parameters[i] for i in block.complete]) for gradients in found]
-            del found
-            for place, index in enumerate(block.complete):
-                total.add(index, [gradients[place] for gradients in whole])
+            _multiply(total, walks, block, shared.parameters, ranks)
     return total.result()
+
+
+def _multiply(
+    total: GramianSum, walks: Sequence[_Walk], block: Block, parameters: Sequence[nn.Parameter], ranks: Alone
+) -> None:
+    """Of the gradients that are whole now; a function of its own, so that none of them outlives it."""
+    used = [parameters[index] for index in block.complete]
+    found = [ranks.average([walk.gradients.pop(index, None) for index in block.complete], used) for walk in walks]
+    for place, index in enumerate(block.complete):
+        total.add(index, [gradients[place] for gradients in found])
 
 
 def _all_through(walks: Sequence[_Walk], block: Block) -> None:
