@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradprobe.probes.binding import Groups, Shared
-    from gradprobe.rows import Sink
+    from gradprobe.rows import Provenance, Sink
 
 
 def attach(
@@ -38,6 +38,7 @@ def attach(
     memory: str = "normal",
     products: str = "direct",
     sinks: Sequence[Sink] = (),
+    provenance: Provenance | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> GradientProbe:
@@ -48,6 +49,7 @@ def attach(
             See :class:`gradprobe.GradientProbe`.
         out: The run file; None: rows go to ``sinks`` only.
         sinks: Who gets the rows besides the file.
+        provenance: Stored in the file, beside versions and machine.
         overwrite: Replace a run that is there.
         resume: Go on with the run that is there: ``probe.load_state_dict(state)`` before the first step says from
             where, with a state that ``probe.state_dict()`` gave when the checkpoint was saved. Rows from that
@@ -94,7 +96,7 @@ def attach(
             features=features,
             memory=memory,
             products=products,
-            provenance={"trainer": "attach", **environment()},
+            provenance={"trainer": "attach", **environment(), **(provenance or {})},
             _caller=caller,
             _completes=True,
         )

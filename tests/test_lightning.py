@@ -1,0 +1,178 @@
+"""The callback inside Lightning's real Trainer."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+from test_probes_harmless import assert_same
+from trainings import WEIGHTS, Fails, TwoHeads, left_behind, samples
+from zoo import Collector, naive_gramian
+
+import gradprobe
+from gradprobe.errors import UsageError
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed"),
+    # Lightning's own, on the machines and loaders that tests have
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.*"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:lightning.*"),
+]
+
+
+@pytest.fixture(scope="module")
+def lightning():
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import lightning.pytorch as package
+    return package
+
+
+@pytest.fixture
+def train(lightning, tmp_path):
+    class Module(lightning.LightningModule):
+        weights = WEIGHTS
+
+        def __init__(self):
+            super().__init__()
+            self.net = TwoHeads()
+
+        def training_step(self, batch, batch_idx):
+            self.losses = self.net.losses(**batch)
+            self.log("seen", float(batch_idx), on_step=False, on_epoch=True, reduce_fx="max")
+            return sum(self.weights[t] * loss for t, loss in self.losses.items())
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+    class Raise(lightning.Callback):
+        def __init__(self, fails):
+            self.fails = fails
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            self.fails(trainer.global_step)
+
+    def run(*callbacks, fails=None, ckpt_path=None, module=Module, **options):
+        lightning.seed_everything(3, verbose=False)
+        model = module()
+        options = {"max_epochs": 2, "enable_checkpointing": False, **options}
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=[*callbacks, *([Raise(fails)] if fails else [])],
+            **options,
+        )
+        loader = torch.utils.data.DataLoader(samples(), batch_size=8, shuffle=True)
+        trainer.fit(model, loader, ckpt_path=ckpt_path)
+        return trainer, left_behind(model, trainer.optimizers[0])
+
+    run.module = Module
+    return run
+
+
+def callback(out=None, **options):
+    from gradprobe.integrations.lightning import GradprobeCallback
+
+    return GradprobeCallback(("a", "b"), out, **{"weights": WEIGHTS, "every": 2, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}],
+    ids=lambda o: next(iter(o), "plain"),
+)
+def test_the_training_ends_in_every_bit_as_without(train, options):
+    _, bare = train(**options)
+    sink = Collector()
+    _, probed = train(callback(sinks=[sink]), **options)
+    assert_same(bare, probed)
+    assert sink.end == "finished"
+    steps = 8 // options.get("accumulate_grad_batches", 1)
+    assert [row.step for row in sink.rows] == list(range(0, steps, 2))
+
+
+def test_the_file_holds_what_was_trained(train, tmp_path):
+    out = tmp_path / "run.h5"
+    train(callback(out, weights="weights"))
+    with gradprobe.open_run(out) as run:
+        assert run.end == "finished"
+        assert run.tasks == ("a", "b")
+        assert list(run.layers) == ["net.trunk.0", "net.trunk.1"]
+        assert run["epoch"].tolist() == [0, 0, 1, 1]
+        assert run["batch_size"].tolist() == [8] * 4
+        np.testing.assert_allclose(run["weight"], [[1.0, 0.3]] * 4, rtol=1e-6)
+        np.testing.assert_allclose(run["lr"], 1e-2)
+        assert run.epochs_by_number()[1]["seen"] == 3
+        assert run.provenance["trainer"] == "lightning"
+
+
+def test_what_is_measured_is_what_autograd_gives(train):
+    sink, naive = Collector(), []
+
+    class Twin(train.module):
+        def on_before_backward(self, loss):
+            if self.trainer.global_step % 2 == 0:
+                layers = probe.recording.probe.shared.layers
+                naive.append(naive_gramian(layers, self.losses))
+
+    probe = callback(sinks=[sink])
+    train(probe, module=Twin)
+    assert len(naive) == 4
+    for row, gram in zip(sink.rows, naive, strict=True):
+        np.testing.assert_allclose(row.gram, gram, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "end"),
+    [(ValueError("no"), ValueError, "failed: ValueError"), (KeyboardInterrupt(), SystemExit, "interrupted")],
+    ids=["exception", "Ctrl-C"],
+)
+def test_the_file_is_complete_however_it_ends(train, tmp_path, error, raised, end):
+    out = tmp_path / "run.h5"
+    with pytest.raises(raised):
+        train(callback(out), fails=Fails(error))
+    with gradprobe.open_run(out) as run:
+        assert run.end == end
+        assert run["step"].tolist() == [0, 2]
+    assert not out.with_name("run.h5.parts").exists()
+
+
+def test_a_resumed_training_counts_on(lightning, train, tmp_path):
+    whole, first, second = Collector(), Collector(), Collector()
+    _, straight = train(callback(sinks=[whole], every=3))
+    trainer, _ = train(callback(sinks=[first], every=3), max_epochs=1)
+    trainer.save_checkpoint(tmp_path / "at.ckpt")
+    train(callback(sinks=[second], every=3), ckpt_path=tmp_path / "at.ckpt")
+    assert [row.step for row in whole.rows] == [0, 3, 6]
+    assert [row.step for row in first.rows] == [0, 3]
+    assert [(row.step, row.epoch) for row in second.rows] == [(6, 1)]
+
+
+def test_weights_that_do_not_add_up_to_the_loss_are_told(train):
+    with pytest.warns(RuntimeWarning, match=r"weighted losses of \['a', 'b'\] add up to .* weights="):
+        train(callback(weights=None))
+
+
+def test_a_module_without_losses_is_told_where_to_put_them(train):
+    with pytest.raises(UsageError, match=r"Module.parts is missing; set it in training_step"):
+        train(callback(losses="parts"))
+
+
+def test_several_optimizers_are_refused(train):
+    class Several(train.module):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.net.trunk.parameters()), torch.optim.SGD(self.net.a.parameters())]
+
+    with pytest.raises(UsageError, match="has 2 optimizers"):
+        train(callback(), module=Several)
