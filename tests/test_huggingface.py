@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import warnings
 
@@ -175,12 +176,36 @@ def test_a_trainer_that_makes_the_losses_itself_records_them(transformers, train
     assert {row.batch_size for row in sink.rows} == {8}
 
 
-def test_a_resumed_training_counts_on(train, tmp_path):
-    first, second = Collector(), Collector()
-    train(callback(sinks=[first], every=3), save_strategy="steps", save_steps=5)
-    train(callback(sinks=[second], every=3), resume=str(tmp_path / "out" / "checkpoint-5"))
-    assert [row.step for row in first.rows] == [0, 3, 6]
-    assert [(row.step, row.epoch) for row in second.rows] == [(6, 1)]
+def test_a_resumed_training_goes_on_with_the_file(train, tmp_path):
+    out = tmp_path / "run.h5"
+    options = {"save_strategy": "steps", "save_steps": 5, "eval_strategy": "epoch", "label_names": ["a", "b"]}
+    options |= {"prediction_loss_only": True}
+    with pytest.raises(ValueError, match="power cut"):
+        train(callback(out, every=2), fails=Fails(ValueError("power cut"), at=7), **options)
+    train(callback(out, every=2), resume=str(tmp_path / "out" / "checkpoint-5"), **options)
+    with gradprobe.open_run(out) as run:
+        assert run["step"].tolist() == [0, 2, 4, 6]
+        assert run["epoch"].tolist() == [0, 0, 1, 1]
+        assert run.end == "finished"
+        assert sorted(run.epochs_by_number()) == [0, 1]
+
+
+def test_a_smaller_batch_after_a_lack_of_memory_begins_the_file_anew(train, tmp_path):
+    class Large(Model):
+        def forward(self, x, a, b):
+            if len(x) > 4:
+                raise RuntimeError("CUDA out of memory.")
+            return super().forward(x, a, b)
+
+    out = tmp_path / "run.h5"
+    gc.freeze()  # the Trainer collects garbage many times then: without all that tests have imported
+    try:
+        train(callback(out, every=4), model=Large, auto_find_batch_size=True)
+    finally:
+        gc.unfreeze()
+    with gradprobe.open_run(out) as run:
+        assert run["batch_size"].tolist() == [4] * 4
+        assert run.end == "finished"
 
 
 def test_weights_that_do_not_add_up_to_the_loss_are_told(train):
@@ -197,5 +222,5 @@ def test_data_parallel_is_refused(transformers):
     class TwoGPUs:
         n_gpu = 2
 
-    with pytest.raises(UsageError, match="over 2 GPUs with nn.DataParallel"):
+    with pytest.raises(UsageError, match=r"over 2 GPUs with nn\.DataParallel"):
         callback().on_train_begin(TwoGPUs(), transformers.TrainerState(), None)

@@ -146,15 +146,33 @@ def test_the_file_is_complete_however_it_ends(train, tmp_path, error, raised, en
     assert not out.with_name("run.h5.parts").exists()
 
 
-def test_a_resumed_training_counts_on(lightning, train, tmp_path):
-    whole, first, second = Collector(), Collector(), Collector()
-    _, straight = train(callback(sinks=[whole], every=3))
-    trainer, _ = train(callback(sinks=[first], every=3), max_epochs=1)
+@pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_resumed_training_goes_on_with_the_file(lightning, train, tmp_path):
+    def keep(folder):
+        return lightning.callbacks.ModelCheckpoint(tmp_path / folder, "at-{step}", every_n_train_steps=5, save_top_k=-1)
+
+    options = {"enable_checkpointing": True, "max_epochs": 3}
+    train(keep("whole"), callback(tmp_path / "whole.h5", every=3), **options)
+    with pytest.raises(ValueError, match="power cut"):
+        train(
+            keep("cut"), callback(tmp_path / "run.h5", every=3), fails=Fails(ValueError("power cut"), at=8), **options
+        )
+    train(keep("cut"), callback(tmp_path / "run.h5", every=3), ckpt_path=tmp_path / "cut/at-step=5.ckpt", **options)
+    with gradprobe.open_run(tmp_path / "whole.h5") as whole, gradprobe.open_run(tmp_path / "run.h5") as run:
+        assert run["step"].tolist() == whole["step"].tolist() == [0, 3, 6, 9]
+        assert run["epoch"].tolist() == [0, 0, 1, 2]
+        assert run.end == "finished"
+        assert sorted(run.epochs_by_number()) == [0, 1, 2]
+        np.testing.assert_array_equal(run["loss"][:2], whole["loss"][:2])
+
+
+def test_a_checkpoint_of_a_training_without_the_callback_is_gone_on_with(train, tmp_path):
+    trainer, _ = train(max_epochs=1)
     trainer.save_checkpoint(tmp_path / "at.ckpt")
-    train(callback(sinks=[second], every=3), ckpt_path=tmp_path / "at.ckpt")
-    assert [row.step for row in whole.rows] == [0, 3, 6]
-    assert [row.step for row in first.rows] == [0, 3]
-    assert [(row.step, row.epoch) for row in second.rows] == [(6, 1)]
+    sink = Collector()
+    train(callback(sinks=[sink], every=3), ckpt_path=tmp_path / "at.ckpt")
+    assert [(row.step, row.epoch) for row in sink.rows] == [(6, 1)]
 
 
 def test_weights_that_do_not_add_up_to_the_loss_are_told(train):

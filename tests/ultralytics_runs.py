@@ -47,7 +47,16 @@ def train(name: str, callback=None, fails: Fails | None = None, cfg: str = "yolo
     if fails is not None:
         steps = iter(range(1000))
         model.add_callback("on_train_batch_end", lambda trainer: fails(next(steps)))
-    settings = {"epochs": 2, "imgsz": 64, "batch": 4, "nbs": 4, "workers": 0, "device": "cpu", "plots": False, "amp": False}
+    settings = {
+        "epochs": 2,
+        "imgsz": 64,
+        "batch": 4,
+        "nbs": 4,
+        "workers": 0,
+        "device": "cpu",
+        "plots": False,
+        "amp": False,
+    }
     settings |= {"project": str(FOLDER / "runs"), "name": name, "verbose": False, "save": False, "val": False}
     try:
         model.train(**settings | {"data": DATA} | options)

@@ -166,7 +166,7 @@ def _from_outputs(source: str | FromOutputs, inputs: Mapping[str, Any], outputs:
     if not isinstance(found, Mapping):
         holds = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
         raise UsageError(
-            f"the model's outputs ({holds}) hold no {source!r} that is {{task: value}}; return it from forward, or give "
-            f"the callback {what}=, a function of inputs and outputs."
+            f"the model's outputs ({holds}) hold no {source!r} that is {{task: value}}; return it from forward, or "
+            f"give the callback {what}=, a function of inputs and outputs."
         )
     return found

@@ -30,10 +30,7 @@ def _callback_class() -> type[Callback]:
     raise MissingExtraError("lightning", "lightning", "gradprobe.integrations.lightning")
 
 
-_Callback = Callback if TYPE_CHECKING else _callback_class()
-
-
-class GradprobeCallback(_Callback):  # type: ignore[misc]
+class GradprobeCallback(_callback_class()):  # type: ignore[misc]
     """Measures inside ``Trainer.fit`` just before Lightning's own backward.
 
     The module keeps the tasks' losses, with their graphs, where ``losses`` finds them:

@@ -28,7 +28,7 @@ class Recording:
 
     Args:
         trainer: Name of the trainer, for the file.
-        out, sinks, overwrite: See :func:`gradprobe.attach`.
+        out, sinks, overwrite: See :func:`gradprobe.attach`. A training that is resumed never overwrites.
         options: Further arguments of :func:`gradprobe.attach`.
     """
 
@@ -80,7 +80,8 @@ class Recording:
         Args:
             model, tasks, optimizer: See :func:`gradprobe.attach`.
             scaler: The trainer's, where it has one; one that is switched off counts as none.
-            step, epoch: Where the training begins: 0 unless it was resumed from a checkpoint.
+            step, epoch: Where the training begins: 0 unless it was resumed from a checkpoint. Then the run that is
+                there goes on, without its rows from ``step`` on.
             state: What :meth:`state` gave when that checkpoint was saved, where it was.
             options: Further arguments of :func:`gradprobe.attach`.
 
@@ -98,7 +99,8 @@ class Recording:
             optimizer=optimizer,
             scaler=scaler if scaler is not None and scaler.is_enabled() else None,
             sinks=self._sinks if writes and not restarted else (),
-            overwrite=self._overwrite or restarted,
+            overwrite=(self._overwrite or restarted) and not step,
+            resume=bool(step),
             provenance={"trainer": self._trainer},
             **{**self._options, **options},
         )

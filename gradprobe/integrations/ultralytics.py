@@ -202,8 +202,8 @@ def _names(trainer: Any, criterion: Any, loss: Tensor) -> Sequence[str]:
     names = names or trainer.loss_names
     if loss.ndim != 1 or not names or len(names) != loss.numel():
         raise UsageError(
-            f"this criterion of Ultralytics ({type(criterion).__name__}) returns a loss of shape {tuple(loss.shape)} for "
-            f"the names {list(names)}; one number per name is needed. Ultralytics 8.4 and later return that."
+            f"this criterion of Ultralytics ({type(criterion).__name__}) returns a loss of shape {tuple(loss.shape)} "
+            f"for the names {list(names)}; one number per name is needed, as detection, segmentation and pose return."
         )
     return list(names)
 

@@ -10,6 +10,9 @@ import numpy as np
 from gradprobe.measures import Array
 from gradprobe.rows import Header, Row
 
+GROUPS = ("loss", "weight", "grad_norm", "cosine")
+"""What the names of a row's scalars begin with."""
+
 
 def scalars(header: Header, row: Row) -> dict[str, float]:
     """One row as named numbers.

@@ -27,7 +27,7 @@ class TensorBoardSink:
 
     def __init__(self, to: str | Path | Any) -> None:
         self._ours = isinstance(to, str | Path)
-        self._writer = _summary_writer(to) if self._ours else to
+        self._writer: Any = _summary_writer(to) if isinstance(to, str | Path) else to
         self._header: Header | None = None
 
     def start(self, header: Header) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradprobe.errors import MissingExtraError
 from gradprobe.rows import Header, Provenance, Row
-from gradprobe.sinks.scalars import scalars
+from gradprobe.sinks.scalars import GROUPS, scalars
 
 PREFIX = "gradprobe"
 
@@ -31,9 +31,10 @@ class WandbSink:
         self._ours = run is None
         self._run = _begin(init) if run is None else run
         self._header: Header | None = None
-        for axis, group in (("step", ""), ("epoch", "epoch/")):
+        for axis, groups in (("step", GROUPS), ("epoch", ("epoch",))):
             self._run.define_metric(f"{PREFIX}/{axis}", hidden=True)
-            self._run.define_metric(f"{PREFIX}/{group}*", step_metric=f"{PREFIX}/{axis}")
+            for group in groups:  # one by one: PREFIX/* would draw the metrics of epochs over steps, too
+                self._run.define_metric(f"{PREFIX}/{group}/*", step_metric=f"{PREFIX}/{axis}")
 
     def start(self, header: Header) -> None:
         """Rows follow."""
