@@ -40,9 +40,9 @@ def test_a_row_as_scalars():
         "loss/cls": 2.0,
         "weight/det": 1.0,
         "weight/cls": 0.5,
-        "grad_norm/det": 5.0,
-        "grad_norm/cls": 4.0,
-        "cosine/det|cls": 0.0,
+        "shared_grad_norm/det": 5.0,
+        "shared_grad_norm/cls": 4.0,
+        "shared_cosine/det|cls": 0.0,
     }
 
 
@@ -50,7 +50,7 @@ def test_what_was_not_measured_is_left_out_and_a_loss_that_is_nan_is_not():
     gram = np.array([[[9.0, np.nan], [np.nan, np.nan]]])
     row = Row(7, 0, 0.5, np.array([0.25, np.nan]), np.array([1.0, 0.5]), gram)
     found = scalars(make_header(1), row)
-    assert set(found) == {"loss/det", "loss/cls", "weight/det", "weight/cls", "grad_norm/det"}
+    assert set(found) == {"loss/det", "loss/cls", "weight/det", "weight/cls", "shared_grad_norm/det"}
     assert math.isnan(found["loss/cls"])
 
 
@@ -112,7 +112,7 @@ class TestTensorBoard:
             values = [value for _, value in found[f"gradprobe/{name}"]]
             np.testing.assert_allclose(values, [expected[0][name], expected[2][name]], rtol=1e-6)
         with gradprobe.open_run(tmp_path / "run.h5") as run:
-            cosines = [value for _, value in found["gradprobe/cosine/t0|t1"]]
+            cosines = [value for _, value in found["gradprobe/shared_cosine/t0|t1"]]
             np.testing.assert_allclose(cosines, run["shared_cosine"][:, 0], rtol=1e-6)
 
     def test_a_writer_of_the_users_stays_open(self, tmp_path):
