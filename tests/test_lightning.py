@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,6 +134,19 @@ def test_what_is_measured_is_what_autograd_gives(train):
         np.testing.assert_allclose(row.gram, gram, rtol=1e-10, atol=1e-12)
 
 
+def test_under_a_scaler_gradients_are_stored_unscaled(lightning, train):
+    def halves():
+        plugin = lightning.plugins.precision.MixedPrecision
+        return {"plugins": [plugin("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**14))]}
+
+    exact, scaled = Collector(), Collector()
+    train(callback(sinks=[exact]))
+    _, bare = train(**halves())
+    _, probed = train(callback(sinks=[scaled]), **halves())
+    assert_same(bare, probed)
+    np.testing.assert_allclose(scaled.rows[0].gram, exact.rows[0].gram, rtol=0.05)  # float16 beside float32
+
+
 @pytest.mark.parametrize(
     ("error", "raised", "end"),
     [(ValueError("no"), ValueError, "failed: ValueError"), (KeyboardInterrupt(), SystemExit, "interrupted")],
@@ -194,3 +210,48 @@ def test_several_optimizers_are_refused(train):
 
     with pytest.raises(UsageError, match="has 2 optimizers"):
         train(callback(), module=Several)
+
+
+@pytest.mark.slow  # two trainings on two processes each
+def test_on_two_processes_one_file_is_written_and_nothing_is_changed(tmp_path):
+    script = Path(__file__).with_name("lightning_ddp.py")
+    for mode in ("bare", "probed"):
+        done = subprocess.run([sys.executable, str(script), str(tmp_path), mode], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        bare, probed = (torch.load(tmp_path / f"{mode}-{rank}.pt", weights_only=True) for mode in ("bare", "probed"))
+        assert_same(bare, probed)
+    assert [path.name for path in tmp_path.glob("*.h5*")] == ["run.h5"]
+    with gradprobe.open_run(tmp_path / "run.h5") as run:
+        assert run.end == "finished"
+        assert run["step"].tolist() == [0, 2, 4, 6]
+        assert run["batch_size"].tolist() == [4] * 4
+
+
+@pytest.mark.slow
+def test_the_older_package_takes_the_callback_too():
+    """pytorch_lightning is a second copy of lightning.pytorch, and each has a class Callback of its own."""
+    code = (
+        "import torch, pytorch_lightning as pl\n"
+        "from gradprobe.integrations.lightning import GradprobeCallback\n"
+        "assert issubclass(GradprobeCallback, pl.Callback)\n"
+        "from trainings import TwoHeads, samples\n"
+        "from zoo import Collector\n"
+        "class Module(pl.LightningModule):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.net = TwoHeads()\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        "        self.losses = self.net.losses(**batch)\n"
+        "        return self.losses['a'] + self.losses['b']\n"
+        "    def configure_optimizers(self):\n"
+        "        return torch.optim.Adam(self.parameters())\n"
+        "sink = Collector()\n"
+        "callback = GradprobeCallback(('a', 'b'), None, every=2, sinks=[sink])\n"
+        "trainer = pl.Trainer(max_epochs=1, accelerator='cpu', logger=False, enable_checkpointing=False,\n"
+        "                     callbacks=[callback])\n"
+        "trainer.fit(Module(), torch.utils.data.DataLoader(samples(), batch_size=8))\n"
+        "assert [row.step for row in sink.rows] == [0, 2], sink.rows\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert done.returncode == 0, done.stderr[-3000:]
