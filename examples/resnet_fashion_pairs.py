@@ -90,7 +90,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("fashion.h5"))
     options.add_argument("--data", type=Path, default=Path("data"), help="torchvision's folder; Debian's needs none")
     options.add_argument("--epochs", type=int, default=3)
-    options.add_argument("--steps", type=int, default=400, help="per epoch")
+    options.add_argument("--steps", type=int, default=200, help="per epoch")
     options.add_argument("--batch-size", type=int, default=64)
     options.add_argument("--every", type=int, default=10)
     args = options.parse_args()

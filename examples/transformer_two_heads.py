@@ -1,7 +1,7 @@
 """A transformer encoder of Hugging Face with two heads, trained by their Trainer; nothing is downloaded.
 
-The encoder is built from a config. Its texts are drawn: tokens of one topic are more frequent than others, and some
-tokens are repeated. One head tells the topic of a text, the other marks each token that has occurred before.
+The encoder is built from a config. Its texts are drawn: words of one topic are more frequent in each than others. One
+head tells the topic of a text, the other marks the words that belong to it.
 
     python examples/transformer_two_heads.py --out transformer.h5
 """
@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel, Trainer, TrainingArguments
 from gradprobe.integrations.huggingface import GradprobeCallback
 
 TOPICS, WORDS, LENGTH = 4, 64, 24
-WEIGHTS = {"topic": 1.0, "repeated": 0.5}
+WEIGHTS = {"topic": 1.0, "marked": 0.5}
 
 
 def texts(n: int, seed: int) -> list[dict[str, Tensor]]:
@@ -29,9 +29,9 @@ def texts(n: int, seed: int) -> list[dict[str, Tensor]]:
     words = torch.randint(WORDS, (n, LENGTH), generator=draw)
     of_topic = torch.randint(WORDS // TOPICS, (n, LENGTH), generator=draw) + topics[:, None] * (WORDS // TOPICS)
     words = torch.where(torch.rand(n, LENGTH, generator=draw) < 0.2, of_topic, words)
-    repeated = (words[:, :, None] == words[:, None, :]).tril(-1).any(2).long()
-    names = ("input_ids", "topic", "repeated")
-    return [dict(zip(names, values, strict=True)) for values in zip(words, topics, repeated, strict=True)]
+    marked = (words // (WORDS // TOPICS) == topics[:, None]).long()
+    names = ("input_ids", "topic", "marked")
+    return [dict(zip(names, values, strict=True)) for values in zip(words, topics, marked, strict=True)]
 
 
 class TwoHeads(nn.Module):
@@ -48,14 +48,14 @@ class TwoHeads(nn.Module):
             max_position_embeddings=LENGTH,
         )
         self.encoder = BertModel(config, add_pooling_layer=False)
-        self.topic, self.repeated = nn.Linear(hidden, TOPICS), nn.Linear(hidden, 2)
+        self.topic, self.marked = nn.Linear(hidden, TOPICS), nn.Linear(hidden, 2)
 
-    def forward(self, input_ids: Tensor, topic: Tensor, repeated: Tensor) -> dict[str, Any]:
+    def forward(self, input_ids: Tensor, topic: Tensor, marked: Tensor) -> dict[str, Any]:
         every = torch.ones_like(input_ids)  # no text is shorter than others
         hidden = self.encoder(input_ids=input_ids, attention_mask=every).last_hidden_state
         losses = {
             "topic": nn.functional.cross_entropy(self.topic(hidden.mean(1)), topic),
-            "repeated": nn.functional.cross_entropy(self.repeated(hidden).flatten(0, 1), repeated.flatten()),
+            "marked": nn.functional.cross_entropy(self.marked(hidden).flatten(0, 1), marked.flatten()),
         }
         return {"loss": sum(WEIGHTS[task] * loss for task, loss in losses.items()), "losses": losses}
 
@@ -82,7 +82,7 @@ def main() -> None:
                 eval_strategy="epoch",
                 save_strategy="no",
                 prediction_loss_only=True,
-                label_names=["topic", "repeated"],
+                label_names=["topic", "marked"],
                 remove_unused_columns=False,
                 report_to="none",
             ),

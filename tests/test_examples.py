@@ -30,7 +30,7 @@ NEEDS = {
 TASKS = {
     "plain_loop": ("height", "quarter"),
     "resnet_fashion_pairs": ("behind", "front"),
-    "transformer_two_heads": ("topic", "repeated"),
+    "transformer_two_heads": ("topic", "marked"),
     "ultralytics_phantoms": ("box", "cls", "dfl"),
     "faster_rcnn_losses": ("objectness", "proposal", "class", "box"),
 }

@@ -119,6 +119,7 @@ def test_the_file_holds_what_was_trained(train, tmp_path):
         np.testing.assert_allclose(run["weight"], [[1.0, 0.3]] * 4, rtol=1e-6)
         np.testing.assert_allclose(run["lr"], [1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
         assert list(run.epochs_by_number()) == [0, 1]
+        assert set(run.epochs_by_number()[1]) == {"eval_loss"}
         assert run.epochs_by_number()[1]["eval_loss"] > 0
         assert run.provenance["trainer"] == "transformers"
 

@@ -18,6 +18,9 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("transformers", "huggingface", "gradprobe.integrations.huggingface") from error
 
+SPEED = ("_runtime", "_per_second", "_model_preparation_time", "_compilation_time")
+"""How the names of metrics end that a Trainer adds to every evaluation."""
+
 FromOutputs = Callable[[Mapping[str, Any], Any], Mapping[str, "float | Tensor"]]
 """A function of a model's inputs, by name, and its outputs."""
 
@@ -126,8 +129,9 @@ class GradprobeCallback(TrainerCallback):  # type: ignore[misc]
         self.recording.start_epoch(int(state.epoch or 0))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the metrics."""
-        self.recording.log_metrics(kwargs.get("metrics") or {})
+        """Keep the metrics, without what the Trainer says of its own speed."""
+        metrics = kwargs.get("metrics") or {}
+        self.recording.log_metrics({name: v for name, v in metrics.items() if not name.endswith(SPEED)})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the file."""
