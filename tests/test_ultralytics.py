@@ -93,6 +93,17 @@ def test_the_file_is_complete_however_it_ends(folder, name, end):
     assert not (folder / f"{name}.h5.parts").exists()
 
 
+def test_a_criterion_that_cannot_be_asked_again_costs_rows_and_no_training(folder):
+    assert_same(left_behind(folder, "bare"), left_behind(folder, "fragile"))
+    with gradprobe.open_run(folder / "fragile.h5") as run:
+        assert run["step"].tolist() == [0, 2, 4]
+        assert {run.status_names[i] for i in run["status"]} == {"measuring failed: RuntimeError: CUDA out of memory"}
+        assert np.isfinite(run["loss"]).all()
+        assert np.isnan(run["grad_norm"]).all()
+    said = (folder / "warnings.txt").read_text().splitlines()
+    assert len([line for line in said if line.startswith("gradprobe: step 0: measuring failed")]) == 1
+
+
 def test_heads_that_are_trained_end_to_end(folder):
     with gradprobe.open_run(folder / "end2end.h5") as run:
         assert run.tasks == ("box", "cls", "l1")

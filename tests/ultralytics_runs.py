@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
 
 FOLDER = Path(sys.argv[1])
@@ -107,6 +108,28 @@ def attempt(error: type[BaseException], name: str) -> None:
     raise AssertionError(f"{name}: did not end by {error.__name__}")
 
 
+class Fragile(GradprobeCallback):
+    """Its criterion can be asked once per batch."""
+
+    def on_train_start(self, trainer):
+        super().on_train_start(trainer)
+        heard = trainer.model.criterion
+        whole, asked = heard.criterion, []
+
+        def once(predictions, batch):
+            if asked and asked[-1] is batch:
+                raise RuntimeError("CUDA out of memory")
+            asked.append(batch)
+            return whole(predictions, batch)
+
+        once.loss_names = whole.loss_names
+        heard.criterion = once
+
+    def teardown(self, trainer):
+        super().teardown(trainer)
+        trainer.model.criterion = trainer.model.init_criterion()
+
+
 DATA = write_data("boxes")
 train("bare", val=True)
 train("probed", GradprobeCallback(FOLDER / "probed.h5", every=2), val=True)
@@ -118,5 +141,9 @@ attempt(KeyboardInterrupt, "interrupted")
 train("end2end bare", cfg="yolo26n.yaml")
 train("end2end", GradprobeCallback(FOLDER / "end2end.h5", every=2), cfg="yolo26n.yaml")
 train("no dfl", GradprobeCallback(FOLDER / "no dfl.h5", every=2), dfl=0.0, epochs=1)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    train("fragile", Fragile(FOLDER / "fragile.h5", every=2), val=True)
+(FOLDER / "warnings.txt").write_text("\n".join(str(w.message) for w in caught if w.category is RuntimeWarning))
 segments = write_data("polygons", polygons=True)
 train("segments", GradprobeCallback(FOLDER / "segments.h5", every=2), cfg="yolov8n-seg.yaml", data=segments, epochs=1)

@@ -44,6 +44,7 @@ class Recording:
         self._trainer, self._out, self._sinks = trainer, out, sinks
         self._overwrite, self._options = overwrite, options
         self._checked = False
+        self._noted: set[str] = set()
         self._probe: GradientProbe | None = None
         self._epoch = 0
 
@@ -127,6 +128,23 @@ class Recording:
         if total is not None and not self._checked:
             self._checked = True
             _compare(losses, weights, float(total.detach()))
+
+    def note(
+        self,
+        losses: Mapping[str, Tensor],
+        weights: Mapping[str, float | Tensor],
+        error: Exception,
+        *,
+        batch_size: int = 0,
+    ) -> None:
+        """A row without a measurement, where preparing one failed; says so once. Training goes on."""
+        reason = f"measuring failed: {type(error).__name__}: {error}".splitlines()[0][:200]
+        self.probe.note(losses, weights, reason, batch_size=batch_size)
+        if reason not in self._noted:
+            self._noted.add(reason)
+            warnings.warn(
+                f"gradprobe: step {self.probe.step}: {reason}. Training goes on.", RuntimeWarning, stacklevel=3
+            )
 
     def start_epoch(self, epoch: int) -> None:
         """What rows belong to from here on; from 0."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,16 +120,20 @@ class GradprobeCallback:
         gains = _gains(self._trainer.args, names) if apart else dict.fromkeys(names, 1.0)
         if not self.recording.is_open:
             self._open(list(gains), {} if apart else {"shared": _outside_head(_bare(self._trainer.model))})
-        parts = dict(zip(names, loss, strict=True))
-        if apart and self.recording.probe.is_due:  # only such a step is worth the criterion's second run
-            parts = _apart(criterion, predictions, batch, names)
         size = int(batch["img"].shape[0])
-        self.recording.record(
-            {name: parts[name] / (gain * size) for name, gain in gains.items()},
-            {name: gain * size for name, gain in gains.items()},
-            batch_size=size,
-            total=loss.sum(),
-        )
+        weights = {name: gain * size for name, gain in gains.items()}
+
+        def unweighted(parts: Iterable[Tensor]) -> dict[str, Tensor]:
+            return {name: part / weights[name] for name, part in zip(names, parts, strict=True) if name in weights}
+
+        losses = unweighted(loss)
+        if apart and self.recording.probe.is_due:  # only such a step is worth the criterion's second run
+            try:
+                losses = unweighted(_apart(criterion, predictions, batch, names))
+            except Exception as error:  # a lack of memory, say: no reason to end a training
+                self.recording.note(losses, weights, error, batch_size=size)
+                return
+        self.recording.record(losses, weights, batch_size=size, total=loss.sum())
 
     def _open(self, tasks: Sequence[str], options: Mapping[str, Any]) -> None:
         trainer = self._trainer
@@ -161,9 +165,7 @@ class _HeardCriterion:
         return getattr(self.criterion, name)
 
 
-def _apart(
-    criterion: Any, predictions: Predictions, batch: Mapping[str, Any], names: Sequence[str]
-) -> dict[str, Tensor]:
+def _apart(criterion: Any, predictions: Predictions, batch: Mapping[str, Any], names: Sequence[str]) -> list[Tensor]:
     """Each loss with a graph of its own.
 
     Ultralytics writes its losses into one vector, through whose graph each of them seems to reach the whole head:
@@ -172,7 +174,7 @@ def _apart(
     the two, is made without gradients anyway.
     """
     vectors = {key: criterion(_detached(predictions, key), batch)[0] for key in sorted({READS[name] for name in names})}
-    return {name: vectors[READS[name]][index] for index, name in enumerate(names)}
+    return [vectors[READS[name]][index] for index, name in enumerate(names)]
 
 
 def _detached(predictions: Predictions, keep: str) -> Predictions:
