@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradprobe.probes.binding import Groups, Shared
-    from gradprobe.rows import Sink
+    from gradprobe.rows import Provenance, Sink
 
 
 def attach(
@@ -41,6 +41,7 @@ def attach(
     products: str = "direct",
     process_group: ProcessGroup | None = None,
     sinks: Sequence[Sink] = (),
+    provenance: Provenance | None = None,
     overwrite: bool = False,
     resume: bool = False,
 ) -> GradientProbe:
@@ -51,6 +52,7 @@ def attach(
             process_group: See :class:`gradprobe.GradientProbe`.
         out: The run file; None: rows go to ``sinks`` only. Of several processes the first one writes it.
         sinks: Who gets the rows besides the file.
+        provenance: Stored in the file, beside versions and machine.
         overwrite: Replace a run that is there.
         resume: Go on with the run that is there: ``probe.load_state_dict(state)`` before the first step says from
             where, with a state that ``probe.state_dict()`` gave when the checkpoint was saved. Rows from that
@@ -101,7 +103,7 @@ def attach(
             memory=memory,
             products=products,
             process_group=process_group,
-            provenance={"trainer": "attach", **environment()},
+            provenance={"trainer": "attach", **environment(), **(provenance or {})},
             _caller=caller,
             _completes=True,
         )

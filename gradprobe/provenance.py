@@ -8,7 +8,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("gradprobe", "torch", "numpy", "h5py", "torchvision", "yolov5")
+PACKAGES = (
+    "gradprobe",
+    "torch",
+    "numpy",
+    "h5py",
+    "torchvision",
+    "yolov5",
+    "lightning",
+    "pytorch-lightning",
+    "transformers",
+    "accelerate",
+    "ultralytics",
+)
 
 
 def environment() -> dict[str, Any]:

@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "plots": {"errors", "measures", "rows", "runfile", "summary"},
     "probes": {"errors", "measures", "rows"},
     "trainers": {"errors", "measures", "probes", "rows"},
+    "sinks": {"errors", "measures", "rows"},
+    "integrations": {"attachment", "errors", "probes", "rows"},
     "attachment": {"probes", "provenance", "rows", "runfile"},
     "cli": {
         "__init__",
@@ -52,7 +54,17 @@ MAY_NOT_IMPORT = {
     "plots": {"torch", "h5py"},
     "probes": {"h5py", "yolov5", "matplotlib"},
     "trainers": {"h5py", "matplotlib"},
+    "sinks": {"h5py", "matplotlib"},
+    "integrations": {"h5py", "matplotlib"},
 }
+
+THEIR_OWN = {
+    "lightning": "integrations/lightning.py",
+    "transformers": "integrations/huggingface.py",
+    "wandb": "sinks/wandb.py",
+    "ultralytics": "none: its trainer hands itself to the callback",
+}
+"""Packages of others, and the one file that imports each."""
 
 
 def modules():
@@ -92,6 +104,12 @@ def test_one_file_alone_imports_yolov5():
         p.relative_to(PACKAGE).as_posix() for p in modules() if any(n.split(".")[0] == "yolov5" for n in imports(p))
     }
     assert users <= {"trainers/models/_import_yolov5.py"}
+
+
+def test_packages_of_others_are_imported_by_one_file_alone():
+    for path in modules():
+        for package in {name.split(".")[0] for name in imports(path)} & set(THEIR_OWN):
+            assert path.relative_to(PACKAGE).as_posix() == THEIR_OWN[package]
 
 
 def test_what_is_exported():

@@ -45,10 +45,14 @@ class StepClock:
 
         Asked once per call; only the first call of a step can be due.
         """
-        if self.step == self._last_asked:
-            return False, False
+        answer = self.peek()
         self._last_asked = self.step
-        return True, self.schedule.due(self.step)
+        return answer
+
+    def peek(self) -> tuple[bool, bool]:
+        """What :meth:`ask` would say, without asking."""
+        first = self.step != self._last_asked
+        return first, first and self.schedule.due(self.step)
 
     def called(self) -> None:
         """One forward and backward is done."""

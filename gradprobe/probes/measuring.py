@@ -66,8 +66,11 @@ class Measuring:
 
     def due(self) -> Due:
         """Asked once per call of the probe."""
-        first, due = self.clock.ask()
-        return Due(due, self.level.features and (first if self.level.parameters else due))
+        return self._due(*self.clock.ask())
+
+    def due_next(self) -> Due:
+        """What :meth:`due` would say if the probe were called now."""
+        return self._due(*self.clock.peek())
 
     def backward(self, losses: Losses, weights: Array, total: Tensor, due: Due, batch_size: int) -> None:
         """The joint backward of ``total``, with the measurement around and within it."""
@@ -180,6 +183,9 @@ class Measuring:
                 status=status,
             )
         )
+
+    def _due(self, first: bool, due: bool) -> Due:
+        return Due(due, self.level.features and (first if self.level.parameters else due))
 
     def _emit_features(self, features: Sequence[Feature], gram: Array | None, watch: Stopwatch) -> None:
         if gram is not None and self.features.names:

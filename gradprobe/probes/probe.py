@@ -205,6 +205,11 @@ class GradientProbe:
         return self._clock.step
 
     @property
+    def is_due(self) -> bool:
+        """Whether a call now would measure. For a loop that makes its losses apart for the probe alone."""
+        return bool(self._measuring.due_next())
+
+    @property
     def overhead(self) -> float:
         """Seconds spent measuring so far."""
         return self._measuring.report.overhead

@@ -1,0 +1,36 @@
+"""The numbers of a row that a logger of scalars gets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import combinations
+
+import numpy as np
+
+from gradprobe.measures import Array
+from gradprobe.rows import Header, Row
+
+GROUPS = ("loss", "weight", "shared_grad_norm", "shared_cosine")
+"""What the names of a row's scalars begin with."""
+
+
+def scalars(header: Header, row: Row) -> dict[str, float]:
+    """One row as named numbers.
+
+    Returns:
+        ``loss/TASK`` and ``weight/TASK``; over all shared layers together ``shared_grad_norm/TASK`` (loss per unit of
+        parameter) and ``shared_cosine/TASK|TASK`` in [-1, 1]. A norm or cosine that is NaN, which means that it was not
+        measured, is left out; a loss is there even where it is NaN, which then is its value.
+    """
+    norm, cosine = row.shared(header.reach)
+    pairs = [f"{first}|{second}" for first, second in combinations(header.tasks, 2)]
+    measured = {**_named("shared_grad_norm", header.tasks, norm), **_named("shared_cosine", pairs, cosine)}
+    return {
+        **_named("loss", header.tasks, row.loss),
+        **_named("weight", header.tasks, row.weight),
+        **{name: value for name, value in measured.items() if not np.isnan(value)},
+    }
+
+
+def _named(group: str, names: Iterable[str], values: Array) -> dict[str, float]:
+    return {f"{group}/{name}": float(value) for name, value in zip(names, values, strict=True)}

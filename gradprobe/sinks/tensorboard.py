@@ -1,0 +1,68 @@
+"""A sink that writes scalars for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradprobe.errors import MissingExtraError
+from gradprobe.rows import Header, Provenance, Row
+from gradprobe.sinks.scalars import scalars
+
+PREFIX = "gradprobe"
+
+
+class TensorBoardSink:
+    """Puts every row into TensorBoard under ``gradprobe/``, at its training step; metrics at their epoch.
+
+    >>> attach(model, tasks, "conflict.h5", sinks=[TensorBoardSink("runs/1")])  # doctest: +SKIP
+
+    Args:
+        to: A folder; or a ``SummaryWriter`` of yours, which stays open. The folder is written from the first row on.
+
+    Raises:
+        MissingExtraError: The package tensorboard is not installed.
+    """
+
+    def __init__(self, to: str | Path | Any) -> None:
+        self._ours = isinstance(to, str | Path)
+        self._writer: Any = _summary_writer(to) if isinstance(to, str | Path) else to
+        self._header: Header | None = None
+
+    def start(self, header: Header) -> None:
+        """Rows follow."""
+        self._header = header
+
+    def write(self, row: Row) -> None:
+        """Queue the row's scalars; a thread of TensorBoard's writes them."""
+        assert self._header is not None
+        for name, value in scalars(self._header, row).items():
+            self._writer.add_scalar(f"{PREFIX}/{name}", value, row.step)
+
+    def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Queue metrics."""
+        for name, value in values.items():
+            self._writer.add_scalar(f"{PREFIX}/epoch/{name}", value, epoch)
+
+    def annotate(self, values: Provenance) -> None:
+        """Not shown: it is in the run file."""
+
+    def flush(self) -> bool:
+        """Write what is queued."""
+        self._writer.flush()
+        return True
+
+    def close(self, end: str) -> None:
+        """Write what is queued; close the writer if it is ours."""
+        self._writer.flush()
+        if self._ours:
+            self._writer.close()
+
+
+def _summary_writer(folder: str | Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("tensorboard", "tensorboard", "TensorBoardSink") from error
+    return SummaryWriter(str(folder))
