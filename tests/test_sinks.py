@@ -66,6 +66,13 @@ def record(*sinks, out=None, steps=3):
     return kept.scalars
 
 
+def record_features(sink, out):
+    case = mlp(torch.float32)
+    with gradprobe.attach(case.model, ("t0", "t1"), out, every=2, level="both", sinks=[sink]) as probe:
+        for step in range(3):
+            probe.backward(case.losses(step))
+
+
 class Kept:
     """Notes what scalars every row has."""
 
@@ -114,6 +121,18 @@ class TestTensorBoard:
         with gradprobe.open_run(tmp_path / "run.h5") as run:
             cosines = [value for _, value in found["gradprobe/shared_cosine/t0|t1"]]
             np.testing.assert_allclose(cosines, run["shared_cosine"][:, 0], rtol=1e-6)
+
+    def test_it_shows_features_at_their_steps(self, tmp_path):
+        record_features(TensorBoardSink(tmp_path / "tb"), out=tmp_path / "run.h5")
+        found = events(tmp_path / "tb")
+        with gradprobe.open_run(tmp_path / "run.h5") as run:
+            (feature,) = run.feature_names
+            for tag, values in (
+                (f"gradprobe/feature_cosine/{feature}/t0|t1", run["features/cosine"][:, 0, 0]),
+                (f"gradprobe/feature_grad_norm/{feature}/t1", run["features/grad_norm"][:, 0, 1]),
+            ):
+                assert [step for step, _ in found[tag]] == [0, 1, 2]
+                np.testing.assert_allclose([value for _, value in found[tag]], values, rtol=1e-6)
 
     def test_a_writer_of_the_users_stays_open(self, tmp_path):
         from torch.utils.tensorboard import SummaryWriter
@@ -238,3 +257,18 @@ def test_wandb_is_told_how_the_run_ended(monkeypatch, end, code):
     sink.write(next(make_rows(header, 1)))
     sink.close(end)
     assert ended == [code]
+
+
+def test_weights_and_biases_gets_features_over_the_same_axis(tmp_path):
+    logged, axes = [], {}
+    run = types.SimpleNamespace(
+        define_metric=lambda name, step_metric=None, **_: axes.setdefault(name, step_metric), log=logged.append
+    )
+    record_features(WandbSink(run), out=tmp_path / "run.h5")
+    with gradprobe.open_run(tmp_path / "run.h5") as recorded:
+        name = f"gradprobe/feature_cosine/{recorded.feature_names[0]}/t0|t1"
+        cosines = recorded["features/cosine"][:, 0, 0]
+    found = [(entry["gradprobe/step"], entry[name]) for entry in logged if name in entry]
+    assert [step for step, _ in found] == [0, 1, 2]
+    np.testing.assert_allclose([value for _, value in found], cosines, rtol=1e-6)
+    assert axes["gradprobe/feature_cosine/*"] == "gradprobe/step"

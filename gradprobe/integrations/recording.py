@@ -27,8 +27,8 @@ half-precision rounding is below, a forgotten weight is above."""
 class Recording:
     """One probe and its run file, between the start and the end of a training that somebody else runs.
 
-    Under ``torch.distributed`` every process has a probe, gradients are averaged over all of them as the trainer averages
-    them, and the first one alone has a file and sinks.
+    Under ``torch.distributed`` every process has a probe, gradients are averaged over all of them as the trainer
+    averages them, and the first one alone has a file and sinks.
 
     Args:
         trainer: Name of the trainer, for the file.

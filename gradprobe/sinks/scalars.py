@@ -7,10 +7,11 @@ from itertools import combinations
 
 import numpy as np
 
+from gradprobe import measures
 from gradprobe.measures import Array
-from gradprobe.rows import Header, Row
+from gradprobe.rows import FeatureHeader, FeatureRow, Header, Row
 
-GROUPS = ("loss", "weight", "shared_grad_norm", "shared_cosine")
+GROUPS = ("loss", "weight", "shared_grad_norm", "shared_cosine", "feature_grad_norm", "feature_cosine")
 """What the names of a row's scalars begin with."""
 
 
@@ -30,6 +31,20 @@ def scalars(header: Header, row: Row) -> dict[str, float]:
         **_named("weight", header.tasks, row.weight),
         **{name: value for name, value in measured.items() if not np.isnan(value)},
     }
+
+
+def feature_scalars(header: FeatureHeader, row: FeatureRow) -> dict[str, float]:
+    """One feature row as named numbers: ``feature_grad_norm/FEATURE/TASK`` and ``feature_cosine/FEATURE/TASK|TASK``.
+
+    What is NaN, which means that it was not measured, is left out.
+    """
+    pairs = [f"{first}|{second}" for first, second in combinations(header.tasks, 2)]
+    norm, cosine = measures.norm(row.gram), measures.pair_cosine(row.gram)
+    found: dict[str, float] = {}
+    for place, feature in enumerate(header.features):
+        found |= _named(f"feature_grad_norm/{feature}", header.tasks, norm[place])
+        found |= _named(f"feature_cosine/{feature}", pairs, cosine[place])
+    return {name: value for name, value in found.items() if not np.isnan(value)}
 
 
 def _named(group: str, names: Iterable[str], values: Array) -> dict[str, float]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gradprobe.errors import MissingExtraError
-from gradprobe.rows import Header, Provenance, Row
-from gradprobe.sinks.scalars import scalars
+from gradprobe.rows import FeatureHeader, FeatureRow, Header, Provenance, Row
+from gradprobe.sinks.scalars import feature_scalars, scalars
 
 PREFIX = "gradprobe"
 
@@ -29,6 +29,7 @@ class TensorBoardSink:
         self._ours = isinstance(to, str | Path)
         self._writer: Any = _summary_writer(to) if isinstance(to, str | Path) else to
         self._header: Header | None = None
+        self._features: FeatureHeader | None = None
 
     def start(self, header: Header) -> None:
         """Rows follow."""
@@ -37,13 +38,20 @@ class TensorBoardSink:
     def write(self, row: Row) -> None:
         """Queue the row's scalars; a thread of TensorBoard's writes them."""
         assert self._header is not None
-        for name, value in scalars(self._header, row).items():
-            self._writer.add_scalar(f"{PREFIX}/{name}", value, row.step)
+        self._add(scalars(self._header, row), row.step)
+
+    def start_features(self, header: FeatureHeader) -> None:
+        """Feature rows follow."""
+        self._features = header
+
+    def write_features(self, row: FeatureRow) -> None:
+        """Queue the feature row's scalars."""
+        assert self._features is not None
+        self._add(feature_scalars(self._features, row), row.step)
 
     def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Queue metrics."""
-        for name, value in values.items():
-            self._writer.add_scalar(f"{PREFIX}/epoch/{name}", value, epoch)
+        self._add({f"epoch/{name}": value for name, value in values.items()}, epoch)
 
     def annotate(self, values: Provenance) -> None:
         """Not shown: it is in the run file."""
@@ -58,6 +66,10 @@ class TensorBoardSink:
         self._writer.flush()
         if self._ours:
             self._writer.close()
+
+    def _add(self, values: Mapping[str, float], at: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{PREFIX}/{name}", value, at)
 
 
 def _summary_writer(folder: str | Path) -> Any:
