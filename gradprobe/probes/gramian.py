@@ -13,9 +13,10 @@ from torch import Tensor
 from gradprobe.measures import Array
 from gradprobe.probes.graph import Layer
 
-# Numbers converted to float64 at a time: they stay in the cache, and no whole copy is made. A matrix product is quicker
-# than single ones from about eight gradients on, and wants smaller pieces.
-_PIECE, _PIECE_OF_MANY, _MANY = 1 << 16, 1 << 13, 8
+# Numbers converted to float64 at a time: they stay in the cache, and no whole copy is made. Above 10,000 numbers
+# numpy's OpenBLAS takes threads of its own, which spin on after their work: that cost as much as a whole training step.
+# A matrix product is quicker than single ones from about eight gradients on.
+_PIECE, _MANY = 1 << 13, 8
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -77,11 +78,12 @@ def _one_by_one(arrays: Sequence[NDArray[Any]]) -> Array:
 
 
 def _by_matrix(arrays: Sequence[NDArray[Any]]) -> Array:
-    total = np.zeros((len(arrays), len(arrays)))
-    for start in range(0, arrays[0].size, _PIECE_OF_MANY):
-        block = np.array([a[start : start + _PIECE_OF_MANY] for a in arrays], dtype=np.float64)
+    """By torch, whose threads are those that train."""
+    total = torch.zeros((len(arrays), len(arrays)), dtype=torch.float64)
+    for start in range(0, arrays[0].size, _PIECE):
+        block = torch.from_numpy(np.array([a[start : start + _PIECE] for a in arrays], dtype=np.float64))
         total += block @ block.T
-    return total
+    return total.numpy()
 
 
 def symmetric(upper: Sequence[Sequence[Tensor]]) -> Tensor:
