@@ -144,6 +144,18 @@ def test_what_is_switched_off_or_not_finite_is_missing_and_alone(value):
         assert np.isfinite(row.gram[0, 1, 1])
 
 
+@pytest.mark.parametrize("use", ["record", "backward"])
+def test_a_step_at_which_a_task_lacks_the_feature_has_a_row_without_it(use):
+    torch.manual_seed(0)
+    layer, own, sink = nn.Linear(3, 4), nn.Linear(3, 4), Collector()
+    with GradientProbe(nn.ModuleList([layer, own]), ("a", "b"), [sink], level="features") as probe:
+        for step in range(3):
+            z = layer(torch.randn(5, 3))
+            b = own(torch.randn(5, 3)).sum() if step == 1 else z.sin().sum()
+            getattr(probe, use)({"a": z.pow(2).mean(), "b": b})
+    assert [bool(np.isfinite(row.gram).all()) for row in sink.feature_rows] == [True, False, True]
+
+
 def test_where_tasks_never_part_it_is_said_once():
     """A forward per task: they share parameters and no feature."""
     case, sink = make("mlp"), Collector()

@@ -49,9 +49,9 @@ class FeatureMeter:
         return [f for f in found if f.name in self.names]
 
     def explicit(self, features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
-        """(F, T, T) by a pass through each head; see :func:`explicit_features`."""
+        """(F, T, T) of this step's features by a pass through each head; see :func:`explicit_features`."""
         with buffers_kept(self._model):
-            return self.arranged(features, explicit_features(features, losses, factors))
+            return explicit_features(features, losses, factors)
 
     def arranged(self, features: Sequence[Feature], gram: Array) -> Array:
         """Gramians of this step's features in the places of the names; NaN for one that this step lacks."""
