@@ -132,6 +132,17 @@ def test_several_outputs_of_one_layer_are_several_features():
     assert sink.feature_header.feature_size.tolist() == [10, 10]
 
 
+def test_a_feature_keeps_its_name_at_a_step_that_lacks_another_of_its_layer():
+    torch.manual_seed(0)
+    layer, sink = nn.Linear(3, 4), Collector()
+    with GradientProbe(layer, ("a", "b"), [sink], level="features") as probe:
+        for used in ({0, 1}, {1}, {0, 1}):
+            parts = layer(torch.ones(5, 3)).split(2, dim=1)
+            probe.backward({t: sum(k * parts[i].sum() for i in used) for t, k in (("a", 1.0), ("b", 2.0))})
+    missing = [np.isnan(row.gram).all(axis=(1, 2)).tolist() for row in sink.feature_rows]
+    assert missing == [[False, False], [True, False], [False, False]]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_switched_off_or_not_finite_is_missing_and_alone(value):
     case, sink = make("mlp"), Collector()

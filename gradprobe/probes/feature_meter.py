@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from gradprobe.measures import Array
-from gradprobe.probes.features import Feature, explicit_features, find_features, select
+from gradprobe.probes.features import Feature, Origin, explicit_features, find_features, select, under_first_names
 from gradprobe.probes.graph import by_module
 from gradprobe.probes.passes import buffers_kept
 from gradprobe.probes.trace import trace
@@ -30,6 +30,7 @@ class FeatureMeter:
         self._model, self._warn = model, warn
         self._wanted = [wanted] if isinstance(wanted, str) else None if wanted is None else list(wanted)
         self._owners: dict[int, str] = {}
+        self._first: dict[str, Origin] = {}  # of all features at the first step, wanted or not
         self.names: tuple[str, ...] = ()
 
     def find(self, losses: Sequence[Tensor]) -> list[Feature]:
@@ -42,11 +43,12 @@ class FeatureMeter:
                 self._owners = owners
                 found = find_features(graph, owners)
         if not self.names:
+            self._first = {f.name: f.origin for f in found}
             found = select(found, self._wanted)
             self.names = tuple(f.name for f in found)
             if not found:
                 self._warn("no feature was found at which two tasks part, so none is recorded")
-        return [f for f in found if f.name in self.names]
+        return [f for f in under_first_names(found, self._first) if f.name in self.names]
 
     def explicit(self, features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
         """(F, T, T) of this step's features by a pass through each head; see :func:`explicit_features`."""
