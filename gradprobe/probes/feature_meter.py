@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gradprobe.measures import Array
 from gradprobe.probes.features import Feature, Origin, explicit_features, find_features, select, under_first_names
 from gradprobe.probes.graph import by_module
-from gradprobe.probes.passes import buffers_kept
+from gradprobe.probes.passes import state_kept
 from gradprobe.probes.trace import trace
 
 
@@ -52,7 +52,7 @@ class FeatureMeter:
 
     def explicit(self, features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
         """(F, T, T) of this step's features by a pass through each head; see :func:`explicit_features`."""
-        with buffers_kept(self._model):
+        with state_kept(self._model):
             return explicit_features(features, losses, factors)
 
     def arranged(self, features: Sequence[Feature], gram: Array) -> Array:
