@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from gradprobe.errors import ProbeError
@@ -56,7 +55,7 @@ def loss_fault(loss: object) -> str:
         return f"has shape {tuple(loss.shape)}; reduce it to one number, for example with .mean()."
     if loss.is_complex():
         return "is complex; a gradient needs a real one, for example .abs()."
-    if torch.is_grad_enabled() and not loss.requires_grad:
+    if not loss.requires_grad:
         return "has no graph (was it detached, or computed under no_grad?), so it has no gradient to measure."
     return ""
 
