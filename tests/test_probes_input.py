@@ -302,3 +302,11 @@ def test_wrong_arguments_are_found_before_anything_is_attached(options, message)
 def test_wrong_tasks_are_found(tasks):
     with pytest.raises(ProbeError, match=r"tasks="):
         GradientProbe(make("mlp").model, tasks)
+
+
+@pytest.mark.parametrize("name", ["", "a\0", "a\x1b[2J", 3], ids=repr)
+def test_names_with_which_no_file_could_be_read_again_are_found_beforehand(name):
+    model = make("mlp").model
+    for options in ({"tasks": ("t0", name)}, {"tasks": T, "layers": {name: [model.trunk[0].weight]}}):
+        with pytest.raises(ProbeError, match="without control characters"):
+            GradientProbe(model, **options)

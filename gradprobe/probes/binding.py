@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
+from gradprobe.probes.checks import check_names
 from gradprobe.probes.graph import Layer, SharedLayers, by_module, find_shared
 from gradprobe.probes.trace import Trace, several
 
@@ -28,7 +29,7 @@ class Selection:
         nothing: Choose no parameter at all.
 
     Raises:
-        ProbeError: ``shared`` chooses nothing.
+        ProbeError: ``shared`` chooses nothing, or ``layers`` has a name that a file cannot hold.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Selection:
             self._chosen = []
         self._layers = None
         if layers is not None:
+            check_names("layers", layers)
             self._layers = {layer: [names.get(id(p), p) for p in members] for layer, members in layers.items()}
 
     @property
