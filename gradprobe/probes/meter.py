@@ -68,7 +68,7 @@ class Meter:
         self._model, self._selection, self._memory, self._warn = model, selection, memory, warn
         self._ghostly, self._ghosts_checked = products == "ghost", False
         self._binding: Binding | None = None
-        self._told = False  # that more is shared than at first
+        self._looked, self._told = 0, False  # whether more is shared than at first
         self._checked: bool | None = None  # whether what is derived was found equal to what is explicit
         self.shared: SharedLayers | None = None
         self.last_gram: Array | None = None
@@ -176,9 +176,10 @@ class Meter:
             )
 
     def _warn_of_more(self, losses: Sequence[Tensor]) -> None:
-        """A file has the layers that it began with."""
+        """A file has the layers that it began with. Looked for ever more rarely: it costs a walk of the graph."""
         assert self.shared is not None
-        if self._told or not self._selection.open:
+        self._looked += 1
+        if self._told or not self._selection.open or self._looked & (self._looked - 1):
             return
         layer = self._selection.left_out(trace(losses), {id(p) for p in self.shared.parameters})
         if layer is not None:
