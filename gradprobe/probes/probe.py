@@ -131,6 +131,10 @@ class GradientProbe:
     def backward(self, losses: Losses, weights: Weights | None = None, *, batch_size: int = 0) -> None:
         """The joint backward, and on due steps the measurement.
 
+        On steps where a task is derived, the graph is kept until the result is checked; it is freed when the losses, and
+        what else of the graph the loop holds, are let go of. ``del losses, outputs`` before the next forward keeps the
+        activations of two steps from being alive together.
+
         ``.grad`` ends bit for bit as after ``sum(w[t] * losses[t] for t in losses).backward()``, or, with a scaler,
         as after ``scaler.scale(sum(...)).backward()``.
 
