@@ -165,9 +165,9 @@ class Meter:
             self._trusted = False
             self._warn(
                 f"a gradient derived from the joint one differs from the explicit one by {apart:.1e} of the norms, "
-                f"more than {tolerance(shared):.0e}: by rounding within this model's layers, or because the joint gradient "
-                "is not the weighted sum of the tasks' own (an operation that clips gradients, say). Every task gets a "
-                "pass of its own from here on"
+                f"more than {tolerance(shared):.0e}: by rounding within this model's layers, or because the joint "
+                "gradient is not the weighted sum of the tasks' own (an operation that clips gradients, say). Every "
+                "task gets a pass of its own from here on"
             )
         return by_passes
 
