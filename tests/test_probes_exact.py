@@ -14,7 +14,7 @@ from zoo import ZOO, Collector, naive_gramian
 
 from gradprobe.probes import GradientProbe, derived, passes
 from gradprobe.probes.gramian import products
-from gradprobe.rows import MEASURED
+from gradprobe.rows import MEASURED, MISSING_GRADIENT
 
 NAMES = [f"t{i}" for i in range(8)]
 
@@ -250,6 +250,7 @@ def test_a_parameter_frozen_in_mid_run_is_left_out_from_there_on():
     assert all(row.status != "measuring failed" for row in sink.rows)
     assert np.isfinite(sink.rows[1].gram).all()
     assert np.isnan(sink.rows[3].gram[0]).all()
+    assert [row.status for row in sink.rows] == [MEASURED] * 2 + [MISSING_GRADIENT] * 2
     assert np.isfinite(sink.rows[3].gram[1]).all()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
@@ -170,6 +171,16 @@ class Meter:
                 "task gets a pass of its own from here on"
             )
         return by_passes
+
+    def reach_now(self, losses: Sequence[Tensor]) -> NDArray[np.bool_]:
+        """Which task's graph reaches which layer at this step: (L, T)."""
+        assert self.shared is not None
+        graph = trace(losses)
+        reach = [
+            [any(p.requires_grad and graph.reaches(task, p) for p in layer.parameters) for task in range(len(losses))]
+            for layer in self.shared.layers
+        ]
+        return np.array(reach, dtype=bool).reshape(len(self.shared.layers), len(losses))
 
     def _warn_of_none(self) -> None:
         assert self.shared is not None
