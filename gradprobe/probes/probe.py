@@ -35,7 +35,8 @@ class GradientProbe:
     """Measures the Gramian of the task gradients on every shared layer while a model trains.
 
     Nothing it does changes the training: parameters, buffers, random numbers and ``.grad`` end as they would have
-    without it. A failure in measuring becomes a row that says why; only a wrong call raises.
+    without it. A failure in measuring becomes a row that says why; only a wrong call raises. Hooks of your own on
+    activations see its passes too, and ``retain_grad()`` on one keeps the sum over them.
 
     Args:
         model: Any module whose tasks share parameters.
