@@ -26,7 +26,7 @@ def test_the_preset_is_the_report():
     [
         (
             {"trainer": "gradnrom"},
-            r"unknown trainer 'gradnrom' \(there are: joint, gradnorm\)\. Did you mean 'gradnorm'",
+            r"unknown trainer 'gradnrom' \(there are: single, joint, .*\. Did you mean 'gradnorm'",
         ),
         ({"optimizer": "adam"}, "unknown optimizer 'adam'"),
         ({"imgsz": 100}, "--imgsz 100: must be a multiple of 32; the next one is 128"),

@@ -9,13 +9,14 @@ What it can and cannot do: at fixed parameters a reweighting changes no cosine, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.balancer import Balancer
+from gradprobe.trainers.balancer import Balancer, Setup
 
 
 def weight_gradient(weight: Tensor, norm: Tensor, loss_ratio: Tensor, alpha: float) -> Tensor:
@@ -180,3 +181,31 @@ class GradNorm(Balancer):
             self._weight.copy_(state["weight"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._initial_losses = state["initial_losses"]
+
+    @classmethod
+    def create(cls, model: Any, setup: Setup) -> Balancer:
+        """With the ``--gradnorm-...`` settings."""
+        s = setup.settings
+        return cls(
+            setup.static,
+            layer_parameters(model, s.gradnorm_layer or model.last_shared_layer),
+            alpha=s.gradnorm_alpha,
+            lr=s.gradnorm_lr,
+            momentum=s.gradnorm_momentum,
+            total=s.weight_sum,
+            lowest=s.min_weight,
+            highest=s.max_weight,
+        )
+
+
+def layer_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters of the module called ``name``.
+
+    Raises:
+        UsageError: No module is called so, or it has none; lists the near ones.
+    """
+    modules = {n: m for n, m in model.named_modules() if n and any(True for _ in m.parameters())}
+    if name not in modules:
+        near = get_close_matches(name, list(modules), n=3)
+        raise UsageError(f"--gradnorm-layer {name!r}: the model has no such layer (near: {', '.join(near) or 'none'}).")
+    return list(modules[name].parameters())

@@ -63,6 +63,8 @@ class YOLOv5WithClassification(nn.Module):
         """Names of the layers that both tasks use, in execution order; the last is the SPPF."""
         self.last_shared_layer = _last_convolution(self, self.trunk[-1])
         """Name of the last convolution of the trunk."""
+        self.detached = False
+        """Whether the classification head learns without sending gradients into the trunk."""
 
     @property
     def box_classes(self) -> int:
@@ -91,7 +93,12 @@ class YOLOv5WithClassification(nn.Module):
         finally:
             hook.remove()
         decoded, maps = (None, output) if self._detect.training else output
-        return Outputs(tuple(maps), self.classifier(shared[0].mean(dim=(2, 3))), decoded)
+        return Outputs(tuple(maps), self.classify(shared[0]), decoded)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits of the image classes, (B, image classes), from the trunk's output."""
+        pooled = features.mean(dim=(2, 3))
+        return cast(Tensor, self.classifier(pooled.detach() if self.detached else pooled))
 
     def losses(self, outputs: Outputs, batch: BatchLike) -> dict[str, Tensor]:
         """The unweighted loss of each task, in training and in evaluation mode.
