@@ -61,6 +61,14 @@ def record(
     dwa_temperature: Annotated[
         float | None, Option(help=f"Of dwa; larger is more even. [default: {D.dwa_temperature}]")
     ] = None,
+    match_norm: Annotated[
+        bool | None,
+        Option(
+            "--match-norm/--no-match-norm",
+            help="Gradient surgery: a combined gradient as long as the joint one. [default: on]",
+        ),
+    ] = None,
+    cagrad_c: Annotated[float | None, Option(help=f"Of cagrad. [default: {D.cagrad_c}]")] = None,
     every: Annotated[int | None, Option(help=f"Measure every so many steps. [default: {D.every}]")] = None,
     bn_batches: Annotated[
         int | None, Option(help=f"To recompute BatchNorm before evaluating. [default: {D.bn_batches}]")

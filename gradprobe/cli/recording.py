@@ -89,6 +89,7 @@ def record_run(request: Request) -> None:
 
 def make_plan(request: Request) -> Plan:
     """What the flags ask for; what can be told wrong without data and model is found here."""
+    from gradprobe.trainers import registry
     from gradprobe.trainers.hyp import DetectionHyp, read_hyp
 
     if request.resume is not None:
@@ -98,8 +99,10 @@ def make_plan(request: Request) -> Plan:
     if request.task_weights is not None:
         flags["task_weights"] = parse_task_weights(request.task_weights)
     settings = resolve(flags, preset=request.preset, hyp=file.optimizer if file else None)
+    settings = dataclasses.replace(settings, **read_source(request.source, settings))
+    registry.find(settings.trainer).require(settings)
     return Plan(
-        settings=dataclasses.replace(settings, **read_source(request.source, settings)),
+        settings=settings,
         hyp=file.loss if file else DetectionHyp(),
         ignored_hyp=file.ignored if file else (),
         out=output_path(request),
@@ -138,7 +141,7 @@ def _plan_to_resume(request: Request) -> Plan:
             f"{request.resume}: ends at step {last}, but its checkpoint belongs to a run that was measured up to step "
             f"{state['probe']['clock']['last_due']}. There is nothing to go on from; record anew with --overwrite."
         )
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
     return Plan(
         settings=Settings(**values),
         hyp=DetectionHyp(**state["hyp"]),

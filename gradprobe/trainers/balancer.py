@@ -84,6 +84,10 @@ class Balancer(ABC):
     # ---- how `gradprobe record` makes one
 
     @classmethod
+    def require(cls, settings: Settings) -> None:
+        """Called before data are loaded: raises a ``UsageError`` for what is missing or cannot be meant."""
+
+    @classmethod
     def prepare(cls, model: nn.Module, setup: Setup) -> nn.Module:
         """The model that is trained, made from the reference model that all trainers of a seed start from."""
         return model

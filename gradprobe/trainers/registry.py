@@ -67,6 +67,15 @@ TRAINERS: dict[str, Trainer] = {
     "rlw": Trainer(
         "random weights, drawn anew at every step", "none", "Lin et al. 2022, arXiv:2111.10603", _HERE + "rlw:RLW"
     ),
+    "pcgrad": Trainer("each task's gradient without its part against another's", _SURGERY, "Yu et al. 2020, arXiv:2001.06782", _HERE + "surgery:Surgery"),
+    "gradvac": Trainer("each task's gradient turned until its cosine with another's is the usual one", _SURGERY, "Wang et al. 2021, arXiv:2010.05874", _HERE + "surgery:Surgery"),
+    "cagrad": Trainer("the step near the mean one that helps the worst task most (--cagrad-c)", _SURGERY, "Liu et al. 2021, arXiv:2110.14048", _HERE + "surgery:Surgery"),
+    "mgda": Trainer("the shortest convex combination of the task gradients", _SURGERY, "Sener and Koltun 2018, arXiv:1810.04650", _HERE + "surgery:Surgery"),
+    "upgrad": Trainer("each task's gradient projected onto the cone where none conflicts, then their mean", _SURGERY, "Quinton and Rey 2024, arXiv:2406.16232", _HERE + "surgery:Surgery"),
+    "imtl": Trainer("the step with equal projections onto all task gradients", _SURGERY, "Liu et al. 2021, ICLR", _HERE + "surgery:Surgery"),
+    "aligned": Trainer("the task gradients made orthogonal and equally long", _SURGERY, "Senushkin et al. 2023, arXiv:2305.19000", _HERE + "surgery:Surgery"),
+    "fairgrad": Trainer("the step that is fair to all tasks' progress (alpha 1: proportionally)", _SURGERY, "Ban and Ji 2024, arXiv:2402.15638", _HERE + "surgery:Surgery"),
+    "nash": Trainer("the step on which tasks that bargain would agree; extra `nash`", _SURGERY, "Navon et al. 2022, arXiv:2202.01017", _HERE + "surgery:Surgery"),
     "detach": Trainer(
         "the classification head learns from a detached trunk: no interference by construction",
         "none",

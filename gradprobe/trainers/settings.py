@@ -50,6 +50,8 @@ class Settings:
     weight_sum: float = float(len(TASKS))
 
     dwa_temperature: float = 2.0
+    match_norm: bool = True  # gradient surgery: the combined gradient as long as the joint one
+    cagrad_c: float = 0.4
 
     every: int = 2  # steps between two measurements
     bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
@@ -133,7 +135,7 @@ def _validate(s: Settings) -> None:
     for name in ("lr", "weight_sum", "gradnorm_lr", "dwa_temperature"):
         if not 0 < getattr(s, name) < math.inf:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be a positive number.")
-    for name in ("lrf", "weight_decay", "clip_norm", "min_weight", "max_weight", "bn_batches", "gradnorm_alpha"):
+    for name in ("lrf", "weight_decay", "clip_norm", "min_weight", "max_weight", "bn_batches", "gradnorm_alpha", "cagrad_c"):
         if math.isnan(getattr(s, name)) or getattr(s, name) < 0:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must not be negative.")
     for name in ("momentum", "gradnorm_momentum"):
