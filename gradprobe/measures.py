@@ -253,4 +253,5 @@ def step_norm(gram: ArrayLike, weight: ArrayLike) -> Array:
     """Length of the combined gradient, ``|sum_i w_i g_i|``: (..., T, T) and (..., T) -> (...)."""
     weight = np.asarray(weight, dtype=np.float64)
     square = np.einsum("...i,...ij,...j->...", weight, np.asarray(gram, dtype=np.float64), weight)
-    return np.sqrt(np.maximum(square, 0.0))  # rounding may leave -1e-20 of two that cancel
+    result: Array = np.sqrt(np.maximum(square, 0.0))  # rounding may leave -1e-20 of two that cancel
+    return result

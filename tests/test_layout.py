@@ -29,8 +29,20 @@ MAY_IMPORT = {
     "plots": {"errors", "measures", "rows", "runfile", "summary"},
     "probes": {"errors", "measures", "rows"},
     "trainers": {"errors", "measures", "probes", "rows"},
+    "verdict": {"errors", "measures"},
     "attachment": {"probes", "provenance", "rows", "runfile"},
-    "cli": {"__init__", "errors", "measures", "plots", "provenance", "rows", "runfile", "summary", "trainers"},
+    "cli": {
+        "__init__",
+        "errors",
+        "measures",
+        "plots",
+        "provenance",
+        "rows",
+        "runfile",
+        "summary",
+        "trainers",
+        "verdict",
+    },
 }
 
 MAY_NOT_IMPORT = {
@@ -38,6 +50,7 @@ MAY_NOT_IMPORT = {
     "rows": {"torch", "h5py", "matplotlib"},
     "runfile": {"torch", "matplotlib"},
     "summary": {"torch", "h5py", "matplotlib"},
+    "verdict": {"torch", "h5py", "matplotlib"},
     "plots": {"torch", "h5py"},
     "probes": {"h5py", "yolov5", "matplotlib"},
     "trainers": {"h5py", "matplotlib"},

@@ -22,7 +22,11 @@ from gradprobe.trainers.rlw import RLW
 from gradprobe.trainers.uncertainty import Uncertainty
 from gradprobe.trainers.weightings import STATEFUL
 
-OPTIONS = {"single": {"task": "cls"}, "gradnorm-static": {"from_run": "x.h5", "task_weights": (1.4, 0.6)}}
+OPTIONS = {
+    "single": {"task": "cls"},
+    "gradnorm-static": {"from_run": "x.h5", "task_weights": (1.4, 0.6)},
+    "split": {"from_run": "x.h5", "double": ("model.4.cv1.conv", "model.9.cv2.bn")},
+}
 TRAINERS = list(registry.TRAINERS)
 
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import TASKS, Settings
+
+if TYPE_CHECKING:
+    from gradprobe.measures import Array
+    from gradprobe.runfile import Run
+
+LONG = 5000
+"""Rows that are looked at in a run."""
 
 
 def trainer_list() -> str:
@@ -73,4 +80,35 @@ def average_weights(source: Path, settings: Settings) -> Mapping[str, Any]:
     return {"task_weights": tuple(weight.mean(axis=0).tolist())}
 
 
-_READERS: dict[str, Callable[[Path, Settings], Mapping[str, Any]]] = {"gradnorm-static": average_weights}
+def layers_in_conflict(source: Path, settings: Settings) -> Mapping[str, Any]:
+    """The ``--top-k`` layers with the highest score of :mod:`gradprobe.verdict.layers`.
+
+    Raises:
+        UsageError: The run is of another architecture, or has fewer such layers.
+    """
+    from gradprobe.runfile import Run
+    from gradprobe.verdict.layers import layer_scores
+
+    with Run(source) as run:
+        cfg, wanted = run.provenance.get("settings.cfg"), Path(settings.cfg).name
+        if cfg != wanted:
+            raise UsageError(
+                f"--from {source}: was recorded from another architecture ({cfg or 'no YOLOv5 cfg'}, not {wanted}), so "
+                "its layers are not this model's. Record a joint run of this one first."
+            )
+        scores = layer_scores(gramians(run), run.layer_size)
+        names = list(dict.fromkeys(run.layers[layer] for layer, _ in scores.ranked()))
+    if len(names) < settings.top_k:
+        raise UsageError(f"--top-k {settings.top_k}: {source} has {len(names)} layers with a cosine.")
+    return {"double": tuple(names[: settings.top_k])}
+
+
+def gramians(run: Run) -> Array:
+    """The Gramians (n, L, T, T) of a run; of a long one every k-th row."""
+    return run.gram(stride=max(1, len(run) // LONG))
+
+
+_READERS: dict[str, Callable[[Path, Settings], Mapping[str, Any]]] = {
+    "gradnorm-static": average_weights,
+    "split": layers_in_conflict,
+}

@@ -61,6 +61,10 @@ def record(
     dwa_temperature: Annotated[
         float | None, Option(help=f"Of dwa; larger is more even. [default: {D.dwa_temperature}]")
     ] = None,
+    share_until: Annotated[
+        str | None, Option(help="dual: the last layer of the trunk that stays shared. [default: none]")
+    ] = None,
+    top_k: Annotated[int | None, Option(help=f"split: how many layers to double. [default: {D.top_k}]")] = None,
     match_norm: Annotated[
         bool | None,
         Option(

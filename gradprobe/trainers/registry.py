@@ -76,6 +76,18 @@ TRAINERS: dict[str, Trainer] = {
     "aligned": Trainer("the task gradients made orthogonal and equally long", _SURGERY, "Senushkin et al. 2023, arXiv:2305.19000", _HERE + "surgery:Surgery"),
     "fairgrad": Trainer("the step that is fair to all tasks' progress (alpha 1: proportionally)", _SURGERY, "Ban and Ji 2024, arXiv:2402.15638", _HERE + "surgery:Surgery"),
     "nash": Trainer("the step on which tasks that bargain would agree; extra `nash`", _SURGERY, "Navon et al. 2022, arXiv:2202.01017", _HERE + "surgery:Surgery"),
+    "dual": Trainer(
+        "a backbone for each task; with --share-until LAYER the layers up to that one stay shared",
+        "the second backbone's forward and backward",
+        "",
+        _HERE + "dual:Dual",
+    ),
+    "split": Trainer(
+        "as dual, for the --top-k layers that an earlier run (--from) shows in conflict",
+        "as dual, from the first doubled layer on",
+        "after Shi et al. 2023 (Recon), ICLR",
+        _HERE + "dual:Split",
+    ),
     "detach": Trainer(
         "the classification head learns from a detached trunk: no interference by construction",
         "none",

@@ -50,6 +50,9 @@ class Settings:
     weight_sum: float = float(len(TASKS))
 
     dwa_temperature: float = 2.0
+    share_until: str = ""  # dual: the last shared layer; empty: nothing is shared
+    top_k: int = 5  # split: how many layers are doubled
+    double: tuple[str, ...] = ()  # split: which
     match_norm: bool = True  # gradient surgery: the combined gradient as long as the joint one
     cagrad_c: float = 0.4
 
@@ -129,7 +132,7 @@ def _validate(s: Settings) -> None:
     if s.imgsz < 32 or s.imgsz % 32:
         nearest = max(32, math.ceil(s.imgsz / 32) * 32)
         raise UsageError(f"--imgsz {s.imgsz}: must be a multiple of 32; the next one is {nearest}.")
-    for name in ("epochs", "batch_size", "every"):
+    for name in ("epochs", "batch_size", "every", "top_k"):
         if getattr(s, name) < 1:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 1.")
     for name in ("lr", "weight_sum", "gradnorm_lr", "dwa_temperature"):
@@ -153,6 +156,8 @@ def _validate(s: Settings) -> None:
 def _validate_trainer(s: Settings) -> None:
     if s.trainer == "single" and s.task not in TASKS:
         raise UsageError(f"--trainer single: which task? --task {' or --task '.join(TASKS)}.")
+    if s.share_until and s.trainer != "dual":
+        raise UsageError(f"--share-until {s.share_until} goes with --trainer dual.")
     if s.task and s.trainer != "single":
         raise UsageError(f"--task {s.task} goes with --trainer single; all tasks are trained by {s.trainer}.")
 

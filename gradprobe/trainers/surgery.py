@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradprobe import measures
@@ -152,7 +152,7 @@ class Surgery(Balancer):
         return cls(s.trainer, model, setup.static, match_norm=s.match_norm, seed=s.seed, cagrad_c=s.cagrad_c)
 
 
-def over_all(gram: Array, reach: Array) -> Array:
+def over_all(gram: Array, reach: NDArray[np.bool_]) -> Array:
     """The Gramian over all layers together: (L, T, T) -> (T, T).
 
     A layer that a task does not reach (``reach``, (L, T) bool) adds nothing; NaN elsewhere stays NaN.

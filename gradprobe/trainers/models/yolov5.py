@@ -87,13 +87,17 @@ class YOLOv5WithClassification(nn.Module):
             images: (B, 3, S, S) in [0, 1], S a multiple of the model's largest stride (32; 64 for P6 cfgs).
         """
         shared: list[Tensor] = []
-        hook = self.get_submodule(self.trunk[-1]).register_forward_hook(lambda *call: shared.append(call[2]))
+        hook = self._listen(shared)
         try:
             output = self._detector[0](images)
         finally:
             hook.remove()
         decoded, maps = (None, output) if self._detect.training else output
         return Outputs(tuple(maps), self.classify(shared[0]), decoded)
+
+    def _listen(self, kept: list[Tensor]) -> Any:
+        """A hook that keeps what :meth:`classify` is to be given: the output of the trunk."""
+        return self.get_submodule(self.trunk[-1]).register_forward_hook(lambda *call: kept.append(call[2]))
 
     def classify(self, features: Tensor) -> Tensor:
         """Logits of the image classes, (B, image classes), from the trunk's output."""
