@@ -198,6 +198,23 @@ def over_layers(gram: ArrayLike, reach: ArrayLike) -> tuple[Array, Array]:
         return np.sqrt(square), np.clip(inner / length, -1.0, 1.0)
 
 
+def over_all(gram: ArrayLike, reach: ArrayLike) -> Array:
+    """The Gramian over all layers together.
+
+    Args:
+        gram: (..., L, T, T).
+        reach: (L, T) bool, which task reaches which layer by the graph.
+
+    Returns:
+        (..., T, T). A layer that a task does not reach adds nothing to its entries; a reached one whose entry is NaN
+        makes the sum NaN.
+    """
+    reach = np.asarray(reach, dtype=bool)
+    both = reach[:, :, None] & reach[:, None, :]
+    total: Array = np.where(both, np.asarray(gram, dtype=np.float64), 0.0).sum(axis=-3)
+    return total
+
+
 def from_norms(norms: ArrayLike, cosines: ArrayLike) -> Array:
     """The Gramian that norms (..., T) and pair cosines (..., P) came from: (..., T, T).
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "provenance": set(),
     "runfile": {"__init__", "errors", "measures", "rows"},
     "summary": {"errors", "measures", "rows", "runfile"},
-    "plots": {"errors", "measures", "rows", "runfile", "summary"},
+    "plots": {"errors", "measures", "rows", "runfile", "summary", "verdict"},
     "probes": {"errors", "measures", "rows"},
     "trainers": {"errors", "measures", "probes", "rows"},
     "verdict": {"errors", "measures"},

@@ -14,6 +14,7 @@ from gradprobe.cli.data import app as data_app
 from gradprobe.cli.export import export
 from gradprobe.cli.plot import plot
 from gradprobe.cli.record import record
+from gradprobe.cli.replay import replay
 from gradprobe.cli.summary import summary
 from gradprobe.cli.watch import watch
 from gradprobe.errors import GradprobeError
@@ -40,6 +41,7 @@ app.command()(record)
 app.command()(plot)
 app.command()(summary)
 app.command()(watch)
+app.command()(replay)
 app.command()(export)
 app.command()(check)
 app.add_typer(data_app, name="data", help="Make the embedded data set, or check one of your own.")

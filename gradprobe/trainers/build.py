@@ -78,6 +78,7 @@ def build(
                 "reference": reference_weights,
                 "initial_weights": checkpoint.fingerprint(model),
                 "trunk": list(model.trunk),
+                "last_shared_layer": model.last_shared_layer,
                 "doubled": list(getattr(model, "doubled", ())),
             },
             "steps_per_epoch": len(train_loader),

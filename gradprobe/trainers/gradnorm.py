@@ -146,10 +146,15 @@ class GradNorm(Balancer):
     def update(self, losses: Mapping[str, Tensor]) -> None:
         """One step of Adam on the weights, then the projection; Adam's moments are kept as they are.
 
-        A step whose losses or norms are not finite leaves the weights where they are.
+        A step whose losses or norms are not finite leaves the weights where they are. Under data parallelism losses
+        and gradients are those of the whole batch, so that all ranks keep the same weights.
         """
-        values = torch.stack([losses[t].detach().reshape(()).double() for t in self._tasks]).cpu()
-        norms = torch.stack([self._norm(losses[t]) for t in self._tasks]).cpu()
+        values = torch.stack([losses[t].detach().reshape(()).double() for t in self._tasks])
+        norms = torch.stack([self._norm(losses[t]) for t in self._tasks])
+        self.advance(_mean_over_ranks(values).cpu(), norms.cpu())
+
+    def advance(self, values: Tensor, norms: Tensor) -> None:
+        """The same from numbers alone: losses (T,) and norms (T,) of their gradients on W, float64, on the CPU."""
         if not (values.isfinite().all() and norms.isfinite().all()):
             return  # nor may such a step become L(0)
         if self._initial_losses is None:
@@ -164,8 +169,9 @@ class GradNorm(Balancer):
 
     def _norm(self, loss: Tensor) -> Tensor:
         gradients = torch.autograd.grad(loss, self._parameters, retain_graph=True, allow_unused=True)
-        squares = [g.double().square().sum() for g in gradients if g is not None]
-        return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+        pairs = zip(gradients, self._parameters, strict=True)
+        flat = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).double() for g, p in pairs])
+        return torch.linalg.vector_norm(_mean_over_ranks(flat))
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, Adam's moments and L(0)."""
@@ -196,6 +202,13 @@ class GradNorm(Balancer):
             lowest=s.min_weight,
             highest=s.max_weight,
         )
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    torch.distributed.all_reduce(values)
+    return values / torch.distributed.get_world_size()
 
 
 def layer_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradprobe import measures
@@ -109,7 +108,7 @@ class Surgery(Balancer):
             for parameter, gradient in zip(own, gradients[len(shared) :], strict=True)
             if gradient is not None
         ]
-        return over_all(total.result(), np.array(self._shared.reach))
+        return measures.over_all(total.result(), np.array(self._shared.reach))
 
     def _find(self, losses: list[Tensor]) -> None:
         self._shared = find_shared(by_module(self._model), dict(zip(self._tasks, losses, strict=True)))
@@ -150,16 +149,6 @@ class Surgery(Balancer):
         """The method that ``--trainer`` names."""
         s = setup.settings
         return cls(s.trainer, model, setup.static, match_norm=s.match_norm, seed=s.seed, cagrad_c=s.cagrad_c)
-
-
-def over_all(gram: Array, reach: NDArray[np.bool_]) -> Array:
-    """The Gramian over all layers together: (L, T, T) -> (T, T).
-
-    A layer that a task does not reach (``reach``, (L, T) bool) adds nothing; NaN elsewhere stays NaN.
-    """
-    both = reach[:, :, None] & reach[:, None, :]
-    total: Array = np.where(both, gram, 0.0).sum(axis=0)
-    return total
 
 
 def choose(method: Weighting, gram: Array, step: int, static: Array, *, match: bool) -> Array | None:
