@@ -9,6 +9,7 @@ import click
 import typer
 
 from gradprobe import __version__
+from gradprobe.cli.advise import advise
 from gradprobe.cli.check import check
 from gradprobe.cli.data import app as data_app
 from gradprobe.cli.export import export
@@ -42,6 +43,7 @@ app.command()(plot)
 app.command()(summary)
 app.command()(watch)
 app.command()(replay)
+app.command()(advise)
 app.command()(export)
 app.command()(check)
 app.add_typer(data_app, name="data", help="Make the embedded data set, or check one of your own.")

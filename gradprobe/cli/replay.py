@@ -64,16 +64,14 @@ def _show(rows: list[dict[str, Any]], notes: list[str], written: list[Path]) -> 
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("method", "task", "rows", "weight", "progress", "change to joint (25 %, 75 %)", "harmed", "step length")
+    columns = ("method", "task", "weight", "progress", "change to joint", "harmed", "step length")
     table = Table(title="Replay (medians over rows)", title_justify="left")
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place < 2 else "right", overflow="fold")
     for row in rows:
-        change = row["change"]
-        spread = f"{_text(change['median'])} ({_text(change['q25'])}, {_text(change['q75'])})"
         harmed = "-" if row["harmed"] is None else f"{100 * row['harmed']:.0f} %"
-        cells = (str(row["rows"]), _text(row["weight"]), _text(row["progress"]), spread, harmed, _text(row["length"]))
-        table.add_row(row["method"], row["task"], *cells)
+        medians = [_text(value) for value in (row["weight"], row["progress"], row["change"]["median"])]
+        table.add_row(row["method"], row["task"], *medians, harmed, _text(row["length"]))
     console = Console(highlight=False)
     console.print(table)
     for text in (*notes, *map(str, written)):

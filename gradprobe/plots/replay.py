@@ -31,7 +31,7 @@ def draw(run: Run, replayed: Sequence[Replayed]) -> tuple[Figure, Table]:
         left.invert_yaxis()
         left.set_xlabel("first-order progress; 1: as if the other tasks were absent")
         right.set_xlabel("share of steps that would harm the task")
-        right.set_xlim(0, 1)
+        right.set_xlim(-0.02, 1.02)
         style.titled(left, "Progress", "median and middle half of the steps, at the recorded parameters")
         style.titled(right, "Harm", "progress below 0, to first order on the same minibatch")
     return figure, _numbers(run, replayed)

@@ -171,7 +171,8 @@ class GradNorm(Balancer):
         gradients = torch.autograd.grad(loss, self._parameters, retain_graph=True, allow_unused=True)
         pairs = zip(gradients, self._parameters, strict=True)
         flat = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).double() for g, p in pairs])
-        return torch.linalg.vector_norm(_mean_over_ranks(flat))
+        norm: Tensor = torch.linalg.vector_norm(_mean_over_ranks(flat))
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, Adam's moments and L(0)."""
