@@ -76,7 +76,8 @@ CAUTION = (
 def _trouble(said: dict[str, Any]) -> Iterator[str]:
     if said["nothing_to_do"]:
         yield (
-            "Nothing to do: no pair of tasks and no layer is in conflict beyond noise and chance, and no task dominates."
+            "Nothing to do: no pair of tasks and no layer is in conflict beyond noise and chance, and no task "
+            "dominates."
         )
     for pair in said["direction"]:
         yield (

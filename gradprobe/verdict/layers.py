@@ -87,7 +87,7 @@ def pooled_cosine(gram: ArrayLike) -> tuple[Array, Array]:
     square = np.diagonal(gram, axis1=-2, axis2=-1)
     parts = np.stack([gram[..., first, second], square[..., first], square[..., second]])
     shape = parts.shape[2:]
-    found = [_one_pair(column) for column in parts.reshape(3, parts.shape[1], -1).transpose(2, 0, 1)]
+    found = [_one_pair(column) for column in parts.reshape(3, parts.shape[1], math.prod(shape)).transpose(2, 0, 1)]
     values = np.array(found).reshape(*shape, 2)
     return values[..., 0], values[..., 1]
 
