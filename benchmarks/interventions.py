@@ -154,9 +154,10 @@ def table(folder: Path, chosen: list[Arm], seeds: int, costs: dict[str, dict[str
     import torch
 
     lines = [
-        f"`{command}`; {seeds} seed(s), mean ± standard deviation; test split, last weights; torch {torch.__version__}, "
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads. The cosine is the median over measured minibatches "
-        "and all shared layers.",
+        f"`{command}`; {seeds} seed(s), mean ± standard deviation; test split, last weights; "
+        f"torch {torch.__version__}, "
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads. The cosine is the median over measured "
+        "minibatches, over all shared layers together.",
         "",
         "| " + " | ".join(HEAD) + " |",
         "|---" * len(HEAD) + "|",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -83,6 +84,14 @@ def test_list_trainers_says_what_each_does_what_it_costs_and_its_source(capsys):
     assert {line.split()[0] for line in shown.splitlines() if line.strip()} >= set(TRAINERS)
     assert "arXiv:1711.02257" in shown
     assert "my_module:MyBalancer" in shown
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/interventions.md"])
+def test_the_docs_name_every_trainer(name):
+    text = (Path(__file__).parents[1] / name).read_text(encoding="utf-8")
+    assert {trainer for trainer in TRAINERS if f"`{trainer}`" not in text} == set()
+    if name.startswith("docs"):
+        assert all(trainer.what in text and trainer.source in text for trainer in registry.TRAINERS.values())
 
 
 # ---- single and detach
