@@ -45,8 +45,8 @@ def test_the_gradients_of_a_dual_model_have_no_parameter_in_common_and_all_are_u
 
 def test_both_copies_are_the_one_reference_model_bit_for_bit():
     reference, made = training.make("joint"), training.make("dual")
-    hashes = [t.probe._provenance["model"] for t in (reference, made)]
-    assert hashes[0]["reference"] == hashes[1]["reference"] == checkpoint.fingerprint(reference.model)
+    hashes = {training.provenance(trainer)["reference"] for trainer in ("joint", "dual")}
+    assert hashes == {checkpoint.fingerprint(reference.model)}
     original, state = reference.model.state_dict(), made.model.state_dict()
     for name, value in state.items():
         assert torch.equal(value, original[name.replace("image_trunk", "model")]), name
@@ -60,10 +60,10 @@ def test_both_copies_are_the_one_reference_model_bit_for_bit():
 
 
 def test_parameters_and_operations_are_those_of_two_trunks():
-    one, two = (training.make(t).probe._provenance["model"] for t in ("joint", "dual"))
+    one, two = (training.provenance(t) for t in ("joint", "dual"))
     assert two["parameters"] - one["parameters"] == 1_046_368  # the trunk, of facts
     assert 1.4 < two["flops_per_image"] / one["flops_per_image"] < 1.9  # neck and head are there once
-    shallow = training.make("dual", share_until="model.8").probe._provenance["model"]
+    shallow = training.provenance("dual", share_until="model.8")
     assert one["flops_per_image"] < shallow["flops_per_image"] < two["flops_per_image"]
 
 
@@ -115,7 +115,7 @@ def test_a_layer_in_the_middle_is_doubled_and_those_around_it_stay_shared():
     assert common == set(divided.trunk_layers(reference, 64)) - set(double)
     copies = {n.rpartition(".")[0] for n in found["cls"] - found["det"]}
     assert copies == {n.replace("model", "image_trunk", 1) for n in double} | {"classifier"}
-    assert made.probe._provenance["model"]["parameters"] == sum(p.numel() for p in reference.parameters()) + sum(
+    assert sum(p.numel() for p in made.model.parameters()) == sum(p.numel() for p in reference.parameters()) + sum(
         p.numel() for n in double for p in reference.get_submodule(n).parameters()
     )
     run = training.run(made, 1)  # shared layers behind the doubled one: both tasks' gradients, one parameter

@@ -20,9 +20,7 @@ pytest.importorskip("torchjd")
 
 def recorded(path, trainer, steps=5, **options):
     """A live run in a file."""
-    made = training.make(trainer, seed=2, **options)
-    made.probe._sinks.append(RunWriter(path))
-    training.run(made, steps)
+    training.run(training.make(trainer, seed=2, sinks=[RunWriter(path)], **options), steps)
     return path
 
 

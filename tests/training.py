@@ -28,13 +28,20 @@ class Watcher(SimpleNamespace):
         self.losses.append(losses)
 
 
-def make(trainer, *, seed=0, **options):
+def make(trainer, *, seed=0, sinks=(), **options):
     """A training on the phantom, its rows in ``.rows``, its losses in ``.watcher.losses``."""
     settings = resolve({"trainer": trainer, "imgsz": 64, "batch_size": 8, "every": 1, "seed": seed, **options})
     collector, watcher = Collector(), Watcher(losses=[])
-    training = build(settings, phantoms(), [collector], watcher, out=Path("unused.h5"))
+    training = build(settings, phantoms(), [collector, *sinks], watcher, out=Path("unused.h5"))
     training.rows, training.collector = collector.rows, collector
     return training
+
+
+def provenance(trainer, **options):
+    """What a run of this trainer says of its model."""
+    made = make(trainer, **options)
+    made.probe.close()
+    return made.collector.header.provenance["model"]
 
 
 def batches(training, steps):

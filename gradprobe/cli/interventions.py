@@ -99,7 +99,9 @@ def layers_in_conflict(source: Path, settings: Settings) -> Mapping[str, Any]:
         scores = layer_scores(gramians(run), run.layer_size)
         names = list(dict.fromkeys(run.layers[layer] for layer, _ in scores.ranked()))
     if len(names) < settings.top_k:
-        raise UsageError(f"--top-k {settings.top_k}: {source} has {len(names)} layers with a cosine.")
+        raise UsageError(
+            f"--top-k {settings.top_k}: {source} has {len(names)} layers with a cosine from three measured rows or more."
+        )
     return {"double": tuple(names[: settings.top_k])}
 
 
