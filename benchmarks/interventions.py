@@ -76,7 +76,7 @@ def record(folder: Path, arm: Arm, seed: int, words: list[str]) -> None:
     subprocess.run([*command, "--out", str(out), "--overwrite"], check=True)
 
 
-def cost(folder: Path, arm: Arm, steps: int) -> dict[str, float]:
+def cost(folder: Path, arm: Arm, steps: int, words: list[str]) -> dict[str, float]:
     """Seconds of a step, and of a joint step in the same process, in turn; unmeasured steps, medians."""
     from gradprobe.cli.live import Display
     from gradprobe.trainers import loop
@@ -100,6 +100,9 @@ def cost(folder: Path, arm: Arm, steps: int) -> dict[str, float]:
     names = {field.name for field in dataclasses.fields(Settings)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in names}
     values["every"] = 10**9
+    for name in ("data", "cfg", "weights"):  # the file keeps no folders
+        if f"--{name}" in words:
+            values[name] = words[words.index(f"--{name}") + 1]
     plain = {"trainer": "joint", "task": "", "share_until": "", "double": (), "from_run": ""}
     data = load_data(values["data"], imgsz=values["imgsz"], seed=0, skip_bad=True)
     pair = {"joint": make({**values, **plain}), "arm": make(values)}
@@ -185,7 +188,7 @@ def main() -> None:
     costs = json.loads(kept.read_text()) if kept.exists() else {}
     for arm in chosen:
         if arm.name not in costs:
-            costs[arm.name] = cost(given.out, arm, given.steps)
+            costs[arm.name] = cost(given.out, arm, given.steps, given.words)
             kept.write_text(json.dumps(costs, indent=1))
     text = table(given.out, chosen, given.seeds, costs, given.words)
     print(text)

@@ -100,7 +100,7 @@ def layers_in_conflict(source: Path, settings: Settings) -> Mapping[str, Any]:
         names = list(dict.fromkeys(run.layers[layer] for layer, _ in scores.ranked()))
     if len(names) < settings.top_k:
         raise UsageError(
-            f"--top-k {settings.top_k}: {source} has {len(names)} layers with a cosine from three measured rows or more."
+            f"--top-k {settings.top_k}: {source} has {len(names)} layers with a cosine from three or more rows."
         )
     return {"double": tuple(names[: settings.top_k])}
 
