@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from gradprobe import measures
 from gradprobe.errors import TrainingError
 from gradprobe.measures import Array
-from gradprobe.probes import passes
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers, by_module, find_shared, reached
+from gradprobe.probes.passes import buffers_kept
 from gradprobe.trainers.balancer import Balancer, Setup, check_static
 from gradprobe.trainers.settings import Settings
 from gradprobe.trainers.weightings import Weighting
@@ -98,8 +99,11 @@ class Surgery(Balancer):
         assert self._shared is not None
         shared = self._shared.parameters
         total = GramianSum(self._shared.layers, len(losses))
-        with passes.buffers_kept(self._model):
-            found = [passes.explicit(loss, [*shared, *own]) for loss, own in zip(losses, self._private, strict=True)]
+        with buffers_kept(self._model):
+            found = [
+                torch.autograd.grad(loss, [*shared, *own], retain_graph=True, allow_unused=True)
+                for loss, own in zip(losses, self._private, strict=True)
+            ]
         for index in range(len(shared)):
             total.add(index, [gradients[index] for gradients in found])
         self._heads = [
