@@ -191,22 +191,31 @@ def test_ranks_keep_the_same_weights(make, ranks):
     assert weights[0] != EVEN
 
 
-def test_the_papers_toy_problem_reaches_a_lower_sum_of_loss_ratios_than_equal_weights(make):
-    def end(weigh):
-        model = PaperToy()
-        adam, one = torch.optim.Adam(model.parameters(), lr=1e-3), None
-        if weigh:
-            one = make(EVEN, model.shared, alpha=0.12, lr=0.025)
-        first = {name: float(loss.detach()) for name, loss in model.losses(10**6).items()}
-        for step in range(400):
-            adam.zero_grad()
-            losses = model.losses(step)
-            if one is not None:
-                one.step(losses)
-            else:
-                sum(losses.values()).backward()
-            adam.step()
-        with torch.no_grad():
-            return sum(float(loss) / first[name] for name, loss in model.losses(10**6).items())
+def toy_ratios(one_for, steps=800):
+    """L_i / L_i(0) of both tasks on a batch that is not trained on."""
+    model = PaperToy()
+    adam, one = torch.optim.Adam(model.parameters(), lr=1e-3), one_for(model)
+    first = {name: float(loss.detach()) for name, loss in model.losses(10**6).items()}
+    for step in range(steps):
+        adam.zero_grad()
+        losses = model.losses(step)
+        if one is None:
+            sum(losses.values()).backward()
+        else:
+            one.step(losses)
+        adam.step()
+    with torch.no_grad():
+        return np.array([float(loss) / first[name] for name, loss in model.losses(10**6).items()])
 
-    assert end(True) < 0.95 * end(False)
+
+@pytest.fixture(scope="module")
+def equal_weights():
+    return toy_ratios(lambda model: None)
+
+
+def test_the_papers_toy_problem_reaches_a_lower_sum_of_loss_ratios_than_equal_weights(make, equal_weights):
+    """Equal weights leave the task of scale 1 to the other's mercy: its loss more than doubles meanwhile."""
+    found = toy_ratios(lambda model: make(EVEN, model.shared, alpha=0.12, lr=0.025))
+    assert equal_weights[0] > 2
+    assert found.sum() < 0.8 * equal_weights.sum()
+    assert found[1] < 0.8  # and the other learns all the same
