@@ -91,6 +91,8 @@ EXPECTED_FAILURES = {
         "test_heads_are_weighted_like_the_trunk": _LEAK + ", heads included",
         "test_weights_are_positive_and_sum_to_t_at_every_step": "weights are made positive by nothing: an l1 "
         "normalisation of negative ones keeps their sign, and the sum of their absolute values is what is T",
+        "test_the_papers_toy_problem_reaches_a_lower_sum_of_loss_ratios_than_equal_weights": "the sum is lower, but "
+        "the task of scale 100 is starved: its loss stays at 0.98 of the first, where ours takes it to 0.72",
         "test_ranks_keep_the_same_weights": "losses and norms are those of each rank alone; only the mean norm is "
         "averaged over ranks",
     },
