@@ -191,6 +191,35 @@ def test_a_step_that_is_noted_counts_and_is_no_second_row():
     assert [(row.step, row.status) for row in sink.rows] == [(0, MEASURED), (1, NONFINITE_LOSS)]
 
 
+@pytest.mark.parametrize("use", ["record", "backward"])
+def test_a_layer_that_is_unfrozen_later_is_told_to_be_left_out(use):
+    case, sink = make("mlp"), Collector()
+    case.model.trunk[0].requires_grad_(False)
+    with GradientProbe(case.model, ("t0", "t1"), [sink], every=1) as probe:
+        getattr(probe, use)(case.losses(0))
+        case.model.trunk[0].requires_grad_(True)
+        with pytest.warns(RuntimeWarning, match="step 1: layer 'trunk.0' is shared now but was not"):
+            getattr(probe, use)(case.losses(1))
+        getattr(probe, use)(case.losses(2))
+    assert sink.header.layers == ("trunk.2",)
+
+
+def test_what_was_chosen_not_to_be_measured_is_no_layer_left_out():
+    case = make("mlp")
+    with GradientProbe(case.model, ("t0", "t1"), shared="trunk.2", every=1) as probe:
+        for step in range(2):
+            probe.record(case.losses(step))
+
+
+@pytest.mark.parametrize("use", ["record", "backward"])
+def test_losses_made_without_a_graph_are_refused_where_none_is_asked_for_too(use):
+    case = make("mlp")
+    with GradientProbe(case.model, ("t0", "t1"), every=1) as probe, torch.no_grad():
+        losses = case.losses(0)
+        with pytest.raises(ProbeError, match="loss of task 't0' has no graph"):
+            getattr(probe, use)(losses)
+
+
 def test_a_task_that_reaches_further_than_at_first_is_told():
     class Late(nn.Module):
         def __init__(self):
@@ -273,3 +302,11 @@ def test_wrong_arguments_are_found_before_anything_is_attached(options, message)
 def test_wrong_tasks_are_found(tasks):
     with pytest.raises(ProbeError, match=r"tasks="):
         GradientProbe(make("mlp").model, tasks)
+
+
+@pytest.mark.parametrize("name", ["", "a\0", "a\x1b[2J", 3], ids=repr)
+def test_names_with_which_no_file_could_be_read_again_are_found_beforehand(name):
+    model = make("mlp").model
+    for options in ({"tasks": ("t0", name)}, {"tasks": T, "layers": {name: [model.trunk[0].weight]}}):
+        with pytest.raises(ProbeError, match="without control characters"):
+            GradientProbe(model, **options)

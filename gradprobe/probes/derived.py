@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradprobe.measures import Array
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.passes import Listener, buffers_kept, meeting, pass_to
+from gradprobe.probes.passes import Listener, meeting, pass_to, state_kept
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.trace import Trace
 
@@ -33,7 +33,7 @@ class DerivedMeasurement:
     they see this process's own gradient, before it is averaged over the processes: what the explicit passes gave too.
 
     Args:
-        model: Whose buffers are kept.
+        model: Whose buffers are kept, as are the random numbers.
         shared: The layers.
         losses: (T,) in the order of the tasks.
         weights: (T,), finite; the derived task's is not 0.
@@ -60,10 +60,11 @@ class DerivedMeasurement:
         self._paths = [graph.reaches(derived, p) for p in shared.parameters]
         self._outputs = OutputGradients(ghosts)
         self._ranks = ranks or Alone()
-        with buffers_kept(model):
-            others = {
-                t: pass_to(loss, shared.parameters, self._outputs, t) for t, loss in enumerate(losses) if t != derived
-            }
+        others = {}
+        with state_kept(model) as back:
+            for task in (t for t in range(len(losses)) if t != derived):
+                others[task] = pass_to(losses[task], shared.parameters, self._outputs, task)
+                back()
         self._meeting = meeting(shared, others, derived, self._ranks)
         self.listener = Listener(shared.parameters, self._take, skipped=self._outputs.places)
         """To be entered while the joint backward runs, as is :meth:`at_outputs`."""

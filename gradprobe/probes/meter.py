@@ -68,6 +68,7 @@ class Meter:
         self._model, self._selection, self._memory, self._warn = model, selection, memory, warn
         self._ghostly, self._ghosts_checked = products == "ghost", False
         self._binding: Binding | None = None
+        self._looked, self._told = 0, False  # whether more is shared than at first
         self._checked: bool | None = None  # whether what is derived was found equal to what is explicit
         self.shared: SharedLayers | None = None
         self.last_gram: Array | None = None
@@ -101,6 +102,7 @@ class Meter:
             self.shared = self._selection.find(losses)
             self._ranks.check_same(self.shared)
             self._binding = Binding(self._model, self.shared)
+            self._warn_of_none()
             return self.shared
         replaced = self._binding.replaced(self.shared)
         if replaced:
@@ -109,6 +111,7 @@ class Meter:
                 f"{len(replaced)} shared parameters were replaced, {replaced[0]!r} first; the probe goes on with "
                 "the new ones. An optimizer made before still updates the old ones: make it anew"
             )
+        self._warn_of_more(list(losses.values()))
         return self.shared
 
     def explicit(self, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
@@ -162,6 +165,30 @@ class Meter:
                 )
             return by_passes
         return gram
+
+    def _warn_of_none(self) -> None:
+        assert self.shared is not None
+        if not self.shared.layers and not self._selection.nothing:
+            self._warn(
+                "no two tasks reach a parameter in common that is trained, so there is nothing to measure. Begin "
+                "recording at a step at which every task has samples, with the trunk not frozen; gradprobe.doctor "
+                "tells more"
+            )
+
+    def _warn_of_more(self, losses: Sequence[Tensor]) -> None:
+        """A file has the layers that it began with. Looked for ever more rarely: it costs a walk of the graph."""
+        assert self.shared is not None
+        self._looked += 1
+        if self._told or not self._selection.open or self._looked & (self._looked - 1):
+            return
+        layer = self._selection.left_out(trace(losses), {id(p) for p in self.shared.parameters})
+        if layer is not None:
+            self._told = True
+            self._warn(
+                f"layer {layer!r} is shared now but was not, or not all of it, when the layers were found, at the "
+                "first measured step, and is left out. Close the probe and attach a new one, or begin at a step at "
+                "which every task has samples and nothing is frozen that is trained later"
+            )
 
     def _check_ghosts(self, gram: Array, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
         """Once: whether products without gradients are those of the gradients. Gives the latter."""
