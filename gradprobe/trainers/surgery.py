@@ -19,7 +19,7 @@ from gradprobe.errors import TrainingError
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers, by_module, find_shared, reached
-from gradprobe.probes.passes import buffers_kept
+from gradprobe.probes.passes import state_kept
 from gradprobe.trainers.balancer import Balancer, Setup, check_static
 from gradprobe.trainers.settings import Settings
 from gradprobe.trainers.weightings import Weighting
@@ -99,11 +99,11 @@ class Surgery(Balancer):
         assert self._shared is not None
         shared = self._shared.parameters
         total = GramianSum(self._shared.layers, len(losses))
-        with buffers_kept(self._model):
-            found = [
-                torch.autograd.grad(loss, [*shared, *own], retain_graph=True, allow_unused=True)
-                for loss, own in zip(losses, self._private, strict=True)
-            ]
+        found = []
+        with state_kept(self._model) as back:
+            for loss, own in zip(losses, self._private, strict=True):
+                found.append(torch.autograd.grad(loss, [*shared, *own], retain_graph=True, allow_unused=True))
+                back()
         for index in range(len(shared)):
             total.add(index, [gradients[index] for gradients in found])
         self._heads = [
