@@ -15,7 +15,7 @@ import gradprobe
 from gradprobe.errors import ProbeError
 from gradprobe.probes import GradientProbe, derived, passes
 from gradprobe.probes.gramian import dot
-from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS
+from gradprobe.rows import MEASURED, MISSING_GRADIENT, NONFINITE_GRADIENT, NONFINITE_LOSS
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 WEIGHTS = {"t0": 1.0, "t1": 0.3, "t2": 2.0, "t3": 0.7, "t4": 1.5}
@@ -150,7 +150,7 @@ def test_one_explicit_pass_is_saved(monkeypatch):
         for step in range(4):
             probe.backward(case.losses(step))
             counts.append(len(passes_made))
-    assert counts == [2, 5, 6, 7]  # the first that is derived is also measured explicitly, and compared
+    assert counts == [2, 5, 8, 9]  # the 1st, 2nd, 4th, ... that is derived is measured explicitly, too, and compared
 
 
 def test_a_remainder_that_lost_its_digits_is_measured_again():
@@ -211,6 +211,7 @@ def test_a_task_that_does_not_reach_the_trunk_this_step_is_missing_in_that_row()
         probe.backward(losses if step == 0 else model.losses(x))
     assert np.isnan(sink.rows[1].gram[:, 2, 2]).all()
     assert np.isfinite(sink.rows[1].gram[:, 0, 1]).all()
+    assert [row.status for row in sink.rows] == [MEASURED, MISSING_GRADIENT, MEASURED]
     assert np.isfinite(sink.rows[2].gram[0]).all()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,7 +30,8 @@ class Selection:
         nothing: Choose no parameter at all.
 
     Raises:
-        ProbeError: ``shared`` chooses nothing, or ``layers`` has a name that a file cannot hold.
+        ProbeError: ``shared`` chooses nothing; ``layers`` has a name that a file cannot hold, something that is no
+            parameter, or no parameter of the model.
     """
 
     def __init__(
@@ -45,7 +47,13 @@ class Selection:
         self._layers = None
         if layers is not None:
             check_names("layers", layers)
-            self._layers = {layer: [names.get(id(p), p) for p in members] for layer, members in layers.items()}
+            members = {layer: _parameters(layer, given) for layer, given in layers.items()}
+            self._layers = {layer: [names.get(id(p), p) for p in found] for layer, found in members.items()}
+            if not any(isinstance(item, str) for found in self._layers.values() for item in found):
+                raise ProbeError(
+                    f"layers={list(layers)} hold no parameter of this model ({type(model).__name__}, which has: "
+                    f"{list(names.values())[:4]}, ...)."
+                )
 
     @property
     def open(self) -> bool:
@@ -74,6 +82,16 @@ class Selection:
 
 def _now(named: Mapping[str, nn.Parameter], item: str | nn.Parameter) -> nn.Parameter:
     return named[item] if isinstance(item, str) else item
+
+
+def _parameters(layer: str, given: object) -> list[nn.Parameter]:
+    members: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, Tensor | str) else [given]
+    for item in members:
+        if not isinstance(item, nn.Parameter):
+            raise ProbeError(
+                f"layers[{layer!r}] holds a {type(item).__name__}; give parameters: list(module.parameters())."
+            )
+    return members
 
 
 def choose(model: nn.Module, shared: Shared) -> list[nn.Parameter]:

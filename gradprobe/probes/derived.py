@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -175,14 +176,21 @@ def _rounds_products(on_gpu: bool) -> bool:
         return True
 
 
-def agree(derived: Array, by_passes: Array, shared: SharedLayers) -> bool:
-    """Whether two Gramians (L, T, T) of the same step differ by no more than rounding explains.
+def difference(derived: Array, by_passes: Array) -> float:
+    """The largest difference of two Gramians (L, T, T) of the same step, relative to the norms; inf: one lacks a task.
 
-    What nothing else tells beforehand: an operation whose backward is not linear, such as one that clips.
+    It tells what nothing else tells beforehand: an operation whose backward is not linear, such as one that clips, and
+    layers within which rounding is larger than their gradients' sizes let expect.
     """
     if (np.isnan(derived) != np.isnan(by_passes)).any():
-        return False
+        return math.inf
     norm = np.sqrt(np.diagonal(by_passes, axis1=-2, axis2=-1))
-    bound = 10 * max(_TOLERANCE.get(p.dtype, 1e-2) for p in shared.parameters) * norm[:, :, None] * norm[:, None, :]
-    known = ~np.isnan(by_passes)
-    return bool((np.abs(derived - by_passes)[known] <= bound[known]).all())
+    apart, scale = np.abs(derived - by_passes), norm[:, :, None] * norm[:, None, :]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(apart == 0, 0.0, apart / scale)
+    return float(np.nanmax(relative, initial=0.0))
+
+
+def tolerance(shared: SharedLayers) -> float:
+    """How far apart explicit gradients of the same step may be: of the coarsest type among the parameters."""
+    return max(_TOLERANCE.get(p.dtype, 1e-2) for p in shared.parameters)
