@@ -26,11 +26,12 @@ MAY_IMPORT = {
     "provenance": set(),
     "runfile": {"__init__", "errors", "measures", "rows"},
     "summary": {"errors", "measures", "rows", "runfile"},
-    "plots": {"errors", "measures", "rows", "runfile", "summary"},
+    "plots": {"errors", "measures", "rows", "runfile", "summary", "verdict"},
     "probes": {"errors", "measures", "rows"},
     "trainers": {"errors", "measures", "probes", "rows"},
     "sinks": {"errors", "measures", "rows"},
     "integrations": {"attachment", "errors", "probes", "rows"},
+    "verdict": {"errors", "measures"},
     "attachment": {"probes", "provenance", "rows", "runfile"},
     "cli": {
         "__init__",
@@ -43,6 +44,7 @@ MAY_IMPORT = {
         "runfile",
         "summary",
         "trainers",
+        "verdict",
     },
 }
 
@@ -51,6 +53,7 @@ MAY_NOT_IMPORT = {
     "rows": {"torch", "h5py", "matplotlib"},
     "runfile": {"torch", "matplotlib"},
     "summary": {"torch", "h5py", "matplotlib"},
+    "verdict": {"torch", "h5py", "matplotlib"},
     "plots": {"torch", "h5py"},
     "probes": {"h5py", "yolov5", "matplotlib"},
     "trainers": {"h5py", "matplotlib"},
