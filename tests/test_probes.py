@@ -14,7 +14,8 @@ from zoo import ZOO, Collector, mlp, naive_gramian
 import gradprobe
 from gradprobe.errors import ProbeError
 from gradprobe.probes import GradientProbe, derived, passes
-from gradprobe.probes.gramian import dot
+from gradprobe.probes.gramian import GramianSum, dot
+from gradprobe.probes.graph import Layer
 from gradprobe.rows import MEASURED, MISSING_GRADIENT, NONFINITE_GRADIENT, NONFINITE_LOSS
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -129,6 +130,14 @@ def test_what_is_derived_is_as_good_as_explicit_whatever_the_weights(ratio):
             probe.backward(losses, {"t0": 1.0, "t1": ratio})
             if step:
                 assert_close(sink.rows[-1].gram, expected, 1e-5)
+
+
+def test_products_that_overflow_are_unknown_and_no_failure():
+    layer = Layer("w", (torch.nn.Parameter(torch.zeros(2)),))
+    total = GramianSum([layer], 2)
+    total.add(0, [torch.full((2,), 1e200, dtype=torch.float64), torch.full((2,), -1e200, dtype=torch.float64)])
+    total.add_products(0, [0, 1], torch.full((2, 2), float("inf")))
+    assert np.isnan(total.result()).all()
 
 
 def test_the_derived_task_is_the_one_that_cancels_least():

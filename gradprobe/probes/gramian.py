@@ -194,7 +194,9 @@ class GramianSum:
             (L, T, T) float64, symmetric, in (loss per unit of parameter)^2. NaN where a task has no path to any
             parameter of the layer, or a gradient is not finite.
         """
-        gram = self._summed(self._blocks(), change) + self._summed(self._final, None)
+        gram = self._summed(self._blocks(), change)
+        with np.errstate(invalid="ignore"):  # as above
+            gram += self._summed(self._final, None)
         gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
         gram[~np.isfinite(gram)] = np.nan
         return gram
