@@ -272,3 +272,8 @@ def step_norm(gram: ArrayLike, weight: ArrayLike) -> Array:
     square = np.einsum("...i,...ij,...j->...", weight, np.asarray(gram, dtype=np.float64), weight)
     result: Array = np.sqrt(np.maximum(square, 0.0))  # rounding may leave -1e-20 of two that cancel
     return result
+
+
+def known(value: float) -> float | None:
+    """The number for JSON, which has no NaN: None where it is not finite."""
+    return float(value) if np.isfinite(value) else None

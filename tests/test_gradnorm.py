@@ -7,66 +7,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conformance.problems import Regressions, algorithm_1
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from gradprobe.errors import UsageError
 from gradprobe.trainers.gradnorm import GradNorm, project, weight_gradient
 
 
-class Toy(nn.Module):
-    """The paper's section 4: regressions of different scales through shared ReLU layers (smaller here)."""
-
-    def __init__(self, tasks, width=16, seed=0):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.trunk = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width))
-        self.heads = nn.ModuleList(nn.Linear(width, 3) for _ in range(tasks))
-        self.double()
-
-    def losses(self, step, scales):
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(32, 6, generator=generator, dtype=torch.float64)
-        z = self.trunk(x).relu()
-        common = torch.sin(x[:, :3])
-        return {
-            f"t{i}": (head(z) - scale * torch.tanh(common + i)).pow(2).mean()
-            for i, (head, scale) in enumerate(zip(self.heads, scales, strict=True))
-        }
-
-
-def paper(model, scales, steps, *, alpha, lr, beta1, initial):
-    """Algorithm 1 as it is written: L_grad is differentiated by autograd, through the gradient norms."""
-    shared = model.trunk[-1].weight
-    w = torch.tensor(initial, dtype=torch.float64)
-    w = (w * len(initial) / w.sum()).requires_grad_()
-    adam, sgd = torch.optim.Adam([w], lr=lr, betas=(beta1, 0.999)), torch.optim.SGD(model.parameters(), lr=0.01)
-    first, history = None, []
-    for step in range(steps):
-        losses = torch.stack(list(model.losses(step, scales).values()))
-        first = losses.detach() if first is None else first
-        history.append(w.detach().clone())
-        norms = torch.stack(
-            [torch.autograd.grad(w[i] * losses[i], shared, create_graph=True)[0].norm() for i in range(len(losses))]
-        )
-        ratio = losses.detach() / first
-        target = (norms.mean() * (ratio / ratio.mean()) ** alpha).detach()
-        (gradient,) = torch.autograd.grad((norms - target).abs().sum(), w, retain_graph=True)
-        sgd.zero_grad()
-        (w.detach() * losses).sum().backward()
-        sgd.step()
-        w.grad = gradient
-        adam.step()
-        with torch.no_grad():
-            w.mul_(len(initial) / w.sum())
-    return torch.stack(history).numpy()
-
-
 def ours(model, scales, steps, *, alpha, lr, beta1, initial, **options):
     names = [f"t{i}" for i in range(len(initial))]
     balancer = GradNorm(
-        dict(zip(names, initial, strict=True)), [model.trunk[-1].weight], alpha=alpha, lr=lr, momentum=beta1, **options
+        dict(zip(names, initial, strict=True)), [model.shared], alpha=alpha, lr=lr, momentum=beta1, **options
     )
     sgd, history = torch.optim.SGD(model.parameters(), lr=0.01), []
     for step in range(steps):
@@ -84,9 +36,10 @@ def ours(model, scales, steps, *, alpha, lr, beta1, initial, **options):
     ("scales", "initial"), [((1, 3), (1.0, 1.0)), ((1, 3), (1.0, 0.4)), ((1, 2, 4), (1.0, 1.0, 1.0))]
 )
 def test_the_weights_are_the_papers_for_200_steps(alpha, scales, initial):
-    common = {"alpha": alpha, "lr": 0.005, "beta1": 0.9, "initial": initial}
-    expected = paper(Toy(len(scales)), scales, 200, **common)
-    found = ours(Toy(len(scales)), scales, 200, **common)
+    common = {"alpha": alpha, "lr": 0.005, "beta1": 0.9}
+    named = {f"t{i}": weight for i, weight in enumerate(initial)}
+    expected = np.array(algorithm_1(Regressions(len(scales)), scales, 200, initial=named, **common))
+    found = ours(Regressions(len(scales)), scales, 200, initial=initial, **common)
     assert np.abs(expected - expected[0]).max() > 0.1  # they did move
     assert (expected > 2e-3).all()  # and met no bound of ours
     np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -148,15 +101,15 @@ def test_bounds_that_allow_no_such_sum_are_refused():
 
 def test_weights_stay_positive_and_sum_at_every_step_even_with_a_wild_learning_rate():
     common = {"alpha": 1.5, "lr": 3.0, "beta1": 0.9, "initial": (1.0, 0.01)}
-    history = ours(Toy(2), (1, 100), 60, **common, lowest=0.001, highest=10.0)
+    history = ours(Regressions(2), (1, 100), 60, **common, lowest=0.001, highest=10.0)
     np.testing.assert_allclose(history.sum(1), 2.0, rtol=1e-12)
     assert (history >= 0.001 - 1e-15).all()
     np.testing.assert_allclose(history[0], [2 / 1.01, 0.02 / 1.01])  # scaled to the sum, the ratio kept
 
 
 def test_nothing_leaks_into_the_models_gradients():
-    model, scales = Toy(2), (1, 10)
-    balancer = GradNorm({"t0": 1.0, "t1": 1.0}, [model.trunk[-1].weight])
+    model, scales = Regressions(2), (1, 10)
+    balancer = GradNorm({"t0": 1.0, "t1": 1.0}, [model.shared])
     losses = model.losses(0, scales)
     balancer.update(losses)
     assert all(p.grad is None for p in model.parameters())
@@ -170,9 +123,9 @@ def test_nothing_leaks_into_the_models_gradients():
 
 def test_the_order_of_the_tasks_does_not_matter():
     common = {"alpha": 1.5, "lr": 0.01, "beta1": 0.9}
-    one = ours(Toy(2), (1, 4), 50, initial=(1.0, 0.5), **common)
-    model = Toy(2)
-    balancer = GradNorm({"t1": 0.5, "t0": 1.0}, [model.trunk[-1].weight], alpha=1.5, lr=0.01)
+    one = ours(Regressions(2), (1, 4), 50, initial=(1.0, 0.5), **common)
+    model = Regressions(2)
+    balancer = GradNorm({"t1": 0.5, "t0": 1.0}, [model.shared], alpha=1.5, lr=0.01)
     sgd, other = torch.optim.SGD(model.parameters(), lr=0.01), []
     for step in range(50):
         losses, weights = model.losses(step, (1, 4)), balancer.weights()
@@ -185,8 +138,8 @@ def test_the_order_of_the_tasks_does_not_matter():
 
 
 def test_the_first_losses_stay_the_reference():
-    model = Toy(2)
-    balancer = GradNorm({"t0": 1.0, "t1": 1.0}, [model.trunk[-1].weight])
+    model = Regressions(2)
+    balancer = GradNorm({"t0": 1.0, "t1": 1.0}, [model.shared])
     first = model.losses(0, (1, 2))
     balancer.update(first)
     balancer.update(model.losses(5, (1, 2)))
@@ -195,8 +148,8 @@ def test_the_first_losses_stay_the_reference():
 
 
 def test_a_step_that_is_not_finite_moves_nothing_and_is_no_reference():
-    model = Toy(2)
-    balancer = GradNorm({"t0": 1.0, "t1": 1.0}, [model.trunk[-1].weight])
+    model = Regressions(2)
+    balancer = GradNorm({"t0": 1.0, "t1": 1.0}, [model.shared])
     losses = model.losses(0, (1, 2))
     losses["t0"] = losses["t0"] * float("nan")
     balancer.update(losses)
@@ -206,8 +159,8 @@ def test_a_step_that_is_not_finite_moves_nothing_and_is_no_reference():
 
 def test_it_goes_on_from_its_state():
     def run(steps, state=None, first=0):
-        model = Toy(2)
-        balancer = GradNorm({"t0": 1.0, "t1": 1.0}, [model.trunk[-1].weight])
+        model = Regressions(2)
+        balancer = GradNorm({"t0": 1.0, "t1": 1.0}, [model.shared])
         if state:
             balancer.load_state_dict(state)
         for step in range(first, steps):

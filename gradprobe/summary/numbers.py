@@ -117,10 +117,6 @@ def summarise(run: Run) -> dict[str, Any]:
     }
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
 def not_measured(run: Run) -> dict[str, int]:
     """How many rows hold less than a measurement, by the reason that they give."""
     counts = np.bincount(thin.whole(run)["status"])
@@ -134,10 +130,10 @@ def _tasks(run: Run, seen: Run, dominance: Array) -> dict[str, Any]:
     norm, share = median(seen.norm()), median(dominance)
     return {
         task: {
-            "loss": {"first": _number(first[i]), "last": _number(last[i])},
+            "loss": {"first": measures.known(first[i]), "last": measures.known(last[i])},
             "weight": _ends(weight[:, i]),
-            "grad_norm": {"median": _number(norm[i])},
-            "dominance": {"median": _number(share[i])},
+            "grad_norm": {"median": measures.known(norm[i])},
+            "dominance": {"median": measures.known(share[i])},
         }
         for i, task in enumerate(run.tasks)
     }
@@ -163,12 +159,12 @@ def _pairs(run: Run) -> dict[str, Any]:
     return {
         pair: {
             "cosine": {
-                "median": _number(middle[i]),
-                "q25": _number(low[i]),
-                "q75": _number(high[i]),
+                "median": measures.known(middle[i]),
+                "q25": measures.known(low[i]),
+                "q75": measures.known(high[i]),
                 "rows": int(np.isfinite(shared[:, i]).sum()),
             },
-            "stochastic_conflict_rate": _number(rate[i]),
+            "stochastic_conflict_rate": measures.known(rate[i]),
             "lowest_layers": _lowest(run, by_layer[:, :, i]),
         }
         for i, pair in enumerate(run.pairs)
@@ -200,13 +196,13 @@ def _features(run: Run) -> list[dict[str, Any]]:
         {
             "feature": name,
             "numbers": int(size[f]),
-            "tasks": {task: {"grad_norm": {"median": _number(norm[f, i])}} for i, task in enumerate(run.tasks)},
+            "tasks": {task: {"grad_norm": {"median": measures.known(norm[f, i])}} for i, task in enumerate(run.tasks)},
             "pairs": {
                 pair: {
                     "cosine": {
-                        "median": _number(middle[f, i]),
-                        "q25": _number(low[f, i]),
-                        "q75": _number(high[f, i]),
+                        "median": measures.known(middle[f, i]),
+                        "q25": measures.known(low[f, i]),
+                        "q75": measures.known(high[f, i]),
                         "rows": int(np.isfinite(cosine[:, f, i]).sum()),
                     }
                 }
@@ -221,7 +217,7 @@ def _interference(run: Run, values: Array) -> list[dict[str, Any]]:
     """The median of w_j G_ij / (w_i G_ii) for every ordered pair: what task j did to task i."""
     middle = median(values)
     return [
-        {"task": task, "by": other, "median": _number(middle[i, j])}
+        {"task": task, "by": other, "median": measures.known(middle[i, j])}
         for i, task in enumerate(run.tasks)
         for j, other in enumerate(run.tasks)
         if i != j
@@ -252,7 +248,7 @@ def _overhead(run: Run) -> dict[str, float | None]:
     if run.feature_names:
         seconds += float(np.nansum(run["features/overhead"], dtype=np.float64))
     elapsed = float(np.max(run["time"], initial=0.0))
-    return {"seconds": seconds, "share": _number(seconds / elapsed) if elapsed > 0 else None}
+    return {"seconds": seconds, "share": measures.known(seconds / elapsed) if elapsed > 0 else None}
 
 
 def sentences(run: Run, summary: dict[str, Any] | None = None) -> list[str]:

@@ -145,11 +145,11 @@ def as_json(
         "direction": [{"pair": pairs[p], **_of(advice.pairs, 0, p)} for p in advice.direction],
         "dominant": [names[t] for t in advice.dominant],
         "pairs": [{"pair": pair, **_of(advice.pairs, 0, p)} for p, pair in enumerate(pairs)],
-        "dominance": dict(zip(names, map(_number, advice.dominance), strict=True)),
+        "dominance": dict(zip(names, map(measures.known, advice.dominance), strict=True)),
         "equal_progress_weights": None
         if advice.weights is None
         else {
-            name: {"median": float(advice.weights[t]), "q25": _number(low), "q75": _number(high)}
+            name: {"median": float(advice.weights[t]), "q25": measures.known(low), "q75": measures.known(high)}
             for t, (name, low, high) in enumerate(zip(names, *advice.weight_quartiles, strict=True))
         },
         "layers": ranked,
@@ -159,8 +159,4 @@ def as_json(
 
 def _of(scores: LayerScores, layer: int, pair: int) -> dict[str, float | None]:
     fields = ("cosine", "low", "high", "score")
-    return {name: _number(getattr(scores, name)[layer, pair]) for name in fields}
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    return {name: measures.known(getattr(scores, name)[layer, pair]) for name in fields}

@@ -87,7 +87,7 @@ def table(replayed: list[Replayed], tasks: tuple[str, ...]) -> list[dict[str, An
                     "weight": _median(one.weight[:, t]),
                     "progress": _median(one.progress[:, t]),
                     "change": _quartiles(change[:, t]),
-                    "harmed": _number(one.harmed[t]),
+                    "harmed": measures.known(one.harmed[t]),
                     "length": _median(one.length),
                 }
             )
@@ -103,7 +103,3 @@ def _quartiles(values: Array) -> dict[str, float | None]:
     finite = values[np.isfinite(values)]
     found = np.quantile(finite, [0.25, 0.5, 0.75]) if len(finite) else [None] * 3
     return dict(zip(("q25", "median", "q75"), (None if v is None else float(v) for v in found), strict=True))
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

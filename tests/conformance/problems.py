@@ -62,11 +62,11 @@ class PaperToy(nn.Module):
         }
 
 
-def algorithm_1(model, scales, steps, *, alpha, lr, initial):
+def algorithm_1(model, scales, steps, *, alpha, lr, initial, beta1=0.9):
     """The weights of each step by the paper's algorithm 1: Adam, L_grad differentiated through the norms."""
     w = torch.tensor(list(initial.values()), dtype=torch.float64)
     w = (w * len(w) / w.sum()).requires_grad_()
-    adam, sgd = torch.optim.Adam([w], lr=lr), torch.optim.SGD(model.parameters(), lr=0.01)
+    adam, sgd = torch.optim.Adam([w], lr=lr, betas=(beta1, 0.999)), torch.optim.SGD(model.parameters(), lr=0.01)
     first, history = None, []
     for step in range(steps):
         losses = torch.stack(list(model.losses(step, scales).values()))
