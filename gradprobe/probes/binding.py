@@ -28,6 +28,7 @@ class Selection:
         shared: None: whatever two or more tasks reach.
         layers: None: by the module that owns them.
         nothing: Choose no parameter at all.
+        apart: The tasks share no parameter on purpose: finding none is no reason to warn.
 
     Raises:
         ProbeError: ``shared`` chooses nothing; ``layers`` has a name that a file cannot hold, something that is no
@@ -35,13 +36,19 @@ class Selection:
     """
 
     def __init__(
-        self, model: nn.Module, shared: Shared | None, layers: Groups | None, *, nothing: bool = False
+        self,
+        model: nn.Module,
+        shared: Shared | None,
+        layers: Groups | None,
+        *,
+        nothing: bool = False,
+        apart: bool = False,
     ) -> None:
         self._model = model
         names = {id(p): name for name, p in model.named_parameters()}
         chosen = None if shared is None else choose(model, shared)
         self._chosen = [names.get(id(p), p) for p in chosen] if chosen is not None else None
-        self.nothing = nothing
+        self.expects_none = nothing or apart
         if nothing:
             self._chosen = []
         self._layers = None

@@ -87,6 +87,7 @@ class GradientProbe:
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
         _completes: bool = False,
+        _apart: bool = False,  # the tasks share nothing, and are to
     ) -> None:
         self.tasks = task_names(tasks)
         optimizer = bare(optimizer) if optimizer is not None else None
@@ -109,7 +110,12 @@ class GradientProbe:
             clock=clock,
             report=report,
             meter=Meter(
-                model, Selection(model, shared, layers, nothing=not chosen.parameters), memory, products, warn, ranks
+                model,
+                Selection(model, shared, layers, nothing=not chosen.parameters, apart=_apart),
+                memory,
+                products,
+                warn,
+                ranks,
             ),
             features=FeatureMeter(model, features, warn),
             scale=LossScale(scaler),

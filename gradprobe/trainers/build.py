@@ -68,6 +68,7 @@ def build(
         sinks,
         every=settings.every,
         optimizer=optimizer,
+        _apart=getattr(model, "shares_nothing", False),
         provenance={
             "trainer": settings.trainer,
             "settings": as_provenance(settings),
