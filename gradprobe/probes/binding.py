@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
+from gradprobe.probes import walk
 from gradprobe.probes.checks import check_names
 from gradprobe.probes.graph import Layer, SharedLayers, by_module, find_shared
 from gradprobe.probes.trace import Trace, several
@@ -28,7 +29,7 @@ class Selection:
         shared: None: whatever two or more tasks reach.
         layers: None: by the module that owns them.
         nothing: Choose no parameter at all.
-        apart: The tasks share no parameter on purpose: finding none is no reason to warn.
+        divided: The model is meant to share nothing, so that it is no mistake where it does not.
 
     Raises:
         ProbeError: ``shared`` chooses nothing; ``layers`` has a name that a file cannot hold, something that is no
@@ -42,13 +43,14 @@ class Selection:
         layers: Groups | None,
         *,
         nothing: bool = False,
-        apart: bool = False,
+        divided: bool = False,
     ) -> None:
         self._model = model
+        self.divided = divided
         names = {id(p): name for name, p in model.named_parameters()}
         chosen = None if shared is None else choose(model, shared)
         self._chosen = [names.get(id(p), p) for p in chosen] if chosen is not None else None
-        self.expects_none = nothing or apart
+        self.nothing = nothing
         if nothing:
             self._chosen = []
         self._layers = None
@@ -146,6 +148,9 @@ class Binding:
         Raises:
             ProbeError: A parameter is gone, or has another shape.
         """
+        there = {id(p) for p in walk.parameters(self._model)}
+        if all(id(p) in there for p, name in zip(shared.parameters, self._names, strict=True) if name is not None):
+            return []
         now = dict(self._model.named_parameters())
         changed = []
         for name, old in zip(self._names, shared.parameters, strict=True):

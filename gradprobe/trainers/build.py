@@ -68,7 +68,6 @@ def build(
         sinks,
         every=settings.every,
         optimizer=optimizer,
-        _apart=getattr(model, "shares_nothing", False),
         provenance={
             "trainer": settings.trainer,
             "settings": as_provenance(settings),
@@ -85,6 +84,7 @@ def build(
             "steps_per_epoch": len(train_loader),
             **(provenance or {}),
         },
+        _divided=kind.divides(settings),
     )
     return loop.Training(
         settings=settings,

@@ -46,12 +46,6 @@ class DividedModel(YOLOv5WithClassification):
         for name in names:
             _tie(self.image_trunk.get_submodule(name), self.model.get_submodule(name), f"model.{name}", set(doubled))
 
-    @property
-    def shares_nothing(self) -> bool:
-        """Whether every layer of the trunk is doubled."""
-        own = {id(parameter) for parameter in self.image_trunk.parameters()}
-        return self._first == 0 and own.isdisjoint(map(id, self.model.parameters()))
-
     def _listen(self, kept: list[Tensor]) -> Any:
         """Both ways part before the first block with a doubled layer."""
         return self.model[self._first].register_forward_pre_hook(lambda module, arguments: kept.append(arguments[0]))

@@ -67,11 +67,6 @@ class YOLOv5WithClassification(nn.Module):
         """Whether the classification head learns without sending gradients into the trunk."""
 
     @property
-    def shares_nothing(self) -> bool:
-        """Whether no parameter learns from both tasks, by construction."""
-        return self.detached
-
-    @property
     def box_classes(self) -> int:
         """How many classes a box can have."""
         return int(self._detect.nc)
