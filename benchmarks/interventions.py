@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -159,8 +160,12 @@ def table(folder: Path, chosen: list[Arm], seeds: int, costs: dict[str, dict[str
     lines = [
         f"`{command}`; {seeds} seed(s), mean ± standard deviation; test split, last weights; "
         f"torch {torch.__version__}, "
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads. The cosine is the median over measured "
-        "minibatches, over all shared layers together.",
+        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads. The cosine is the median "
+        "over measured minibatches, over all shared layers together.",
+        "",
+        "What it cannot show: which trainer is better on other data, or after a longer training; a difference smaller "
+        "than the spread between so few seeds; or whether interference fell, which a cosine of single minibatches does "
+        "not tell.",
         "",
         "| " + " | ".join(HEAD) + " |",
         "|---" * len(HEAD) + "|",

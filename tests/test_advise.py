@@ -97,6 +97,29 @@ def test_the_command_says_what_to_try(tmp_path, capsys):
     assert said["dual_parameters"] == 1600
 
 
+def test_a_task_that_was_switched_off_makes_no_other_dominant():
+    assert look(gramians([0.3] * 4), weight=(1.0, 0.0)).dominant == []
+    assert look(gramians([0.3] * 4, lengths=(10.0, 1.0)), weight=(1.0, 0.01)).dominant == [0]
+
+
+def test_a_run_with_doubled_layers_is_not_sent_to_split(tmp_path, capsys):
+    path = write(tmp_path / "run.h5", gramians([-0.4, -0.4]), model={"parameters": 8000, "doubled": ["model.7.conv"]})
+    assert command(["advise", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "--trainer split --from" not in shown
+    assert "1 others are doubled already" in shown
+    assert "To double what is still shared would take 800 parameters more" in shown
+
+
+def test_names_are_shown_whole_and_as_they_are(tmp_path, capsys):
+    path = make_run(tmp_path / "run.h5", layers=["model.10.m.0.cv1.conv", "[red]"], rows=80, tasks=("[b]", "c"))
+    assert command(["advise", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "model.10.m.0.cv1.conv " in shown
+    assert "[red] " in shown
+    assert "[b]|c" in shown
+
+
 def test_the_command_says_when_there_is_nothing_to_do(tmp_path, capsys):
     path = write(tmp_path / "run.h5", gramians([0.3, 0.2, 0.4]))
     assert command(["advise", str(path)]) == 0

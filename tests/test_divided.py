@@ -164,8 +164,16 @@ def test_split_takes_the_layers_with_the_worst_score(tmp_path):
     with open_run(source) as run:
         late = run["cosine"][:, :, 0].mean(0).argsort()[:12]  # the factory makes the late layers drift apart
         assert set(given["double"]) <= {run.layers[i] for i in late}
+        assert given["double_sizes"] == tuple(run.layer_size[run.layers.index(n)] for n in given["double"])
     assert len(given["double"]) == 3
     dataclasses.replace(Settings(trainer="split"), **given)
+
+
+def test_split_from_a_run_whose_cfg_has_the_same_name_and_other_sizes_is_refused():
+    options = {"from_run": "x.h5", "double": ("model.3.conv", "model.4.cv1.conv")}
+    training.make("split", double_sizes=(18_432, 2_048), **options)
+    with pytest.raises(UsageError, match=r"layer model.4.cv1.conv has 8,192 parameters, this model's 2,048"):
+        training.make("split", double_sizes=(18_432, 8_192), **options)
 
 
 def test_split_from_a_run_of_another_architecture_is_refused(tmp_path):
@@ -175,6 +183,9 @@ def test_split_from_a_run_of_another_architecture_is_refused(tmp_path):
     foreign = make_run(tmp_path / "f.h5", provenance={"trainer": "attach"})
     with pytest.raises(UsageError, match="no YOLOv5 cfg"):
         read(foreign, "split")
+    halved = make_run(tmp_path / "h.h5", provenance={**PROVENANCE, "model": {"doubled": ["model.3.conv"]}})
+    with pytest.raises(UsageError, match="has 1 doubled layers already"):
+        read(halved, "split")
     few = make_run(tmp_path / "few.h5", layers=4, provenance=PROVENANCE)
     with pytest.raises(UsageError, match=r"--top-k 5: .* has 4 layers"):
         read(few, "split")
@@ -189,8 +200,14 @@ def test_static_gradnorm_takes_the_time_average(tmp_path):
     joint = make_run(tmp_path / "j.h5", provenance={"trainer": "joint"})
     with pytest.raises(UsageError, match="was recorded with --trainer joint"):
         read(joint, "gradnorm-static")
-    with pytest.raises(UsageError, match="leave out --task-weights"):
-        read(source, "gradnorm-static", task_weights=(1.0, 0.5))
+
+
+@pytest.mark.parametrize("weights", ["det=1,cls=0.5", "equal"])
+def test_static_gradnorm_takes_its_weights_from_one_place(weights, tmp_path, capsys):
+    source = make_run(tmp_path / "g.h5", provenance=PROVENANCE)
+    given = ["--trainer", "gradnorm-static", "--from", str(source), "--task-weights", weights]
+    assert command(["record", *given, "--out", str(tmp_path / "x.h5")]) == 2
+    assert "leave out --task-weights" in capsys.readouterr().err
 
 
 def test_from_is_asked_for_where_it_is_needed_and_refused_where_not(tmp_path):

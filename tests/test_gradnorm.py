@@ -169,3 +169,10 @@ def test_it_goes_on_from_its_state():
 
     half = run(10).state_dict()
     assert run(20, half, 10).weights() == run(20).weights()
+
+
+def test_a_layer_that_a_task_does_not_reach_is_refused_at_the_first_step():
+    toy = Toy(2)
+    balancer = GradNorm({"t0": 1.0, "t1": 1.0}, list(toy.heads[0].parameters()))
+    with pytest.raises(UsageError, match="task 't1' does not reach it"):
+        balancer.update(toy.losses(0, (1, 1)))

@@ -121,5 +121,15 @@ class TwoInName(Alone):
     size = 2
 
 
+def test_gradient_surgery_of_two_processes_is_that_of_one_with_all_samples(results):
+    pytest.importorskip("torchjd")
+    weights, parameters = two_ranks.operated(two_ranks.make(torch.float64), lambda x: x, torch.float64)
+    assert np.ptp(weights, axis=0).min() > 1e-3
+    for rank in range(2):
+        np.testing.assert_allclose(results[rank]["surgery"][0], weights, rtol=1e-9)
+        for found, expected in zip(results[rank]["surgery"][1], parameters, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_one_process_has_the_methods_of_many():
     assert {n for n in vars(Ranks) if not n.startswith("_")} <= set(dir(Alone))

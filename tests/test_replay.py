@@ -12,6 +12,7 @@ from run_factory import make_run
 from gradprobe import measures, open_run
 from gradprobe.cli.app import run as command
 from gradprobe.cli.replaying import replay_run
+from gradprobe.plots.replay import draw
 from gradprobe.runfile import RunWriter
 from gradprobe.verdict.replay import effect, table
 
@@ -84,12 +85,25 @@ def test_the_command_gives_a_table_a_figure_and_json(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("method", "message"),
-    [("gradvac", "record it live: --trainer gradvac"), ("pcgard", "unknown (there are: pcgrad")],
+    [
+        ("gradvac", "record it live: --trainer gradvac"),
+        ("pcgard", "unknown (there are: pcgrad"),
+        (",", "--method names none (there are: pcgrad"),
+    ],
 )
 def test_what_cannot_be_replayed_is_said(method, message, tmp_path, capsys):
     path = make_run(tmp_path / "run.h5")
     assert command(["replay", str(path), "--method", method]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_figure_shows_small_and_large_progress_beside_each_other(tmp_path):
+    with open_run(make_run(tmp_path / "run.h5")) as run:
+        figure, _ = draw(run, [effect("x", run.gram().sum(1), np.ones(2), np.tile([1.0, 100.0], (len(run), 1)))])
+    left = figure.axes[0]
+    at = {value: left.transData.transform((value, 0))[0] for value in (0, 1, 10, 1000)}
+    assert at[1] - at[0] > 0.02 * (at[1000] - at[0])
+    assert [left.xaxis.get_major_formatter()(value, 0) for value in (-10, 0, 1)] == ["-10", "0", "1"]
 
 
 def test_a_run_with_nothing_shared_has_nothing_to_replay(tmp_path, capsys):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from zoo import Collector
 import gradprobe
 from gradprobe.errors import GradprobeError
 from gradprobe.probes import ranks
+from gradprobe.trainers.surgery import Surgery
 
 TASKS = ("a", "b", "c")
 STEPS, BATCH = 6, 12
@@ -80,6 +82,21 @@ def train(model, share, way, dtype, probe=None):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def operated(model, share, dtype):
+    """The weights of every step, and where the parameters end."""
+    balancer, history = Surgery("mgda", model, WEIGHTS), []
+    sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(STEPS):
+        found = losses(model, share(batch(step, dtype)))
+        weights = balancer.step(found)
+        history.append([weights[t] for t in TASKS])
+        sum(weights[t] * found[t] for t in TASKS).backward()
+        balancer.after_backward()
+        sgd.step()
+        sgd.zero_grad()
+    return history, [p.detach().clone() for p in model.parameters()]
+
+
 def recorded(model, path, share, way, dtype, sinks=()):
     with gradprobe.attach(model, TASKS, path, every=1, sinks=sinks, **WAYS[way]) as probe:
         return train(model, share, way, dtype, probe)
@@ -98,6 +115,8 @@ def main(folder, rank):
             out[way, dtype] = recorded(model, folder / f"{way}-{dtype}.h5", mine, way, dtype, [sink])
             out["sink", way, dtype] = len(sink.rows)
     out["bare"] = train(DistributedDataParallel(make(torch.float32)), mine, "backward", torch.float32)
+    if find_spec("torchjd"):
+        out["surgery"] = operated(DistributedDataParallel(make(torch.float64)), mine, torch.float64)
     out["failing"] = failing(folder, rank, mine)
     out["budget"] = budgeted(rank, mine)
     out["different"] = different(rank)

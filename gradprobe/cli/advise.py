@@ -42,6 +42,7 @@ def advise(
             "file": file.name,
             "rows": len(loss),
             "model_parameters": run.provenance.get("model.parameters"),
+            "doubled": len(run.provenance.get("model.doubled", ())),
             **said,
         }
     if as_json:
@@ -51,17 +52,26 @@ def advise(
 
 
 def _show(said: dict[str, Any], file: Path) -> None:
+    from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table(title="Layers, the worst first (interval within this run)", title_justify="left")
-    for place, column in enumerate(("layer", "pair", "parameters", "cosine", "95 %", "score", "conflict")):
-        table.add_column(column, justify="left" if place < 2 else "right", overflow="fold")
+    several = len(said["pairs"]) > 1
+    pair = "" if several else f" of {said['pairs'][0]['pair']}"
+    title = escape(f"Cosines{pair}, the worst layers first (interval within this run)")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("layer", overflow="fold", min_width=12)
+    if several:
+        table.add_column("pair", overflow="fold")
+    for column in ("parameters", "cosine", "95 %", "score", "conflict"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in said["layers"][:SHOWN]:
+        names = [row["layer"], row["pair"]] if several else [row["layer"]]
         interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
         numbers = (f"{row['parameters']:,}", f"{row['cosine']:+.2f}", interval, f"{row['score']:+.1f}")
-        table.add_row(row["layer"], row["pair"], *numbers, "yes" if row["conflicting"] else "")
+        table.add_row(*map(escape, names), *numbers, "yes" if row["conflicting"] else "")
     console.print(table)
     for text in (*_trouble(said), *_layers(said, file), *_weights(said), _dual(said), CAUTION):
         console.print(text, markup=False, soft_wrap=True)
@@ -93,12 +103,15 @@ def _trouble(said: dict[str, Any]) -> Iterator[str]:
 
 def _layers(said: dict[str, Any], file: Path) -> Iterator[str]:
     chosen = list(dict.fromkeys(row["layer"] for row in said["layers"] if row["conflicting"]))
-    if chosen:
-        yield (
-            f"{len(chosen)} of {len({row['layer'] for row in said['layers']})} layers are in conflict (false discovery "
-            f"rate 10 %, exploratory). To double them: gradprobe record --trainer split --from "
-            f"{shlex.quote(str(file))} --top-k {len(chosen)}"
-        )
+    if not chosen:
+        return
+    known = len({row["layer"] for row in said["layers"]})
+    found = f"{len(chosen)} of {known} layers are in conflict (false discovery rate 10 %, exploratory)."
+    if said["doubled"]:
+        yield f"{found} {said['doubled']} others are doubled already; `split` needs a run of an undivided model."
+    else:
+        command = f"gradprobe record --trainer split --from {shlex.quote(str(file))} --top-k {len(chosen)}"
+        yield f"{found} To double them: {command}"
 
 
 def _weights(said: dict[str, Any]) -> Iterator[str]:
@@ -117,4 +130,5 @@ def _weights(said: dict[str, Any]) -> Iterator[str]:
 def _dual(said: dict[str, Any]) -> str:
     count, whole = said["dual_parameters"], said["model_parameters"]
     share = f", {100 * count / whole:.0f} % of the model's {whole:,}" if whole else ""
-    return f"A dual backbone would take {count:,} parameters more{share}."
+    what = "To double what is still shared" if said["doubled"] else "A dual backbone"
+    return f"{what} would take {count:,} parameters more{share}."

@@ -66,8 +66,6 @@ def average_weights(source: Path, settings: Settings) -> Mapping[str, Any]:
     """
     from gradprobe.runfile import Run
 
-    if settings.task_weights != Settings().task_weights:
-        raise UsageError("gradnorm-static takes its weights from --from; leave out --task-weights.")
     with Run(source) as run:
         trainer = run.provenance.get("trainer")
         if trainer != "gradnorm":
@@ -96,13 +94,20 @@ def layers_in_conflict(source: Path, settings: Settings) -> Mapping[str, Any]:
                 f"--from {source}: was recorded from another architecture ({cfg or 'no YOLOv5 cfg'}, not {wanted}), so "
                 "its layers are not this model's. Record a joint run of this one first."
             )
+        if doubled := run.provenance.get("model.doubled"):
+            raise UsageError(
+                f"--from {source}: its model has {len(doubled)} doubled layers already, so it does not say which "
+                "of the undivided model's are in conflict. Take a run of an undivided model: --trainer joint."
+            )
         scores = layer_scores(gramians(run), run.layer_size)
+        size = dict(zip(run.layers, run.layer_size.tolist(), strict=True))
         names = list(dict.fromkeys(run.layers[layer] for layer, _ in scores.ranked()))
     if len(names) < settings.top_k:
         raise UsageError(
             f"--top-k {settings.top_k}: {source} has {len(names)} layers with a cosine from three or more rows."
         )
-    return {"double": tuple(names[: settings.top_k])}
+    chosen = tuple(names[: settings.top_k])
+    return {"double": chosen, "double_sizes": tuple(size[name] for name in chosen)}
 
 
 def gramians(run: Run) -> Array:

@@ -99,6 +99,8 @@ def make_plan(request: Request) -> Plan:
     if request.task_weights is not None:
         flags["task_weights"] = parse_task_weights(request.task_weights)
     settings = resolve(flags, preset=request.preset, hyp=file.optimizer if file else None)
+    if settings.trainer == "gradnorm-static" and request.task_weights is not None:
+        raise UsageError("gradnorm-static takes its weights from --from; leave out --task-weights.")
     settings = dataclasses.replace(settings, **read_source(request.source, settings))
     registry.find(settings.trainer).require(settings)
     return Plan(

@@ -62,6 +62,7 @@ def _notes(run: Any, names: list[str]) -> list[str]:
 
 def _show(rows: list[dict[str, Any]], notes: list[str], written: list[Path]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     columns = ("method", "task", "weight", "progress", "change to joint", "harmed", "step length")
@@ -71,7 +72,7 @@ def _show(rows: list[dict[str, Any]], notes: list[str], written: list[Path]) -> 
     for row in rows:
         harmed = "-" if row["harmed"] is None else f"{100 * row['harmed']:.0f} %"
         medians = [_text(value) for value in (row["weight"], row["progress"], row["change"]["median"])]
-        table.add_row(row["method"], row["task"], *medians, harmed, _text(row["length"]))
+        table.add_row(row["method"], escape(row["task"]), *medians, harmed, _text(row["length"]))
     console = Console(highlight=False)
     console.print(table)
     for text in (*notes, *map(str, written)):

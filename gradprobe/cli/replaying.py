@@ -46,6 +46,8 @@ def check(names: list[str]) -> None:
         UsageError: One cannot.
     """
     known = [name for name in METHODS if name not in STATEFUL] + ["gradnorm"]
+    if not names:
+        raise UsageError(f"--method names none (there are: {', '.join(known)}).")
     for name in names:
         if name in STATEFUL:
             raise UsageError(

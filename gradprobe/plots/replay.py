@@ -26,13 +26,16 @@ def draw(run: Run, replayed: Sequence[Replayed]) -> tuple[Figure, Table]:
         left, right = figure.subplots(1, 2, sharey=True)
         for t, task in enumerate(run.tasks):
             _task(left, right, replayed, t, style.task_colour(run.tasks, task), len(run.tasks))
+        left.set_xscale("symlog", linthresh=2)  # a small task's progress can be many times its own, the other's is 1
+        left.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
         left.axvline(0, color=style.GREY, linewidth=0.8)
+        left.axvline(1, color=style.GREY, linewidth=0.8, linestyle=":")
         left.set_yticks(range(len(replayed)), [one.method for one in replayed])
         left.invert_yaxis()
-        left.set_xlabel("first-order progress; 1: as if the other tasks were absent")
+        left.set_xlabel("first-order progress; 1 (dotted): as if the other tasks were absent")
         right.set_xlabel("share of steps that would harm the task")
         right.set_xlim(-0.02, 1.02)
-        style.titled(left, "Progress", "median and middle half of the steps, at the recorded parameters")
+        style.titled(left, "Progress", "median and middle half of the steps; logarithmic beyond -2 and 2")
         style.titled(right, "Harm", "progress below 0, to first order on the same minibatch")
     return figure, _numbers(run, replayed)
 

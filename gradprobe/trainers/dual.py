@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from gradprobe.errors import UsageError
 from gradprobe.trainers.balancer import Setup
 from gradprobe.trainers.joint import Joint
 from gradprobe.trainers.settings import Settings
@@ -40,9 +41,21 @@ class Split(Joint):
 
     @classmethod
     def prepare(cls, model: Any, setup: Setup) -> nn.Module:
-        """The divided model; both copies start from the reference."""
+        """The divided model; both copies start from the reference.
+
+        Raises:
+            UsageError: A layer is not there, or has another size than in the run.
+        """
         from gradprobe.trainers.models.divided import DividedModel, at_or_below, trunk_layers
 
         layers = trunk_layers(model, setup.settings.imgsz)
-        flag = f"--from {setup.settings.from_run}: layer"
-        return DividedModel(model, at_or_below(layers, setup.settings.double, flag))
+        s = setup.settings
+        chosen = at_or_below(layers, s.double, f"--from {s.from_run}: layer")
+        for name, recorded in zip(s.double, s.double_sizes, strict=False):  # none in runs that are gone on with
+            size = sum(parameter.numel() for parameter in model.get_submodule(name).parameters(recurse=False))
+            if size != recorded:
+                raise UsageError(
+                    f"--from {s.from_run}: was recorded from another architecture: its layer {name} has {recorded:,} "
+                    f"parameters, this model's {size:,}. Record a joint run of this one first."
+                )
+        return DividedModel(model, chosen)

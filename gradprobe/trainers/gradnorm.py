@@ -104,7 +104,7 @@ class GradNorm(Balancer):
         initial_losses: Task -> L(0); default the first losses seen. For C-way cross-entropy log C is an alternative.
 
     Raises:
-        UsageError: The bounds allow no such sum.
+        UsageError: The bounds allow no such sum; or, at the first update, a task does not reach W.
 
     Example:
         >>> balancer = GradNorm({"det": 1.0, "cls": 1.0}, trunk[-1].parameters())  # doctest: +SKIP
@@ -150,7 +150,7 @@ class GradNorm(Balancer):
         and gradients are those of the whole batch, so that all ranks keep the same weights.
         """
         values = torch.stack([losses[t].detach().reshape(()).double() for t in self._tasks])
-        norms = torch.stack([self._norm(losses[t]) for t in self._tasks])
+        norms = torch.stack([self._norm(t, losses[t]) for t in self._tasks])
         self.advance(_mean_over_ranks(values).cpu(), norms.cpu())
 
     def advance(self, values: Tensor, norms: Tensor) -> None:
@@ -167,8 +167,13 @@ class GradNorm(Balancer):
         with torch.no_grad():
             self._weight.copy_(project(self._weight.detach(), self._total, *self._bounds))
 
-    def _norm(self, loss: Tensor) -> Tensor:
+    def _norm(self, task: str, loss: Tensor) -> Tensor:
         gradients = torch.autograd.grad(loss, self._parameters, retain_graph=True, allow_unused=True)
+        if self._initial_losses is None and all(gradient is None for gradient in gradients):
+            raise UsageError(
+                f"GradNorm's layer is not shared: task {task!r} does not reach it. Choose one that all tasks use "
+                "(--gradnorm-layer), best the last."
+            )
         pairs = zip(gradients, self._parameters, strict=True)
         flat = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).double() for g, p in pairs])
         norm: Tensor = torch.linalg.vector_norm(_mean_over_ranks(flat))

@@ -54,6 +54,7 @@ class Settings:
     share_until: str = ""  # dual: the last shared layer; empty: nothing is shared
     top_k: int = 5  # split: how many layers are doubled
     double: tuple[str, ...] = ()  # split: which
+    double_sizes: tuple[int, ...] = ()  # their numbers of parameters in the run that they were chosen from
     match_norm: bool = True  # gradient surgery: the combined gradient as long as the joint one
     cagrad_c: float = 0.4
 
@@ -102,6 +103,9 @@ def resolve(flags: Mapping[str, Any], *, preset: str = "", hyp: Mapping[str, flo
     return settings
 
 
+_HOW = "write det=1,cls=0.01, or equal"
+
+
 def parse_task_weights(text: str) -> tuple[float, ...]:
     """``det=1,cls=0.01`` as numbers in the order of :data:`TASKS`; ``equal``: 1 each.
 
@@ -114,14 +118,14 @@ def parse_task_weights(text: str) -> tuple[float, ...]:
     for item in text.split(","):
         task, _, number = (part.strip() for part in item.partition("="))
         if task not in TASKS or task in values:
-            raise UsageError(f"--task-weights {text!r}: {task!r} is unknown or given twice; write det=1,cls=0.01")
+            raise UsageError(f"--task-weights {text!r}: {task!r} is unknown or given twice; {_HOW}")
         try:
             values[task] = float(number)
         except ValueError:
-            raise UsageError(f"--task-weights {text!r}: {number!r} is not a number; write det=1,cls=0.01") from None
+            raise UsageError(f"--task-weights {text!r}: {number!r} is not a number; {_HOW}") from None
     missing = [task for task in TASKS if task not in values]
     if missing:
-        raise UsageError(f"--task-weights {text!r}: no weight for {missing}; write det=1,cls=0.01")
+        raise UsageError(f"--task-weights {text!r}: no weight for {missing}; {_HOW}")
     return tuple(values[task] for task in TASKS)
 
 

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradprobe import measures
 from gradprobe.errors import TrainingError
@@ -20,6 +22,7 @@ from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers, by_module, find_shared, reached
 from gradprobe.probes.passes import state_kept
+from gradprobe.probes.ranks import replicas
 from gradprobe.trainers.balancer import Balancer, Setup, check_static
 from gradprobe.trainers.settings import Settings
 from gradprobe.trainers.weightings import Weighting
@@ -32,12 +35,16 @@ class Surgery(Balancer):
     (the heads) learn with the static weights, because a weight of 0 would stop a head, and a negative one drive it
     uphill. After the backward, :meth:`after_backward` sees to that.
 
+    Under data parallelism the gradients are averaged over the processes first, so that all take the same step: with a
+    DDP model, and in a training that averages gradients by itself over all processes. Not for losses that a GradScaler
+    scales: private layers would get gradients that are not.
+
     Where the method has no answer (its solver failed, a gradient is not finite), the static weights are taken, with a
     warning.
 
     Args:
         method: Such as ``"pcgrad"``.
-        model: Its shared layers are found from the graph of the first losses.
+        model: Its shared layers are found from the graph of the first losses. DDP, or any module.
         static: Task -> weight of the joint step: its norm is the scale, and its heads' weights are kept.
         match_norm: Scale the weights so that the combined gradient is as long as the joint one. The methods' own
             scales differ (PCGrad's weights sum to T and more, MGDA's to 1), and would act as learning rates.
@@ -64,7 +71,9 @@ class Surgery(Balancer):
         self._static = check_static(static)
         self._tasks = tuple(self._static)
         self._method = Weighting(method, len(self._tasks), seed=seed, cagrad_c=cagrad_c)
-        self._model, self._match = model, match_norm
+        own = None if isinstance(model, DistributedDataParallel) else _all_processes()
+        self._model, self._ranks = replicas(model, own)
+        self._match = match_norm
         self._weights = dict(self._static)
         self._count = 0
         self._warned = False
@@ -102,12 +111,14 @@ class Surgery(Balancer):
         found = []
         with state_kept(self._model) as back:
             for loss, own in zip(losses, self._private, strict=True):
-                found.append(torch.autograd.grad(loss, [*shared, *own], retain_graph=True, allow_unused=True))
+                parameters = [*shared, *own]
+                gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                found.append(self._ranks.average(gradients, parameters))
                 back()
         for index in range(len(shared)):
             total.add(index, [gradients[index] for gradients in found])
         self._heads = [
-            (parameter, gradient * weight)
+            (parameter, gradient.view_as(parameter) * weight)
             for own, gradients, weight in zip(self._private, found, self._static.values(), strict=True)
             for parameter, gradient in zip(own, gradients[len(shared) :], strict=True)
             if gradient is not None
@@ -153,6 +164,11 @@ class Surgery(Balancer):
         """The method that ``--trainer`` names."""
         s = setup.settings
         return cls(s.trainer, model, setup.static, match_norm=s.match_norm, seed=s.seed, cagrad_c=s.cagrad_c)
+
+
+def _all_processes() -> dist.ProcessGroup | None:
+    there = dist.is_available() and dist.is_initialized()
+    return dist.group.WORLD if there else None
 
 
 def choose(method: Weighting, gram: Array, step: int, static: Array, *, match: bool) -> Array | None:

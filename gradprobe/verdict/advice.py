@@ -31,7 +31,8 @@ class Advice:
     Attributes:
         layers: Scores of every layer.
         pairs: Scores (1, P) over all shared layers together.
-        dominance: (T,) median share of the squared weighted gradient; NaN where unknown.
+        dominance: (T,) median share of the squared weighted gradient, over rows in which every task has a weight;
+            NaN where there are none.
         weights: (T,) that would give all tasks the same relative first-order progress, summing to T, median over
             rows; None where in most rows no positive weights do.
         weight_quartiles: (2, T), 25 and 75 % over rows; NaN where ``weights`` is None.
@@ -73,6 +74,7 @@ def advise(gram: Array, size: NDArray[np.int64], reach: NDArray[np.bool_], loss:
     """
     total = measures.over_all(gram, reach)
     shares = measures.dominance(total, weight)
+    shares[(weight == 0).any(axis=1)] = math.nan  # a task that was switched off is no sign of another's size
     middle, quartiles = _equalising(total, loss)
     return Advice(
         layers=layer_scores(gram, size),
