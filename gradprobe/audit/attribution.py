@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from gradprobe.audit.closing import Door
 from gradprobe.audit.compare import CLEAN, NUMERIC
@@ -54,7 +54,6 @@ class Attribution:
     explained: bool
     runs: int = 0
     remainder: str = CLEAN
-    _outcomes: dict[tuple[str, ...], Outcome] = field(default_factory=dict)
 
     @property
     def open(self) -> list[Finding]:
@@ -72,9 +71,9 @@ def better(found: Outcome, before: Outcome) -> bool:
 def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
     """Name the doors that explain a difference.
 
-    Every door is held shut alone first. If none of them takes the difference away, all are held shut, and opened again one
-    by one, from the least specific, as long as the difference stays away: what is left is a set of which none can be
-    missed.
+    Every door is held shut alone first. If none of them takes the difference away, all are held shut, and opened again
+    one by one, from the least specific, as long as the difference stays away: what is left is a set of which none can
+    be missed.
 
     Args:
         before: The outcome with nothing held shut.
@@ -90,11 +89,19 @@ def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
             if chosen is not None and finding.door in chosen:
                 finding.state = OPEN
                 rest = [door for door in chosen if door is not finding.door]
-                finding.contribution = search.run(rest).largest if rest else before.largest
+                alone = search.run(rest)
+                finding.contribution, finding.evidence = alone.largest, evidence(alone)
         if chosen is not None:
             found.remainder = search.run(chosen).kind
     found.runs = search.runs
     return found
+
+
+def evidence(outcome: Outcome) -> str:
+    """Where a difference shows first."""
+    first = str(outcome.sightings[0]) if outcome.sightings else outcome.error or "no stage that is traced"
+    skipped = f"; {outcome.skipped} optimizer steps in one arm alone" if outcome.skipped else ""
+    return first + skipped
 
 
 class _Search:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gradprobe.audit import compare, in_force
-from gradprobe.audit.attribution import OPEN, SHUT, Attribution, Finding, attribute
+from gradprobe.audit.attribution import OPEN, SHUT, Attribution, Finding, attribute, evidence
 from gradprobe.audit.closing import Door
 from gradprobe.audit.doors import DIRECT, DOORS, PRECONDITIONER, WEIGHTS
 from gradprobe.audit.experiment import Factory
@@ -142,8 +142,8 @@ def notes(twice: Outcome) -> list[str]:
     if twice.kind == compare.CLEAN:
         return []
     return [
-        f"the same training run twice is not bitwise equal ({twice.kind}, {twice.ulp.max(initial=0.0):.3g} ulp): that is "
-        "the tolerance here. Use deterministic kernels, and put everything that has a state into Experiment.state."
+        f"the same training run twice is not bitwise equal ({twice.kind}, {twice.ulp.max(initial=0.0):.3g} ulp): that "
+        "is the tolerance here. Use deterministic kernels, and put everything that has a state into Experiment.state."
     ]
 
 
@@ -160,8 +160,6 @@ def doors_of(where: Setting, found: Audit, envelope: float, progress: Progress) 
     result = attribute(before, DOORS, run)
     for finding in result.findings:
         finding.name = finding.door.name
-        if finding.state == OPEN and not finding.evidence:
-            finding.evidence = evidence(before)
         if finding.state == OPEN and finding.door is WEIGHTS:
             finding.name, finding.evidence = in_force.named(where, weight)
     if intended:
@@ -181,13 +179,6 @@ def own_gradient(where: Setting, found: Audit, without: Outcome, envelope: float
     if total > 10 * plain and total > compare.ROUNDING:
         adam.state = OPEN
     return [direct, adam]
-
-
-def evidence(outcome: Outcome) -> str:
-    """Where a difference shows first."""
-    first = str(outcome.sightings[0]) if outcome.sightings else outcome.error or "no stage that is traced"
-    skipped = f"; {outcome.skipped} optimizer steps in one arm alone" if outcome.skipped else ""
-    return first + skipped
 
 
 def doses(where: Setting, envelope: float, progress: Progress) -> Dose:

@@ -29,7 +29,7 @@ class Distance:
 
     Attributes:
         largest: The largest absolute difference; NaN where it is not a number, or the shapes differ.
-        relative: Euclidean norm of the difference over that of the reference; NaN as above, inf where the reference is 0.
+        relative: Euclidean norm of the difference over that of the reference; NaN as above, inf for a reference of 0.
         ulp: ``largest`` in units of the last place of the reference's largest element.
         what: In words where numbers do not tell: "None against a tensor", "not finite", "shapes (3,) and (4,)".
     """
@@ -77,6 +77,10 @@ def distance(reference: Tensor | None, other: Tensor | None) -> Distance:
     if reference.shape != other.shape:
         return Distance(nan, nan, nan, f"shapes {tuple(reference.shape)} and {tuple(other.shape)}")
     a, b = reference.detach().double(), other.detach().double()
+    if a.numel() == 1:
+        return Distance(float((a - b).abs()), nan, nan, f"{float(a):.7g} against {float(b):.7g}")
+    if not reference.is_floating_point():
+        return Distance(float((a - b).abs().max()), nan, nan, "differs")
     if not b.isfinite().all() and a.isfinite().all():
         return Distance(nan, nan, nan, "not finite")
     gap = zeroed(a - b)
@@ -101,7 +105,8 @@ def ulps(gap: Array, size: Array, moved: Array, eps: float) -> Array:
 
     Returns:
         (N,) the largest over tensors. The unit is the rounding of the tensor's own largest element, or of the largest
-        movement of the model where that is more: a tensor that starts at 0 and gets rounding noise for gradient is no finding.
+        movement of the model where that is more: a tensor that starts at 0 and has rounding noise for gradient is no
+        finding.
     """
     unit = eps * np.maximum(size, moved.max(axis=1, keepdims=True, initial=0.0))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -155,8 +160,8 @@ def dose_kind(weights: Sequence[float], displacement: Sequence[float]) -> tuple[
         displacement: Of each; 0 where clean.
 
     Returns:
-        ``structural`` (there at weight 0), ``linear`` (as the weight), ``scale-free`` (the same whatever the weight, yet
-        nothing at 0) or ``mixed``, or ``clean``; and the slope of log displacement over log weight between the smallest
+        ``structural`` (there at weight 0), ``linear`` (as the weight), ``scale-free`` (the same whatever the weight,
+        yet nothing at 0) or ``mixed``, or ``clean``; and the slope of log displacement over log weight between the smallest
         two weights whose displacement is above :data:`ROUNDING` (NaN where there are no two).
     """
     pairs = [(w, d) for w, d in zip(weights, displacement, strict=True) if w > 0 and ROUNDING < d < math.inf][:2]

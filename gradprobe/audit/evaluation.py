@@ -110,7 +110,7 @@ def _values(arm: Arm) -> Mapping[str, Any]:
 
 
 def _of_a_step(experiment: Experiment, batch: Any, weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """The losses that the step function would hand over; it is left there, and whatever it did before is undone later."""
+    """The losses that the step function would hand over; it is left there, and what it did before is undone later."""
     found: dict[str, Tensor] = {}
 
     class Listener:

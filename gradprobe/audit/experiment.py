@@ -31,7 +31,7 @@ class Trace(Protocol):
         """
 
     def decide(self, name: str, value: bool) -> bool:
-        """Tell a decision, such as ``("stop", patience < 0)`` or ``("best", loss < best)``, and follow what is returned."""
+        """Tell a decision, such as ``("stop", patience < 0)`` or ``("best", loss < best)``; follow what is returned."""
 
 
 StepFunction = Callable[[Trace, Any, Mapping[str, float]], Any]
@@ -54,8 +54,8 @@ class Experiment:
         schedule: The learning-rate scheduler, or several, if there are.
         evaluate: ``evaluate(tasks)`` returns task -> loss and further numbers, named ``task/metric``, with the model in
             the mode it is in. Without it the losses of the first batch stand in.
-        state: Whatever else changes in training: name -> object with ``state_dict`` and ``load_state_dict`` (a balancer,
-            a sampler), or a ``torch.Generator``.
+        state: Whatever else changes in training: name -> object with ``state_dict`` and ``load_state_dict`` (a
+            balancer, a sampler), or a ``torch.Generator``.
     """
 
     model: nn.Module

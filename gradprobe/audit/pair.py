@@ -45,10 +45,10 @@ class Outcome:
     """How a training with the task differs from the same without it.
 
     Attributes:
-        kind: ``clean``, ``numeric``, ``buffers only``, ``material`` or ``non-finite``, of what the other tasks depend on.
+        kind: ``clean``, ``numeric``, ``buffers only``, ``material`` or ``non-finite``, of what the others depend on.
         steps: Steps made in lockstep; fewer than asked for where an arm stopped or was no longer finite.
-        displacement: (steps,) Euclidean distance of the other tasks' parameters, relative to how far they moved without
-            the task; 0: bitwise equal; NaN: not finite.
+        displacement: (steps,) Euclidean distance of the other tasks' parameters, relative to how far they came in all
+            these steps without the task; 0: bitwise equal; NaN: not finite; inf: they did not move.
         ulp: (steps,) the same in units of rounding, see :func:`gradprobe.audit.compare.ulps`.
         sightings: The first difference of every stage, in order of time.
         effect: Mode -> name -> (without, with): the other tasks' losses and metrics after the last step.
@@ -75,7 +75,7 @@ class Outcome:
     @property
     def largest(self) -> float:
         """The largest displacement of all steps; inf where it was not finite."""
-        values = np.nan_to_num(self.displacement, nan=math.inf)
+        values = np.where(np.isnan(self.displacement), math.inf, self.displacement)
         return float(values.max(initial=0.0))
 
 
@@ -149,7 +149,7 @@ class Setting:
         return self._judged(turns, history, envelope, evaluate, error)
 
     def _judged(self, turns: Turns, history: History, envelope: float, evaluate: bool, error: str) -> Outcome:
-        without, with_ = turns.arms
+        without, _ = turns.arms
         matter = relevant(turns, history.reached, history.differing)
         gap, size, moved = history.table(matter)
         ulp = compare.ulps(gap, size, moved, history.eps)
@@ -262,9 +262,11 @@ class History:
             float(moved.square().sum()),
         )
 
-    def table(self, names: set[str]) -> tuple[compare.Array, compare.Array, compare.Array]:
-        """(steps, P) largest difference, element and movement of the parameters among ``names``."""
-        kept = [name for name in self.parameters if name in names]
+    def table(
+        self, names: set[str], among: Sequence[str] | None = None
+    ) -> tuple[compare.Array, compare.Array, compare.Array]:
+        """(steps, P) largest difference, element and movement of the parameters, or others, among ``names``."""
+        kept = [name for name in (self.parameters if among is None else among) if name in names]
         values = np.array([[row[name] for name in kept] for row in self._rows], dtype=np.float64)
         values = values.reshape(self.steps, len(kept), 5)
         return values[..., 0], values[..., 2], values[..., 3]
@@ -275,7 +277,7 @@ class History:
         gap = np.array([sum(row[name][1] for name in kept) for row in self._rows], dtype=np.float64)
         moved = np.array([sum(row[name][4] for name in kept) for row in self._rows], dtype=np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(gap == 0, 0.0, np.sqrt(gap / moved))
+            return np.where(gap == 0, 0.0, np.sqrt(gap / moved.max(initial=0.0)))
 
     def first(self, names: set[str], weights: Mapping[str, float]) -> list[Sighting]:
         """The first sighting of every stage, of what matters."""
@@ -288,14 +290,19 @@ class History:
 
 
 def kind(history: History, matter: set[str], ulp: compare.Array, envelope: float) -> str:
-    """The class of a difference, of the parameters and buffers that matter alone."""
+    """The class of a difference, of the parameters and buffers that matter alone.
+
+    Buffers only: parameters are bitwise equal or differ by rounding, and buffers by more.
+    """
     if history.nonfinite & matter:
         return compare.NON_FINITE
     if history.decided:
         return compare.MATERIAL
-    if ulp.any():
-        return compare.NUMERIC if compare.only_rounding(ulp, envelope) else compare.MATERIAL
-    return compare.BUFFERS_ONLY if history.differing & matter & set(history.buffers) else compare.CLEAN
+    if not compare.only_rounding(ulp, envelope):
+        return compare.MATERIAL
+    if not compare.only_rounding(compare.ulps(*history.table(matter, history.buffers), history.eps), envelope):
+        return compare.BUFFERS_ONLY
+    return compare.NUMERIC if history.differing & matter else compare.CLEAN
 
 
 def setting(make: Factory, task: str, steps: int) -> Setting:

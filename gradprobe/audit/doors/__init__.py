@@ -1,7 +1,7 @@
 """The doors, the most specific first: where two of them explain a finding alone, the earlier one is its name.
 
-A later closing often does an earlier one's work by the way: a batch that is replayed is right even where a random stream
-moved, and so on down the list.
+A later closing often does an earlier one's work by the way: a batch that is replayed is right even where a random
+stream moved, and so on down the list.
 """
 
 from gradprobe.audit.closing import Door
