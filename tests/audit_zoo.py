@@ -27,8 +27,8 @@ class Net(nn.Module):
 class Training:
     """One step after another, with the doors in ``doors`` open and no other.
 
-    The doors: dropout, loader, zero, scaler, nonfinite, buffers, batch, clip, renormalised, mean, surgery, schedule, best,
-    stop, accumulation, data.
+    The doors: dropout, loader, zero, scaler, nonfinite, buffers, batch, clip, renormalised, mean, schedule, best, stop,
+    accumulation, data.
     """
 
     def __init__(self, doors: set[str], *, optimizer: str = "sgd", seed: int = 0, norm: bool = False) -> None:

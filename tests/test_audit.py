@@ -12,8 +12,7 @@ import torch
 from audit_zoo import Training, factory
 from torch import nn
 
-from gradprobe.audit import Experiment, Options, audit
-from gradprobe.audit import compare
+from gradprobe.audit import Experiment, Options, audit, compare
 from gradprobe.errors import UsageError
 
 DOORS = {

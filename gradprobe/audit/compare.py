@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,13 +162,15 @@ def dose_kind(weights: Sequence[float], displacement: Sequence[float]) -> tuple[
 
     Returns:
         ``structural`` (there at weight 0), ``linear`` (as the weight), ``scale-free`` (the same whatever the weight,
-        yet nothing at 0) or ``mixed``, or ``clean``; and the slope of log displacement over log weight between the smallest
-        two weights whose displacement is above :data:`ROUNDING` (NaN where there are no two).
+        yet nothing at 0) or ``mixed``, or ``clean``; and the flattest slope of log displacement over log weight between
+        neighbouring small weights (up to 0.1, where there are two) whose displacement is above :data:`ROUNDING`. NaN:
+        there are no two.
     """
-    pairs = [(w, d) for w, d in zip(weights, displacement, strict=True) if w > 0 and ROUNDING < d < math.inf][:2]
-    slope = math.nan
-    if len(pairs) == 2:
-        slope = math.log(pairs[1][1] / pairs[0][1]) / math.log(pairs[1][0] / pairs[0][0])
+    pairs = [(w, d) for w, d in zip(weights, displacement, strict=True) if w > 0 and ROUNDING < d < math.inf]
+    small = [pair for pair in pairs if pair[0] <= 0.1]
+    pairs = small if len(small) > 1 else pairs
+    slopes = [math.log(d1 / d0) / math.log(w1 / w0) for (w0, d0), (w1, d1) in itertools.pairwise(pairs)]
+    slope = min(slopes, key=abs, default=math.nan)
     at_zero = next((d for w, d in zip(weights, displacement, strict=True) if w == 0), 0.0)
     if at_zero != 0:  # NaN included: at weight 0 nothing should be there at all
         return STRUCTURAL, slope

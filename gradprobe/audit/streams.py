@@ -16,11 +16,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
 _ARM = str(Path("gradprobe", "audit", "arm.py"))
 
 
-class OwnStreams(TorchDispatchMode):  # type: ignore[misc]
+class OwnStreams(TorchDispatchMode):
     """While active, every random operation of torch draws from a stream that depends on the step, the module and the
     lines of code that it is called from, and on how often it was from there; and the generator it would have drawn
     from, global or not, is left where it was.
@@ -31,7 +30,7 @@ class OwnStreams(TorchDispatchMode):  # type: ignore[misc]
     """
 
     def __init__(self, step: int, modules: list[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.draws = 0
         self._step, self._modules = step, modules
         self._seen: Counter[tuple[Any, ...]] = Counter()
