@@ -5,6 +5,7 @@ Where they part, doors are held shut one by one and together until they do not.
 """
 
 from gradprobe.audit.audit import Audit, Options, audit
+from gradprobe.audit.compare import CLASSES
 from gradprobe.audit.experiment import Experiment, Trace
 
-__all__ = ["Audit", "Experiment", "Options", "Trace", "audit"]
+__all__ = ["CLASSES", "Audit", "Experiment", "Options", "Trace", "audit"]

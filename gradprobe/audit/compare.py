@@ -18,6 +18,9 @@ BUFFERS_ONLY = "buffers only"
 MATERIAL = "material"
 NON_FINITE = "non-finite"
 
+CLASSES = (CLEAN, NUMERIC, BUFFERS_ONLY, MATERIAL, NON_FINITE)
+"""From nothing to worst."""
+
 NUMERIC_ULP = 8.0
 """What a step may add, in units of the last place, where only the order of operations differs."""
 

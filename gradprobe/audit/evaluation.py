@@ -26,7 +26,7 @@ class _Enough(BaseException):
     """Leaves a step function when its losses are known; no ``except Exception`` of the user's stops it."""
 
 
-def relevant(turns: Turns, reached: set[str], differing: set[str]) -> set[str]:
+def relevant(turns: Turns, reached: set[str], differing: set[str], known: dict[str, bool]) -> set[str]:
     """The parameters and buffers that the other tasks depend on.
 
     Parameters that had a gradient without the task do. Of the others that differ, those do which change the other
@@ -36,18 +36,19 @@ def relevant(turns: Turns, reached: set[str], differing: set[str]) -> set[str]:
         turns: Both arms, after their last step.
         reached: Parameters that had a gradient other than 0 without the task.
         differing: All parameters and buffers that differ somewhere.
+        known: What earlier pairs found; brought up to date.
     """
     without, with_ = turns.arms
-    doubtful = sorted(differing - reached)
+    doubtful = sorted(differing - reached - known.keys())
     if not doubtful:
-        return set(reached)
+        return set(reached) | {name for name, matters in known.items() if matters}
     with turns.of(with_):
         theirs = {name: tensor.detach().clone() for name, tensor in _tensors(with_.experiment).items()}
     with turns.of(without):
         here = Snapshot.taken(without.experiment)
         before = _losses(without, here)
 
-        def matters(names: list[str]) -> bool:
+        def matter(names: list[str]) -> bool:
             with torch.no_grad():
                 for name in names:
                     _tensors(without.experiment)[name].copy_(theirs[name])
@@ -57,7 +58,9 @@ def relevant(turns: Turns, reached: set[str], differing: set[str]) -> set[str]:
             finally:
                 here.put_back(without.experiment)
 
-        return set(reached) | set(_bisected(doubtful, matters))
+        found = set(_bisected(doubtful, matter))
+    known.update({name: name in found for name in doubtful})
+    return set(reached) | {name for name, matters in known.items() if matters}
 
 
 def _bisected(names: list[str], matters: Callable[[list[str]], bool]) -> list[str]:

@@ -88,12 +88,14 @@ class Setting:
         snapshot: The state in which every arm begins.
         task: The one that is taken away.
         steps: How many.
+        matters: Of parameters and buffers without a gradient of the other tasks': whether those depend on them.
     """
 
     make: Factory
     snapshot: Snapshot
     task: str
     steps: int
+    matters: dict[str, bool] = field(default_factory=dict)
 
     def run(
         self,
@@ -150,7 +152,7 @@ class Setting:
 
     def _judged(self, turns: Turns, history: History, envelope: float, evaluate: bool, error: str) -> Outcome:
         without, _ = turns.arms
-        matter = relevant(turns, history.reached, history.differing)
+        matter = relevant(turns, history.reached, history.differing, self.matters)
         gap, size, moved = history.table(matter)
         ulp = compare.ulps(gap, size, moved, history.eps)
         displacement = history.displacement(matter)

@@ -9,6 +9,7 @@ import click
 import typer
 
 from gradprobe import __version__
+from gradprobe.cli.audit import audit
 from gradprobe.cli.check import check
 from gradprobe.cli.data import app as data_app
 from gradprobe.cli.doctor import doctor
@@ -44,6 +45,7 @@ app.command()(watch)
 app.command()(export)
 app.command()(check)
 app.command()(doctor)
+app.command()(audit)
 app.add_typer(data_app, name="data", help="Make the embedded data set, or check one of your own.")
 
 
