@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gradprobe.audit.closing import Door
 from gradprobe.audit.compare import CLEAN, NUMERIC
@@ -27,6 +27,7 @@ class Finding:
             NaN: not measured.
         closed: The displacement that is left when this door alone is held shut.
         restores: Whether holding it shut alone takes the difference away.
+        curve: The displacement after each step behind ``contribution``.
         name, evidence: In words; see :mod:`gradprobe.audit.in_force` for doors that are named more closely.
     """
 
@@ -37,6 +38,7 @@ class Finding:
     restores: bool = False
     name: str = ""
     evidence: str = ""
+    curve: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -91,6 +93,7 @@ def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
                 rest = [door for door in chosen if door is not finding.door]
                 alone = search.run(rest)
                 finding.contribution, finding.evidence = alone.largest, evidence(alone)
+                finding.curve = [float(d) for d in alone.displacement]
         if chosen is not None:
             found.remainder = search.run(chosen).kind
     found.runs = search.runs

@@ -80,6 +80,12 @@ class Audit:
         """Whether the task changes nothing, bit for bit."""
         return self.outcome.kind == compare.CLEAN
 
+    def curves(self) -> dict[str, list[float]]:
+        """Displacement after each step: with all doors as they are, and, of several open ones, with each alone."""
+        doors = self.attribution.open if self.attribution else []
+        alone = {f"{f.name} alone": f.curve for f in doors if f.curve} if len(doors) > 1 else {}
+        return {"as it is": [float(d) for d in self.outcome.displacement], **alone}
+
     @property
     def sentence(self) -> str:
         """The finding, in a sentence."""

@@ -107,10 +107,9 @@ def lines(found: Audit) -> list[str]:
     said = [found.sentence, *found.notes]
     if not found.clean:
         power = growth(list(outcome.displacement))
-        said.append(
-            f"Displacement of what {', '.join(found.others)} trains, relative to how far it came: {outcome.last:.3g} after "
-            f"{outcome.steps} steps" + ("" if math.isnan(power) else f", growing as steps^{power:.2g}") + "."
-        )
+        pace = "" if math.isnan(power) else f", growing as steps^{power:.2g}"
+        trained = f"Displacement of what {', '.join(found.others)} trains, relative to how far it came"
+        said.append(f"{trained}: {outcome.last:.3g} after {outcome.steps} steps{pace}.")
         said.append("First seen:")
         said += [f"  {sighting}" for sighting in outcome.sightings]
     for mode, values in outcome.effect.items():

@@ -69,6 +69,8 @@ def audit(
         given = sorted(k for k, v in flags.items() if v and k != "trainer")
         if given:
             raise UsageError(f"{target} makes its own training; --{given[0].replace('_', '-')} is for the bundled one.")
+    if out is not None and out.exists():
+        raise UsageError(f"--out {out}: exists already; the audit writes a new file.")
     make = _users(target) if target else _bundled(flags, hyp)
     found = examine(make, task, Options(steps=steps, weight=weight, dose=dose), progress=_progress())
     written = _written(found, figure, out)
@@ -114,7 +116,7 @@ def _written(found: Audit, figure: Path | None, out: Path | None) -> list[Path]:
     if figure is not None:
         from gradprobe.plots import divergence
 
-        written += divergence.write(found.curves(), figure)
+        written += divergence.write(found.curves(), found.sentence, figure)
     if out is not None:
         from gradprobe.audit.report import plain
         from gradprobe.runfile import audits

@@ -92,11 +92,11 @@ def write(run: Run, what: str, out: Path, *, data: bool = True) -> list[Path]:
     if kind not in FORMATS:
         raise UsageError(f"{out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
     figure, tables = make(run, what)
-    _write_whole(out, render(figure, kind))
+    write_whole(out, render(figure, kind))
     if not data:
         return [out]
     text = long_csv(tables) if what == "overview" else tables[what].csv()
-    _write_whole(out.with_suffix(".csv"), text.encode())
+    write_whole(out.with_suffix(".csv"), text.encode())
     return [out, out.with_suffix(".csv")]
 
 
@@ -171,7 +171,7 @@ def _pair_panel(run: Run, ax: Axes, what: str, pair: int, room: int) -> Table:
     return heatmap.draw(run, ax, pair, room, colorbar=len(run.pairs) == 1)
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """The file is replaced in one step, so that nobody ever sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,0 +1,105 @@
+"""``gradprobe audit`` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+from audit_zoo import factory
+
+from gradprobe.audit import Options, audit
+from gradprobe.audit.report import section
+from gradprobe.cli.app import run
+from gradprobe.plots import divergence
+
+mean_and_dropout, clean = factory("mean", "dropout"), factory()
+
+
+def broken():
+    raise ValueError("no data here")
+
+
+def test_json_figure_and_file_tell_the_same(tmp_path, capsys):
+    figure, out = tmp_path / "parting.png", tmp_path / "audit.h5"
+    arguments = ["audit", "test_audit_command:mean_and_dropout", "--steps", "6", "--json"]
+    assert run([*arguments, "--figure", str(figure), "--out", str(out), "--fail-on", "material"]) == 10
+    found = json.loads(capsys.readouterr().out)
+    opened = {door["door"] for door in found["doors"] if door["state"] == "open"}
+    assert opened == {"random stream", "mean over tasks"}
+    assert found["class"] == "material"
+    assert found["first_differences"][0]["step"] == 0
+    assert found["effect"]["evaluation"]["det"]["without"] != found["effect"]["evaluation"]["det"]["with"]
+    assert figure.stat().st_size > 10_000
+    table = figure.with_suffix(".csv").read_text().splitlines()
+    assert table[0] == "curve,step,displacement"
+    assert {line.split(",")[0] for line in table[1:]} == {"as it is", *(f"{name} alone" for name in opened)}
+    with h5py.File(out) as file:
+        group = file["audit"]
+        assert group.attrs["class"] == "material"
+        np.testing.assert_array_equal(group["displacement"][()], found["displacement"])
+        states = dict(zip(group["door"].asstr()[()], group["state"].asstr()[()], strict=True))
+        assert {door for door, state in states.items() if state == "open"} == opened
+        assert json.loads(group["json"].asstr()[0]) == found
+    assert run([*arguments, "--out", str(out)]) == 2, "a file that is there is kept"
+
+
+def test_clean_is_said_and_passes_the_gate(capsys):
+    assert run(["audit", "test_audit_command:clean", "--steps", "4", "--fail-on", "numeric"]) == 0
+    assert "Clean: bitwise equal for 4 steps." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nothing"], "write MODULE:FACTORY"),
+        (["test_audit_command:broken"], "no data here"),
+        (["test_audit_command:missing"], "missing"),
+        (["test_audit_command:clean", "--imgsz", "64"], "--imgsz is for the bundled one"),
+        (["test_audit_command:clean", "--fail-on", "bad"], "--fail-on"),
+        (["test_audit_command:clean", "--task", "seg"], "no such task"),
+    ],
+)
+def test_wrong_usage(arguments, said, capsys):
+    assert run(["audit", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_section_of_a_report_names_door_and_remedy():
+    text = section(audit(mean_and_dropout, "cls", Options(steps=4)))
+    assert text.startswith("## Audit of cls")
+    assert "| mean over tasks | open |" in text
+    assert "sum the losses" in text
+
+
+def test_the_figure_shows_equal_steps_at_its_edge():
+    figure, table = divergence.make({"as it is": [0.0, 1e-3, 1e-2]}, "what was found")
+    (ax,) = figure.axes
+    assert ax.get_xlabel() == "steps"
+    assert ax.lines[0].get_ydata().tolist() == pytest.approx([1e-4, 1e-3, 1e-2])
+    assert [text.get_text() for text in ax.texts] == ["lower edge: bitwise equal"]
+    assert table.values["displacement"].tolist() == [0.0, 1e-3, 1e-2]
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "phantoms"
+    assert run(["data", "make", str(folder), "--n", "30", "--seed", "3"]) == 0
+    return ["audit", "--data", str(folder / "data.yaml"), "--imgsz", "32", "--batch-size", "4", "--json"]
+
+
+def test_joint_training_at_weight_0_is_clean(bundled, capsys):
+    capsys.readouterr()
+    assert run([*bundled, "--steps", "3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["clean"]
+    assert found["steps"] == 3
+
+
+def test_gradnorm_renormalises_whatever_weight_it_is_given(bundled, capsys):
+    capsys.readouterr()
+    assert run([*bundled, "--steps", "2", "--trainer", "gradnorm"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["class"] == "material"
+    assert [door["door"] for door in found["doors"] if door["state"] == "open"] == ["renormalised weights"]
