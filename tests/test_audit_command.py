@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from audit_zoo import factory
 
-from gradprobe.audit import Options, audit
+from gradprobe.audit import Options, audit, in_force
+from gradprobe.audit.pair import setting
 from gradprobe.audit.report import section
 from gradprobe.cli.app import run
 from gradprobe.plots import divergence
+from gradprobe.trainers import audited
+from gradprobe.trainers.data import load_data
+from gradprobe.trainers.settings import resolve
 
 mean_and_dropout, clean = factory("mean", "dropout"), factory()
 
@@ -97,9 +101,24 @@ def test_joint_training_at_weight_0_is_clean(bundled, capsys):
     assert found["steps"] == 3
 
 
-def test_gradnorm_renormalises_whatever_weight_it_is_given(bundled, capsys):
+def test_gradnorm_raises_the_detectors_weight_where_the_classifiers_is_0(bundled):
+    settings = resolve({"trainer": "gradnorm", "data": bundled[2], "imgsz": 32, "batch_size": 4})
+    make = audited.factory(settings, load_data(settings.data, imgsz=32, seed=0))
+    where = setting(make, "cls", 2)
+    assert where.run(0.0).kind == "material"
+    name, said = in_force.named(where, 0.0)
+    assert name == "renormalised weights"
+    assert "1.999 at weight 0, 1 at weight 1" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "opened"),
+    [(["--trainer", "gradnorm"], ["renormalised weights"]), (["--clip-norm", "1"], ["clipping"])],
+    ids=["gradnorm", "clipping"],
+)
+def test_the_bundled_trainers_doors(bundled, flags, opened, capsys):
     capsys.readouterr()
-    assert run([*bundled, "--steps", "2", "--trainer", "gradnorm"]) == 0
+    assert run([*bundled, "--steps", "10", *flags]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["class"] == "material"
-    assert [door["door"] for door in found["doors"] if door["state"] == "open"] == ["renormalised weights"]
+    assert [door["door"] for door in found["doors"] if door["state"] == "open"] == opened

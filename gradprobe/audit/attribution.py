@@ -49,7 +49,7 @@ class Attribution:
         findings: One per door, in the order of the doors.
         explained: Whether the open doors together explain the difference.
         runs: Pairs that were run.
-        remainder: The class that is left with the open doors held shut.
+        remainder: The class that is left with the open doors held shut; meaningless where unexplained.
     """
 
     findings: list[Finding]
@@ -73,7 +73,7 @@ def better(found: Outcome, before: Outcome) -> bool:
 def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
     """Name the doors that explain a difference.
 
-    Every door is held shut alone first. If none of them takes the difference away, all are held shut, and opened again
+    Where there is no difference nothing is run. Else every door is held shut alone first. If none of them takes the difference away, all are held shut, and opened again
     one by one, from the least specific, as long as the difference stays away: what is left is a set of which none can
     be missed.
 
@@ -82,20 +82,19 @@ def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
         doors: The most specific first.
         run: Runs both arms.
     """
+    if before.kind == CLEAN:  # nothing to explain: with every door as it is, nothing comes through
+        return Attribution([Finding(door, SHUT, closed=0.0) for door in doors], explained=True)
     search = _Search(before, doors, run)
-    found = Attribution([search.alone(door) for door in doors], explained=True)
-    if before.kind != CLEAN:
-        chosen = search.smallest(found.findings)
-        found.explained = chosen is not None
+    found = Attribution([search.alone(door) for door in doors], explained=False)
+    chosen = search.smallest(found.findings)
+    if chosen is not None:
+        found.explained, found.remainder = True, search.run(chosen).kind
         for finding in found.findings:
-            if chosen is not None and finding.door in chosen:
+            if finding.door in chosen:
                 finding.state = OPEN
-                rest = [door for door in chosen if door is not finding.door]
-                alone = search.run(rest)
+                alone = search.run([door for door in chosen if door is not finding.door])
                 finding.contribution, finding.evidence = alone.largest, evidence(alone)
                 finding.curve = [float(d) for d in alone.displacement]
-        if chosen is not None:
-            found.remainder = search.run(chosen).kind
     found.runs = search.runs
     return found
 
@@ -131,8 +130,7 @@ class _Search:
             return Finding(door, SHUT, closed=self._before.largest, evidence="nothing to shut: it never acted")
         if outcome.error:
             return Finding(door, UNTESTED, evidence=f"cannot be held shut here: {outcome.error}")
-        restores = self._before.kind != CLEAN and better(outcome, self._before)
-        return Finding(door, SHUT, closed=outcome.largest, restores=restores)
+        return Finding(door, SHUT, closed=outcome.largest, restores=better(outcome, self._before))
 
     def smallest(self, findings: Sequence[Finding]) -> list[Door] | None:
         """The doors to hold shut; None where even all together leave a difference."""

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradprobe.errors import UsageError
+from gradprobe.errors import GradprobeError, UsageError
 
 STAGES = ("data", "forward", "backward", "clip", "scaler", "optimizer", "schedule", "decision")
 """The stages of a step, in the order in which they are compared.
@@ -93,9 +93,14 @@ def made(factory: Callable[[], Any]) -> Experiment:
     """What the factory returns, as an experiment; a tuple is taken as (model, optimizer, batches, step, weights).
 
     Raises:
-        UsageError: It is something else; says what.
+        UsageError: It is something else, or the factory fails; says what.
     """
-    result = factory()
+    try:
+        result = factory()
+    except GradprobeError:
+        raise
+    except Exception as error:
+        raise UsageError(f"the factory failed: {type(error).__name__}: {error}") from error
     if isinstance(result, tuple) and len(result) == 5:
         result = Experiment(*result)
     if not isinstance(result, Experiment):
