@@ -13,6 +13,9 @@ from audit_zoo import Training, factory
 from torch import nn
 
 from gradprobe.audit import Experiment, Options, audit, compare
+from gradprobe.audit.attribution import attribute
+from gradprobe.audit.doors import DOORS as DOORS_TRIED
+from gradprobe.audit.pair import Outcome, Sighting
 from gradprobe.errors import UsageError
 
 DOORS = {
@@ -75,6 +78,31 @@ def test_two_open_doors_are_both_named(pair):
     assert not any(finding.restores for finding in found.attribution.findings)
     for finding in found.attribution.open:  # alone, each is a difference of its own
         assert "step" in finding.evidence or "weight" in finding.evidence
+
+
+@pytest.mark.parametrize(("stage", "named"), [("clip", "clipping"), ("forward", "batch statistics")])
+def test_of_two_doors_that_explain_alone_the_stage_tells(stage, named):
+    """As on YOLOv5: in BatchNorm's evaluation mode its gradients are too small to be clipped, so both explain."""
+
+    def outcome(kind):
+        seen = [Sighting(0, stage, "x", compare.distance(torch.ones(2), torch.zeros(2)))] if kind == "material" else []
+        one = np.ones(1) if seen else np.zeros(1)
+        return Outcome(kind, 1, one, one, sightings=seen, acted=1)
+
+    def run(shut):
+        return outcome("clean" if {d.name for d in shut} & {"batch statistics", "clipping"} else "material")
+
+    found = attribute(outcome("material"), DOORS_TRIED, run)
+    assert [finding.door.name for finding in found.open] == [named]
+    assert {f.door.name for f in found.findings if f.restores} == {"batch statistics", "clipping"}
+
+
+def test_what_no_door_explains_is_said():
+    one = np.ones(1)
+    outcome = Outcome("material", 1, one, one, acted=1)
+    found = attribute(outcome, DOORS_TRIED, lambda shut: outcome)
+    assert not found.explained
+    assert found.open == []
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -73,9 +73,10 @@ def better(found: Outcome, before: Outcome) -> bool:
 def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
     """Name the doors that explain a difference.
 
-    Where there is no difference nothing is run. Else every door is held shut alone first. If none of them takes the difference away, all are held shut, and opened again
-    one by one, from the least specific, as long as the difference stays away: what is left is a set of which none can
-    be missed.
+    Where there is no difference nothing is run. Else every door is held shut alone first; of those that take the
+    difference away, the one is named in whose stage it shows first, and of several the most specific. If there is none,
+    all are held shut, and opened again one by one, intrusive ones first and then the least specific, as long as the
+    difference stays away: what is left is a set of which none can be missed.
 
     Args:
         before: The outcome with nothing held shut.
@@ -135,14 +136,20 @@ class _Search:
     def smallest(self, findings: Sequence[Finding]) -> list[Door] | None:
         """The doors to hold shut; None where even all together leave a difference."""
         singles = [finding.door for finding in findings if finding.restores]
-        whole = [door for door in singles if self.run([door]).kind == CLEAN]
-        if whole or singles:
-            return (whole or singles)[:1]
+        if singles:
+            whole = [door for door in singles if self.run([door]).kind == CLEAN] or singles
+            return [min(whole, key=self._out_of_place)]
         shut = [f.door for f in findings if f.state != UNTESTED and f.evidence == ""]
         if not shut or not better(self.run(shut), self._before):
             return None
-        for door in reversed(list(shut)):
+        specific = [door for door in shut if not door.intrusive]
+        for door in [*(door for door in shut if door.intrusive), *reversed(specific)]:
             fewer = [other for other in shut if other is not door]
             if fewer and better(self.run(fewer), self._before):
                 shut = fewer
         return shut
+
+    def _out_of_place(self, door: Door) -> bool:
+        """Whether the first difference is in a stage in which this door does not show."""
+        first = self._before.sightings[:1]
+        return bool(first) and first[0].stage not in door.stages

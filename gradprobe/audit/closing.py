@@ -67,9 +67,14 @@ class Door:
         title: What happens, in a few words.
         remedy: How to shut it for good.
         close: Makes a closing for one arm.
+        stages: Those in which a difference that it makes is seen first. A closing may hide another door's difference
+            (in BatchNorm's evaluation mode gradients may be too small to be clipped); where it shows tells them apart.
+        intrusive: Whether holding it shut makes another training of it. Such a door is opened again first.
     """
 
     name: str
     title: str
     remedy: str
     close: Callable[[], Closing]
+    stages: tuple[str, ...]
+    intrusive: bool = False

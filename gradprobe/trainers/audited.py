@@ -69,7 +69,7 @@ class TracedBackward:
         traced = self.trace.losses(losses)
         total = sum(weights[task] * traced[task] for task in losses)
         assert isinstance(total, Tensor)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         self.step += 1
 
     def note(self, losses: Mapping[str, Tensor], weights: Mapping[str, float], why: str, *, batch_size: int) -> None:

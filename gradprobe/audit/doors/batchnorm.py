@@ -52,6 +52,7 @@ BUFFERS = Door(
     title="another forward through shared layers moves their buffers (BatchNorm's running statistics)",
     remedy="one forward for all tasks, or BatchNorm in evaluation mode in the task's own forward",
     close=_BuffersHeld,
+    stages=("forward", "optimizer"),
 )
 
 BATCH_STATISTICS = Door(
@@ -59,4 +60,6 @@ BATCH_STATISTICS = Door(
     title="the task's samples enter the batch that shared BatchNorm layers normalise with",
     remedy="separate batches, or normalisation per sample (GroupNorm, LayerNorm)",
     close=_EvaluationMode,
+    stages=("data", "forward"),
+    intrusive=True,
 )

@@ -76,6 +76,7 @@ ZERO_GRADIENT = Door(
     title="a gradient of zero where there was none: momentum and weight decay move the parameter",
     remedy="set gradients that are zero to None before the optimizer, or leave the task's loss out at weight 0",
     close=_NoZeros,
+    stages=("backward", "clip", "scaler", "optimizer"),
 )
 
 CLIPPING = Door(
@@ -83,6 +84,7 @@ CLIPPING = Door(
     title="the task's gradient enters the global norm that all gradients are clipped by",
     remedy="clip each task's own parameters apart, or take the norm over the other tasks' parameters alone",
     close=_Unclipped,
+    stages=("clip",),
 )
 
 WEIGHTS = Door(
@@ -90,5 +92,7 @@ WEIGHTS = Door(
     title="the gradient is not that of the sum of the losses with the weights given",
     remedy="sum the losses with the weights as they are",
     close=_PlainSum,
+    stages=("backward", "clip"),
+    intrusive=True,
 )
 """Its finding is named more closely by :mod:`gradprobe.audit.in_force`."""

@@ -34,6 +34,7 @@ SCALER = Door(
     title="the task overflows, and GradScaler skips the step for all and lowers its scale",
     remedy="leave the task out of a step in which its own gradient is not finite, or give it a scaler of its own",
     close=lambda: _Guard(scaled=True),
+    stages=("forward", "backward", "scaler"),
 )
 
 NONFINITE = Door(
@@ -41,4 +42,5 @@ NONFINITE = Door(
     title="the task's gradient is not finite, and a weight of 0 times infinity is NaN",
     remedy="leave the task out of a step in which its own gradient is not finite",
     close=lambda: _Guard(scaled=False),
+    stages=("forward", "backward"),
 )

@@ -94,6 +94,7 @@ SCHEDULE = Door(
     title="the learning rate follows a loss that the task is part of",
     remedy="drive the schedule by the other task's own loss, or by the step",
     close=_Rates,
+    stages=("schedule", "optimizer"),
 )
 
 DECISION = Door(
@@ -101,6 +102,7 @@ DECISION = Door(
     title="early stopping or the best checkpoint is decided by a loss that the task is part of",
     remedy="decide by the other task's own loss or metric",
     close=_Decisions,
+    stages=("decision",),
 )
 
 TIMING = Door(
@@ -108,6 +110,7 @@ TIMING = Door(
     title="the optimizer steps at other times: the task's backward passes count in the accumulation",
     remedy="count samples or batches, not backward passes",
     close=_Timing,
+    stages=("scaler", "optimizer", "backward"),
 )
 
 DATA = Door(
@@ -115,4 +118,5 @@ DATA = Door(
     title="the task's data change the batch that the other tasks get",
     remedy="draw the other tasks' samples without regard to the task",
     close=_Batch,
+    stages=("data",),
 )

@@ -54,6 +54,7 @@ DIRECT = Door(
     title="the task's own weighted gradient on parameters of the others: the intended way",
     remedy="lower its weight, or give the task layers of its own",
     close=_PrivateOnly,
+    stages=("backward",),
 )
 
 PRECONDITIONER = Door(
@@ -61,4 +62,6 @@ PRECONDITIONER = Door(
     title="the optimizer divides by the gradient's own size: a small weight makes no small step",
     remedy="scale the step and not the loss, raise eps, or use SGD for what only this task trains",
     close=_GradientDescent,
+    stages=("optimizer",),
+    intrusive=True,
 )

@@ -23,4 +23,5 @@ RANDOM = Door(
     title="both tasks draw from one random stream (dropout, augmentation, shuffling)",
     remedy="give the task's dropout, augmentation and loader a torch.Generator of their own",
     close=_OwnStreams,
+    stages=("data", "forward"),
 )
