@@ -15,6 +15,7 @@ from gradprobe.audit import Experiment, Trace
 from gradprobe.trainers import checkpoint, loop
 from gradprobe.trainers.balancer import Balancer
 from gradprobe.trainers.build import check_device, layer_parameters
+from gradprobe.trainers.evaluate import evaluate
 from gradprobe.trainers.gradnorm import GradNorm
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.joint import Joint
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from gradprobe.trainers.data import LoadedData
 
 EVALUATED_BATCHES = 2
+
+METRICS = {"det": ("mAP50", "mAP50-95"), "cls": ("accuracy",)}
+"""What is evaluated of each task besides its loss."""
 
 
 def factory(settings: Settings, data: LoadedData, hyp: DetectionHyp | None = None) -> Callable[[], Experiment]:
@@ -148,13 +152,18 @@ class _Audited:
         )
 
     def _evaluate(self, tasks: Sequence[str]) -> dict[str, float]:
+        """Losses on the first validation batches, and in evaluation mode the metrics of :data:`METRICS`."""
+        batches = list(itertools.islice(self._val, EVALUATED_BATCHES))
         total = dict.fromkeys(tasks, 0.0)
-        for batch in itertools.islice(self._val, EVALUATED_BATCHES):
+        for batch in batches:
             moved = batch.to(self._settings.device)
             losses = self._model.losses(self._model(moved.images), moved)
             for task in tasks:
-                total[task] += float(losses[task])
-        return total
+                total[task] += float(losses[task]) / len(batches)
+        if self._model.training:
+            return total
+        found = evaluate(self._model, batches, device=self._settings.device)
+        return total | {f"{task}/{name}": found[name] for task in tasks for name in METRICS[task]}
 
 
 def balancer(settings: Settings, model: YOLOv5WithClassification, weights: Mapping[str, float]) -> Balancer:
