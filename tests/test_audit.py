@@ -15,7 +15,8 @@ from torch import nn
 from gradprobe.audit import Experiment, Options, audit, compare
 from gradprobe.audit.attribution import attribute
 from gradprobe.audit.doors import DOORS as DOORS_TRIED
-from gradprobe.audit.pair import Outcome, Sighting
+from gradprobe.audit.history import Sighting
+from gradprobe.audit.pair import Outcome
 from gradprobe.errors import UsageError
 
 DOORS = {

@@ -119,6 +119,6 @@ def test_gradnorm_raises_the_detectors_weight_where_the_classifiers_is_0(bundled
 )
 def test_the_bundled_trainers_doors(bundled, flags, opened, capsys):
     capsys.readouterr()
-    assert run([*bundled, "--steps", "10", *flags]) == 0
+    assert run([*bundled, "--steps", "5", *flags]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [door["door"] for door in found["doors"] if door["state"] == "open"] == opened
