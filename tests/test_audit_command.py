@@ -114,7 +114,10 @@ def test_gradnorm_raises_the_detectors_weight_where_the_classifiers_is_0(bundled
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "opened"),
-    [(["--trainer", "gradnorm"], ["renormalised weights"]), (["--clip-norm", "1"], ["clipping"])],
+    [
+        (["--trainer", "gradnorm"], ["renormalised weights"]),
+        (["--clip-norm", "1", "--weight", "0.01", "--imgsz", "64"], ["clipping", "direct"]),
+    ],
     ids=["gradnorm", "clipping"],
 )
 def test_the_bundled_trainers_doors(bundled, flags, opened, capsys):
