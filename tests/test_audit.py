@@ -203,13 +203,14 @@ def test_objects_end_as_they_began():
 
 
 def apart(optimizer):
-    """The trunk has features that the detector does not use."""
+    """The trunk has features that the detector does not use. A schedule warns where its optimizer does not step."""
 
     def make():
         torch.manual_seed(0)
         net = nn.ModuleDict({"trunk": nn.Linear(6, 8), "det": nn.Linear(4, 1), "cls": nn.Linear(8, 1)})
         opt = optimizer(net.parameters())
         x = torch.randn(16, 6)
+        schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0)
 
         def step(trace, batch, weights):
             z = net["trunk"](batch).tanh()
@@ -220,8 +221,9 @@ def apart(optimizer):
             opt.zero_grad()
             sum(weights[t] * losses[t] for t in losses).backward()
             opt.step()
+            schedule.step()
 
-        return Experiment(net, opt, [x], step, {"det": 1.0, "cls": 1.0})
+        return Experiment(net, opt, [x], step, {"det": 1.0, "cls": 1.0}, schedule=schedule)
 
     return make
 

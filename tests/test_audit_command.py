@@ -116,7 +116,7 @@ def test_gradnorm_raises_the_detectors_weight_where_the_classifiers_is_0(bundled
     ("flags", "opened"),
     [
         (["--trainer", "gradnorm"], ["renormalised weights"]),
-        (["--clip-norm", "1", "--weight", "0.01", "--imgsz", "64"], ["clipping", "direct"]),
+        (["--clip-norm", "0.1", "--weight", "0.01", "--imgsz", "64"], ["clipping", "direct"]),
     ],
     ids=["gradnorm", "clipping"],
 )

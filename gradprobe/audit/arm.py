@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -56,6 +57,9 @@ class Arm:
         self.index += 1
         self.record, self.reference, self._backwards = StepRecord(), reference, 0
         with ExitStack() as stack:
+            if self.closings:  # one that holds the optimizer back leaves a schedule waiting for its first step
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step")
             for closing in self.closings:
                 stack.enter_context(closing.around(self))
             batch = self._fetch()

@@ -159,8 +159,9 @@ def doors_of(where: Setting, found: Audit, envelope: float, progress: Progress) 
     intended = [DIRECT] if weight > 0 else []
 
     def run(shut: Sequence[Door]) -> Outcome:
-        progress("shut: " + ", ".join(door.name for door in shut))
-        return where.run(weight, [*shut, *intended], envelope=envelope)
+        held = [*shut, *intended]
+        progress("shut: " + ", ".join(door.name for door in held))
+        return where.run(weight, held, envelope=envelope)
 
     before = run([]) if intended else found.outcome
     result = attribute(before, DOORS, run)
