@@ -18,6 +18,7 @@ from gradprobe.measures import Array, over_layers
 MEASURED = "measured"
 NONFINITE_GRADIENT = "a task's gradient is not finite"
 NONFINITE_LOSS = "a task's loss is not finite"
+MISSING_GRADIENT = "a task does not reach a layer that it reached at first"
 
 Provenance = Mapping[str, Any]
 """Names to strings, numbers, or lists of those; nested mappings are stored with dotted names."""

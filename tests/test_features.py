@@ -132,6 +132,17 @@ def test_several_outputs_of_one_layer_are_several_features():
     assert sink.feature_header.feature_size.tolist() == [10, 10]
 
 
+def test_a_feature_keeps_its_name_at_a_step_that_lacks_another_of_its_layer():
+    torch.manual_seed(0)
+    layer, sink = nn.Linear(3, 4), Collector()
+    with GradientProbe(layer, ("a", "b"), [sink], level="features") as probe:
+        for used in ({0, 1}, {1}, {0, 1}):
+            parts = layer(torch.ones(5, 3)).split(2, dim=1)
+            probe.backward({t: sum(k * parts[i].sum() for i in used) for t, k in (("a", 1.0), ("b", 2.0))})
+    missing = [np.isnan(row.gram).all(axis=(1, 2)).tolist() for row in sink.feature_rows]
+    assert missing == [[False, False], [True, False], [False, False]]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_switched_off_or_not_finite_is_missing_and_alone(value):
     case, sink = make("mlp"), Collector()
@@ -142,6 +153,18 @@ def test_what_is_switched_off_or_not_finite_is_missing_and_alone(value):
     for row in sink.feature_rows:
         assert np.isnan(row.gram[0, 0]).all()
         assert np.isfinite(row.gram[0, 1, 1])
+
+
+@pytest.mark.parametrize("use", ["record", "backward"])
+def test_a_step_at_which_a_task_lacks_the_feature_has_a_row_without_it(use):
+    torch.manual_seed(0)
+    layer, own, sink = nn.Linear(3, 4), nn.Linear(3, 4), Collector()
+    with GradientProbe(nn.ModuleList([layer, own]), ("a", "b"), [sink], level="features") as probe:
+        for step in range(3):
+            z = layer(torch.randn(5, 3))
+            b = own(torch.randn(5, 3)).sum() if step == 1 else z.sin().sum()
+            getattr(probe, use)({"a": z.pow(2).mean(), "b": b})
+    assert [bool(np.isfinite(row.gram).all()) for row in sink.feature_rows] == [True, False, True]
 
 
 def test_where_tasks_never_part_it_is_said_once():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 import time
 
 import pytest
@@ -219,3 +222,25 @@ def test_a_model_is_cut_into_parts_of_about_equal_size():
     assert sum(sizes) == sum(p.numel() for p in shared.parameters)
     assert max(sizes) <= 2 * sum(sizes) / BLOCKS
     assert all(len(block.out) <= 1 for block in blocks)  # cut where only one activation leads across
+
+
+SPINNING = """
+import time, torch
+from gradprobe.probes.gramian import products
+torch.set_num_threads(1)
+for count, size in ((2, 1 << 20), (12, 1 << 17)):
+    gradients = [torch.randn(size) for _ in range(count)]
+    products(gradients)
+    everyone, me = time.process_time(), time.thread_time()
+    for _ in range(40):
+        products(gradients)
+    everyone, me = time.process_time() - everyone, time.thread_time() - me
+    assert everyone < 1.3 * me + 0.02, (count, everyone, me)
+"""
+
+
+def test_products_wake_no_threads_beside_those_that_train():
+    """A linear algebra library with threads of its own lets them spin, and training loses the cores."""
+    free = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
+    done = subprocess.run([sys.executable, "-c", SPINNING], env=free, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

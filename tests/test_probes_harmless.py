@@ -8,6 +8,7 @@ import gc
 import random
 import subprocess
 import sys
+import warnings
 import weakref
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_probes import make
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from zoo import ZOO, Collector
 
 import gradprobe
@@ -133,6 +136,50 @@ def test_a_training_with_a_probe_ends_in_every_bit_as_one_without(name, recipe, 
     probed, sink = Loop(name, recipe, use).run(every=1)
     assert_same(bare, probed)
     assert [row.step for row in sink.rows] == list(range(len(sink.rows)))
+
+
+class DrawsAgain(nn.Module):
+    """A checkpoint that draws new random numbers in every backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 16), nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5))
+        self.heads = nn.ModuleList([nn.Linear(16, 1), nn.Linear(16, 2)])
+
+    def losses(self):
+        z = checkpoint(self.second, self.first(torch.randn(8, 6)), use_reentrant=False, preserve_rng_state=False)
+        return {f"t{i}": head(z).pow(2).mean() for i, head in enumerate(self.heads)}
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "low"}, {"level": "both"}], ids=str)
+@pytest.mark.parametrize("use", ["record", "backward"])
+def test_random_numbers_drawn_in_a_backward_are_drawn_as_without_a_probe(use, options):
+    def trained(use):
+        torch.manual_seed(0)
+        model, sink, joint = DrawsAgain(), Collector(), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        probe = GradientProbe(model, ("t0", "t1"), [sink], every=1, **options) if use else None
+        for _ in range(3):
+            losses = model.losses()
+            if use == "backward":
+                probe.backward(losses)
+            else:
+                if use == "record":
+                    probe.record(losses)
+                sum(losses.values()).backward()
+            joint.append(sum(float(p.grad.pow(2).sum()) for p in model.second.parameters()))
+            optimizer.step()
+            optimizer.zero_grad()
+        return {"model": model.state_dict(), "random": torch.get_rng_state()}, sink, joint
+
+    bare, _, _ = trained(None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "gradprobe: step 1: a gradient derived")  # other numbers, another row
+        probed, sink, joint = trained(use)
+    assert_same(bare, probed)
+    if use == "record":  # every pass drew what the training's own then drew
+        second = sink.header.layers.index("second.0")
+        np.testing.assert_allclose([row.gram[second].sum() for row in sink.rows], joint, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"memory": "low"}, {"level": "both"}, {"level": "features"}], ids=str)

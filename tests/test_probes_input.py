@@ -12,7 +12,7 @@ from torch import nn
 from zoo import Collector, naive_gramian
 
 import gradprobe
-from gradprobe.errors import ProbeError
+from gradprobe.errors import GradprobeError, ProbeError
 from gradprobe.probes import GradientProbe
 from gradprobe.rows import MEASURED, NONFINITE_LOSS
 
@@ -191,6 +191,35 @@ def test_a_step_that_is_noted_counts_and_is_no_second_row():
     assert [(row.step, row.status) for row in sink.rows] == [(0, MEASURED), (1, NONFINITE_LOSS)]
 
 
+@pytest.mark.parametrize("use", ["record", "backward"])
+def test_a_layer_that_is_unfrozen_later_is_told_to_be_left_out(use):
+    case, sink = make("mlp"), Collector()
+    case.model.trunk[0].requires_grad_(False)
+    with GradientProbe(case.model, ("t0", "t1"), [sink], every=1) as probe:
+        getattr(probe, use)(case.losses(0))
+        case.model.trunk[0].requires_grad_(True)
+        with pytest.warns(RuntimeWarning, match="step 1: layer 'trunk.0' is shared now but was not"):
+            getattr(probe, use)(case.losses(1))
+        getattr(probe, use)(case.losses(2))
+    assert sink.header.layers == ("trunk.2",)
+
+
+def test_what_was_chosen_not_to_be_measured_is_no_layer_left_out():
+    case = make("mlp")
+    with GradientProbe(case.model, ("t0", "t1"), shared="trunk.2", every=1) as probe:
+        for step in range(2):
+            probe.record(case.losses(step))
+
+
+@pytest.mark.parametrize("use", ["record", "backward"])
+def test_losses_made_without_a_graph_are_refused_where_none_is_asked_for_too(use):
+    case = make("mlp")
+    with GradientProbe(case.model, ("t0", "t1"), every=1) as probe, torch.no_grad():
+        losses = case.losses(0)
+        with pytest.raises(ProbeError, match="loss of task 't0' has no graph"):
+            getattr(probe, use)(losses)
+
+
 def test_a_task_that_reaches_further_than_at_first_is_told():
     class Late(nn.Module):
         def __init__(self):
@@ -273,3 +302,78 @@ def test_wrong_arguments_are_found_before_anything_is_attached(options, message)
 def test_wrong_tasks_are_found(tasks):
     with pytest.raises(ProbeError, match=r"tasks="):
         GradientProbe(make("mlp").model, tasks)
+
+
+@pytest.mark.parametrize("name", ["", "a\0", "a\x1b[2J", 3], ids=repr)
+def test_names_with_which_no_file_could_be_read_again_are_found_beforehand(name):
+    model = make("mlp").model
+    for options in ({"tasks": ("t0", name)}, {"tasks": T, "layers": {name: [model.trunk[0].weight]}}):
+        with pytest.raises(ProbeError, match="without control characters"):
+            GradientProbe(model, **options)
+
+
+class Wrapped(torch.optim.Optimizer):
+    """As accelerate wraps one: an Optimizer by type, without the hooks of one."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self):
+        self.optimizer.step()
+
+
+def test_a_wrapped_optimizer_counts_steps_too():
+    case = make("mlp")
+    optimizer = Wrapped(torch.optim.SGD(case.model.parameters(), lr=0.25))
+    sink, probe = attached(case, optimizer=optimizer)
+    with probe:
+        for step in range(3):
+            probe.backward(case.losses(step))
+            optimizer.step()
+    assert [(row.step, row.lr) for row in sink.rows] == [(0, 0.25), (1, 0.25), (2, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": object()}, "optimizer= is a object, which is no torch.optim.Optimizer"),
+        ({"layers": {}}, "hold no parameter of this model"),
+        ({"layers": {"other": list(nn.Linear(2, 2).parameters())}}, r"layers=\['other'\] hold no parameter"),
+        ({"layers": {"trunk": "trunk"}}, r"layers\['trunk'\] holds a str; give parameters"),
+        ({"layers": {"trunk": nn.Linear(2, 2)}}, r"layers\['trunk'\] holds a Linear; give parameters"),
+    ],
+    ids=["optimizer", "no layers", "another model's", "a name", "a module"],
+)
+def test_an_optimizer_or_layers_that_are_none_are_refused(options, message):
+    case = make("mlp")
+    with pytest.raises(ProbeError, match=message):
+        attached(case, **options)
+    GradientProbe(case.model, T).close()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda probe: probe.log_metrics(1, accuracy=0.5),
+        lambda probe: probe.load_state_dict({}),
+        lambda probe: probe.note({"t0": torch.ones(()), "t1": torch.ones(())}, None, NONFINITE_LOSS),
+    ],
+    ids=["log_metrics", "load_state_dict", "note"],
+)
+def test_what_comes_after_the_end_is_told(call):
+    _, probe = attached(make("mlp"))
+    probe.close()
+    with pytest.raises(ProbeError, match="was closed, and its file is complete"):
+        call(probe)
+
+
+@pytest.mark.parametrize("name", ["", ".", "x\0y"])
+def test_a_metric_whose_name_no_file_can_hold_is_refused_and_costs_nothing(name, tmp_path):
+    case = make("mlp")
+    with gradprobe.attach(case.model, T, tmp_path / "run.h5", every=1) as probe:
+        probe.backward(case.losses(0))
+        with pytest.raises(GradprobeError, match="cannot be the name of a metric"):
+            probe.log_metrics(0, **{name: 1.0, "good": 2.0})
+        probe.log_metrics(0, good=2.0)
+    with gradprobe.open_run(tmp_path / "run.h5") as run:
+        assert run.epochs_by_number() == {0: {"good": 2.0}}

@@ -97,6 +97,17 @@ def parts_of(path: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    "sessions", [["{"], 7, "x", ["[]"], [7.5], ["{}"], ["[" * 100_000]], ids=lambda s: repr(s)[:12]
+)
+def test_sessions_that_are_none_are_refused(tmp_path, sessions):
+    path = make_run(tmp_path / "run.h5", rows=3, layers=2)
+    with h5py.File(path, "r+") as file:
+        file["provenance"].attrs["sessions"] = sessions
+    with open_run(path) as run, pytest.raises(RunFileError, match="session"):
+        run.sessions  # noqa: B018
+
+
 def test_a_part_of_another_run_is_refused(tmp_path):
     path = make_run(tmp_path / "run.h5", layers=4)
     make_run(parts_of(path) / "other", layers=5).rename(parts_of_(path) / "00000099.h5")

@@ -140,7 +140,7 @@ def test_rows_without_a_measurement_are_counted_by_reason(tmp_path):
     assert found["rows_not_measured"] == {"a task's gradient is not finite": 3}
     assert found["pairs"]["det|cls"]["cosine"]["rows"] == 17
     assert found["complete"] is False
-    assert any("3 of 20 rows hold no measurement" in s for s in said)
+    assert any("3 of 20 rows hold less than a full measurement" in s for s in said)
     assert "unfinished" in said[0]
 
 

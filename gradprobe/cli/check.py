@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,7 +61,7 @@ def _tell(file: Path, report: Report, verdict: str | None = None) -> None:
         files = f"{len(report.files)} file" + "s" * (len(report.files) != 1)
         verdict = "is whole" if report.whole else "is not whole"
         verdict += f": {report.rows} rows in {files}" + (
-            "" if report.whole else f". Try: gradprobe check {file} --repair OUT"
+            "" if report.whole else f". Try: gradprobe check {shlex.quote(str(file))} --repair OUT"
         )
     print(f"{file} {verdict}")
     for finding in report.findings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def watch(
     if not once and last["state"] == live.STOPPED:
         print(
             f"gradprobe: {file}: the recording process is gone and did not end its run; {last['rows']} rows are there. "
-            f"Go on with it with: gradprobe record --resume {file}",
+            f"Go on with it: gradprobe record --resume {shlex.quote(str(file))}, or attach(..., resume=True)",
             file=sys.stderr,
         )
         raise typer.Exit(3)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
+from gradprobe.probes.checks import check_names
 from gradprobe.probes.graph import Layer, SharedLayers, by_module, find_shared
+from gradprobe.probes.trace import Trace, several
 
 Shared = Iterable["str | nn.Parameter"] | Callable[[str, nn.Parameter], bool]
 """What is shared, said by the user: module names, parameters, or a predicate of name and parameter."""
@@ -27,7 +30,8 @@ class Selection:
         nothing: Choose no parameter at all.
 
     Raises:
-        ProbeError: ``shared`` chooses nothing.
+        ProbeError: ``shared`` chooses nothing; ``layers`` has a name that a file cannot hold, something that is no
+            parameter, or no parameter of the model.
     """
 
     def __init__(
@@ -37,24 +41,57 @@ class Selection:
         names = {id(p): name for name, p in model.named_parameters()}
         chosen = None if shared is None else choose(model, shared)
         self._chosen = [names.get(id(p), p) for p in chosen] if chosen is not None else None
+        self.nothing = nothing
         if nothing:
             self._chosen = []
         self._layers = None
         if layers is not None:
-            self._layers = {layer: [names.get(id(p), p) for p in members] for layer, members in layers.items()}
+            check_names("layers", layers)
+            members = {layer: _parameters(layer, given) for layer, given in layers.items()}
+            self._layers = {layer: [names.get(id(p), p) for p in found] for layer, found in members.items()}
+            if not any(isinstance(item, str) for found in self._layers.values() for item in found):
+                raise ProbeError(
+                    f"layers={list(layers)} hold no parameter of this model ({type(model).__name__}, which has: "
+                    f"{list(names.values())[:4]}, ...)."
+                )
+
+    @property
+    def open(self) -> bool:
+        """Whether any parameter counts that two tasks reach, not only chosen ones."""
+        return self._chosen is None
 
     def find(self, losses: Mapping[str, Tensor]) -> SharedLayers:
         """The shared layers as the graphs of these losses show them."""
         named = dict(self._model.named_parameters())
+        chosen = None if self._chosen is None else {id(_now(named, item)) for item in self._chosen}
+        return find_shared(self._groups(named), losses, chosen)
 
-        def now(item: str | nn.Parameter) -> nn.Parameter:
-            return named[item] if isinstance(item, str) else item
+    def _groups(self, named: Mapping[str, nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+        if self._layers is None:
+            return by_module(self._model)
+        return {layer: [_now(named, item) for item in members] for layer, members in self._layers.items()}
 
-        groups = by_module(self._model)
-        if self._layers is not None:
-            groups = {layer: [now(item) for item in members] for layer, members in self._layers.items()}
-        chosen = None if self._chosen is None else {id(now(item)) for item in self._chosen}
-        return find_shared(groups, losses, chosen)
+    def left_out(self, graph: Trace, known: Iterable[int]) -> str | None:
+        """The first layer that would be shared now and is not among ``known``, the ``id`` of parameters; else None."""
+        now = {leaf for leaf, mask in graph.leaves.items() if several(mask)}.difference(known)
+        if not now or not self.open:
+            return None
+        groups = self._groups(dict(self._model.named_parameters()))
+        return next((layer for layer, members in groups.items() if any(id(p) in now for p in members)), None)
+
+
+def _now(named: Mapping[str, nn.Parameter], item: str | nn.Parameter) -> nn.Parameter:
+    return named[item] if isinstance(item, str) else item
+
+
+def _parameters(layer: str, given: object) -> list[nn.Parameter]:
+    members: list[Any] = list(given) if isinstance(given, Iterable) and not isinstance(given, Tensor | str) else [given]
+    for item in members:
+        if not isinstance(item, nn.Parameter):
+            raise ProbeError(
+                f"layers[{layer!r}] holds a {type(item).__name__}; give parameters: list(module.parameters())."
+            )
+    return members
 
 
 def choose(model: nn.Module, shared: Shared) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ It costs what explicit passes cost, and the calls: no task is derived from the j
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.passes import buffers_kept
+from gradprobe.probes.passes import state_kept
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.trace import Node, Trace, is_leaf
 
@@ -85,9 +85,9 @@ def measure_by_blocks(
     position = {node: at for at, node in enumerate(graph.nodes)}
     total = GramianSum(shared.layers, len(losses))
     walks = [_Walk(loss, shared, position) for loss in losses]
-    with buffers_kept(model):
+    with state_kept(model) as back:
         for block in cut(graph, shared, count):
-            ranks.together(partial(_all_through, walks, block))
+            ranks.together(partial(_all_through, walks, block, back))
             _multiply(total, walks, block, shared.parameters, ranks)
     return total.result()
 
@@ -102,9 +102,10 @@ def _multiply(
         total.add(index, [gradients[place] for gradients in found])
 
 
-def _all_through(walks: Sequence[_Walk], block: Block) -> None:
+def _all_through(walks: Sequence[_Walk], block: Block, back: Callable[[], None]) -> None:
     for walk in walks:
         walk.through(block)
+        back()
 
 
 class _Walk:

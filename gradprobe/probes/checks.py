@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from gradprobe.errors import ProbeError
@@ -14,19 +14,38 @@ from gradprobe.measures import Array
 Weights = Mapping[str, "float | Tensor"]
 Losses = Mapping[str, Tensor]
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""All but tab and line feed; and halves of surrogate pairs, which UTF-8 does not have."""
+
 
 def task_names(tasks: Sequence[str]) -> tuple[str, ...]:
     """The tasks of a probe.
 
     Raises:
-        ProbeError: Fewer than two, two of one name, or a name with ``|``.
+        ProbeError: Fewer than two, two of one name, or a name with ``|`` or that a file cannot hold.
     """
     names = tuple(tasks)
     if isinstance(tasks, str) or len(names) < 2 or len(set(names)) != len(names):
         raise ProbeError(f"tasks={tasks!r}: give a list of two or more different names.")
+    check_names("tasks", names)
     if any("|" in task for task in names):
         raise ProbeError(f"tasks={list(names)}: a name must not contain '|', which joins the names of a pair.")
     return names
+
+
+def check_names(what: str, names: Iterable[object]) -> None:
+    """Raise for names with which no run file could be read again.
+
+    Args:
+        what: The argument that they are from.
+        names: Of tasks or layers.
+
+    Raises:
+        ProbeError: One is no text, empty, or has control characters; says which.
+    """
+    for name in names:
+        if not isinstance(name, str) or not name or _CONTROL.search(name):
+            raise ProbeError(f"{what}: the name {name!r} must be text, not empty, and without control characters.")
 
 
 def check_losses(tasks: tuple[str, ...], losses: Losses) -> None:
@@ -56,7 +75,7 @@ def loss_fault(loss: object) -> str:
         return f"has shape {tuple(loss.shape)}; reduce it to one number, for example with .mean()."
     if loss.is_complex():
         return "is complex; a gradient needs a real one, for example .abs()."
-    if torch.is_grad_enabled() and not loss.requires_grad:
+    if not loss.requires_grad:
         return "has no graph (was it detached, or computed under no_grad?), so it has no gradient to measure."
     return ""
 

@@ -8,7 +8,23 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from gradprobe.errors import ProbeError
 from gradprobe.probes.schedule import Schedule, whole
+
+
+def bare(optimizer: Any) -> Optimizer:
+    """The optimizer inside a wrapper, such as accelerate's, which has none of an optimizer's hooks.
+
+    Raises:
+        ProbeError: It is no optimizer, nor is what it wraps.
+    """
+    for found in (optimizer, getattr(optimizer, "optimizer", None)):
+        if isinstance(found, Optimizer) and hasattr(found, "_optimizer_step_post_hooks"):
+            return found
+    raise ProbeError(
+        f"optimizer= is a {type(optimizer).__name__}, which is no torch.optim.Optimizer and wraps none as .optimizer; "
+        "pass the optimizer itself, or leave it out and count steps by calls."
+    )
 
 
 class StepClock:

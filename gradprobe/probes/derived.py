@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from gradprobe.measures import Array
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.passes import Listener, buffers_kept, meeting, pass_to
+from gradprobe.probes.passes import Listener, meeting, pass_to, state_kept
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.trace import Trace
 
@@ -33,7 +34,7 @@ class DerivedMeasurement:
     they see this process's own gradient, before it is averaged over the processes: what the explicit passes gave too.
 
     Args:
-        model: Whose buffers are kept.
+        model: Whose buffers are kept, as are the random numbers.
         shared: The layers.
         losses: (T,) in the order of the tasks.
         weights: (T,), finite; the derived task's is not 0.
@@ -60,10 +61,11 @@ class DerivedMeasurement:
         self._paths = [graph.reaches(derived, p) for p in shared.parameters]
         self._outputs = OutputGradients(ghosts)
         self._ranks = ranks or Alone()
-        with buffers_kept(model):
-            others = {
-                t: pass_to(loss, shared.parameters, self._outputs, t) for t, loss in enumerate(losses) if t != derived
-            }
+        others = {}
+        with state_kept(model) as back:
+            for task in (t for t in range(len(losses)) if t != derived):
+                others[task] = pass_to(losses[task], shared.parameters, self._outputs, task)
+                back()
         self._meeting = meeting(shared, others, derived, self._ranks)
         self.listener = Listener(shared.parameters, self._take, skipped=self._outputs.places)
         """To be entered while the joint backward runs, as is :meth:`at_outputs`."""
@@ -174,14 +176,21 @@ def _rounds_products(on_gpu: bool) -> bool:
         return True
 
 
-def agree(derived: Array, by_passes: Array, shared: SharedLayers) -> bool:
-    """Whether two Gramians (L, T, T) of the same step differ by no more than rounding explains.
+def difference(derived: Array, by_passes: Array) -> float:
+    """The largest difference of two Gramians (L, T, T) of the same step, relative to the norms; inf: one lacks a task.
 
-    What nothing else tells beforehand: an operation whose backward is not linear, such as one that clips.
+    It tells what nothing else tells beforehand: an operation whose backward is not linear, such as one that clips, and
+    layers within which rounding is larger than their gradients' sizes let expect.
     """
     if (np.isnan(derived) != np.isnan(by_passes)).any():
-        return False
+        return math.inf
     norm = np.sqrt(np.diagonal(by_passes, axis1=-2, axis2=-1))
-    bound = 10 * max(_TOLERANCE.get(p.dtype, 1e-2) for p in shared.parameters) * norm[:, :, None] * norm[:, None, :]
-    known = ~np.isnan(by_passes)
-    return bool((np.abs(derived - by_passes)[known] <= bound[known]).all())
+    apart, scale = np.abs(derived - by_passes), norm[:, :, None] * norm[:, None, :]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(apart == 0, 0.0, apart / scale)
+    return float(np.nanmax(relative, initial=0.0))
+
+
+def tolerance(shared: SharedLayers) -> float:
+    """How far apart explicit gradients of the same step may be: of the coarsest type among the parameters."""
+    return max(_TOLERANCE.get(p.dtype, 1e-2) for p in shared.parameters)

@@ -8,9 +8,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from gradprobe.measures import Array
-from gradprobe.probes.features import Feature, explicit_features, find_features, select
+from gradprobe.probes.features import Feature, Origin, explicit_features, find_features, select, under_first_names
 from gradprobe.probes.graph import by_module
-from gradprobe.probes.passes import buffers_kept
+from gradprobe.probes.passes import state_kept
 from gradprobe.probes.trace import trace
 
 
@@ -30,6 +30,7 @@ class FeatureMeter:
         self._model, self._warn = model, warn
         self._wanted = [wanted] if isinstance(wanted, str) else None if wanted is None else list(wanted)
         self._owners: dict[int, str] = {}
+        self._first: dict[str, Origin] = {}  # of all features at the first step, wanted or not
         self.names: tuple[str, ...] = ()
 
     def find(self, losses: Sequence[Tensor]) -> list[Feature]:
@@ -42,16 +43,17 @@ class FeatureMeter:
                 self._owners = owners
                 found = find_features(graph, owners)
         if not self.names:
+            self._first = {f.name: f.origin for f in found}
             found = select(found, self._wanted)
             self.names = tuple(f.name for f in found)
             if not found:
                 self._warn("no feature was found at which two tasks part, so none is recorded")
-        return [f for f in found if f.name in self.names]
+        return [f for f in under_first_names(found, self._first) if f.name in self.names]
 
     def explicit(self, features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
-        """(F, T, T) by a pass through each head; see :func:`explicit_features`."""
-        with buffers_kept(self._model):
-            return self.arranged(features, explicit_features(features, losses, factors))
+        """(F, T, T) of this step's features by a pass through each head; see :func:`explicit_features`."""
+        with state_kept(self._model):
+            return explicit_features(features, losses, factors)
 
     def arranged(self, features: Sequence[Feature], gram: Array) -> Array:
         """Gramians of this step's features in the places of the names; NaN for one that this step lacks."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,9 @@ from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import products
 from gradprobe.probes.trace import Node, Trace, is_leaf, several
+
+Origin = tuple[str, str, int]
+"""The layer that makes a feature, the type of the operation, and which of its outputs it is."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Feature:
     output: int
     size: int
     entries: Mapping[tuple[Node, int], int]
+
+    @property
+    def origin(self) -> Origin:
+        """What tells it from others, without its graph."""
+        return self.name.split("#")[0], type(self.node).__name__, self.output
 
     @property
     def tasks(self) -> list[int]:
@@ -89,7 +98,7 @@ def select(features: Sequence[Feature], wanted: Iterable[str] | None) -> list[Fe
     if wanted is None:
         return list(features)
     names = [wanted] if isinstance(wanted, str) else list(wanted)
-    chosen = [f for f in features if any(f.name.split("#")[0] == n or f.name.startswith(n + ".") for n in names)]
+    chosen = [f for f in features if any(f.origin[0] == n or f.name.startswith(n + ".") for n in names)]
     if not chosen:
         raise ProbeError(
             f"features={names}: tasks part at no output of these modules. They part at the outputs of: "
@@ -132,6 +141,30 @@ def _distinct(features: list[Feature]) -> list[Feature]:
         again = count[feature.name]
         result.append(feature if again == 1 else replace(feature, name=f"{feature.name}#{again}"))
     return result
+
+
+def under_first_names(features: Sequence[Feature], first: Mapping[str, Origin]) -> list[Feature]:
+    """This step's features under the names of the first step's.
+
+    Where a layer makes fewer or more of them than at first, order does not tell which is which. Then the operation and
+    its output may; one that they do not tell either is left out: better no number than another feature's.
+
+    Args:
+        features: Of this step.
+        first: Name -> origin of those of the first step, in their order.
+    """
+    count, count_first = Counter(f.origin[0] for f in features), Counter(layer for layer, *_ in first.values())
+
+    def key(origin: Origin) -> tuple[object, ...]:
+        return origin[:1] if count[origin[0]] == count_first[origin[0]] else origin
+
+    found = []
+    for kind in dict.fromkeys(key(f.origin) for f in features):
+        now = [f for f in features if key(f.origin) == kind]
+        names = [name for name, origin in first.items() if key(origin) == kind]
+        if len(now) == len(names):
+            found += [replace(f, name=name) for f, name in zip(now, names, strict=True)]
+    return found
 
 
 class JointFeatures:

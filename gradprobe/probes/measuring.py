@@ -128,7 +128,7 @@ class Measuring:
         """A row without a measurement."""
         self._guarded(lambda: self.find(losses))
         values = self._values(losses)
-        self._hand_on(values, weights, None, status, Stopwatch(_device(losses)), batch_size)
+        self._hand_on(losses, values, weights, None, status, Stopwatch(_device(losses)), batch_size)
 
     def find(self, losses: Losses) -> SharedLayers:
         """The shared layers, announced to the sinks when they are first found."""
@@ -141,18 +141,26 @@ class Measuring:
     ) -> None:
         """Hand on the row of all processes: the mean of their losses, and all their samples."""
         *values, size = self.ranks.mean(np.array([*self._values(losses), batch_size]))
-        self._hand_on(np.array(values), weights, gram, status, watch, round(size * self.ranks.size))
+        self._hand_on(losses, np.array(values), weights, gram, status, watch, round(size * self.ranks.size))
 
     def _values(self, losses: Losses) -> Array:
         return np.array([float(losses[t].detach()) for t in self.tasks])
 
     def _hand_on(
-        self, values: Array, weights: Array, gram: Array | None, status: str, watch: Stopwatch, batch_size: int
+        self,
+        losses: Losses,
+        values: Array,
+        weights: Array,
+        gram: Array | None,
+        status: str,
+        watch: Stopwatch,
+        batch_size: int,
     ) -> None:
         """Hand one row on.
 
         Args:
-            values: (T,) of the losses.
+            losses: Of this process; their graphs tell why a gradient is missing.
+            values: (T,) that are stored.
             weights: (T,).
             gram: (L, T, T) of the gradients as they were scaled; None: there is no measurement; ``status`` says why.
             status: Why not, or :data:`MEASURED`.
@@ -168,7 +176,7 @@ class Measuring:
             elif status == MEASURED:
                 gram = self.meter.last_gram = self.scale.off(gram)
                 self.meter.check_reach(self.tasks, gram)
-                status = status_of(values, gram, header.reach)
+                status = status_of(values, gram, header.reach, lambda: self.meter.reach_now(self._ordered(losses)))
         self.report.row(
             Row(
                 step=self.clock.step,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
@@ -15,10 +16,11 @@ from gradprobe.probes.blocks import measure_by_blocks
 from gradprobe.probes.checks import Losses
 from gradprobe.probes.derived import (
     DerivedMeasurement,
-    agree,
+    difference,
     largest_cancellation,
     may_be_derived,
     task_to_derive,
+    tolerance,
 )
 from gradprobe.probes.ghost import find_ghosts
 from gradprobe.probes.graph import SharedLayers
@@ -68,7 +70,8 @@ class Meter:
         self._model, self._selection, self._memory, self._warn = model, selection, memory, warn
         self._ghostly, self._ghosts_checked = products == "ghost", False
         self._binding: Binding | None = None
-        self._checked: bool | None = None  # whether what is derived was found equal to what is explicit
+        self._looked, self._told = 0, False  # whether more is shared than at first
+        self._derived, self._trusted = 0, True  # rows with a derived task; whether these equal explicit ones
         self.shared: SharedLayers | None = None
         self.last_gram: Array | None = None
 
@@ -76,7 +79,7 @@ class Meter:
         """What a later meter needs to measure as this one would have, to the last digit."""
         return {
             "last_gram": None if self.last_gram is None else self.last_gram.tolist(),
-            "checked": self._checked,
+            "derived": (self._derived, self._trusted),
             "ghosts": (self._ghostly, self._ghosts_checked),
         }
 
@@ -84,7 +87,7 @@ class Meter:
         """Go on where another meter stopped."""
         gram, ghosts = state["last_gram"], state["ghosts"]
         self.last_gram = None if gram is None else np.array(gram, dtype=np.float64)
-        self._checked = state["checked"]
+        self._derived, self._trusted = state["derived"]
         self._ghostly, self._ghosts_checked = self._ghostly and ghosts[0], ghosts[1]
 
     def find(self, losses: Losses) -> SharedLayers:
@@ -101,6 +104,7 @@ class Meter:
             self.shared = self._selection.find(losses)
             self._ranks.check_same(self.shared)
             self._binding = Binding(self._model, self.shared)
+            self._warn_of_none()
             return self.shared
         replaced = self._binding.replaced(self.shared)
         if replaced:
@@ -109,6 +113,7 @@ class Meter:
                 f"{len(replaced)} shared parameters were replaced, {replaced[0]!r} first; the probe goes on with "
                 "the new ones. An optimizer made before still updates the old ones: make it anew"
             )
+        self._warn_of_more(list(losses.values()))
         return self.shared
 
     def explicit(self, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
@@ -135,7 +140,7 @@ class Meter:
             losses: (T,), multiplied by the loss scale where the joint one is.
             weights: (T,) in force.
         """
-        if self._memory == "low" or self.last_gram is None or self._checked is False or not shared.layers:
+        if self._memory == "low" or self.last_gram is None or not self._trusted or not shared.layers:
             return self.explicit(shared, losses)
         derived = task_to_derive(self.last_gram, weights, largest_cancellation(shared))
         if derived is None:
@@ -152,22 +157,60 @@ class Meter:
         shared, gram = measurement.shared, measurement.result()
         if gram is None:
             return self.explicit(shared, losses)
-        if self._checked is None:
-            by_passes = self.explicit(shared, losses)
-            self._checked = agree(gram, by_passes, shared)
-            if not self._checked:
-                self._warn(
-                    "the joint gradient is not the weighted sum of the tasks' own (an operation whose backward is not "
-                    "linear, such as one that clips gradients); every task gets a pass of its own from here on"
-                )
-            return by_passes
-        return gram
+        self._derived += 1
+        if self._derived & (self._derived - 1):  # checked at the 1st, 2nd, 4th, 8th, ...
+            return gram
+        by_passes = self.explicit(shared, losses)
+        apart = difference(gram, by_passes)
+        if apart > tolerance(shared):
+            self._trusted = False
+            self._warn(
+                f"a gradient derived from the joint one differs from the explicit one by {apart:.1e} of the norms, "
+                f"more than {tolerance(shared):.0e}: by rounding within this model's layers, or because the joint "
+                "gradient is not the weighted sum of the tasks' own (an operation that clips gradients, say). Every "
+                "task gets a pass of its own from here on"
+            )
+        return by_passes
+
+    def reach_now(self, losses: Sequence[Tensor]) -> NDArray[np.bool_]:
+        """Which task's graph reaches which layer at this step: (L, T)."""
+        assert self.shared is not None
+        graph = trace(losses)
+        reach = [
+            [any(p.requires_grad and graph.reaches(task, p) for p in layer.parameters) for task in range(len(losses))]
+            for layer in self.shared.layers
+        ]
+        return np.array(reach, dtype=bool).reshape(len(self.shared.layers), len(losses))
+
+    def _warn_of_none(self) -> None:
+        assert self.shared is not None
+        if not self.shared.layers and not self._selection.nothing:
+            self._warn(
+                "no two tasks reach a parameter in common that is trained, so there is nothing to measure. Begin "
+                "recording at a step at which every task has samples, with the trunk not frozen; gradprobe.doctor "
+                "tells more"
+            )
+
+    def _warn_of_more(self, losses: Sequence[Tensor]) -> None:
+        """A file has the layers that it began with. Looked for ever more rarely: it costs a walk of the graph."""
+        assert self.shared is not None
+        self._looked += 1
+        if self._told or not self._selection.open or self._looked & (self._looked - 1):
+            return
+        layer = self._selection.left_out(trace(losses), {id(p) for p in self.shared.parameters})
+        if layer is not None:
+            self._told = True
+            self._warn(
+                f"layer {layer!r} is shared now but was not, or not all of it, when the layers were found, at the "
+                "first measured step, and is left out. Close the probe and attach a new one, or begin at a step at "
+                "which every task has samples and nothing is frozen that is trained later"
+            )
 
     def _check_ghosts(self, gram: Array, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
         """Once: whether products without gradients are those of the gradients. Gives the latter."""
         direct = measure_explicitly(self._model, shared, losses)
         self._ghosts_checked = True
-        if not agree(gram, direct, shared):
+        if difference(gram, direct) > tolerance(shared):
             self._ghostly = False
             self._warn("products without gradients differ from those of the gradients, which are made from here on")
         return direct

@@ -49,20 +49,33 @@ def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter], outputs: OutputGra
 
 
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put every buffer back afterwards.
+def state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Put every buffer, and the state of the random numbers, back afterwards.
 
-    A non-reentrant activation checkpoint runs its part of the forward again in every backward pass, and BatchNorm
-    counts each of them: without this, measuring would move the running statistics.
+    A non-reentrant activation checkpoint runs its part of the forward again in every backward pass: BatchNorm counts
+    each of them, and dropout draws again where ``preserve_rng_state=False``. Without this, measuring would move the
+    running statistics, and all random numbers that follow.
+
+    Yields:
+        What puts them back at once. Called between two passes, it lets each see what the training's own backward will.
     """
     # Through .data: a graph that saved a buffer must not think that it changed.
     buffers = [b.data for b in model.buffers()]
     before = [b.clone() for b in buffers]
-    try:
-        yield
-    finally:
+    random = torch.get_rng_state()
+    on_gpus = {d: torch.cuda.get_rng_state(d) for d in {p.device for p in model.parameters()} if d.type == "cuda"}
+
+    def back() -> None:
         for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(old)
+        torch.set_rng_state(random)
+        for device, state in on_gpus.items():
+            torch.cuda.set_rng_state(state, device)
+
+    try:
+        yield back
+    finally:
+        back()
 
 
 class Listener:
@@ -211,8 +224,11 @@ def _passes(
 ) -> Meeting:
     parameters, last = shared.parameters, len(losses) - 1
     outputs = OutputGradients(ghosts)
-    with buffers_kept(model):
-        others = {t: pass_to(losses[t], parameters, outputs, t) for t in range(last)}
+    with state_kept(model) as back:
+        others = {}
+        for task in range(last):
+            others[task] = pass_to(losses[task], parameters, outputs, task)
+            back()
         met = meeting(shared, others, last, ranks)
         with Listener(parameters, met.add, skipped=outputs.places, hollow=True) as listener:
             pass_to(losses[last], parameters, outputs, last)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from gradprobe.errors import ProbeError
 from gradprobe.probes.binding import Groups, Selection, Shared
 from gradprobe.probes.checks import Losses, Weights, check_losses, task_names, weight_values
-from gradprobe.probes.clock import StepClock
+from gradprobe.probes.clock import StepClock, bare
 from gradprobe.probes.feature_meter import FeatureMeter
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import level_called
@@ -89,6 +89,7 @@ class GradientProbe:
         _completes: bool = False,
     ) -> None:
         self.tasks = task_names(tasks)
+        optimizer = bare(optimizer) if optimizer is not None else None
         chosen = level_called(level)
         model, ranks = replicas(model, process_group)
         schedule = make_schedule(every, budget, default=chosen.every)
@@ -130,6 +131,10 @@ class GradientProbe:
 
     def backward(self, losses: Losses, weights: Weights | None = None, *, batch_size: int = 0) -> None:
         """The joint backward, and on due steps the measurement.
+
+        On steps where a task is derived, the graph is kept until the result is checked; it is freed when the losses,
+        and what else of the graph the loop holds, are let go of. ``del losses, outputs`` before the next forward keeps
+        the activations of two steps from being alive together.
 
         ``.grad`` ends bit for bit as after ``sum(w[t] * losses[t] for t in losses).backward()``, or, with a scaler,
         as after ``scaler.scale(sum(...)).backward()``.
@@ -173,11 +178,13 @@ class GradientProbe:
 
         Hands on a row without a measurement: the losses, the weights, and the reason.
         """
+        self._check_open()
         self._measuring.note(losses, weight_values(self.tasks, weights, self.step), status, batch_size)
         self._clock.called()
 
     def log_metrics(self, epoch: int, **values: float) -> None:
         """Hand on metrics of one epoch."""
+        self._check_open()
         self._measuring.report.epoch(epoch, values)
 
     def flush(self) -> bool:
@@ -249,6 +256,7 @@ class GradientProbe:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the probe stopped that ``state`` came from; what the file holds beyond that is cut."""
+        self._check_open()
         report = self._measuring.report
         self._clock.load_state_dict(state["clock"])
         self._measuring.meter.load_state_dict(state["meter"])
@@ -277,9 +285,12 @@ class GradientProbe:
         else:
             self.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {kind and kind.__name__}")
 
-    def _check(self, losses: Losses) -> None:
+    def _check_open(self) -> None:
         if not self._lost.alive:
-            raise ProbeError("this probe was closed; attach a new one to measure further.")
+            raise ProbeError("this probe was closed, and its file is complete; attach a new one to go on.")
+
+    def _check(self, losses: Losses) -> None:
+        self._check_open()
         check_losses(self.tasks, losses)
 
     @property

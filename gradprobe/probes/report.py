@@ -9,12 +9,14 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradprobe.errors import GradprobeError
 from gradprobe.measures import Array
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.rows import (
     MEASURED,
+    MISSING_GRADIENT,
     NONFINITE_GRADIENT,
     NONFINITE_LOSS,
     FeatureHeader,
@@ -190,15 +192,18 @@ class Reporter:
         self.warn(step, f"{type(sink).__name__} failed: {type(error).__name__}: {error}")
 
 
-def status_of(losses: Array, gram: Array, reach: Any) -> str:
+def status_of(losses: Array, gram: Array, reach: NDArray[np.bool_], reach_now: Callable[[], NDArray[np.bool_]]) -> str:
     """The status of a row whose passes went through.
 
     Args:
         losses: (T,) values.
         gram: (L, T, T).
-        reach: (L, T) bool.
+        reach: (L, T), when the layers were found.
+        reach_now: (L, T), at this step; a walk of the graph, so it is asked for only where something is unknown.
     """
     if not np.isfinite(losses).all():
         return NONFINITE_LOSS
-    diagonal = np.diagonal(gram, axis1=-2, axis2=-1)
-    return NONFINITE_GRADIENT if np.isnan(diagonal[reach]).any() else MEASURED
+    unknown = np.isnan(np.diagonal(gram, axis1=-2, axis2=-1)) & reach
+    if not unknown.any():
+        return MEASURED
+    return NONFINITE_GRADIENT if (unknown & reach_now()).any() else MISSING_GRADIENT

@@ -106,8 +106,15 @@ class Run:
 
     @property
     def sessions(self) -> list[sessions.Session]:
-        """How often the run was gone on with: see :mod:`gradprobe.runfile.sessions`."""
-        return sessions.load(self.provenance.get("sessions", []))
+        """How often the run was gone on with: see :mod:`gradprobe.runfile.sessions`.
+
+        Raises:
+            RunFileError: The file says it otherwise than docs/run-file.md.
+        """
+        try:
+            return sessions.load(self.provenance.get("sessions", []))
+        except ValueError as error:
+            raise RunFileError(f"{self.path}: {error}.") from error
 
     @property
     def complete(self) -> bool:

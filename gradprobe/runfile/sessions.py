@@ -51,9 +51,26 @@ def dump(sessions: Sequence[Session]) -> list[str]:
     return [json.dumps(s, default=str, ensure_ascii=False) for s in sessions]
 
 
-def load(texts: Sequence[str]) -> list[Session]:
-    """As :func:`dump` made them."""
-    return [json.loads(text) for text in texts]
+def load(texts: Any) -> list[Session]:
+    """As :func:`dump` made them.
+
+    Raises:
+        ValueError: They are not: the file may be a stranger's.
+    """
+    if not isinstance(texts, list):
+        raise ValueError(f"sessions are {texts!r}, not a list of JSON texts")
+    return [_session(text) for text in texts]
+
+
+def _session(text: Any) -> Session:
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"a session is no JSON text ({error})") from None
+    kinds = {"first_step": int, "started": str, "end": str, "replaced": dict}
+    if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in kinds.items()):
+        raise ValueError(f"a session lacks one of {', '.join(kinds)}, or has it of another type")
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -154,6 +154,9 @@ class RunWriter:
         if not isinstance(epoch, (int, np.integer)):
             raise RunFileError(f"{self.path}: epoch {epoch!r} of the metrics {list(values)} is not a whole number.")
         named = {name.replace("/", "."): float(value) for name, value in values.items()}
+        odd = [name for name in named if not name.strip(".") or "\0" in name]
+        if odd:
+            raise RunFileError(f"{self.path}: {odd[0]!r} cannot be the name of a metric; rename it.")
         if schema.EPOCH in named:
             raise RunFileError(f"{self.path}: a metric cannot be called 'epoch', as its axis is; rename it.")
         if self._foreign():

@@ -50,7 +50,7 @@ def _gaps(summary: dict[str, Any]) -> list[str]:
     missing, said = summary["rows_not_measured"], []
     if missing:
         why = "; ".join(f"{reason} ({count})" for reason, count in missing.items())
-        said.append(f"{sum(missing.values())} of {summary['rows']} rows hold no measurement: {why}.")
+        said.append(f"{sum(missing.values())} of {summary['rows']} rows hold less than a full measurement: {why}.")
     if summary["rows_dropped"]:
         said.append(f"{summary['rows_dropped']} rows were lost because the disk took none.")
     return said

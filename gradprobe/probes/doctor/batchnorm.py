@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradprobe.probes.doctor.finding import Finding, Patient
 from gradprobe.probes.features import Feature
-from gradprobe.probes.passes import buffers_kept
+from gradprobe.probes.passes import state_kept
 from gradprobe.probes.trace import several
 
 
@@ -67,7 +67,7 @@ def _disjoint(patient: Patient, feature: Feature) -> Iterator[tuple[str, str]]:
     losses = list(patient.losses.items())
     edge = GradientEdge(feature.node, feature.output)
     used: dict[str, Tensor] = {}
-    with buffers_kept(patient.model):
+    with state_kept(patient.model):
         for place in feature.tasks:
             task, loss = losses[place]
             (gradient,) = torch.autograd.grad(loss, [edge], retain_graph=True, allow_unused=True)
