@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gradprobe"
 
 MAY_IMPORT = {
-    "__init__": {"attachment", "errors", "probes", "runfile"},
+    "__init__": {"attachment", "errors", "probes", "runfile", "updates"},
     "__main__": {"cli"},
     "errors": set(),
     "measures": set(),
@@ -29,10 +29,12 @@ MAY_IMPORT = {
     "plots": {"errors", "measures", "rows", "runfile", "summary"},
     "probes": {"errors", "measures", "rows"},
     "audit": {"errors"},
-    "trainers": {"audit", "errors", "measures", "probes", "rows"},
+    "ledger": {"errors", "measures", "probes", "rows"},
+    "updates": {"errors", "ledger", "measures", "probes", "rows"},
+    "trainers": {"audit", "errors", "measures", "probes", "rows", "updates"},
     "sinks": {"errors", "measures", "rows"},
     "integrations": {"attachment", "errors", "probes", "rows"},
-    "attachment": {"probes", "provenance", "rows", "runfile"},
+    "attachment": {"probes", "provenance", "rows", "runfile", "updates"},
     "cli": {
         "__init__",
         "audit",
@@ -56,6 +58,8 @@ MAY_NOT_IMPORT = {
     "plots": {"torch", "h5py"},
     "probes": {"h5py", "yolov5", "matplotlib"},
     "audit": {"h5py", "yolov5", "matplotlib"},
+    "ledger": {"h5py", "yolov5", "matplotlib"},
+    "updates": {"h5py", "yolov5", "matplotlib"},
     "trainers": {"h5py", "matplotlib"},
     "sinks": {"h5py", "matplotlib"},
     "integrations": {"h5py", "matplotlib"},
@@ -121,6 +125,7 @@ def test_what_is_exported():
         "GradprobeError",
         "Run",
         "RunWriter",
+        "Updates",
         "attach",
         "doctor",
         "open_run",

@@ -13,7 +13,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.plots import cosine, features, heatmap, layers, losses, metrics, norms, overview, series, style, weights
+from gradprobe.plots import (
+    cosine,
+    features,
+    heatmap,
+    layers,
+    losses,
+    metrics,
+    norms,
+    overview,
+    series,
+    style,
+    updates,
+    weights,
+)
 from gradprobe.plots.table import Table, long_csv, stack
 from gradprobe.runfile import Run, thin
 
@@ -30,7 +43,7 @@ class TaskPanel(Protocol):
         """Draw, and return the numbers drawn."""
 
 
-WHAT = ("overview", "losses", "weights", "norms", "cosine", "heatmap", "layers", "features", "metrics")
+WHAT = ("overview", "losses", "weights", "norms", "cosine", "heatmap", "layers", "features", "updates", "metrics")
 FORMATS = ("png", "svg", "pdf")
 
 DPI = 150
@@ -112,7 +125,7 @@ def render(figure: Figure, kind: str) -> bytes:
 def _lacks(run: Run, what: str) -> str | None:
     if what in BY_TASK:
         return BY_TASK[what].lacks(run)
-    lacks = {"metrics": metrics.lacks, "features": features.lacks}.get(what, cosine.lacks)
+    lacks = {"metrics": metrics.lacks, "features": features.lacks, "updates": updates.lacks}.get(what, cosine.lacks)
     return lacks(run)
 
 
@@ -122,6 +135,8 @@ def _single(run: Run, figure: Figure, what: str) -> Table:
         return BY_TASK[what].draw(run, figure.add_subplot())
     if what == "features":
         return features.draw(run, figure.add_subplot())
+    if what == "updates":
+        return updates.draw(run, figure)
     if what == "metrics":
         count = 2 if all(metrics.groups(run)) else 1
         return metrics.draw(run, list(figure.subplots(1, count, squeeze=False).flat), gap=0.04)

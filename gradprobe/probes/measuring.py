@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradprobe.measures import Array
+from gradprobe.probes.beside import Beside
 from gradprobe.probes.checks import Losses
 from gradprobe.probes.clock import StepClock
 from gradprobe.probes.derived import DerivedMeasurement
@@ -51,6 +52,7 @@ class Measuring:
         optimizer: Whose learning rate the rows carry.
         ranks: The processes that train together.
         epoch: Of the rows to come.
+        beside: Looks at what the optimizer makes of what was measured.
     """
 
     tasks: tuple[str, ...]
@@ -63,6 +65,13 @@ class Measuring:
     optimizer: Optimizer | None
     ranks: Alone
     epoch: int = 0
+    beside: Beside | None = None
+
+    def called(self) -> None:
+        """A call of the probe is over."""
+        if self.beside is not None:
+            self.beside.called()
+        self.clock.called()
 
     def due(self) -> Due:
         """Asked once per call of the probe."""
@@ -177,11 +186,13 @@ class Measuring:
                 gram = self.meter.last_gram = self.scale.off(gram)
                 self.meter.check_reach(self.tasks, gram)
                 status = status_of(values, gram, header.reach, lambda: self.meter.reach_now(self._ordered(losses)))
+        if self.beside is not None:
+            self.beside.measured(self._ordered(losses), weights, gram, status)
         self.report.row(
             Row(
                 step=self.clock.step,
                 epoch=self.epoch,
-                time=self._now(),
+                time=self.now(),
                 loss=values,
                 weight=weights,
                 gram=gram,
@@ -199,7 +210,7 @@ class Measuring:
         if gram is not None and self.features.names:
             # The gradient of a mean over processes, at features that each process has for itself.
             gram = self.ranks.mean(self.features.arranged(features, gram)) / self.ranks.size
-            self.report.features(FeatureRow(self.clock.step, self.epoch, self._now(), gram, overhead=watch.seconds))
+            self.report.features(FeatureRow(self.clock.step, self.epoch, self.now(), gram, overhead=watch.seconds))
 
     def _find_features(self, losses: Losses) -> list[Feature]:
         self.find(losses)  # a file begins with its layers
@@ -217,7 +228,8 @@ class Measuring:
     def _guarded_together(self, measure: Callable[[], T]) -> tuple[T | None, str]:
         return self._guarded(lambda: self.ranks.together(measure))
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds since recording started."""
         return time.perf_counter() - self.report.started
 
 

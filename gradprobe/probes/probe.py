@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
+from gradprobe.probes.beside import Beside
 from gradprobe.probes.binding import Groups, Selection, Shared
 from gradprobe.probes.checks import Losses, Weights, check_losses, task_names, weight_values
 from gradprobe.probes.clock import StepClock, bare
@@ -59,6 +60,7 @@ class GradientProbe:
         process_group: Of a data-parallel training that averages gradients over it; found by itself where ``model`` is
             DDP. The gradients that are measured are averaged likewise, losses too; ``batch_size`` is summed up. Every
             process calls its probe at every step, and the sinks of the first one get the rows.
+        updates: A :class:`gradprobe.Updates`, which looks at what the optimizer makes of the gradients.
         provenance: Stored in the header.
 
     Raises:
@@ -84,6 +86,7 @@ class GradientProbe:
         memory: str = "normal",
         products: str = "direct",
         process_group: ProcessGroup | None = None,
+        updates: Beside | None = None,
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
         _completes: bool = False,
@@ -116,9 +119,14 @@ class GradientProbe:
             optimizer=optimizer,
             ranks=ranks,
         )
+        if updates is not None:
+            updates.check(self._measuring)
         make_room(model, _caller or sys._getframe(1))  # the last that can raise: what failed left nothing attached
         if optimizer is not None:
             clock.follow(optimizer)
+        if updates is not None:
+            updates.open(self._measuring, model)
+            self._measuring.beside = updates
         self._model = model
         claim(model, self)
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
@@ -159,7 +167,7 @@ class GradientProbe:
             self._measuring.backward(losses, values, total, due, batch_size)
         else:
             total.backward()
-        self._clock.called()
+        self._measuring.called()
 
     def record(self, losses: Losses, weights: Weights | None = None, *, batch_size: int = 0) -> None:
         """Measure on due steps and change nothing; the loop's own backward comes after.
@@ -171,7 +179,7 @@ class GradientProbe:
         due = self._measuring.due()
         if due:
             self._measuring.record(losses, values, due, batch_size)
-        self._clock.called()
+        self._measuring.called()
 
     def note(self, losses: Losses, weights: Weights | None, status: str, *, batch_size: int = 0) -> None:
         """Instead of the two above, for a step that the loop cannot take, such as one with a NaN loss.
@@ -180,7 +188,7 @@ class GradientProbe:
         """
         self._check_open()
         self._measuring.note(losses, weight_values(self.tasks, weights, self.step), status, batch_size)
-        self._clock.called()
+        self._measuring.called()
 
     def log_metrics(self, epoch: int, **values: float) -> None:
         """Hand on metrics of one epoch."""
@@ -252,6 +260,7 @@ class GradientProbe:
             "last_row": report.last_step,
             "last_metrics": report.last_metrics,
             "seconds": time.perf_counter() - report.started,
+            **({"updates": self._measuring.beside.state_dict()} if self._measuring.beside is not None else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -262,6 +271,8 @@ class GradientProbe:
         self._measuring.meter.load_state_dict(state["meter"])
         self.epoch = state["epoch"]
         report.started = time.perf_counter() - state["seconds"]
+        if self._measuring.beside is not None and "updates" in state:
+            self._measuring.beside.load_state_dict(state["updates"])
         report.rewind(self._clock.first_open, state["last_metrics"])
 
     # ---- the end

@@ -75,6 +75,9 @@ def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
         steps = schema.FEATURES.path(schema.STEP)
         coordinates[schema.FEATURE] = np.array(run.feature_names, dtype=object)
         coordinates[_axis(schema.FEATURES, schema.STEP)] = run.read(steps, stride=stride)
+    if schema.UPDATES.path(schema.STEP) in run:
+        coordinates[schema.SOURCE] = np.array(run.sources, dtype=object)
+        coordinates[_axis(schema.UPDATES, schema.STEP)] = run.read(schema.UPDATES.path(schema.STEP), stride=stride)
     return xarray.Dataset(variables, coordinates, about_run(run))
 
 
@@ -100,6 +103,7 @@ def names(run: Run, axis: str) -> tuple[str, ...]:
         schema.TASK: run.tasks,
         schema.PAIR: run.pairs,
         schema.FEATURE: run.feature_names,
+        schema.SOURCE: run.sources,
     }[axis]
 
 

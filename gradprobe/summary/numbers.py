@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from gradprobe import measures
 from gradprobe.measures import Array
 from gradprobe.rows import MEASURED
-from gradprobe.runfile import Run, thin
-from gradprobe.summary import words
+from gradprobe.runfile import Run, schema, thin
+from gradprobe.summary import updates, words
 
 LOWEST_LAYERS = 3
 LOWER_IS_BETTER = ("loss", "error", "rmse", "mae")
@@ -112,6 +112,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "pairs": _pairs(seen),
         "features": _features(seen),
         "interference": _interference(seen, measures.interference(gram, weight)),
+        "updates": updates.summarise(run, seen, updates.gradient_share(gram, weight)),
         "metrics": _metrics(run),
         "overhead": _overhead(run),
     }
@@ -251,6 +252,8 @@ def _overhead(run: Run) -> dict[str, float | None]:
     seconds = float(np.nansum(run["overhead"], dtype=np.float64))
     if run.feature_names:
         seconds += float(np.nansum(run["features/overhead"], dtype=np.float64))
+    if schema.UPDATES.path("overhead") in run:
+        seconds += float(np.nansum(run["update/overhead"], dtype=np.float64))
     elapsed = float(np.max(run["time"], initial=0.0))
     return {"seconds": seconds, "share": _number(seconds / elapsed) if elapsed > 0 else None}
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from gradprobe.summary import updates
+
 CAUTION = (
     "These are single minibatches: mostly noise. They do not show whether interference is there, or whether "
     "anything reduced it: that takes a control run."
@@ -27,7 +29,7 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     if summary["level"] == "features":
         gradients.append("Gradients on parameters were not measured (level='features').")
     elif summary["layers"]:
-        gradients = [*_cosines(summary), *_first_order(summary), *gradients]
+        gradients = [*_cosines(summary), *_first_order(summary), *updates.sentences(summary["updates"]), *gradients]
     said += [*gradients, CAUTION] if gradients else []
     if summary["level"] != "features" and not summary["layers"]:
         said.append("The tasks share no layer, so no cosine between their gradients is defined.")
