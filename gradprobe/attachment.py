@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradprobe.probes.probe import GradientProbe
-from gradprobe.probes.ranks import replicas
-from gradprobe.probes.registry import make_room
 from gradprobe.provenance import environment
 from gradprobe.runfile import RunWriter
 from gradprobe.updates import Updates
@@ -84,35 +83,24 @@ def attach(
         >>> probe = attach(model, ("det", "cls"), "conflict.h5", resume=True)  # doctest: +SKIP
         >>> probe.load_state_dict(torch.load(path)["probe"])  # doctest: +SKIP
     """
-    caller = sys._getframe(1)
-    inner, ranks = replicas(model, process_group)
-    if not ranks.first:
-        out, sinks = None, ()
-    make_room(inner, caller)  # before the file is opened, which the old probe of this variable may hold
-    writer = RunWriter(out, overwrite=overwrite, resume=resume) if out is not None else None
-    try:
-        return GradientProbe(
-            model,
-            tasks,
-            [*([writer] if writer is not None else []), *sinks],
-            every=every,
-            budget=budget,
-            optimizer=optimizer,
-            scaler=scaler,
-            accumulate=accumulate,
-            shared=shared,
-            layers=layers,
-            level=level,
-            features=features,
-            memory=memory,
-            products=products,
-            process_group=process_group,
-            updates=Updates() if updates else None,
-            provenance={"trainer": "attach", **environment(), **(provenance or {})},
-            _caller=caller,
-            _completes=True,
-        )
-    except BaseException:
-        if writer is not None:
-            writer.close("failed: not attached")
-        raise
+    return GradientProbe(
+        model,
+        tasks,
+        sinks,
+        every=every,
+        budget=budget,
+        optimizer=optimizer,
+        scaler=scaler,
+        accumulate=accumulate,
+        shared=shared,
+        layers=layers,
+        level=level,
+        features=features,
+        memory=memory,
+        products=products,
+        process_group=process_group,
+        updates=Updates() if updates else None,
+        provenance={"trainer": "attach", **environment(), **(provenance or {})},
+        _caller=sys._getframe(1),
+        _open=None if out is None else partial(RunWriter, out, overwrite=overwrite, resume=resume),
+    )

@@ -18,7 +18,7 @@ from test_probes_exact import detector as _detector
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from zoo import ZOO, Heads
+from zoo import ZOO, Collector, Heads
 
 import gradprobe
 from gradprobe.cli.app import run
@@ -104,6 +104,20 @@ def test_a_compiled_model(how, donated, severity, donating):
     assert finding.severity == severity
     assert finding.module == ("" if how == "a function" else "trunk")
     assert ("donated_buffer = False" in finding.advice) == donated
+
+
+@pytest.mark.filterwarnings("ignore:gradprobe. step 0. measuring failed:RuntimeWarning")
+@pytest.mark.parametrize("donated", [True, False])
+def test_a_compiled_model_is_measured_only_where_its_buffers_are_kept(donated, donating):
+    donating(donated)
+    case, sink = make("convolutional", torch.float32), Collector()
+    case.model.trunk = torch.compile(case.model.trunk, backend="aot_eager")
+    for step in range(2):
+        sum(case.losses(step).values()).backward()
+    with GradientProbe(case.model, ("t0", "t1"), [sink]) as probe:
+        probe.backward(case.losses(2))
+    assert ("donated buffers" in sink.rows[0].status) == donated
+    assert (sink.rows[0].status == "measured") != donated
 
 
 class Reentrant(nn.Module):

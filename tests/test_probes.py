@@ -136,6 +136,9 @@ def test_the_derived_task_is_the_one_that_cancels_least():
     assert derived.task_to_derive(gram, np.array([1.0, 1.0]), 10) == 0
     assert derived.task_to_derive(gram, np.array([1e-3, 1.0]), 10) == 1
     assert derived.task_to_derive(gram, np.array([0.0, 1.0]), 10) == 1  # weight 0 leaves no trace
+    absent = gram.copy()
+    absent[:, 0, :] = absent[:, :, 0] = np.nan  # nor does it where the task reached nothing at the last row
+    assert derived.task_to_derive(absent, np.array([0.0, 1.0]), 10) == 1
     opposed = np.array([np.diag([1.0, 1e-12]), np.diag([1e-12, 1.0])])  # each drowns somewhere
     assert derived.task_to_derive(opposed, np.array([1.0, 1.0]), 10) is None
 

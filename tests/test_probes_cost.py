@@ -204,6 +204,63 @@ def test_no_more_than_one_copy_of_the_shared_parameters_per_task_but_one(tasks, 
     assert extra_bytes(tasks, use, "normal") <= (tasks - 1) * 12 * MIB * 1.1
 
 
+class Tall(nn.Module):
+    """Operations that keep 2 MiB of activations each, some by a function of somebody's own, and few parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(*(nn.Linear(8, 8) for _ in range(2)))
+        self.heads = nn.ModuleList(nn.Linear(8, 1) for _ in range(2))
+
+    def losses(self):
+        z = torch.randn(1 << 16, 8, generator=torch.Generator().manual_seed(0))
+        for layer in self.trunk:
+            z = Cubed.apply(layer(z).tanh())
+        return {f"t{i}": head(z).pow(2).mean() for i, head in enumerate(self.heads)}
+
+
+class Cubed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+def three_steps_that_hold_their_losses(model, backward):
+    for _ in range(3):
+        losses = model.losses()  # the last step's are alive until now
+        backward(losses)
+        model.zero_grad()
+
+
+def test_two_steps_activations_are_never_alive_together():
+    torch.manual_seed(0)
+    model = Tall()
+    bare = peak_bytes(lambda: three_steps_that_hold_their_losses(model, lambda losses: sum(losses.values()).backward()))
+    with GradientProbe(model, ("t0", "t1"), every=1) as probe:
+        three_steps_that_hold_their_losses(model, probe.backward)
+        assert probe._measuring.meter._derived == 2
+        probed = peak_bytes(lambda: three_steps_that_hold_their_losses(model, probe.backward))
+    one = 2 * MIB  # a pass that keeps the graph has all activations and one's gradient, where another frees as it goes
+    assert probed <= bare + 1.2 * one
+
+
+def test_a_second_backward_raises_as_it_does_without_a_probe():
+    model = Tall()
+    with GradientProbe(model, ("t0", "t1"), every=1) as probe:
+        for _ in range(3):
+            losses = model.losses()
+            probe.backward(losses)
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                losses["t0"].backward()
+    assert probe._measuring.meter._derived == 2
+
+
 @pytest.mark.parametrize("use", ["record", "backward"])
 @pytest.mark.parametrize("tasks", [2, 4, 8])
 def test_block_by_block_no_more_than_a_block_per_task_is_alive(tasks, use):

@@ -286,6 +286,13 @@ def test_weights_that_are_learned_get_their_gradient_and_are_stored():
         ({"shared": "nowhere"}, "no parameter there"),
         ({"shared": lambda name, p: False}, "chooses no parameter"),
         ({"shared": []}, "chooses no parameter"),
+        ({"every": float("nan")}, "every=nan: must be a whole number of at least 1"),
+        ({"every": "10"}, "every='10'"),
+        ({"every": float("inf")}, "every=inf"),
+        ({"every": None, "budget": "5%"}, "budget='5%'"),
+        ({"every": None, "budget": float("nan")}, "budget=nan"),
+        ({"accumulate": None}, "accumulate=None"),
+        ({"scaler": object()}, "scaler= is a object; pass the loop's torch.amp.GradScaler"),
     ],
     ids=lambda x: str(x)[:40],
 )
@@ -296,6 +303,61 @@ def test_wrong_arguments_are_found_before_anything_is_attached(options, message)
         attached(case, optimizer=optimizer, **options)
     assert not optimizer._optimizer_step_post_hooks
     GradientProbe(case.model, T).close()
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ProbeError, match=r"model is a str, not a torch\.nn\.Module"):
+        GradientProbe("model", T)
+
+
+@pytest.mark.parametrize("use", ["record", "backward"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": [1.0, 2.0]}, "weights are a list; give a dict"),
+        ({"weights": {"t0": "much", "t1": 1.0}}, "weight of task 't0' is 'much'"),
+        ({"weights": {"t0": torch.ones(2), "t1": 1.0}}, "weight of task 't0' is tensor"),
+        ({"batch_size": None}, "batch_size=None: must be a whole number of at least 0"),
+        ({"batch_size": -1}, "batch_size=-1"),
+        ({"losses": [1.0, 2.0]}, "losses are a list; give a dict"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_wrong_arguments_of_a_call_are_found_before_anything_is_done(options, message, use):
+    case = make("mlp")
+    sink, probe = attached(case)
+    with probe:
+        with pytest.raises(ProbeError, match=message):
+            getattr(probe, use)(**({"losses": case.losses(0)} | options))
+        assert all(p.grad is None for p in case.model.parameters())
+        probe.backward(case.losses(0), {"t0": 1, "t1": np.float32(2)}, batch_size=torch.tensor(4))
+    assert [row.batch_size for row in sink.rows] == [4]
+
+
+@pytest.mark.parametrize("epoch", ["x", -1, 0.5, None])
+def test_an_epoch_that_is_none_is_refused_where_it_is_set(epoch, tmp_path):
+    case = make("mlp")
+    with gradprobe.attach(case.model, T, tmp_path / "run.h5", every=1) as probe:
+        with pytest.raises(ProbeError, match=r"epoch=.*whole number of at least 0"):
+            probe.epoch = epoch
+        probe.backward(case.losses(0))
+    assert len(gradprobe.open_run(tmp_path / "run.h5")) == 1
+
+
+def test_the_state_of_something_else_is_refused():
+    with GradientProbe(make("mlp").model, T) as probe, pytest.raises(ProbeError, match="no state of a probe: it lacks"):
+        probe.load_state_dict({"clock": probe.state_dict()["clock"]})
+
+
+def test_arguments_that_are_wrong_leave_the_old_probe_of_a_variable_as_it_is(tmp_path):
+    case = make("mlp")
+    probe = gradprobe.attach(case.model, T, tmp_path / "run.h5", every=1)
+    with pytest.raises(ProbeError, match="memory='none'"):
+        probe = gradprobe.attach(case.model, T, tmp_path / "other.h5", memory="none")
+    probe.backward(case.losses(0))
+    probe = gradprobe.attach(case.model, T, tmp_path / "other.h5")
+    probe.close()
+    assert len(gradprobe.open_run(tmp_path / "run.h5")) == 1
 
 
 @pytest.mark.parametrize("tasks", ["ab", ("t0",), ("t0", "t0"), ("a|b", "c")], ids=str)

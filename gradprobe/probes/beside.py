@@ -11,14 +11,17 @@ from gradprobe.measures import Array
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.optim import Optimizer
 
+    from gradprobe.probes.level import Level
     from gradprobe.probes.measuring import Measuring
+    from gradprobe.probes.meter import Meter
 
 
 class Beside(Protocol):
     """Is told of every call and every measurement; see :class:`gradprobe.Updates`."""
 
-    def check(self, measuring: Measuring) -> None:
+    def check(self, tasks: Sequence[str], level: Level, optimizer: Optimizer | None, meter: Meter) -> None:
         """Raise a ``ProbeError`` where it cannot belong to this probe."""
 
     def open(self, measuring: Measuring, model: nn.Module) -> None:

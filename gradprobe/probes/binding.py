@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
+from gradprobe.probes import walk
 from gradprobe.probes.checks import check_names
 from gradprobe.probes.graph import Layer, SharedLayers, by_module, find_shared
 from gradprobe.probes.trace import Trace, several
@@ -139,6 +140,9 @@ class Binding:
         Raises:
             ProbeError: A parameter is gone, or has another shape.
         """
+        there = {id(p) for p in walk.parameters(self._model)}
+        if all(id(p) in there for p, name in zip(shared.parameters, self._names, strict=True) if name is not None):
+            return []
         now = dict(self._model.named_parameters())
         changed = []
         for name, old in zip(self._names, shared.parameters, strict=True):

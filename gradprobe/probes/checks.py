@@ -54,6 +54,7 @@ def check_losses(tasks: tuple[str, ...], losses: Losses) -> None:
     Raises:
         ProbeError: A task is missing or unknown, or a loss is no real scalar or has no graph.
     """
+    check_mapping("losses", losses)
     missing, unknown = [t for t in tasks if t not in losses], [t for t in losses if t not in tasks]
     if missing or unknown:
         wrong = [f"lack {missing}"] * bool(missing) + [f"have the unknown {unknown}"] * bool(unknown)
@@ -84,21 +85,35 @@ def weight_values(tasks: Sequence[str], weights: Weights | None, step: int) -> A
     """The weights in force, (T,) in the order of ``tasks``; 1 each where there are none.
 
     Raises:
-        ProbeError: A task has no weight, an unknown one has, or a weight is NaN or infinite.
+        ProbeError: A task has no weight, an unknown one has, or a weight is NaN, infinite or no number.
     """
     if weights is None:
         return np.ones(len(tasks))
+    check_mapping("weights", weights)
     missing, unknown = [t for t in tasks if t not in weights], [t for t in weights if t not in tasks]
     if missing:
         raise ProbeError(f"weights lack {missing}; give one for each of {list(tasks)}.")
     if unknown:
         raise ProbeError(f"weights have the unknown {unknown}; the tasks are {list(tasks)}.")
-    values = np.array([_number(weights[task]) for task in tasks])
+    values = np.array([_number(task, weights[task]) for task in tasks])
     for task, value in zip(tasks, values, strict=True):
         if not np.isfinite(value):
             raise ProbeError(f"the weight of task {task!r} is {value} at step {step}; it must be finite.")
     return values
 
 
-def _number(weight: float | Tensor) -> float:
-    return float(weight.detach()) if isinstance(weight, Tensor) else float(weight)
+def check_mapping(what: str, given: object) -> None:
+    """Raise where something is no mapping.
+
+    Raises:
+        ProbeError: Says what it is instead.
+    """
+    if not isinstance(given, Mapping):
+        raise ProbeError(f"{what} are a {type(given).__name__}; give a dict: task -> one of them.")
+
+
+def _number(task: str, weight: float | Tensor) -> float:
+    try:
+        return float(weight.detach()) if isinstance(weight, Tensor) else float(weight)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ProbeError(f"the weight of task {task!r} is {weight!r}; it must be one number.") from error

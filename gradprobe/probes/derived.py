@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.measures import Array
+from gradprobe.probes import walk
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Gradients, Listener, combined, meeting, pass_to, state_kept
@@ -57,7 +58,7 @@ class DerivedMeasurement:
         ranks: Alone | None = None,
         kept: list[Gradients] | None = None,
     ) -> None:
-        self.shared, self._weights, self._derived = shared, weights, derived
+        self.shared, self.graph, self._weights, self._derived = shared, graph, weights, derived
         # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
         self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in shared.parameters)
         self._paths = [graph.reaches(derived, p) for p in shared.parameters]
@@ -132,7 +133,7 @@ def cancellation(gram: Array, weights: Array) -> Array:
         ratio = largest / np.sqrt(square)
     ratio = np.where(square <= 0, np.inf, ratio)  # below 0: a difference of which nothing is left
     worst: Array = np.nanmax(np.where(np.isnan(square), 1.0, ratio), axis=-2, initial=1.0)
-    return worst
+    return np.where(weights == 0, np.inf, worst)  # also where the task reached no layer
 
 
 def largest_cancellation(shared: SharedLayers) -> float:
@@ -167,8 +168,8 @@ def may_be_derived(model: nn.Module, shared: SharedLayers, graph: Trace) -> bool
     """
     if _rounds_products(any(p.device.type == "cuda" for p in shared.parameters)):
         return False
-    hooked = any(p._backward_hooks for p in model.parameters()) or any(
-        m._backward_hooks or m._backward_pre_hooks for m in model.modules()
+    hooked = any(p._backward_hooks for p in walk.parameters(model)) or any(
+        m._backward_hooks or m._backward_pre_hooks for m in walk.modules(model)
     )
     return not hooked and graph.exact
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes.beside import Beside
 from gradprobe.probes.checks import Losses
@@ -24,6 +25,7 @@ from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import Level
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.ranks import Alone
+from gradprobe.probes.release import release
 from gradprobe.probes.report import Reporter, status_of
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.stopwatch import Stopwatch
@@ -107,6 +109,7 @@ class Measuring:
             watch.seconds += derived.listener.seconds
             with watch.running():
                 plan, status = self._guarded(lambda: self.meter.finish(derived, scaled))
+                self._guarded(lambda: release(derived.graph))
         if entering is not None:
             feature_watch.seconds += entering.seconds
             with feature_watch.running():
@@ -144,6 +147,35 @@ class Measuring:
         shared = self.meter.find({task: losses[task] for task in self.tasks})
         self.report.start(shared)
         return shared
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on."""
+        return {
+            "clock": self.clock.state_dict(),
+            "meter": self.meter.state_dict(),
+            "epoch": self.epoch,
+            "last_row": self.report.last_step,
+            "last_metrics": self.report.last_metrics,
+            "seconds": self.now(),
+            **({"updates": self.beside.state_dict()} if self.beside is not None else {}),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another stopped.
+
+        Raises:
+            ProbeError: It is the state of something else.
+        """
+        lacking = [key for key in self.state_dict() if key not in state and key != "updates"]
+        if lacking:
+            raise ProbeError(f"this is no state of a probe: it lacks {lacking}. Load what probe.state_dict() gave.")
+        self.clock.load_state_dict(state["clock"])
+        self.meter.load_state_dict(state["meter"])
+        self.epoch = state["epoch"]
+        self.report.started = time.perf_counter() - state["seconds"]
+        if self.beside is not None and "updates" in state:
+            self.beside.load_state_dict(state["updates"])
+        self.report.rewind(self.clock.first_open, state["last_metrics"])
 
     def _emit(
         self, losses: Losses, weights: Array, gram: Array | None, status: str, watch: Stopwatch, batch_size: int

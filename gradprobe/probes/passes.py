@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from gradprobe.measures import Array
+from gradprobe.probes import walk
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
@@ -60,14 +61,14 @@ def state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
         What puts them back at once. Called between two passes, it lets each see what the training's own backward will.
     """
     # Through .data: a graph that saved a buffer must not think that it changed.
-    buffers = [b.data for b in model.buffers()]
+    buffers = [b.data for b in walk.buffers(model)]
     before = [b.clone() for b in buffers]
     random = torch.get_rng_state()
-    on_gpus = {d: torch.cuda.get_rng_state(d) for d in {p.device for p in model.parameters()} if d.type == "cuda"}
+    on_gpus = {d: torch.cuda.get_rng_state(d) for d in {p.device for p in walk.parameters(model)} if d.type == "cuda"}
 
     def back() -> None:
-        for buffer, old in zip(buffers, before, strict=True):
-            buffer.copy_(old)
+        if buffers:
+            torch._foreach_copy_(buffers, before)
         torch.set_rng_state(random)
         for device, state in on_gpus.items():
             torch.cuda.set_rng_state(state, device)
@@ -122,8 +123,7 @@ class Listener:
         def hook(gradient: Tensor) -> Tensor | None:
             started = time.perf_counter()
             try:
-                with torch.no_grad():
-                    self._take(index, gradient)
+                self._take(index, gradient)
             except Exception as error:
                 self.failure = self.failure or error
             self.seconds += time.perf_counter() - started

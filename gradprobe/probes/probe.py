@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import atexit
 import sys
-import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -29,7 +28,7 @@ from gradprobe.probes.ranks import replicas
 from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
 from gradprobe.probes.scaling import LossScale
-from gradprobe.probes.schedule import Led, make_schedule
+from gradprobe.probes.schedule import Led, make_schedule, whole
 from gradprobe.rows import Header, Provenance, Sink
 
 
@@ -37,7 +36,8 @@ class GradientProbe:
     """Measures the Gramian of the task gradients on every shared layer while a model trains.
 
     Nothing it does changes the training: parameters, buffers, random numbers and ``.grad`` end as they would have
-    without it. A failure in measuring becomes a row that says why; only a wrong call raises.
+    without it. A failure in measuring becomes a row that says why; only a wrong call raises. Hooks of your own on
+    activations see its passes too, and ``retain_grad()`` on one keeps the sum over them.
 
     Args:
         model: Any module whose tasks share parameters.
@@ -89,7 +89,7 @@ class GradientProbe:
         updates: Beside | None = None,
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
-        _completes: bool = False,
+        _open: Callable[[], Sink] | None = None,
     ) -> None:
         self.tasks = task_names(tasks)
         optimizer = bare(optimizer) if optimizer is not None else None
@@ -99,29 +99,33 @@ class GradientProbe:
         if budget is not None and ranks.size > 1:
             schedule = Led(schedule, ranks.first_says)
         clock = StepClock(schedule, None, accumulate)
+        scale, selection = LossScale(scaler), Selection(model, shared, layers, nothing=not chosen.parameters)
         how: dict[str, Any] = {"level": level, "memory": memory, "products": products}
         how |= {"budget": budget} if budget is not None else {"every": every if every is not None else chosen.every}
-        report = Reporter(self.tasks, sinks if ranks.first else (), {**(provenance or {}), "probe": how})
 
         def warn(reason: str) -> None:
             report.warn(clock.step, reason)
 
+        meter = Meter(model, selection, memory, products, warn, ranks)
+        if updates is not None:
+            updates.check(self.tasks, chosen, optimizer, meter)
+            how["updates"] = True
+        # The last that can raise, so that what failed left nothing attached. The file is opened when the old probe of
+        # the same variable, which may hold it, is closed.
+        make_room(model, _caller or sys._getframe(1))
+        sinks = [*((_open(),) if _open is not None else ()), *sinks] if ranks.first else []
+        report = Reporter(self.tasks, sinks, {**(provenance or {}), "probe": how})
         self._measuring = Measuring(
             tasks=self.tasks,
             level=chosen,
             clock=clock,
             report=report,
-            meter=Meter(
-                model, Selection(model, shared, layers, nothing=not chosen.parameters), memory, products, warn, ranks
-            ),
+            meter=meter,
             features=FeatureMeter(model, features, warn),
-            scale=LossScale(scaler),
+            scale=scale,
             optimizer=optimizer,
             ranks=ranks,
         )
-        if updates is not None:
-            updates.check(self._measuring)
-        make_room(model, _caller or sys._getframe(1))  # the last that can raise: what failed left nothing attached
         if optimizer is not None:
             clock.follow(optimizer)
         if updates is not None:
@@ -130,9 +134,11 @@ class GradientProbe:
         self._model = model
         claim(model, self)
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
-        self._lost = weakref.finalize(self, _end, clock, report if _completes else None, "not closed")
+        self._lost = weakref.finalize(self, _end, clock, report if _open is not None else None, "not closed")
         self._lost.atexit = False
-        if _completes:  # by a hook of its own: h5py must still work then, and what registers last is called first
+        if (
+            _open is not None
+        ):  # by a hook of its own: h5py must still work then, and what registers last is called first
             atexit.register(self._lost)
 
     # ---- in the training loop
@@ -140,9 +146,7 @@ class GradientProbe:
     def backward(self, losses: Losses, weights: Weights | None = None, *, batch_size: int = 0) -> None:
         """The joint backward, and on due steps the measurement.
 
-        On steps where a task is derived, the graph is kept until the result is checked; it is freed when the losses,
-        and what else of the graph the loop holds, are let go of. ``del losses, outputs`` before the next forward keeps
-        the activations of two steps from being alive together.
+        On steps where a task is derived, the graph is kept until the result is checked, and freed then.
 
         ``.grad`` ends bit for bit as after ``sum(w[t] * losses[t] for t in losses).backward()``, or, with a scaler,
         as after ``scaler.scale(sum(...)).backward()``.
@@ -157,7 +161,7 @@ class GradientProbe:
                 parameter is gone.
         """
         self._check(losses)
-        values = weight_values(self.tasks, weights, self.step)
+        values, batch_size = weight_values(self.tasks, weights, self.step), whole("batch_size", batch_size, least=0)
         applied = weights if weights is not None else dict.fromkeys(self.tasks, 1.0)
         total = sum(applied[task] * losses[task] for task in losses)
         assert isinstance(total, Tensor)
@@ -175,7 +179,7 @@ class GradientProbe:
         Arguments and errors as for :meth:`backward`. Features cost a pass through each head here.
         """
         self._check(losses)
-        values = weight_values(self.tasks, weights, self.step)
+        values, batch_size = weight_values(self.tasks, weights, self.step), whole("batch_size", batch_size, least=0)
         due = self._measuring.due()
         if due:
             self._measuring.record(losses, values, due, batch_size)
@@ -187,7 +191,8 @@ class GradientProbe:
         Hands on a row without a measurement: the losses, the weights, and the reason.
         """
         self._check_open()
-        self._measuring.note(losses, weight_values(self.tasks, weights, self.step), status, batch_size)
+        values, batch_size = weight_values(self.tasks, weights, self.step), whole("batch_size", batch_size, least=0)
+        self._measuring.note(losses, values, status, batch_size)
         self._measuring.called()
 
     def log_metrics(self, epoch: int, **values: float) -> None:
@@ -212,7 +217,7 @@ class GradientProbe:
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self._measuring.epoch = epoch
+        self._measuring.epoch = whole("epoch", epoch, least=0)
 
     @property
     def step(self) -> int:
@@ -252,28 +257,16 @@ class GradientProbe:
         It flushes first: a checkpoint that is ahead of the file would leave a gap in the rows after a kill.
         """
         self.flush()
-        report = self._measuring.report
-        return {
-            "clock": self._clock.state_dict(),
-            "meter": self._measuring.meter.state_dict(),
-            "epoch": self.epoch,
-            "last_row": report.last_step,
-            "last_metrics": report.last_metrics,
-            "seconds": time.perf_counter() - report.started,
-            **({"updates": self._measuring.beside.state_dict()} if self._measuring.beside is not None else {}),
-        }
+        return self._measuring.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the probe stopped that ``state`` came from; what the file holds beyond that is cut."""
+        """Go on where the probe stopped that ``state`` came from; what the file holds beyond that is cut.
+
+        Raises:
+            ProbeError: It is the state of something else.
+        """
         self._check_open()
-        report = self._measuring.report
-        self._clock.load_state_dict(state["clock"])
-        self._measuring.meter.load_state_dict(state["meter"])
-        self.epoch = state["epoch"]
-        report.started = time.perf_counter() - state["seconds"]
-        if self._measuring.beside is not None and "updates" in state:
-            self._measuring.beside.load_state_dict(state["updates"])
-        report.rewind(self._clock.first_open, state["last_metrics"])
+        self._measuring.load_state_dict(state)
 
     # ---- the end
 

@@ -149,7 +149,12 @@ def replicas(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[nn.Modu
     Args:
         model: DDP, or any module.
         group: Of a training that averages gradients by itself; None: that of DDP, or this process alone.
+
+    Raises:
+        ProbeError: ``model`` is none.
     """
+    if not isinstance(model, nn.Module):
+        raise ProbeError(f"model is a {type(model).__name__}, not a torch.nn.Module.")
     if isinstance(model, DistributedDataParallel):
         group = group if group is not None else model.process_group
         model = model.module

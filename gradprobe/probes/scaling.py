@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 
 
@@ -15,9 +16,14 @@ class LossScale:
 
     Args:
         scaler: The loop's own. It is asked for its scale and told nothing.
+
+    Raises:
+        ProbeError: It has no scale.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        if scaler is not None and not (hasattr(scaler, "scale") and hasattr(scaler, "get_scale")):
+            raise ProbeError(f"scaler= is a {type(scaler).__name__}; pass the loop's torch.amp.GradScaler, or none.")
         self._scaler = scaler
 
     def apply(self, loss: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from statistics import median
-from typing import Protocol
+from typing import Protocol, SupportsFloat
 
 from gradprobe.errors import ProbeError
 
@@ -57,7 +58,7 @@ class Budget:
     usual length: else a burst of measurements would follow each epoch."""
 
     def __init__(self, share: float) -> None:
-        if not 0 < share < 1:
+        if not 0 < _number(share) < 1:
             raise ProbeError(f"budget={share!r}: the share of the time for measuring, above 0 and below 1.")
         self.share = share
         self._rate = share / (1 - share)  # seconds of measuring per second of bare training
@@ -121,12 +122,21 @@ def make_schedule(every: int | None, budget: float | None, *, default: int = 10)
     return Budget(budget) if budget is not None else Every(default if every is None else every)
 
 
-def whole(name: str, value: int) -> int:
-    """``value`` as a whole number of at least 1.
+def whole(name: str, value: object, least: int = 1) -> int:
+    """``value`` as a whole number of at least ``least``.
 
     Raises:
         ProbeError: It is none; says whose it is.
     """
-    if value != int(value) or value < 1:
-        raise ProbeError(f"{name}={value!r}: must be a whole number of at least 1.")
-    return int(value)
+    number = _number(value)
+    if not number.is_integer() or number < least:
+        raise ProbeError(f"{name}={value!r}: must be a whole number of at least {least}.")
+    return int(number)
+
+
+def _number(value: object) -> float:
+    """NaN where it is none."""
+    try:
+        return float(value) if isinstance(value, SupportsFloat) else math.nan
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # an array or a tensor of several
+        return math.nan

@@ -40,10 +40,11 @@ class Trace:
         From parameters of an exact type one gets to a shorter one only through a conversion, or inside an operation
         of the user's own: those are looked at.
         """
+        kinds = {kind for kind in set(map(type, self.nodes)) if _may_convert(kind.__name__)}
         return all(
             meta.dtype in _EXACT or not meta.dtype.is_floating_point
-            for node in self.nodes
-            if _may_convert(type(node).__name__)
+            for node in (self.nodes if kinds else ())
+            if type(node) in kinds
             for meta in getattr(node, "_input_metadata", ())
         )
 

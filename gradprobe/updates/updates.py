@@ -10,12 +10,16 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
 from gradprobe.ledger.update_parts import why_not
 from gradprobe.measures import Array
+from gradprobe.probes import walk
 from gradprobe.probes.graph import SharedLayers, reached
+from gradprobe.probes.level import Level
 from gradprobe.probes.measuring import Measuring
+from gradprobe.probes.meter import Meter
 from gradprobe.probes.passes import Gradients
 from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import EARLIER_SOURCES, MEASURED, UpdateRow
@@ -74,7 +78,7 @@ class Updates:
 
     # ---- called by the probe
 
-    def check(self, measuring: Measuring) -> None:
+    def check(self, tasks: Sequence[str], level: Level, optimizer: Optimizer | None, meter: Meter) -> None:
         """Whether it can belong to a probe.
 
         Raises:
@@ -82,13 +86,13 @@ class Updates:
         """
         if self._measuring is not None:
             raise ProbeError("these Updates belong to another probe; make them anew for each.")
-        if measuring.optimizer is None:
+        if optimizer is None:
             raise ProbeError("updates= looks at what the optimizer does: pass optimizer= too.")
-        if not measuring.level.parameters:
+        if not level.parameters:
             raise ProbeError("updates= needs gradients on parameters: attach with level='parameters' or 'both'.")
-        if clash := [name for name in EARLIER_SOURCES if name in measuring.tasks]:
+        if clash := [name for name in EARLIER_SOURCES if name in tasks]:
             raise ProbeError(f"updates=: a task cannot be called {clash[0]!r}, as a part of an update is.")
-        measuring.meter.keep()
+        meter.keep()
 
     def open(self, measuring: Measuring, model: nn.Module) -> None:
         """Belong to a probe."""
@@ -198,7 +202,7 @@ class Updates:
 
     def _clipped(self, pending: Pending, scale: float) -> UpdateRow:
         """What was done to the gradient since the backward."""
-        square, *heads = _squares([list(self._model.parameters()), *pending.private])
+        square, *heads = _squares([_all(self._model), *pending.private])
         found = norms(scale, square, pending.gram, pending.weights, np.array(heads))
         self._limit.look(found.joint, scale)
         return replace(
@@ -261,6 +265,11 @@ def _private(model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor]) -
     uses = [reached(loss) for loss in losses]
     own = [p for p in model.parameters() if id(p) not in inside and sum(id(p) in use for use in uses) == 1]
     return [[p for p in own if id(p) in use] for use in uses]
+
+
+def _all(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter once."""
+    return list({id(p): p for p in walk.parameters(model)}.values())
 
 
 def _squares(parameters: Sequence[Sequence[nn.Parameter]]) -> list[float]:

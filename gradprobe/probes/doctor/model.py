@@ -27,7 +27,8 @@ def compiled(patient: Patient) -> Iterator[Finding]:
         parts[0] if parts else "",
         "is compiled. "
         + (
-            "Its backward gives buffers away, so that a second pass over the graph fails. "
+            "Once an ordinary backward has run, its backward may give buffers away; a second pass over the graph then "
+            "fails, and no row is measured. "
             if donated
             else "Every parameter of a compiled region looks reached by every task that uses the region; a task that "
             "does not use one shows an exactly zero gradient there. "
