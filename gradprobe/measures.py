@@ -250,6 +250,23 @@ def over_layers(gram: ArrayLike, reach: ArrayLike) -> tuple[Array, Array]:
         return np.sqrt(square), np.clip(inner / length, -1.0, 1.0)
 
 
+def over_all(gram: ArrayLike, reach: ArrayLike) -> Array:
+    """The Gramian over all layers together.
+
+    Args:
+        gram: (..., L, T, T).
+        reach: (L, T) bool, which task reaches which layer by the graph.
+
+    Returns:
+        (..., T, T). A layer that a task does not reach adds nothing to its entries; a reached one whose entry is NaN
+        makes the sum NaN.
+    """
+    reach = np.asarray(reach, dtype=bool)
+    both = reach[:, :, None] & reach[:, None, :]
+    total: Array = np.where(both, np.asarray(gram, dtype=np.float64), 0.0).sum(axis=-3)
+    return total
+
+
 def from_norms(norms: ArrayLike, cosines: ArrayLike) -> Array:
     """The Gramian that norms (..., T) and pair cosines (..., P) came from: (..., T, T).
 
@@ -276,3 +293,34 @@ def _masked_sum(values: Array, mask: NDArray[np.bool_]) -> Array:
     """Sum over the layer axis (the last but one) of ``values`` where ``mask``; NaN where the mask is empty."""
     total = np.where(mask, values, 0.0).sum(axis=-2)
     return np.where(mask.any(axis=0), total, np.nan)
+
+
+def match_norm(gram: ArrayLike, weight: ArrayLike, reference: ArrayLike) -> Array:
+    """Weights scaled so that the combined gradient is as long as that of other weights.
+
+    Args:
+        gram: (..., T, T).
+        weight: (..., T), to be scaled.
+        reference: (..., T), whose step ``|sum_i r_i g_i|`` gives the length.
+
+    Returns:
+        (..., T). As they are where the combined gradient all but vanishes (below 1e-4 of the other): a point from
+        which the method sees no way down has no direction to scale.
+
+    >>> match_norm([[1.0, 0.0], [0.0, 1.0]], [0.3, 0.4], [3.0, 4.0])
+    array([3., 4.])
+    """
+    gram, weight = np.asarray(gram, dtype=np.float64), np.asarray(weight, dtype=np.float64)
+    wanted, found = step_norm(gram, reference), step_norm(gram, weight)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        factor = np.where(found > 1e-4 * wanted, wanted / found, 1.0)
+    result: Array = weight * factor[..., None]
+    return result
+
+
+def step_norm(gram: ArrayLike, weight: ArrayLike) -> Array:
+    """Length of the combined gradient, ``|sum_i w_i g_i|``: (..., T, T) and (..., T) -> (...)."""
+    weight = np.asarray(weight, dtype=np.float64)
+    square = np.einsum("...i,...ij,...j->...", weight, np.asarray(gram, dtype=np.float64), weight)
+    result: Array = np.sqrt(np.maximum(square, 0.0))  # rounding may leave -1e-20 of two that cancel
+    return result

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "provenance": set(),
     "runfile": {"__init__", "errors", "measures", "rows"},
     "summary": {"errors", "measures", "rows", "runfile"},
-    "plots": {"errors", "measures", "rows", "runfile", "summary"},
+    "plots": {"errors", "measures", "rows", "runfile", "summary", "verdict"},
     "probes": {"errors", "measures", "rows"},
     "audit": {"errors"},
     "ledger": {"errors", "measures", "probes", "rows"},
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "trainers": {"audit", "errors", "measures", "probes", "rows", "updates"},
     "sinks": {"errors", "measures", "rows"},
     "integrations": {"attachment", "errors", "probes", "rows"},
+    "verdict": {"errors", "measures"},
     "attachment": {"probes", "provenance", "rows", "runfile", "updates"},
     "cli": {
         "__init__",
@@ -47,6 +48,7 @@ MAY_IMPORT = {
         "runfile",
         "summary",
         "trainers",
+        "verdict",
     },
 }
 
@@ -55,6 +57,7 @@ MAY_NOT_IMPORT = {
     "rows": {"torch", "h5py", "matplotlib"},
     "runfile": {"torch", "matplotlib"},
     "summary": {"torch", "h5py", "matplotlib"},
+    "verdict": {"torch", "h5py", "matplotlib"},
     "plots": {"torch", "h5py"},
     "probes": {"h5py", "yolov5", "matplotlib"},
     "audit": {"h5py", "yolov5", "matplotlib"},

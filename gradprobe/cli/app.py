@@ -9,6 +9,7 @@ import click
 import typer
 
 from gradprobe import __version__
+from gradprobe.cli.advise import advise
 from gradprobe.cli.audit import audit
 from gradprobe.cli.check import check
 from gradprobe.cli.data import app as data_app
@@ -16,6 +17,7 @@ from gradprobe.cli.doctor import doctor
 from gradprobe.cli.export import export
 from gradprobe.cli.plot import plot
 from gradprobe.cli.record import record
+from gradprobe.cli.replay import replay
 from gradprobe.cli.summary import summary
 from gradprobe.cli.watch import watch
 from gradprobe.errors import GradprobeError
@@ -42,6 +44,8 @@ app.command()(record)
 app.command()(plot)
 app.command()(summary)
 app.command()(watch)
+app.command()(replay)
+app.command()(advise)
 app.command()(export)
 app.command()(check)
 app.command()(doctor)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
 
-from gradprobe.trainers.settings import TRAINERS, Settings
+from gradprobe.trainers.registry import TRAINERS
+from gradprobe.trainers.settings import PRESETS, Settings
 
 if TYPE_CHECKING:
     from gradprobe.audit import Audit
+    from gradprobe.cli.recording import Request
 
 D = Settings()
 GATE_TRIPPED = 10
@@ -30,23 +33,55 @@ def audit(
     figure: Annotated[Path | None, Option(help="Draw the divergence over steps: png, svg or pdf.")] = None,
     out: Annotated[Path | None, Option(help="Write the rows into this new HDF5 file, under audit/.")] = None,
     fail_on: Annotated[str, Option(metavar="CLASS", help="Leave with 10 if it is at least: numeric, material.")] = "",
-    trainer: Annotated[str, Option(help=f"{', '.join(TRAINERS)}.")] = "joint",
+    trainer: Annotated[
+        str | None, Option(help=f"{', '.join(TRAINERS)}, or your own my_module:MyBalancer. [default: joint]")
+    ] = None,
+    source: Annotated[
+        Path | None, Option("--from", help="An earlier run, for the trainers that are made from one.")
+    ] = None,
+    preset: Annotated[str, Option(help=f"A named configuration: {', '.join(PRESETS)}.")] = "",
     data: Annotated[str | None, Option(help=f"data.yaml, or phantom. [default: {D.data}]")] = None,
     cfg: Annotated[str | None, Option(help=f"YOLOv5 model. [default: {D.cfg}]")] = None,
     weights: Annotated[str | None, Option(help="Start from this state_dict (a .pt file).")] = None,
     hyp: Annotated[Path | None, Option(help="A YOLOv5 hyp yaml: loss gains and optimizer.")] = None,
     imgsz: Annotated[int | None, Option(help=f"Image size, a multiple of 32. [default: {D.imgsz}]")] = None,
+    epochs: Annotated[int | None, Option(help=f"Of the learning rate's schedule. [default: {D.epochs}]")] = None,
     batch_size: Annotated[int | None, Option(help=f"[default: {D.batch_size}]")] = None,
     device: Annotated[str | None, Option(help=f"cpu, 0, mps. [default: {D.device}]")] = None,
     seed: Annotated[int | None, Option(help=f"Weights, data order, phantoms. [default: {D.seed}]")] = None,
     optimizer: Annotated[str | None, Option(help=f"AdamW or SGD. [default: {D.optimizer}]")] = None,
     lr: Annotated[float | None, Option(help=f"First learning rate. [default: {D.lr}]")] = None,
+    lrf: Annotated[float | None, Option(help=f"Last one, as a fraction of it. [default: {D.lrf}]")] = None,
     momentum: Annotated[float | None, Option(help=f"SGD's, or AdamW's beta1. [default: {D.momentum}]")] = None,
     weight_decay: Annotated[float | None, Option(help=f"[default: {D.weight_decay}]")] = None,
     clip_norm: Annotated[float | None, Option(help="Clip the global gradient norm. [default: off]")] = None,
+    task_weights: Annotated[
+        str | None, Option(help="Such as det=1,cls=0.01; --weight is the audited task's. [default: 1 each]")
+    ] = None,
     gradnorm_alpha: Annotated[float | None, Option(help=f"Pull to equal rates. [default: {D.gradnorm_alpha}]")] = None,
     gradnorm_lr: Annotated[float | None, Option(help=f"Of the weights' own Adam. [default: {D.gradnorm_lr}]")] = None,
+    gradnorm_momentum: Annotated[float | None, Option(help=f"Its beta1. [default: {D.gradnorm_momentum}]")] = None,
+    gradnorm_layer: Annotated[str | None, Option(help="W. [default: the last convolution of SPPF]")] = None,
     min_weight: Annotated[float | None, Option(help=f"GradNorm's lower bound. [default: {D.min_weight}]")] = None,
+    max_weight: Annotated[float | None, Option(help="GradNorm's upper bound. [default: none]")] = None,
+    weight_sum: Annotated[
+        float | None, Option(help="What GradNorm's weights sum to. [default: number of tasks]")
+    ] = None,
+    dwa_temperature: Annotated[
+        float | None, Option(help=f"Of dwa; larger is more even. [default: {D.dwa_temperature}]")
+    ] = None,
+    share_until: Annotated[
+        str | None, Option(help="dual: the last layer of the trunk that stays shared. [default: none]")
+    ] = None,
+    top_k: Annotated[int | None, Option(help=f"split: how many layers to double. [default: {D.top_k}]")] = None,
+    match_norm: Annotated[
+        bool | None,
+        Option(
+            "--match-norm/--no-match-norm",
+            help="Gradient surgery: a combined gradient as long as the joint one. [default: on]",
+        ),
+    ] = None,
+    cagrad_c: Annotated[float | None, Option(help=f"Of cagrad. [default: {D.cagrad_c}]")] = None,
     skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad images out instead of refusing the data.")] = False,
 ) -> int:
     """Find how a task still changes the others when its weight is 0.
@@ -60,18 +95,22 @@ def audit(
     from gradprobe.audit import CLASSES, Options
     from gradprobe.audit import audit as examine
     from gradprobe.audit.report import plain
+    from gradprobe.cli.factory import named_function
+    from gradprobe.cli.recording import Request
     from gradprobe.errors import UsageError
 
     if fail_on and fail_on not in CLASSES[1:]:
         raise UsageError(f"--fail-on {fail_on!r}: one of {', '.join(CLASSES[1:])}.")
-    flags = {key: value for key, value in locals().items() if key in Settings.__dataclass_fields__}
+    flags = {
+        k: v for k, v in locals().items() if k in Settings.__dataclass_fields__ and k not in ("task", "task_weights")
+    }
+    flags["skip_bad"] = skip_bad or None
+    request = Request(flags, task_weights, preset, hyp, source=source)
     if target:
-        given = sorted(k for k, v in flags.items() if v and k != "trainer")
-        if given:
-            raise UsageError(f"{target} makes its own training; --{given[0].replace('_', '-')} is for the bundled one.")
+        _refuse_flags(target, request)
     if out is not None and out.exists():
         raise UsageError(f"--out {out}: exists already; the audit writes a new file.")
-    make = _users(target) if target else _bundled(flags, hyp)
+    make = named_function(target) if target else _bundled(request)
     found = examine(make, task, Options(steps=steps, weight=weight, dose=dose), progress=_progress())
     written = _written(found, figure, out)
     if as_json:
@@ -82,26 +121,35 @@ def audit(
     return GATE_TRIPPED if reached else 0
 
 
-def _users(target: str) -> Any:
-    from gradprobe.cli.factory import named_function
+def _refuse_flags(target: str, request: Request) -> None:
+    """A factory makes its own training.
 
-    return named_function(target)
+    Raises:
+        UsageError: A flag is of the bundled one.
+    """
+    from gradprobe.errors import UsageError
+
+    others = ("task_weights", "preset", "hyp", "source")
+    given = sorted([k for k, v in request.flags.items() if v is not None] + [k for k in others if getattr(request, k)])
+    if given:
+        flag = "from" if given[0] == "source" else given[0].replace("_", "-")
+        raise UsageError(f"{target} makes its own training; --{flag} is for the bundled one.")
 
 
-def _bundled(flags: dict[str, Any], hyp: Path | None) -> Any:
+def _bundled(request: Request) -> Any:
     import os
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from gradprobe.cli.recording import make_plan
     from gradprobe.trainers import audited
     from gradprobe.trainers.data import load_data
-    from gradprobe.trainers.hyp import read_hyp
-    from gradprobe.trainers.settings import resolve
 
-    file = read_hyp(hyp) if hyp is not None else None
-    flags = {**flags, "skip_bad": flags["skip_bad"] or None}
-    settings = audited.forced(resolve(flags, hyp=file.optimizer if file else None))
+    trainer = request.flags["trainer"] or (None if request.preset else "joint")
+    audited.check(trainer)
+    plan = make_plan(dataclasses.replace(request, flags={**request.flags, "trainer": trainer}))
+    settings = audited.forced(plan.settings)
     loaded = load_data(settings.data, imgsz=settings.imgsz, seed=settings.seed, skip_bad=settings.skip_bad)
-    return audited.factory(settings, loaded, file.loss if file else None)
+    return audited.factory(settings, loaded, plan.hyp)
 
 
 def _progress() -> Any:

@@ -19,14 +19,13 @@ def named_function(target: str) -> Callable[[], Any]:
 
     name, colon, attribute = target.partition(":")
     if not (name and colon and attribute):
-        raise UsageError(f"{target!r}: write MODULE:FACTORY, for example mytraining:make_experiment.")
-    sys.path.insert(0, "")  # the installed command does not look in the folder that it is called from
+        raise UsageError(f"{target!r}: write MODULE:FACTORY, for example mytraining:make.")
+    if "" not in sys.path:  # the installed command does not look in the folder that it is called from
+        sys.path.insert(0, "")  # to stay: what the function imports when it is called may be there too
     try:
         found = getattr(importlib.import_module(name), attribute)
     except Exception as error:
         raise UsageError(f"{target}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove("")
     if not callable(found):
         raise UsageError(f"{target} is a {type(found).__name__}, not a function.")
     return found  # type: ignore[no-any-return]

@@ -7,13 +7,24 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from gradprobe.trainers.settings import PRESETS, TRAINERS, Settings
+from gradprobe.trainers.registry import TRAINERS
+from gradprobe.trainers.settings import PRESETS, TASKS, Settings
 
 D = Settings()  # for the defaults in the help
 
 
 def record(
-    trainer: Annotated[str | None, Option(help=f"{', '.join(TRAINERS)}. [default: {D.trainer}]")] = None,
+    trainer: Annotated[
+        str | None,
+        Option(help=f"{', '.join(TRAINERS)}, or your own my_module:MyBalancer. [default: {D.trainer}]"),
+    ] = None,
+    list_trainers: Annotated[
+        bool, Option("--list-trainers", help="Say what each trainer does and costs, and leave.")
+    ] = False,
+    task: Annotated[str | None, Option(help=f"The one that `single` trains: {' or '.join(TASKS)}.")] = None,
+    source: Annotated[
+        Path | None, Option("--from", help="An earlier run, for the trainers that are made from one.")
+    ] = None,
     out: Annotated[Path | None, Option(help="The run file. [default: conflict.h5]")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a run that is there.")] = False,
     resume: Annotated[Path | None, Option(help="Go on with this run from its last whole epoch.")] = None,
@@ -36,7 +47,7 @@ def record(
         float | None, Option(help="Clip the global gradient norm; couples tasks. [default: off]")
     ] = None,
     task_weights: Annotated[
-        str | None, Option(help="Such as det=1,cls=0.01; GradNorm's first. [default: 1 each]")
+        str | None, Option(help="Such as det=1,cls=0.01, or equal; GradNorm's first. [default: 1 each]")
     ] = None,
     gradnorm_alpha: Annotated[float | None, Option(help=f"Pull to equal rates. [default: {D.gradnorm_alpha}]")] = None,
     gradnorm_lr: Annotated[float | None, Option(help=f"Of the weights' own Adam. [default: {D.gradnorm_lr}]")] = None,
@@ -47,6 +58,21 @@ def record(
     weight_sum: Annotated[
         float | None, Option(help="What GradNorm's weights sum to. [default: number of tasks]")
     ] = None,
+    dwa_temperature: Annotated[
+        float | None, Option(help=f"Of dwa; larger is more even. [default: {D.dwa_temperature}]")
+    ] = None,
+    share_until: Annotated[
+        str | None, Option(help="dual: the last layer of the trunk that stays shared. [default: none]")
+    ] = None,
+    top_k: Annotated[int | None, Option(help=f"split: how many layers to double. [default: {D.top_k}]")] = None,
+    match_norm: Annotated[
+        bool | None,
+        Option(
+            "--match-norm/--no-match-norm",
+            help="Gradient surgery: a combined gradient as long as the joint one. [default: on]",
+        ),
+    ] = None,
+    cagrad_c: Annotated[float | None, Option(help=f"Of cagrad. [default: {D.cagrad_c}]")] = None,
     every: Annotated[int | None, Option(help=f"Measure every so many steps. [default: {D.every}]")] = None,
     bn_batches: Annotated[
         int | None, Option(help=f"To recompute BatchNorm before evaluating. [default: {D.bn_batches}]")
@@ -57,8 +83,12 @@ def record(
     name: Annotated[str | None, Option(help="Its sub-folder.")] = None,
 ) -> None:
     """Train detection and classification together and record what their gradients do to each other."""
+    from gradprobe.cli.interventions import trainer_list
     from gradprobe.cli.recording import Request, record_run
 
+    if list_trainers:
+        print(trainer_list())
+        return
     flags: dict[str, Any] = {
         key: value
         for key, value in locals().items()
@@ -76,5 +106,6 @@ def record(
             name=name,
             overwrite=overwrite,
             resume=resume,
+            source=source,
         )
     )

@@ -8,11 +8,13 @@ import os
 import shlex
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradprobe.cli.begun import Begun
+from gradprobe.cli.interventions import read_source
 from gradprobe.cli.live import Display, make_display
 from gradprobe.errors import DataError, RunFileError, UsageError
 from gradprobe.provenance import argv, environment
@@ -20,7 +22,7 @@ from gradprobe.runfile import RunWriter, open_run
 from gradprobe.trainers.settings import Settings, parse_task_weights, resolve
 
 if TYPE_CHECKING:
-    from gradprobe.rows import Header, Row, Sink
+    from gradprobe.rows import Sink
     from gradprobe.trainers.checkpoint import Paths
     from gradprobe.trainers.data import LoadedData
     from gradprobe.trainers.hyp import DetectionHyp
@@ -39,6 +41,7 @@ class Request:
     name: str | None = None
     overwrite: bool = False
     resume: Path | None = None
+    source: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def record_run(request: Request) -> None:
 
 def make_plan(request: Request) -> Plan:
     """What the flags ask for; what can be told wrong without data and model is found here."""
+    from gradprobe.trainers import registry
     from gradprobe.trainers.hyp import DetectionHyp, read_hyp
 
     if request.resume is not None:
@@ -95,6 +99,8 @@ def make_plan(request: Request) -> Plan:
     if request.task_weights is not None:
         flags["task_weights"] = parse_task_weights(request.task_weights)
     settings = resolve(flags, preset=request.preset, hyp=file.optimizer if file else None)
+    settings = dataclasses.replace(settings, **read_source(request.source, settings))
+    registry.find(settings.trainer).require(settings)
     return Plan(
         settings=settings,
         hyp=file.loss if file else DetectionHyp(),
@@ -122,7 +128,7 @@ def _plan_to_resume(request: Request) -> Plan:
 
     assert request.resume is not None
     given = [name for name, value in request.flags.items() if value is not None]
-    others = (request.task_weights, request.preset, request.hyp, request.out, request.overwrite)
+    others = (request.task_weights, request.preset, request.hyp, request.out, request.overwrite, request.source)
     if given or any(others) or request.project is not None or request.name is not None:
         raise UsageError("--resume goes on with the settings of that run; give no other flags with it.")
     with open_run(request.resume) as run:
@@ -135,7 +141,7 @@ def _plan_to_resume(request: Request) -> Plan:
             f"{request.resume}: ends at step {last}, but its checkpoint belongs to a run that was measured up to step "
             f"{state['probe']['last_row']}. There is nothing to go on from; record anew with --overwrite."
         )
-    values = dict(state["settings"], task_weights=tuple(state["settings"]["task_weights"]))
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
     return Plan(
         settings=Settings(**values),
         hyp=DetectionHyp(**state["hyp"]),
@@ -187,42 +193,6 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
         begun.state = copy.deepcopy(loop.resumable(training))
     display.begin(settings.epochs, len(training.train_loader), training.probe.step)
     return loop.run(training)
-
-
-class Begun:
-    """When the new run begins: a first checkpoint, so that a kill in the first epoch leaves something to go on from,
-    and no weights of an older run of the same name, which would pass for this one's. A sink beside the writer.
-    """
-
-    def __init__(self, out: Path) -> None:
-        self._out = out
-        self.state: Mapping[str, Any] = {}
-
-    def start(self, header: Header) -> None:
-        """The new run has begun."""
-        from gradprobe.trainers import checkpoint
-
-        for path in _paths(self._out).existing():
-            path.unlink()
-        with suppress(OSError):  # the loop tells of a full disk after the first epoch
-            checkpoint.save(_paths(self._out).checkpoint, self.state)
-        self.state = {}
-
-    def write(self, row: Row) -> None:
-        """Nothing to do."""
-
-    def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Nothing to do."""
-
-    def annotate(self, values: Mapping[str, Any]) -> None:
-        """Nothing to do."""
-
-    def flush(self) -> bool:
-        """Nothing is kept back."""
-        return True
-
-    def close(self, end: str) -> None:
-        """Nothing to do."""
 
 
 def _paths(out: Path) -> Paths:

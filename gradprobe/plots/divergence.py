@@ -9,9 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from gradprobe.errors import UsageError
 from gradprobe.plots import style
-from gradprobe.plots.figure import FORMATS, render, write_whole
+from gradprobe.plots.figure import write_drawn
 from gradprobe.plots.table import Table
 
 Curves = Mapping[str, Sequence[float]]
@@ -67,10 +66,5 @@ def write(curves: Curves, title: str, out: Path) -> list[Path]:
         UsageError: The format is unknown.
         RunFileError: ``out`` cannot be written.
     """
-    kind = out.suffix[1:].lower()
-    if kind not in FORMATS:
-        raise UsageError(f"--figure {out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
     figure, table = make(curves, title)
-    write_whole(out, render(figure, kind))
-    write_whole(out.with_suffix(".csv"), table.csv().encode())
-    return [out, out.with_suffix(".csv")]
+    return write_drawn(figure, table, out)

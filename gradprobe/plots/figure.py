@@ -105,10 +105,22 @@ def write(run: Run, what: str, out: Path, *, data: bool = True) -> list[Path]:
     if kind not in FORMATS:
         raise UsageError(f"{out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
     figure, tables = make(run, what)
-    write_whole(out, render(figure, kind))
     if not data:
+        write_whole(out, render(figure, kind))
         return [out]
-    text = long_csv(tables) if what == "overview" else tables[what].csv()
+    return _write_both(out, render(figure, kind), long_csv(tables) if what == "overview" else tables[what].csv())
+
+
+def write_drawn(figure: Figure, table: Table, out: Path) -> list[Path]:
+    """Write a figure that is drawn already, and its table as CSV beside it; paths and errors as of :func:`write`."""
+    kind = out.suffix[1:].lower()
+    if kind not in FORMATS:
+        raise UsageError(f"{out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
+    return _write_both(out, render(figure, kind), table.csv())
+
+
+def _write_both(out: Path, picture: bytes, text: str) -> list[Path]:
+    write_whole(out, picture)
     write_whole(out.with_suffix(".csv"), text.encode())
     return [out, out.with_suffix(".csv")]
 

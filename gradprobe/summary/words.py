@@ -32,7 +32,10 @@ def sentences(summary: dict[str, Any]) -> list[str]:
         gradients = [*_cosines(summary), *_first_order(summary), *updates.sentences(summary["updates"]), *gradients]
     said += [*gradients, CAUTION] if gradients else []
     if summary["level"] != "features" and not summary["layers"]:
-        said.append("The tasks share no layer, so no cosine between their gradients is defined.")
+        said.append(
+            "The tasks share no layer, so no cosine between their gradients is defined: interference is not "
+            "applicable, which is not the same as 0."
+        )
     return [*said, *_metric_words(summary), *_overhead_words(summary)]
 
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from gradprobe.audit import Experiment, Trace
-from gradprobe.trainers import checkpoint, loop
-from gradprobe.trainers.balancer import Balancer
-from gradprobe.trainers.build import check_device, layer_parameters
+from gradprobe.errors import UsageError
+from gradprobe.trainers import checkpoint, loop, registry
+from gradprobe.trainers.balancer import Balancer, Setup
+from gradprobe.trainers.build import check_device, make_balancer
 from gradprobe.trainers.evaluate import evaluate
-from gradprobe.trainers.gradnorm import GradNorm
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.joint import Joint
 from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification, build_model
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 EVALUATED_BATCHES = 2
 
+REFUSED = {
+    "single": "trains one task alone, which is `joint` with weight 0 for the other: gradprobe audit --trainer joint",
+}
+"""Trainers of which there is nothing to audit, and why."""
+
 METRICS = {"det": ("mAP50", "mAP50-95"), "cls": ("accuracy",)}
 """What is evaluated of each task besides its loss."""
 
@@ -36,9 +41,20 @@ def factory(settings: Settings, data: LoadedData, hyp: DetectionHyp | None = Non
     """Makes the training that ``gradprobe record`` makes with these settings, without a probe and a file.
 
     Raises:
-        UsageError: As :func:`gradprobe.trainers.build.build`.
+        UsageError: As :func:`gradprobe.trainers.build.build`; or this trainer cannot be audited, and why.
     """
+    check(settings.trainer)
     return lambda: _Audited(settings, data, hyp or DetectionHyp()).experiment()
+
+
+def check(trainer: str | None) -> None:
+    """Whether there is something to audit.
+
+    Raises:
+        UsageError: There is not, and why.
+    """
+    if trainer in REFUSED:
+        raise UsageError(f"--trainer {trainer}: {REFUSED[trainer]}.")
 
 
 class Present:
@@ -94,7 +110,8 @@ class _Audited:
         from gradprobe.trainers.data import make_loader
 
         self._settings = settings
-        self._model = build_model(
+        self._kind = registry.find(settings.trainer)
+        reference = build_model(
             settings.cfg,
             box_classes=len(data.box_names),
             image_classes=len(data.image_names),
@@ -103,10 +120,12 @@ class _Audited:
             seed=settings.seed,
         ).to(check_device(settings.device))
         if settings.weights:
-            checkpoint.load_weights(self._model, settings.weights, settings.device)
+            checkpoint.load_weights(reference, settings.weights, settings.device)
+        self._loader = make_loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
+        setup = Setup(settings, TASKS, len(self._loader))
+        self._model = cast(YOLOv5WithClassification, self._kind.prepare(reference, setup))
         self._model.train()
         self._optimizer = make_optimizer(self._model, settings)
-        self._loader = make_loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
         self._val = make_loader(data.val, settings.batch_size, shuffle=False)
         self._schedule = make_schedule(self._optimizer, settings, settings.epochs * len(self._loader))
         self._probe = TracedBackward()
@@ -142,7 +161,7 @@ class _Audited:
             model=cast(Any, Present(self._model, tuple(weights))),
             optimizer=self._optimizer,
             schedule=self._schedule,
-            balancer=balancer(self._settings, self._model, weights),
+            balancer=balancer(self._kind, self._settings, self._model, weights, len(self._loader)),
             probe=cast(Any, self._probe),
             train_loader=self._loader,
             val_loader=self._val,
@@ -166,23 +185,29 @@ class _Audited:
         return total | {f"{task}/{name}": found[name] for task in tasks for name in METRICS[task]}
 
 
-def balancer(settings: Settings, model: YOLOv5WithClassification, weights: Mapping[str, float]) -> Balancer:
-    """The trainer's balancer over the tasks that are present.
+def balancer(
+    kind: type[Balancer],
+    settings: Settings,
+    model: YOLOv5WithClassification,
+    weights: Mapping[str, float],
+    steps_per_epoch: int,
+) -> Balancer:
+    """The trainer's balancer over the tasks that are present, as it would be in a training without the others.
 
-    GradNorm's weights sum to the number of tasks that are there, as they would in a training without the others.
+    GradNorm's weights sum to the number of tasks that are there. One task alone has nothing to balance: it keeps its
+    weight, but for the trainers that learn or draw it.
+
+    Raises:
+        UsageError: The trainer cannot begin with these weights.
     """
-    if settings.trainer == "joint":
+    if len(weights) == 1 and kind.same_step:  # surgery combines gradients of several
         return Joint(weights)
-    return GradNorm(
-        weights,
-        layer_parameters(model, settings.gradnorm_layer or model.last_shared_layer),
-        alpha=settings.gradnorm_alpha,
-        lr=settings.gradnorm_lr,
-        momentum=settings.gradnorm_momentum,
-        total=settings.weight_sum * len(weights) / len(TASKS),
-        lowest=settings.min_weight,
-        highest=settings.max_weight,
+    present = dataclasses.replace(
+        settings,
+        task_weights=tuple(weights.values()),
+        weight_sum=settings.weight_sum * len(weights) / len(TASKS),
     )
+    return make_balancer(kind, model, Setup(present, tuple(weights), steps_per_epoch))
 
 
 def forced(settings: Settings) -> Settings:

@@ -1,20 +1,58 @@
-"""What a trainer adds to the common loop: the weights of the tasks."""
+"""What a trainer adds to the common loop: the weights of the tasks, and for some another model."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from gradprobe.errors import TrainingError, UsageError
+from gradprobe.trainers.settings import Settings
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a bundled training is made from; a balancer that is used in another loop needs none.
+
+    Attributes:
+        settings: Everything that was asked for.
+        tasks: Names, in order.
+        steps_per_epoch: Batches of one epoch.
+    """
+
+    settings: Settings
+    tasks: Sequence[str]
+    steps_per_epoch: int
+
+    @property
+    def static(self) -> dict[str, float]:
+        """Task -> ``--task-weights``."""
+        return dict(zip(self.tasks, self.settings.task_weights, strict=True))
 
 
 class Balancer(ABC):
     """Decides how much each task weighs at each step.
 
-    The loop asks for :meth:`weights` first, hands the losses to :meth:`update` while their graph is alive, and then
-    makes the joint backward with the weights it was given. So an update at step t acts from step t + 1 on.
+    Two methods are to be written: :meth:`weights` says what is in force, :meth:`update` looks at a step's losses while
+    their graph is alive. In any loop:
+
+        >>> weights = balancer.step(losses)  # doctest: +SKIP
+        ... probe.backward(losses, weights)
+        ... balancer.after_backward()
+        ... optimizer.step()
+
+    Attributes:
+        same_step: When an update acts. False: from the next step on, as in GradNorm's paper; True: at once, as in
+            gradient surgery, whose weights are made from this step's gradients.
+        signed: Whether weights may be negative, or all zero. Where not, such weights end the training.
     """
+
+    same_step: ClassVar[bool] = False
+    signed: ClassVar[bool] = False
 
     @abstractmethod
     def weights(self) -> dict[str, float]:
@@ -22,11 +60,71 @@ class Balancer(ABC):
 
     @abstractmethod
     def update(self, losses: Mapping[str, Tensor]) -> None:
-        """Look at this step's losses and decide the weights of the next step. Must leave ``.grad`` alone."""
+        """Look at this step's losses. Must leave ``.grad`` and the process's random streams alone."""
+
+    def step(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """The weights for this step's backward, and the update, in the order that :attr:`same_step` says."""
+        if self.same_step:
+            self.update(losses)
+            return self.weights()
+        weights = self.weights()
+        self.update(losses)
+        return weights
+
+    def after_backward(self) -> None:  # noqa: B027 - most have nothing to do
+        """Called when ``.grad`` holds the joint gradient, before clipping and the optimizer."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on."""
+        """What :meth:`load_state_dict` needs to go on: tensors, and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - one without state needs nothing
         """Go on where another balancer of this kind stopped."""
+
+    # ---- how `gradprobe record` makes one
+
+    @classmethod  # noqa: B027 - most need nothing
+    def require(cls, settings: Settings) -> None:
+        """Called before data are loaded: raises a ``UsageError`` for what is missing or cannot be meant."""
+
+    @classmethod
+    def prepare(cls, model: nn.Module, setup: Setup) -> nn.Module:
+        """The model that is trained, made from the reference model that all trainers of a seed start from."""
+        return model
+
+    @classmethod
+    def create(cls, model: nn.Module, setup: Setup) -> Balancer:
+        """The balancer for a model that :meth:`prepare` gave; without arguments unless a class says otherwise."""
+        return cls()
+
+
+def check_weights(weights: Mapping[str, float], tasks: Sequence[str], *, step: int, signed: bool = False) -> None:
+    """Refuse weights with which a step means nothing.
+
+    Raises:
+        TrainingError: A task has none; one is NaN, infinite or negative; or all are zero. Says which and when.
+    """
+    missing = [task for task in tasks if task not in weights]
+    if missing:
+        raise TrainingError(f"the trainer gave no weight for {missing} at step {step}: weights() must name every task.")
+    for task in tasks:
+        value = float(weights[task])
+        if not math.isfinite(value) or (value < 0 and not signed):
+            raise TrainingError(
+                f"the trainer gave task {task!r} the weight {value} at step {step}: weights must be finite and not "
+                "negative. The file is complete up to this step."
+            )
+    if not signed and not any(weights[task] for task in tasks):
+        raise TrainingError(f"the trainer gave every task the weight 0 at step {step}: nothing would be learned.")
+
+
+def check_static(weights: Mapping[str, float]) -> dict[str, float]:
+    """Weights that a user gave, as plain numbers.
+
+    Raises:
+        UsageError: One is NaN, infinite or negative, or all are zero.
+    """
+    bad = {task: value for task, value in weights.items() if not 0 <= value < math.inf}
+    if bad or not any(weights.values()):
+        raise UsageError(f"task weights {dict(weights)}: must be finite, not negative, and not all 0.")
+    return {task: float(value) for task, value in weights.items()}

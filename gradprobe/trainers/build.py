@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -12,13 +12,13 @@ from torch import nn
 from gradprobe.errors import UsageError
 from gradprobe.probes import GradientProbe
 from gradprobe.rows import Sink
-from gradprobe.trainers import checkpoint, loop
-from gradprobe.trainers.balancer import Balancer
-from gradprobe.trainers.gradnorm import GradNorm
+from gradprobe.trainers import checkpoint, loop, registry
+from gradprobe.trainers.balancer import Balancer, Setup
 from gradprobe.trainers.hyp import DetectionHyp
-from gradprobe.trainers.joint import Joint
+from gradprobe.trainers.models.size import size_of
 from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification, build_model
 from gradprobe.trainers.optim import make_optimizer, make_schedule
+from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import TASKS, Settings, as_provenance
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def build(
 
     hyp = hyp or DetectionHyp()
     device = check_device(settings.device)
-    model = build_model(
+    kind = registry.find(settings.trainer)
+    reference = build_model(
         settings.cfg,
         box_classes=len(data.box_names),
         image_classes=len(data.image_names),
@@ -53,10 +54,13 @@ def build(
         seed=settings.seed,
     ).to(device)
     if settings.weights:
-        checkpoint.load_weights(model, settings.weights, settings.device)
-    balancer = make_balancer(settings, model)
-    optimizer = make_optimizer(model, settings)
+        checkpoint.load_weights(reference, settings.weights, settings.device)
+    reference_weights = checkpoint.fingerprint(reference)
     train_loader = make_loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
+    setup = Setup(settings, TASKS, len(train_loader))
+    model = cast(YOLOv5WithClassification, kind.prepare(reference, setup))
+    balancer = make_balancer(kind, model, setup)
+    optimizer = make_optimizer(model, settings)
     schedule = make_schedule(optimizer, settings, settings.epochs * len(train_loader))
     probe = GradientProbe(
         model,
@@ -70,9 +74,12 @@ def build(
             "hyp": dict(model.scaled_hyp),
             "data": describe(data),
             "model": {
-                "parameters": sum(p.numel() for p in model.parameters()),
+                **size_of(model, settings.imgsz),
+                "reference": reference_weights,
                 "initial_weights": checkpoint.fingerprint(model),
                 "trunk": list(model.trunk),
+                "last_shared_layer": model.last_shared_layer,
+                "doubled": list(getattr(model, "doubled", ())),
             },
             "steps_per_epoch": len(train_loader),
             **(provenance or {}),
@@ -93,36 +100,21 @@ def build(
     )
 
 
-def make_balancer(settings: Settings, model: YOLOv5WithClassification) -> Balancer:
-    """What ``--trainer`` names."""
-    initial = dict(zip(TASKS, settings.task_weights, strict=True))
-    if settings.trainer == "joint":
-        return Joint(initial)
-    return GradNorm(
-        initial,
-        layer_parameters(model, settings.gradnorm_layer or model.last_shared_layer),
-        alpha=settings.gradnorm_alpha,
-        lr=settings.gradnorm_lr,
-        momentum=settings.gradnorm_momentum,
-        total=settings.weight_sum,
-        lowest=settings.min_weight,
-        highest=settings.max_weight,
-    )
-
-
-def layer_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """The parameters of the module called ``name``.
+def make_balancer(kind: type[Balancer], model: nn.Module, setup: Setup) -> Balancer:
+    """The balancer that ``--trainer`` names.
 
     Raises:
-        UsageError: No module is called so, or it has none; lists the near ones.
+        UsageError: A user's class cannot be made as its ``create`` says.
     """
-    from difflib import get_close_matches
-
-    modules = {n: m for n, m in model.named_modules() if n and any(True for _ in m.parameters())}
-    if name not in modules:
-        near = get_close_matches(name, list(modules), n=3)
-        raise UsageError(f"--gradnorm-layer {name!r}: the model has no such layer (near: {', '.join(near) or 'none'}).")
-    return list(modules[name].parameters())
+    try:
+        return kind.create(model, setup)
+    except TypeError as error:
+        if setup.settings.trainer in TRAINERS:
+            raise
+        raise UsageError(
+            f"--trainer {setup.settings.trainer}: {kind.__name__} cannot be made ({error}). It is called without "
+            "arguments; override the classmethod create(model, setup) where it needs some."
+        ) from error
 
 
 def check_device(name: str) -> torch.device:

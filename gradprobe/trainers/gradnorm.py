@@ -9,13 +9,14 @@ What it can and cannot do: at fixed parameters a reweighting changes no cosine, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.balancer import Balancer
+from gradprobe.trainers.balancer import Balancer, Setup
 
 
 def weight_gradient(weight: Tensor, norm: Tensor, loss_ratio: Tensor, alpha: float) -> Tensor:
@@ -145,10 +146,15 @@ class GradNorm(Balancer):
     def update(self, losses: Mapping[str, Tensor]) -> None:
         """One step of Adam on the weights, then the projection; Adam's moments are kept as they are.
 
-        A step whose losses or norms are not finite leaves the weights where they are.
+        A step whose losses or norms are not finite leaves the weights where they are. Under data parallelism losses
+        and gradients are those of the whole batch, so that all ranks keep the same weights.
         """
-        values = torch.stack([losses[t].detach().reshape(()).double() for t in self._tasks]).cpu()
-        norms = torch.stack([self._norm(losses[t]) for t in self._tasks]).cpu()
+        values = torch.stack([losses[t].detach().reshape(()).double() for t in self._tasks])
+        norms = torch.stack([self._norm(losses[t]) for t in self._tasks])
+        self.advance(_mean_over_ranks(values).cpu(), norms.cpu())
+
+    def advance(self, values: Tensor, norms: Tensor) -> None:
+        """The same from numbers alone: losses (T,) and norms (T,) of their gradients on W, float64, on the CPU."""
         if not (values.isfinite().all() and norms.isfinite().all()):
             return  # nor may such a step become L(0)
         if self._initial_losses is None:
@@ -163,8 +169,10 @@ class GradNorm(Balancer):
 
     def _norm(self, loss: Tensor) -> Tensor:
         gradients = torch.autograd.grad(loss, self._parameters, retain_graph=True, allow_unused=True)
-        squares = [g.double().square().sum() for g in gradients if g is not None]
-        return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
+        pairs = zip(gradients, self._parameters, strict=True)
+        flat = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).double() for g, p in pairs])
+        norm: Tensor = torch.linalg.vector_norm(_mean_over_ranks(flat))
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, Adam's moments and L(0)."""
@@ -180,3 +188,38 @@ class GradNorm(Balancer):
             self._weight.copy_(state["weight"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._initial_losses = state["initial_losses"]
+
+    @classmethod
+    def create(cls, model: Any, setup: Setup) -> Balancer:
+        """With the ``--gradnorm-...`` settings."""
+        s = setup.settings
+        return cls(
+            setup.static,
+            layer_parameters(model, s.gradnorm_layer or model.last_shared_layer),
+            alpha=s.gradnorm_alpha,
+            lr=s.gradnorm_lr,
+            momentum=s.gradnorm_momentum,
+            total=s.weight_sum,
+            lowest=s.min_weight,
+            highest=s.max_weight,
+        )
+
+
+def _mean_over_ranks(values: Tensor) -> Tensor:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    torch.distributed.all_reduce(values)
+    return values / torch.distributed.get_world_size()
+
+
+def layer_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters of the module called ``name``.
+
+    Raises:
+        UsageError: No module is called so, or it has none; lists the near ones.
+    """
+    modules = {n: m for n, m in model.named_modules() if n and any(True for _ in m.parameters())}
+    if name not in modules:
+        near = get_close_matches(name, list(modules), n=3)
+        raise UsageError(f"--gradnorm-layer {name!r}: the model has no such layer (near: {', '.join(near) or 'none'}).")
+    return list(modules[name].parameters())

@@ -17,7 +17,7 @@ from gradprobe.errors import NonFiniteLossError
 from gradprobe.probes import GradientProbe
 from gradprobe.rows import NONFINITE_LOSS
 from gradprobe.trainers import checkpoint
-from gradprobe.trainers.balancer import Balancer
+from gradprobe.trainers.balancer import Balancer, check_weights
 from gradprobe.trainers.evaluate import evaluate, recompute_batchnorm
 from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification
 from gradprobe.trainers.settings import Settings
@@ -95,12 +95,12 @@ def train_epoch(t: Training) -> None:
 def train_step(t: Training, batch: Any) -> None:
     """One update: forward, balancer, joint backward with the probe, optimizer."""
     losses = t.model.losses(t.model(batch.images), batch)
-    weights = t.balancer.weights()
-    size = len(batch.images)
-    step = t.probe.step
-    if finite(t, losses, weights, size):
-        t.balancer.update(losses)  # acts from the next step on
+    size, step = len(batch.images), t.probe.step
+    if finite(t, losses, size):
+        weights = t.balancer.step(losses)
+        check_weights(weights, tuple(losses), step=step, signed=t.balancer.signed)
         t.probe.backward(losses, weights, batch_size=size)
+        t.balancer.after_backward()
         if t.settings.clip_norm > 0:
             torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.settings.clip_norm)
     t.optimizer.step()  # with no gradient there, this counts the step and changes nothing
@@ -109,12 +109,12 @@ def train_step(t: Training, batch: Any) -> None:
     t.watcher.stepped(t.epoch, step, {task: float(loss.detach()) for task, loss in losses.items()})
 
 
-def finite(t: Training, losses: Mapping[str, Tensor], weights: Mapping[str, float], size: int) -> bool:
+def finite(t: Training, losses: Mapping[str, Tensor], size: int) -> bool:
     """Whether the step can be taken; a step that cannot is recorded, and ends the training unless it may go on."""
     for task, loss in losses.items():
         value = float(loss.detach())
         if not math.isfinite(value):
-            t.probe.note(losses, weights, NONFINITE_LOSS, batch_size=size)
+            t.probe.note(losses, t.balancer.weights(), NONFINITE_LOSS, batch_size=size)
             if not t.settings.keep_going:
                 raise NonFiniteLossError(task, t.probe.step, value)
             return False

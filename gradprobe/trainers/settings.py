@@ -10,13 +10,9 @@ from difflib import get_close_matches
 from typing import Any
 
 from gradprobe.errors import UsageError
+from gradprobe.trainers import registry
 
 TASKS = ("det", "cls")
-
-TRAINERS = {
-    "joint": "static weights: sum of w[t] * loss[t], the baseline",
-    "gradnorm": "weights learned so that all tasks train at a similar rate (Chen et al., 2018)",
-}
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,9 @@ class Settings:
     Names are those of YOLOv5's train.py where it has one; units and ranges in the comments.
     """
 
-    trainer: str = "gradnorm"
+    trainer: str = "gradnorm"  # see gradprobe.trainers.registry
+    task: str = ""  # for `single`
+    from_run: str = ""  # name of the run file that --from read; what it gave is in the other settings
     data: str = "phantom"  # or the path of a data.yaml
     cfg: str = "yolov5n.yaml"
     weights: str = ""  # a state_dict to start from; empty: random initial weights
@@ -51,6 +49,13 @@ class Settings:
     min_weight: float = 1e-3
     max_weight: float = math.inf
     weight_sum: float = float(len(TASKS))
+
+    dwa_temperature: float = 2.0
+    share_until: str = ""  # dual: the last shared layer; empty: nothing is shared
+    top_k: int = 5  # split: how many layers are doubled
+    double: tuple[str, ...] = ()  # split: which
+    match_norm: bool = True  # gradient surgery: the combined gradient as long as the joint one
+    cagrad_c: float = 0.4
 
     every: int = 2  # steps between two measurements
     bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
@@ -98,11 +103,13 @@ def resolve(flags: Mapping[str, Any], *, preset: str = "", hyp: Mapping[str, flo
 
 
 def parse_task_weights(text: str) -> tuple[float, ...]:
-    """``det=1,cls=0.01`` as numbers in the order of :data:`TASKS`.
+    """``det=1,cls=0.01`` as numbers in the order of :data:`TASKS`; ``equal``: 1 each.
 
     Raises:
         UsageError: A task is missing, unknown or given twice, or a weight is no finite number >= 0.
     """
+    if text.strip() == "equal":
+        return (1.0,) * len(TASKS)
     values: dict[str, float] = {}
     for item in text.split(","):
         task, _, number = (part.strip() for part in item.partition("="))
@@ -119,20 +126,29 @@ def parse_task_weights(text: str) -> tuple[float, ...]:
 
 
 def _validate(s: Settings) -> None:
-    if s.trainer not in TRAINERS:
-        raise UsageError(_unknown("trainer", s.trainer, TRAINERS))
+    registry.check(s.trainer)
+    _validate_trainer(s)
     if s.optimizer not in ("AdamW", "SGD"):
         raise UsageError(_unknown("optimizer", s.optimizer, ("AdamW", "SGD")))
     if s.imgsz < 32 or s.imgsz % 32:
         nearest = max(32, math.ceil(s.imgsz / 32) * 32)
         raise UsageError(f"--imgsz {s.imgsz}: must be a multiple of 32; the next one is {nearest}.")
-    for name in ("epochs", "batch_size", "every"):
+    for name in ("epochs", "batch_size", "every", "top_k"):
         if getattr(s, name) < 1:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 1.")
-    for name in ("lr", "weight_sum", "gradnorm_lr"):
+    for name in ("lr", "weight_sum", "gradnorm_lr", "dwa_temperature"):
         if not 0 < getattr(s, name) < math.inf:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be a positive number.")
-    for name in ("lrf", "weight_decay", "clip_norm", "min_weight", "max_weight", "bn_batches", "gradnorm_alpha"):
+    for name in (
+        "lrf",
+        "weight_decay",
+        "clip_norm",
+        "min_weight",
+        "max_weight",
+        "bn_batches",
+        "gradnorm_alpha",
+        "cagrad_c",
+    ):
         if math.isnan(getattr(s, name)) or getattr(s, name) < 0:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must not be negative.")
     for name in ("momentum", "gradnorm_momentum"):
@@ -145,6 +161,15 @@ def _validate(s: Settings) -> None:
     bad = [w for w in s.task_weights if not 0 <= w < math.inf]
     if bad or not any(s.task_weights):
         raise UsageError(f"--task-weights {s.task_weights}: weights must be finite, not negative, and not all 0.")
+
+
+def _validate_trainer(s: Settings) -> None:
+    if s.trainer == "single" and s.task not in TASKS:
+        raise UsageError(f"--trainer single: which task? --task {' or --task '.join(TASKS)}.")
+    if s.share_until and s.trainer != "dual":
+        raise UsageError(f"--share-until {s.share_until} goes with --trainer dual.")
+    if s.task and s.trainer != "single":
+        raise UsageError(f"--task {s.task} goes with --trainer single; all tasks are trained by {s.trainer}.")
 
 
 def _flag(name: str) -> str:
@@ -160,6 +185,6 @@ def _unknown(kind: str, value: str, known: Any) -> str:
 def as_provenance(settings: Settings) -> dict[str, Any]:
     """The settings as they are stored in a run file: file names without their folders."""
     values = dataclasses.asdict(settings)
-    for name in ("data", "cfg", "weights"):
+    for name in ("data", "cfg", "weights", "from_run"):
         values[name] = values[name].replace("\\", "/").rpartition("/")[2]
     return values

@@ -63,6 +63,8 @@ class YOLOv5WithClassification(nn.Module):
         """Names of the layers that both tasks use, in execution order; the last is the SPPF."""
         self.last_shared_layer = _last_convolution(self, self.trunk[-1])
         """Name of the last convolution of the trunk."""
+        self.detached = False
+        """Whether the classification head learns without sending gradients into the trunk."""
 
     @property
     def box_classes(self) -> int:
@@ -85,13 +87,22 @@ class YOLOv5WithClassification(nn.Module):
             images: (B, 3, S, S) in [0, 1], S a multiple of the model's largest stride (32; 64 for P6 cfgs).
         """
         shared: list[Tensor] = []
-        hook = self.get_submodule(self.trunk[-1]).register_forward_hook(lambda *call: shared.append(call[2]))
+        hook = self._listen(shared)
         try:
             output = self._detector[0](images)
         finally:
             hook.remove()
         decoded, maps = (None, output) if self._detect.training else output
-        return Outputs(tuple(maps), self.classifier(shared[0].mean(dim=(2, 3))), decoded)
+        return Outputs(tuple(maps), self.classify(shared[0]), decoded)
+
+    def _listen(self, kept: list[Tensor]) -> Any:
+        """A hook that keeps what :meth:`classify` is to be given: the output of the trunk."""
+        return self.get_submodule(self.trunk[-1]).register_forward_hook(lambda *call: kept.append(call[2]))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits of the image classes, (B, image classes), from the trunk's output."""
+        pooled = features.mean(dim=(2, 3))
+        return cast(Tensor, self.classifier(pooled.detach() if self.detached else pooled))
 
     def losses(self, outputs: Outputs, batch: BatchLike) -> dict[str, Tensor]:
         """The unweighted loss of each task, in training and in evaluation mode.

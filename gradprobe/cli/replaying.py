@@ -1,0 +1,103 @@
+"""The methods that ``gradprobe replay`` can ask, and what it asks them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from gradprobe import measures
+from gradprobe.errors import RunFileError, UsageError
+from gradprobe.measures import Array
+from gradprobe.runfile import Run
+from gradprobe.trainers.settings import Settings
+from gradprobe.trainers.weightings import METHODS, STATEFUL, Weighting
+from gradprobe.verdict.replay import Method, Replayed, effect, replay
+
+
+def replay_run(run: Run, names: list[str]) -> list[Replayed]:
+    """The recorded weights, the joint step's, and those of every method.
+
+    Args:
+        run: Of a long one give a thin one.
+        names: Stateless methods of gradient surgery, and ``gradnorm``.
+
+    Raises:
+        UsageError: A method is unknown, or keeps state that rows do not tell.
+        MissingExtraError: TorchJD is not installed.
+        RunFileError: No row was measured, or the tasks share no layer.
+    """
+    check(names)
+    if not len(run) or not run.layers:
+        what = "has no rows" if not len(run) else "its tasks share no layer: there is no interference to treat"
+        raise RunFileError(f"{run.path}: {what}, so there is nothing to replay.")
+    gram = measures.over_all(run.gram(), run.reach)
+    static = np.array(setting(run, "task_weights", [1.0] * len(run.tasks)), dtype=np.float64)
+    fixed = [("recorded", run["weight"].astype(np.float64)), ("joint", np.tile(static, (len(gram), 1)))]
+    done = [effect(name, gram, static, weight) for name, weight in fixed]
+    return done + [replay(name, gram, static, _method(run, name, gram, static)) for name in names]
+
+
+def check(names: list[str]) -> None:
+    """Whether all can be asked.
+
+    Raises:
+        UsageError: One cannot.
+    """
+    known = [name for name in METHODS if name not in STATEFUL] + ["gradnorm"]
+    for name in names:
+        if name in STATEFUL:
+            raise UsageError(
+                f"--method {name}: its weights depend on all steps before, not only on the recorded ones; "
+                f"record it live: --trainer {name}"
+            )
+        if name not in known:
+            raise UsageError(f"--method {name}: unknown (there are: {', '.join(known)}).")
+
+
+def setting(run: Run, name: str, default: Any) -> Any:
+    """A setting of the recording; ``default`` where it has none, as runs of `gradprobe.attach`."""
+    return run.provenance.get(f"settings.{name}", default)
+
+
+def _method(run: Run, name: str, gram: Array, static: Array) -> Method:
+    if name == "gradnorm":
+        answers = list(_gradnorm(run, static))
+        return answers.__getitem__
+    from gradprobe.trainers.surgery import choose
+
+    defaults = Settings()
+    weighting = Weighting(
+        name,
+        len(run.tasks),
+        seed=setting(run, "seed", 0),
+        cagrad_c=setting(run, "cagrad_c", defaults.cagrad_c),
+    )
+    match, steps = bool(setting(run, "match_norm", True)), run["step"]
+    return lambda row: choose(weighting, gram[row], int(steps[row]), static, match=match)
+
+
+def _gradnorm(run: Run, static: Array) -> Iterator[Array | None]:
+    """The weights at each row of a GradNorm that sees the recorded rows alone, one after the other."""
+    import torch
+
+    from gradprobe.trainers.gradnorm import GradNorm
+
+    d = Settings()
+    layer = setting(run, "gradnorm_layer", "") or run.provenance.get("model.last_shared_layer", run.layers[-1])
+    chosen = run.layer_indices(layer)
+    norms = np.sqrt(np.square(run["grad_norm"].astype(np.float64)[:, chosen]).sum(axis=1))
+    balancer = GradNorm(
+        dict(zip(run.tasks, static.tolist(), strict=True)),
+        [],
+        alpha=setting(run, "gradnorm_alpha", d.gradnorm_alpha),
+        lr=setting(run, "gradnorm_lr", d.gradnorm_lr),
+        momentum=setting(run, "gradnorm_momentum", d.gradnorm_momentum),
+        total=setting(run, "weight_sum", float(len(run.tasks))),
+        lowest=setting(run, "min_weight", d.min_weight),
+        highest=setting(run, "max_weight", d.max_weight),
+    )
+    for loss, norm in zip(run["loss"].astype(np.float64), norms, strict=True):
+        yield np.array(list(balancer.weights().values()))
+        balancer.advance(torch.from_numpy(loss), torch.from_numpy(norm))

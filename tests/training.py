@@ -1,0 +1,64 @@
+"""Bundled trainings so small that a test can afford one for every trainer."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+
+from zoo import Collector
+
+from gradprobe.trainers import loop
+from gradprobe.trainers.build import build
+from gradprobe.trainers.data import load_data
+from gradprobe.trainers.settings import resolve
+
+BATCHES = 4  # of one epoch
+
+
+@functools.cache
+def phantoms():
+    return load_data("phantom", imgsz=64, seed=3, n_train=8 * BATCHES, n_val=8)
+
+
+class Watcher(SimpleNamespace):
+    """Keeps every step's losses."""
+
+    def stepped(self, epoch, step, losses):
+        self.losses.append(losses)
+
+
+def make(trainer, *, seed=0, sinks=(), **options):
+    """A training on the phantom, its rows in ``.rows``, its losses in ``.watcher.losses``."""
+    settings = resolve({"trainer": trainer, "imgsz": 64, "batch_size": 8, "every": 1, "seed": seed, **options})
+    collector, watcher = Collector(), Watcher(losses=[])
+    training = build(settings, phantoms(), [collector, *sinks], watcher, out=Path("unused.h5"))
+    training.rows, training.collector = collector.rows, collector
+    return training
+
+
+def provenance(trainer, **options):
+    """What a run of this trainer says of its model."""
+    made = make(trainer, **options)
+    made.probe.close()
+    return made.collector.header.provenance["model"]
+
+
+def batches(training, steps):
+    """The first ``steps`` batches, from epoch to epoch."""
+    done = 0
+    for epoch in range(steps):
+        training.train_loader.set_epoch(epoch)
+        for batch in training.train_loader:
+            if done == steps:
+                return
+            done += 1
+            yield batch
+
+
+def run(training, steps=20):
+    training.model.train()
+    for batch in batches(training, steps):
+        loop.train_step(training, batch)
+    training.probe.close()
+    return training
