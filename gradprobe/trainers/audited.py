@@ -202,6 +202,10 @@ def balancer(
     """
     if len(weights) == 1 and kind.same_step:  # surgery combines gradients of several
         return Joint(weights)
+    if settings.trainer == "uncertainty" and not all(weights.values()):
+        raise UsageError(
+            "--trainer uncertainty learns its weights, and begins above 0: say with which, such as --weight 1."
+        )
     present = dataclasses.replace(
         settings,
         task_weights=tuple(weights.values()),

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradprobe.ledger.update_parts import Moments, Rule, begin, dot, first_moment, fit, rules, take_apart
+from gradprobe.ledger.update_parts import Moments, Rule, begin, first_moment, fit, rules, take_apart
 from gradprobe.measures import Array
-from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Gradients, combined
 from gradprobe.rows import EARLIER_SOURCES
@@ -25,6 +25,12 @@ Kept = dict[Places, Moments]
 
 PLAIN = Rule(adam=False, lr=0.0, decay=0.0, decoupled=False, keep=0.0, take=1.0)
 """Stands for the rule of an optimizer that is not known."""
+
+IN_CACHE = 1 << 16
+"""About so many numbers are handled together on a CPU: fewer cost calls, more the way to the memory and back."""
+
+TINY = 1e-30
+"""Squared lengths below are no longer exact in float32."""
 
 WHOLE = 1e-3
 """How much of an update its parts may leave out, over its length, beyond the rounding of the parameters."""
@@ -99,10 +105,14 @@ def look_before(
 def _groups(
     known: Sequence[Rule | None], parameters: Sequence[nn.Parameter], gradients: Sequence[Gradients]
 ) -> list[Group]:
-    found: dict[tuple[Rule, torch.dtype, torch.device], list[int]] = {}
+    found: dict[tuple[Rule, torch.dtype, torch.device, int], list[int]] = {}
+    filled: dict[Rule, int] = {}
     for place, (rule, parameter) in enumerate(zip(known, parameters, strict=True)):
-        if rule is not None and parameter.grad is not None:
-            found.setdefault((rule, parameter.dtype, parameter.device), []).append(place)
+        if rule is None or parameter.grad is None:
+            continue
+        room = filled.get(rule, 0) // IN_CACHE if parameter.is_cpu else 0
+        found.setdefault((rule, parameter.dtype, parameter.device, room), []).append(place)
+        filled[rule] = filled.get(rule, 0) + parameter.numel()
     return [
         Group(
             rule=rule,
@@ -111,7 +121,7 @@ def _groups(
             given=long([_dense(parameters[i].grad, parameters[i]) for i in places]),
             own=[long([_dense(task[i], parameters[i]) for i in places]) for task in gradients],
         )
-        for (rule, _, _), places in found.items()
+        for (rule, *_), places in found.items()
     ]
 
 
@@ -122,8 +132,10 @@ def _moments(
     now = long([first_moment(optimizer, parameters[i]) for i in group.places])
     if kept is None or group.rule.begins:
         return begin(now, len(group.own))
-    faded = [moment * group.rule.keep**passed for moment in kept[:-1]]
-    return [*faded, now - torch.stack(faded).sum(0)]
+    faded = [moment.mul_(group.rule.keep**passed) for moment in kept[:-1]]
+    for moment in faded:
+        now.sub_(moment)
+    return [*faded, now]
 
 
 def long(tensors: Sequence[Tensor]) -> Tensor:
@@ -163,41 +175,64 @@ def look_after(
 ) -> TakenApart:
     """Take the update apart that was made since :func:`look_before`."""
     tasks, parameters = len(weights), shared.parameters
-    total = GramianSum(shared.layers, 2 * tasks + len(EARLIER_SOURCES))
-    rest: set[int] = set(range(len(parameters)))
+    sources = tasks + len(EARLIER_SOURCES)
+    owner = [index for index, layer in enumerate(shared.layers) for _ in layer.parameters]
+    gram = np.zeros((len(shared.layers), sources + tasks, sources + tasks))
     left = square = allowed = 0.0
     for group, moments in zip(before.groups, before.moments, strict=True):
-        made = take_apart(
-            group.rule, moments, _shares(group, weights, before.scale), group.before, _second(optimizer, shared, group)
-        )
-        update = long([parameters[i] for i in group.places]) - group.before
-        left += dot(*[update - torch.stack(made).sum(0)] * 2)
-        square += dot(update, update)
+        shares = _shares(group, weights, before.scale)
+        made = take_apart(group.rule, moments, shares, group.before, _second(optimizer, shared, group))
+        update = long([parameters[i] for i in group.places]).sub_(group.before)
+        square += length(update) ** 2
         # Each parameter is rounded when the update is added to it.
-        allowed += torch.finfo(update.dtype).eps ** 2 * dot(group.before, group.before)
+        allowed += (torch.finfo(update.dtype).eps * length(group.before)) ** 2
+        for part in made:
+            update.sub_(part)
+        left += length(update) ** 2
         sizes = [parameters[i].numel() for i in group.places]
-        for place, *pieces in zip(group.places, *(part.split(sizes) for part in made), strict=True):
-            total.add(place, [*pieces, *_own(gradients, place)])
-        rest -= set(group.places)
-    for place in sorted(rest):
-        nothing = torch.zeros_like(parameters[place])
-        total.add(place, [*[nothing] * (tasks + len(EARLIER_SOURCES)), *_own(gradients, place)])
-    gram, sources = total.result(), tasks + len(EARLIER_SOURCES)
+        _add(gram, torch.stack([*made, *group.own]), [owner[i] for i in group.places], sizes)
+    there = np.array(
+        [[any(g[i] is not None for i, o in enumerate(owner) if o == layer) for g in gradients] for layer in set(owner)]
+    ).reshape(len(shared.layers), tasks)
     beyond = max(math.sqrt(left) - 2 * math.sqrt(allowed), 0.0)
     missing = beyond / math.sqrt(square) if square else float(beyond > 0)
     kept = {group.places: moments for group, moments in zip(before.groups, before.moments, strict=True)}
-    return TakenApart(gram[:, :sources, :sources], gram[:, sources:, :sources], missing, kept)
+    effect = np.where(there[:, :, None], gram[:, sources:, :sources], np.nan)
+    return TakenApart(gram[:, :sources, :sources], effect, missing, kept)
 
 
-def _own(gradients: Sequence[Gradients], place: int) -> list[Tensor | None]:
-    return [None if task[place] is None else task[place] for task in gradients]
+def length(vector: Tensor) -> float:
+    """Euclidean norm."""
+    return float(torch.linalg.vector_norm(vector))
+
+
+def _add(gram: Array, rows: Tensor, layers: Sequence[int], sizes: Sequence[int]) -> None:
+    """Add inner products of the rows (K, n), layer by layer.
+
+    Args:
+        gram: (L, K, K), added to.
+        rows: Side by side the numbers of parameters.
+        layers, sizes: Of each parameter, its layer and how many numbers it has; parameters of a layer are neighbours.
+    """
+    places = dict.fromkeys(layers, 0)
+    for layer, size in zip(layers, sizes, strict=True):
+        places[layer] += size
+    found = torch.stack([piece @ piece.T for piece in rows.split(list(places.values()), dim=1)])
+    squares = torch.diagonal(found, dim1=1, dim2=2)
+    if rows.dtype != torch.float64 and bool(((squares < TINY) | ~squares.isfinite()).any()):
+        # Too small or large for products in the parameters' own type. Exact zeros come here too, and stay zero.
+        wide = torch.float32 if rows.device.type == "mps" else torch.float64
+        found = torch.stack([(p := piece.to(wide)) @ p.T for piece in rows.split(list(places.values()), dim=1)])
+    gram[list(places)] += found.cpu().double().numpy()
 
 
 def _shares(group: Group, weights: Array, scale: float) -> list[Tensor]:
     """The given gradient by task; what rounding leaves of it goes to the tasks in equal parts."""
     shares = [own * (scale * float(weight)) for own, weight in zip(group.own, weights, strict=True)]
     active = [task for task, weight in enumerate(weights) if weight] or list(range(len(weights)))
-    left = group.given - torch.stack(shares).sum(0)
+    left = group.given.clone()
+    for share in shares:
+        left.sub_(share)
     for task in active:
         shares[task].add_(left, alpha=1 / len(active))
     return shares
