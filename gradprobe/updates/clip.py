@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +14,8 @@ from gradprobe.measures import Array
 UNCLIPPED = 1e-4
 """A scale so near 1 is that of rounding."""
 
-SAME_LIMIT = 1e-3
-"""How far two limits may be apart, relatively, and be one."""
+SAME_LIMIT, SIGHTINGS = 1e-4, 3
+"""How far norms after clipping may be apart, relatively, and how many are needed, to be one limit."""
 
 UNEXPLAINED = 1e-2
 """How much of the squared norm the tasks' parts may leave out, beyond which they are unknown."""
@@ -81,7 +83,7 @@ def scale_without(norms: Norms, scale: float, limit: float | None) -> Array:
 
 
 class Limit:
-    """Finds out at which norm a training clips: the norm after clipping, where it is the same twice.
+    """Finds out at which norm a training clips: the norm after clipping, where it is the same at three clipped steps.
 
     A scale below 1 may have other reasons, such as a mean over tasks, under which that norm changes from step to step.
 
@@ -91,20 +93,21 @@ class Limit:
 
     def __init__(self) -> None:
         self.value: float | None = None
-        self._seen: float | None = None
+        self._seen: list[float] = []
 
     def look(self, norm: float, scale: float) -> None:
         """At one step's norm before clipping, and its scale."""
         clipped = norm * scale
         if not math.isfinite(clipped) or scale > 1 - UNCLIPPED:
             return
-        same = self._seen is not None and abs(clipped - self._seen) <= SAME_LIMIT * clipped
-        self.value, self._seen = clipped if same else None, clipped
+        self._seen = [*self._seen[1 - SIGHTINGS :], clipped]
+        same = len(self._seen) == SIGHTINGS and max(self._seen) - min(self._seen) <= SAME_LIMIT * clipped
+        self.value = clipped if same else None
 
-    def state_dict(self) -> dict[str, float | None]:
+    def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"value": self.value, "seen": self._seen}
+        return {"value": self.value, "seen": list(self._seen)}
 
-    def load_state_dict(self, state: dict[str, float | None]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another one stopped."""
-        self.value, self._seen = state["value"], state["seen"]
+        self.value, self._seen = state["value"], list(state["seen"])
