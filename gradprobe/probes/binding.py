@@ -29,6 +29,7 @@ class Selection:
         shared: None: whatever two or more tasks reach.
         layers: None: by the module that owns them.
         nothing: Choose no parameter at all.
+        divided: The model is meant to share nothing, so that it is no mistake where it does not.
 
     Raises:
         ProbeError: ``shared`` chooses nothing; ``layers`` has a name that a file cannot hold, something that is no
@@ -36,9 +37,16 @@ class Selection:
     """
 
     def __init__(
-        self, model: nn.Module, shared: Shared | None, layers: Groups | None, *, nothing: bool = False
+        self,
+        model: nn.Module,
+        shared: Shared | None,
+        layers: Groups | None,
+        *,
+        nothing: bool = False,
+        divided: bool = False,
     ) -> None:
         self._model = model
+        self.divided = divided
         names = {id(p): name for name, p in model.named_parameters()}
         chosen = None if shared is None else choose(model, shared)
         self._chosen = [names.get(id(p), p) for p in chosen] if chosen is not None else None

@@ -205,7 +205,7 @@ class Meter:
 
     def _warn_of_none(self) -> None:
         assert self.shared is not None
-        if not self.shared.layers and not self._selection.nothing:
+        if not (self.shared.layers or self._selection.nothing or self._selection.divided):
             self._warn(
                 "no two tasks reach a parameter in common that is trained, so there is nothing to measure. Begin "
                 "recording at a step at which every task has samples, with the trunk not frozen; gradprobe.doctor "

@@ -90,6 +90,7 @@ class GradientProbe:
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
         _open: Callable[[], Sink] | None = None,
+        _divided: bool = False,
     ) -> None:
         self.tasks = task_names(tasks)
         optimizer = bare(optimizer) if optimizer is not None else None
@@ -99,7 +100,8 @@ class GradientProbe:
         if budget is not None and ranks.size > 1:
             schedule = Led(schedule, ranks.first_says)
         clock = StepClock(schedule, None, accumulate)
-        scale, selection = LossScale(scaler), Selection(model, shared, layers, nothing=not chosen.parameters)
+        scale = LossScale(scaler)
+        selection = Selection(model, shared, layers, nothing=not chosen.parameters, divided=_divided)
         how: dict[str, Any] = {"level": level, "memory": memory, "products": products}
         how |= {"budget": budget} if budget is not None else {"every": every if every is not None else chosen.every}
 

@@ -93,6 +93,11 @@ class Balancer(ABC):
         return model
 
     @classmethod
+    def divides(cls, settings: Settings) -> bool:
+        """Whether the tasks of the model that :meth:`prepare` makes share no parameter, on purpose."""
+        return False
+
+    @classmethod
     def create(cls, model: nn.Module, setup: Setup) -> Balancer:
         """The balancer for a model that :meth:`prepare` gave; without arguments unless a class says otherwise."""
         return cls()

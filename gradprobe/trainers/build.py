@@ -86,6 +86,7 @@ def build(
             "steps_per_epoch": len(train_loader),
             **(provenance or {}),
         },
+        _divided=kind.divides(settings),
     )
     return loop.Training(
         settings=settings,

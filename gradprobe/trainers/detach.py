@@ -12,10 +12,16 @@ from torch import nn
 
 from gradprobe.trainers.balancer import Setup
 from gradprobe.trainers.joint import Joint
+from gradprobe.trainers.settings import Settings
 
 
 class Detach(Joint):
     """Static weights, on a model whose classification head sends no gradient into the trunk."""
+
+    @classmethod
+    def divides(cls, settings: Settings) -> bool:
+        """Always."""
+        return True
 
     @classmethod
     def prepare(cls, model: Any, setup: Setup) -> nn.Module:

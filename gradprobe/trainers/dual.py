@@ -11,10 +11,16 @@ from torch import nn
 
 from gradprobe.trainers.balancer import Setup
 from gradprobe.trainers.joint import Joint
+from gradprobe.trainers.settings import Settings
 
 
 class Dual(Joint):
     """Static weights; the layers of the trunk behind ``--share-until`` are doubled, by default all."""
+
+    @classmethod
+    def divides(cls, settings: Settings) -> bool:
+        """Unless some layers stay shared."""
+        return not settings.share_until
 
     @classmethod
     def prepare(cls, model: Any, setup: Setup) -> nn.Module:
