@@ -13,7 +13,9 @@ from gradprobe.audit import Options, audit, in_force
 from gradprobe.audit.pair import setting
 from gradprobe.audit.report import section
 from gradprobe.cli.app import run
+from gradprobe.errors import RunFileError
 from gradprobe.plots import divergence
+from gradprobe.runfile import open_run
 from gradprobe.trainers import audited
 from gradprobe.trainers.data import load_data
 from gradprobe.trainers.settings import resolve
@@ -47,6 +49,52 @@ def test_json_figure_and_file_tell_the_same(tmp_path, capsys):
         assert {door for door, state in states.items() if state == "open"} == opened
         assert json.loads(group["json"].asstr()[0]) == found
     assert run([*arguments, "--out", str(out)]) == 2, "a file that is there is kept"
+
+
+def test_the_file_of_an_audit_is_a_run_file(tmp_path, capsys):
+    out = tmp_path / "audit.h5"
+    assert run(["audit", "test_audit_command:mean_and_dropout", "--steps", "5", "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert run(["check", str(out)]) == 0
+    assert run(["summary", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert f"An audit, not a recording: {found['sentence']}" in said
+    assert "mean over tasks: " in said
+    assert "sum the losses" in said
+    assert run(["summary", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["audit"]
+    assert {d["door"]: d["state"] for d in told["doors"]} == {d["door"]: d["state"] for d in found["doors"]}
+    assert told["displacement"] == found["displacement"][-1]
+    with open_run(out) as file:
+        assert file.tasks == ("det", "cls")
+        assert len(file) == 0
+        np.testing.assert_array_equal(file.audit["displacement"], found["displacement"])
+        data = file.to_xarray()
+        assert data["audit.displacement"].values.tolist() == found["displacement"]
+        assert data["audit.state"].sel({"audit.door": "mean over tasks"}).item() == "open"
+    for kind in ("csv", "netcdf", "parquet", "tensorboard"):
+        assert run(["export", str(out), "--to", kind]) == 0
+    table = (tmp_path / "audit-csv" / "audit_doors.csv").read_text().splitlines()
+    assert table[0] == "door,state,evidence,how_to_shut,contribution,left_when_shut"
+    assert len(table) == 1 + len(found["doors"])
+    assert len((tmp_path / "audit-csv" / "audit_steps.csv").read_text().splitlines()) == 6
+    assert run(["plot", str(out)]) == 0  # panels that say why they are empty
+
+
+def test_the_file_of_an_audit_is_a_strangers_too(tmp_path):
+    out = tmp_path / "audit.h5"
+    assert run(["audit", "test_audit_command:clean", "--steps", "2", "--out", str(out)]) == 0
+    with h5py.File(out, "r+") as file:
+        del file["audit/displacement"]
+        file["audit/displacement"] = np.zeros(7)
+    with pytest.raises(RunFileError, match="displacement"):
+        open_run(out)
+
+
+@pytest.mark.parametrize("figure", ["parting.bmp", "parting"])
+def test_a_figure_that_cannot_be_drawn_is_refused_before_the_training(figure, capsys):
+    assert run(["audit", "test_audit_command:broken", "--figure", figure]) == 2
+    assert "no figure format" in capsys.readouterr().err
 
 
 def test_clean_is_said_and_passes_the_gate(capsys):

@@ -31,7 +31,7 @@ def audit(
     dose: Annotated[bool, Option("--dose", help="Also run weights from 0 to 1.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object, for programs.")] = False,
     figure: Annotated[Path | None, Option(help="Draw the divergence over steps: png, svg or pdf.")] = None,
-    out: Annotated[Path | None, Option(help="Write the rows into this new HDF5 file, under audit/.")] = None,
+    out: Annotated[Path | None, Option(help="Write what was found into this new run file, under audit/.")] = None,
     fail_on: Annotated[str, Option(metavar="CLASS", help="Leave with 10 if it is at least: numeric, material.")] = "",
     trainer: Annotated[
         str | None, Option(help=f"{', '.join(TRAINERS)}, or your own my_module:MyBalancer. [default: joint]")
@@ -110,6 +110,8 @@ def audit(
         _refuse_flags(target, request)
     if out is not None and out.exists():
         raise UsageError(f"--out {out}: exists already; the audit writes a new file.")
+    if figure is not None:
+        _check_format(figure)
     make = named_function(target) if target else _bundled(request)
     found = examine(make, task, Options(steps=steps, weight=weight, dose=dose), progress=_progress())
     written = _written(found, figure, out)
@@ -134,6 +136,19 @@ def _refuse_flags(target: str, request: Request) -> None:
     if given:
         flag = "from" if given[0] == "source" else given[0].replace("_", "-")
         raise UsageError(f"{target} makes its own training; --{flag} is for the bundled one.")
+
+
+def _check_format(figure: Path) -> None:
+    """Before minutes of training, and not after.
+
+    Raises:
+        UsageError: Such a figure cannot be drawn.
+    """
+    from gradprobe.errors import UsageError
+    from gradprobe.plots.figure import FORMATS
+
+    if figure.suffix[1:].lower() not in FORMATS:
+        raise UsageError(f"--figure {figure}: no figure format {figure.suffix!r}; take one of: {', '.join(FORMATS)}.")
 
 
 def _bundled(request: Request) -> Any:
@@ -167,9 +182,11 @@ def _written(found: Audit, figure: Path | None, out: Path | None) -> list[Path]:
         written += divergence.write(found.curves(), found.sentence, figure)
     if out is not None:
         from gradprobe.audit.report import plain
+        from gradprobe.provenance import argv, environment
         from gradprobe.runfile import audits
 
-        written.append(audits.write(out, plain(found)))
+        about = {"trainer": "audit", "argv": argv(), **environment()}
+        written.append(audits.write(out, plain(found), about))
     return written
 
 

@@ -1,4 +1,4 @@
-"""The rows of an audit as an HDF5 file of its own: the group ``audit/``, with a step axis and a door axis."""
+"""An audit as a run file without rows: what was found is in the group ``audit/``, with a step axis and a door axis."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
 
-from gradprobe import __version__
 from gradprobe.errors import RunFileError
+from gradprobe.rows import Header
+from gradprobe.runfile import content, schema
+from gradprobe.runfile.attributes import attribute, printable
 from gradprobe.runfile.files import Disk, write_whole
 
-ENCODING_TYPE = "gradprobe-audit"
-ENCODING_VERSION = "1.0"
+if TYPE_CHECKING:
+    from gradprobe.runfile.pieces import Piece
+
+GROUP = schema.AUDIT
+ABOUT = ("task", "weight", "class", "sentence", "same_twice")
+"""Attributes of the group."""
 
 STEP_FIELDS = {
     "displacement": "distance of the other tasks' parameters from the training without the task, relative to how far "
@@ -35,29 +41,32 @@ DOOR_NUMBERS = {
 }
 
 
-def write(path: Path, audit: Mapping[str, Any]) -> Path:
-    """Write one audit into a new file, whole or not at all.
+def write(path: Path, audit: Mapping[str, Any], provenance: Mapping[str, Any] | None = None) -> Path:
+    """Write one audit into a new run file, whole or not at all.
 
     Args:
         path: Of the file; replaced if it exists.
         audit: As :func:`gradprobe.audit.report.plain` returns it; all of it is kept as JSON besides.
+        provenance: Where it comes from.
 
     Raises:
         RunFileError: It cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, path.with_name(f".{path.name}.tmp"), lambda file: _fill(file, audit), Disk())
+        temporary = path.with_name(f".{path.name}.tmp")
+        write_whole(path, temporary, lambda file: _fill(file, audit, provenance or {}), Disk())
     except OSError as error:
         raise RunFileError(f"{path}: cannot be written ({error}). Choose another place with --out.") from error
     return path
 
 
-def _fill(file: h5py.File, audit: Mapping[str, Any]) -> None:
-    file.attrs["encoding-type"], file.attrs["encoding-version"] = ENCODING_TYPE, ENCODING_VERSION
-    file.attrs["creator"], file.attrs["creator_version"] = "gradprobe", __version__
-    group = file.create_group("audit")
-    for name in ("task", "weight", "class", "sentence", "same_twice"):
+def _fill(file: h5py.File, audit: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    tasks = (*audit["others"], audit["task"])
+    nothing = Header(tasks, (), np.zeros(0, np.int64), np.zeros((0, len(tasks)), bool), provenance)
+    content.fill(file, nothing, content.State(end="finished"), {}, {})
+    group = file.create_group(GROUP)
+    for name in ABOUT:
         group.attrs[name] = audit[name]
     steps = np.arange(len(audit["displacement"]), dtype="<i8")
     _dataset(group, "step", steps, "training step, from 0; compared after the step's update", "step")
@@ -69,6 +78,23 @@ def _fill(file: h5py.File, audit: Mapping[str, Any]) -> None:
     for name, meaning in DOOR_NUMBERS.items():
         _dataset(group, name, _numbers([d[name] for d in doors]), meaning, "door")
     _dataset(group, "json", np.array([json.dumps(audit)], dtype=object), "all of it, as --json prints it", "")
+
+
+def read(piece: Piece) -> dict[str, Any] | None:
+    """What a file says of an audit, by the names in docs/run-file.md; None: it holds none.
+
+    ``about`` maps the attributes; texts are tuples, numbers arrays.
+
+    Raises:
+        RunFileError: It is damaged, or not as docs/run-file.md says.
+    """
+    if f"{GROUP}/step" not in piece:
+        return None
+    with piece.reading():
+        group = piece.file[GROUP]
+        texts = {name: tuple(printable(str(v)) for v in group[name].asstr()[()]) for name in DOOR_TEXTS}
+        numbers = {name: group[name][()] for name in ("step", *STEP_FIELDS, *DOOR_NUMBERS)}
+        return {"about": {name: attribute(group, name) for name in ABOUT}, **texts, **numbers}
 
 
 def _numbers(values: Sequence[float | None]) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.runfile import frames, schema
+from gradprobe.runfile import audits, frames, schema
 from gradprobe.runfile.extras import optional
 from gradprobe.runfile.reader import Run
 
@@ -108,6 +108,10 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
         yield "update_cosines", _tidy(run, schema.UPDATES, "cosine", stride)
         yield "update_shares", _tidy(run, schema.UPDATES, "share", stride)
         yield "update_effects", _tidy(run, schema.UPDATES, "effect", stride)
+    if (audit := run.audit) is not None:
+        steps, doors = ("step", *audits.STEP_FIELDS), (*audits.DOOR_TEXTS, *audits.DOOR_NUMBERS)
+        yield "audit_steps", iter([{name: audit[name] for name in steps}])
+        yield "audit_doors", iter([{name: _cells(audit[name]) for name in doors}])
     reach = {f"reach.{task}": run.reach[:, i].astype(np.int8) for i, task in enumerate(run.tasks)}
     yield "layer_table", iter([{"layer": _text(run.layers), "parameters": run.layer_size, **reach}])
     yield "epochs", iter([run.epochs])
@@ -139,6 +143,10 @@ def _tidy(run: Run, table: schema.Table, name: str, stride: int) -> Iterator[Tab
             **{a: frames.along(_text(frames.names(run, a)), i + 1, values.shape) for i, a in enumerate(axes[1:])},
             name: values.ravel(),
         }
+
+
+def _cells(values: Any) -> NDArray[Any]:
+    return _text(values) if isinstance(values, tuple) else np.asarray(values)
 
 
 def _text(values: tuple[str, ...]) -> NDArray[Any]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import schema, sessions, untrusted
+from gradprobe.runfile import audits, schema, sessions, untrusted
 from gradprobe.runfile.content import sources
 from gradprobe.runfile.pieces import Piece, open_pieces
 
@@ -274,6 +274,15 @@ class Run:
     def sources(self) -> Names:
         """What an update comes from: the tasks, weight decay, and momentum from steps that were not taken apart."""
         return tuple(sources(self.tasks))
+
+    @property
+    def audit(self) -> dict[str, Any] | None:
+        """What ``gradprobe audit --out`` wrote, see :func:`gradprobe.runfile.audits.read`; None: no audit.
+
+        ``about`` (task, weight, class, sentence, same_twice); ``step``, ``displacement``, ``ulp`` (s,); ``door``,
+        ``state``, ``evidence``, ``how_to_shut``, ``contribution``, ``left_when_shut`` (D,).
+        """
+        return audits.read(self._files[0])
 
     @property
     def epochs(self) -> dict[str, NDArray[Any]]:

@@ -12,6 +12,8 @@ import numpy as np
 ENCODING_TYPE = "gradprobe-run"
 ENCODING_VERSION = "1.0"
 PARTS_SUFFIX = ".parts"
+AUDIT = "audit"
+"""The group of what :mod:`gradprobe.runfile.audits` writes."""
 
 CHUNK_ROWS = 4096
 """Rows in a chunk, and in a piece of a run that is copied."""

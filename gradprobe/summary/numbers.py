@@ -113,6 +113,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "features": _features(seen),
         "interference": _interference(seen, measures.interference(gram, weight)),
         "updates": updates.summarise(run, seen, updates.gradient_share(gram, weight)),
+        "audit": _audit(run),
         "metrics": _metrics(run),
         "overhead": _overhead(run),
     }
@@ -246,6 +247,23 @@ def _metrics(run: Run) -> dict[str, Any]:
             "best_is": "lowest" if lower else "highest",
         }
     return found
+
+
+def _audit(run: Run) -> dict[str, Any] | None:
+    """What an audit found, where the file holds one."""
+    found = run.audit
+    if found is None:
+        return None
+    keys = ("door", "state", "contribution", "left_when_shut", "evidence", "how_to_shut")
+    return {
+        **found["about"],
+        "steps": len(found["step"]),
+        "displacement": _number(found["displacement"][-1]) if len(found["step"]) else None,
+        "doors": [
+            {key: value if isinstance(value, str) else _number(value) for key, value in zip(keys, row, strict=True)}
+            for row in zip(*(found[key] for key in keys), strict=True)
+        ],
+    }
 
 
 def _overhead(run: Run) -> dict[str, float | None]:

@@ -141,4 +141,4 @@ def _least(values: Array) -> float | None:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{round(100 * share) + 0} %"  # never -0

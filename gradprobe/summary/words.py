@@ -22,6 +22,8 @@ PAIRS_IN_WORDS = 3
 def sentences(summary: dict[str, Any]) -> list[str]:
     """What a run shows, in words, from its :func:`~gradprobe.summary.numbers.summarise`."""
     said = [_what_it_is(summary), *_gaps(summary), *_looked_at(summary)]
+    if summary["audit"] is not None:
+        return [*said, *_audited(summary["audit"])]
     if not summary["rows"]:
         return [*said, "No row was recorded, so there is nothing to say about gradients."]
     said += [*_losses_and_weights(summary), *_norms(summary)]
@@ -49,6 +51,14 @@ def _what_it_is(summary: dict[str, Any]) -> str:
     if summary["level"] == "features":
         where = _count(len(summary["features"]), "feature")
     return f"{summary['file']}: {rows}, tasks {_and(summary['tasks'])}, {where}{trainer}; {state}."
+
+
+def _audited(audit: dict[str, Any]) -> list[str]:
+    said = [f"An audit, not a recording: {audit['sentence']}"]
+    for door in audit["doors"]:
+        if door["state"] == "open":
+            said.append(f"{door['door']}: {door['evidence']}. To shut it: {door['how_to_shut']}.")
+    return said
 
 
 def _gaps(summary: dict[str, Any]) -> list[str]:
