@@ -318,6 +318,26 @@ def test_accumulated_gradients_are_counted_and_not_taken_apart(tmp_path):
     assert statuses(tmp_path / "run.h5") == [module.SEVERAL_CALLS] * 3
 
 
+def test_a_step_that_makes_its_own_gradient_says_so(tmp_path):
+    model = Net()
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    with gradprobe.attach(model, TASKS, tmp_path / "run.h5", every=1, optimizer=opt, updates=True) as probe:
+
+        def closure():
+            opt.zero_grad()
+            losses = losses_of(model, probe.step)
+            probe.backward(losses, WEIGHTS)
+            return losses["a"]
+
+        for step in range(4):
+            opt.step(closure) if step % 2 else opt.step(closure=closure)
+    found, _, _ = updates_of(tmp_path / "run.h5")
+    assert statuses(tmp_path / "run.h5") == [module.CLOSURE] * 4
+    assert found["calls"].tolist() == [1] * 4
+    assert found["skipped"].tolist() == [0] * 4
+    assert np.isnan(found["share"]).all()
+
+
 def test_steps_without_a_gradient_are_counted_as_skipped(tmp_path):
     def drop(model, step):
         if step in (2, 5):

@@ -33,6 +33,7 @@ NO_GRADIENT = "the optimizer was given no gradient, so the step changed nothing"
 SEVERAL_CALLS = "the update came from several calls of the probe: accumulated, or after a step that was skipped"
 FOREIGN_GRADIENT = "the optimizer's gradient is no multiple of the weighted sum of the tasks' gradients"
 FOREIGN_UPDATE = "the update is not the sum of its parts: something else than the optimizer's own rule made it"
+CLOSURE = "the optimizer's step makes its own gradient (a closure), which cannot be seen before the step"
 SCALED_INSIDE = "a fused optimizer takes the loss scale off within its step, where it cannot be seen"
 
 
@@ -75,6 +76,7 @@ class Updates:
         self._calls = self._skipped = 0
         self._passed = 0  # updates since the last one that was taken apart
         self._scale: float | None = None
+        self._closure = False
 
     # ---- called by the probe
 
@@ -155,16 +157,29 @@ class Updates:
         row = replace(row, bn_mean_drift=mean, bn_variance_drift=variance, bn_batches=batches)
         return Pending(row, weights, gram, gradients, self._private or [])
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        self._closure = any(given is not None for given in (*args[1:2], options.get("closure")))
+        if self._closure:
+            return
+        idle = self._counted()
+        if self._pending is not None:
+            self._follow(self._pending, lambda pending: self._look(pending, idle))
+
+    def _counted(self) -> bool:
+        """Count the step that is made; whether it has no gradient."""
         idle = all(p.grad is None for group in self._optimizer.param_groups for p in group["params"])
         self._skipped += idle
         self._passed += not idle
         calls, self._calls = self._calls, 0
         if self._pending is not None:
             self._pending.row = replace(self._pending.row, calls=calls, skipped=self._skipped)
-            self._follow(self._pending, lambda pending: self._look(pending, idle))
+        return idle
 
     def _after_step(self, *_: Any) -> None:
+        if self._closure:  # by now it has been called, and with it the probe
+            self._counted()
+            if self._pending is not None and self._pending.row.status == MEASURED:
+                self._pending.row = replace(self._pending.row, status=CLOSURE)
         pending, before = self._pending, self._before
         self._pending = self._before = None
         if pending is None:
