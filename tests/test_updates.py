@@ -444,6 +444,18 @@ def test_a_layer_that_one_task_does_not_reach(tmp_path):
     np.testing.assert_allclose(found["clip_share"].sum(axis=1), 1, atol=1e-4)
 
 
+def test_tasks_that_share_nothing_have_no_update_in_common(tmp_path):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(4, 1), "b": nn.Linear(4, 1)})
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    x = torch.randn(8, 4)
+    with gradprobe.attach(model, TASKS, tmp_path / "run.h5", every=1, optimizer=opt, updates=True) as probe:
+        with pytest.warns(RuntimeWarning, match="no two tasks reach a parameter in common"):
+            probe.backward({t: model[t](x).square().mean() for t in TASKS})
+        opt.step()
+    assert statuses(tmp_path / "run.h5") == [module.NOTHING_SHARED]
+
+
 def test_frozen_parameters_and_those_of_another_optimizer_do_not_move(tmp_path):
     model = Net()
     opt = torch.optim.SGD(model.trunk[0].parameters(), 0.1)

@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 from gradprobe.errors import ProbeError
 from gradprobe.ledger.update_parts import why_not
 from gradprobe.measures import Array
-from gradprobe.probes import walk
-from gradprobe.probes.graph import SharedLayers, reached
+from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import Level
 from gradprobe.probes.measuring import Measuring
 from gradprobe.probes.meter import Meter
@@ -25,6 +24,7 @@ from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import EARLIER_SOURCES, MEASURED, UpdateRow
 from gradprobe.updates.clip import Limit, norms, scale_without
 from gradprobe.updates.drift import Drift
+from gradprobe.updates.parameters import everything, private, squares
 from gradprobe.updates.taking_apart import WHOLE, Before, Kept, look_after, look_before
 
 T = TypeVar("T")
@@ -33,6 +33,8 @@ NO_GRADIENT = "the optimizer was given no gradient, so the step changed nothing"
 SEVERAL_CALLS = "the update came from several calls of the probe: accumulated, or after a step that was skipped"
 FOREIGN_GRADIENT = "the optimizer's gradient is no multiple of the weighted sum of the tasks' gradients"
 FOREIGN_UPDATE = "the update is not the sum of its parts: something else than the optimizer's own rule made it"
+NOTHING_SHARED = "the tasks share no layer, so there is no update that both have a part in"
+NOT_KEPT = "the tasks' gradients of this step were not kept"
 CLOSURE = "the optimizer's step makes its own gradient (a closure), which cannot be seen before the step"
 SCALED_INSIDE = "a fused optimizer takes the loss scale off within its step, where it cannot be seen"
 
@@ -151,7 +153,7 @@ class Updates:
             gradients = kept if factor == 1 else gradients
             measuring.meter.keep()  # the list is ours now
         if self._private is None and status == MEASURED:
-            self._private = _private(self._model, shared, losses)
+            self._private = private(self._model, shared, losses)
         row = self._empty(status)
         mean, variance, batches = self._drift.look(row.step)
         row = replace(row, bn_mean_drift=mean, bn_variance_drift=variance, bn_batches=batches)
@@ -200,8 +202,12 @@ class Updates:
     def _look(self, pending: Pending, idle: bool) -> UpdateRow:
         """At the gradient that the optimizer is given."""
         row, gradients = pending.row, pending.gradients
-        if row.status != MEASURED or gradients is None:
+        if row.status != MEASURED:
             return row
+        if not self._shared.layers:
+            return replace(row, status=NOTHING_SHARED)
+        if gradients is None:
+            return replace(row, status=NOT_KEPT)
         if idle:
             return replace(row, status=NO_GRADIENT)
         if row.calls > 1:
@@ -217,7 +223,7 @@ class Updates:
 
     def _clipped(self, pending: Pending, scale: float) -> UpdateRow:
         """What was done to the gradient since the backward."""
-        square, *heads = _squares([_all(self._model), *pending.private])
+        square, *heads = squares([everything(self._model), *pending.private])
         found = norms(scale, square, pending.gram, pending.weights, np.array(heads))
         self._limit.look(found.joint, scale)
         return replace(
@@ -272,26 +278,3 @@ class Updates:
             effect=np.full((layers, tasks, sources), np.nan),
             status=status,
         )
-
-
-def _private(model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor]) -> list[list[nn.Parameter]]:
-    """(T): what each task alone reaches."""
-    inside = {id(p) for p in shared.parameters}
-    uses = [reached(loss) for loss in losses]
-    own = [p for p in model.parameters() if id(p) not in inside and sum(id(p) in use for use in uses) == 1]
-    return [[p for p in own if id(p) in use] for use in uses]
-
-
-def _all(model: nn.Module) -> list[nn.Parameter]:
-    """Every parameter once."""
-    return list({id(p): p for p in walk.parameters(model)}.values())
-
-
-def _squares(parameters: Sequence[Sequence[nn.Parameter]]) -> list[float]:
-    """Squared norm of ``.grad`` over each list of parameters; one that has none counts as 0."""
-    sums = []
-    for members in parameters:
-        found = [p.grad.detach() for p in members if p.grad is not None]
-        lengths = [torch.linalg.vector_norm(g.to_dense() if g.layout != torch.strided else g) for g in found]
-        sums.append(float(torch.stack(lengths).double().square().sum()) if lengths else 0.0)
-    return sums
