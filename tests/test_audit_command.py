@@ -13,11 +13,12 @@ from gradprobe.audit import Options, audit, in_force
 from gradprobe.audit.pair import setting
 from gradprobe.audit.report import section
 from gradprobe.cli.app import run
-from gradprobe.errors import RunFileError
+from gradprobe.errors import MissingExtraError, RunFileError, UsageError
 from gradprobe.plots import divergence
 from gradprobe.runfile import open_run
-from gradprobe.trainers import audited
+from gradprobe.trainers import audited, registry
 from gradprobe.trainers.data import load_data
+from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import resolve
 
 mean_and_dropout, clean = factory("mean", "dropout"), factory()
@@ -130,6 +131,8 @@ def test_the_figure_shows_equal_steps_at_its_edge():
     (ax,) = figure.axes
     assert ax.get_xlabel() == "steps"
     assert ax.lines[0].get_ydata().tolist() == pytest.approx([1e-4, 1e-3, 1e-2])
+    figure.canvas.draw()
+    assert not [label.get_text() for label in ax.get_yticklabels() if "$" in label.get_text()]
     assert [text.get_text() for text in ax.texts] == ["lower edge: bitwise equal"]
     assert table.values["displacement"].tolist() == [0.0, 1e-3, 1e-2]
 
@@ -173,3 +176,46 @@ def test_the_bundled_trainers_doors(bundled, flags, opened, capsys):
     assert run([*bundled, "--steps", "5", *flags]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [door["door"] for door in found["doors"] if door["state"] == "open"] == opened
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_every_trainer_is_audited_or_refused_with_a_reason(trainer, bundled):
+    values = {"data": bundled[2], "imgsz": 32, "batch_size": 4}
+    if trainer in audited.REFUSED:
+        with pytest.raises(UsageError, match=f"--trainer {trainer}: .*weight 0"):
+            audited.check(trainer)
+        return
+    settings = resolve(
+        {"trainer": trainer, **values} | ({"double": ("model.9.cv1.conv",)} if trainer == "split" else {})
+    )
+    try:
+        registry.find(trainer).require(settings)
+    except MissingExtraError as missing:
+        pytest.skip(str(missing))
+    make = audited.factory(settings, load_data(settings.data, imgsz=32, seed=0))
+    outcome = setting(make, "cls", 1).run(1.0)
+    # What sends no gradient of the classifier into the detector's layers changes nothing even at weight 1.
+    assert (outcome.kind == "clean") == (trainer in ("dual", "detach"))
+
+
+def test_a_trainer_that_begins_above_0_says_with_which_flag(bundled, capsys):
+    assert run([*bundled, "--steps", "1", "--trainer", "uncertainty"]) == 2
+    assert "--weight 1" in capsys.readouterr().err
+
+
+def test_flags_of_record_reach_the_audited_training(bundled, monkeypatch):
+    seen = []
+    monkeypatch.setattr(audited, "factory", lambda settings, *_: seen.append(settings) or (_ for _ in ()).throw(Stop))
+    flags = ["--epochs", "3", "--lrf", "0.5", "--task-weights", "det=1,cls=0.25", "--gradnorm-momentum", "0.5"]
+    flags += ["--max-weight", "4", "--weight-sum", "3", "--gradnorm-layer", "model.9.cv2", "--preset", "report"]
+    with pytest.raises(Stop):
+        run([*bundled, *flags])
+    (settings,) = seen
+    assert (settings.trainer, settings.epochs, settings.lrf, settings.gradnorm_momentum) == ("gradnorm", 3, 0.5, 0.5)
+    assert (settings.task_weights, settings.max_weight, settings.weight_sum) == ((1.0, 0.25), 4, 3)
+    assert settings.gradnorm_layer == "model.9.cv2"
+    assert settings.keep_going
+
+
+class Stop(Exception):  # noqa: N818 - no error
+    pass

@@ -197,7 +197,9 @@ def _show(found: Audit, written: list[Path]) -> None:
     from gradprobe.audit.report import COLUMNS, lines, rows
 
     console = Console(highlight=False)
-    table = Table(*COLUMNS)
+    table = Table()
+    for column in COLUMNS:
+        table.add_column(column, overflow="fold")  # in a narrow terminal, names of tensors are broken and not cut
     for row in rows(found):
         table.add_row(*row, style="bold" if row[1] == "open" else None)
     if found.attribution is not None:
