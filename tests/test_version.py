@@ -114,8 +114,8 @@ def change(path: Path, version: str) -> None:
         file.attrs["encoding-version"] = version
         file.attrs["new"] = [1.0, 2.0]
         file["gram_noise"] = np.ones((12, 4, 3, 3), "<f4")
-        file.create_group("update").create_dataset("clip/scale", data=np.zeros((12, 5)))
-        file["update"].attrs["names"] = "of a later version"
+        file.create_group("later").create_dataset("clip/scale", data=np.zeros((12, 5)))
+        file["later"].attrs["names"] = "of a later version"
     with path.open("rb+") as raw:
         seal(raw)
 
