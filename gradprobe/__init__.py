@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gradprobe.probes.doctor import doctor
     from gradprobe.probes.probe import GradientProbe
     from gradprobe.runfile import Run, RunWriter, open_run
+    from gradprobe.updates import Updates
 
 _HOME = {
     "attach": "gradprobe.attachment",
@@ -25,9 +26,10 @@ _HOME = {
     "GradprobeError": "gradprobe.errors",
     "Run": "gradprobe.runfile",
     "RunWriter": "gradprobe.runfile",
+    "Updates": "gradprobe.updates",
 }
 
-__all__ = ["GradientProbe", "GradprobeError", "Run", "RunWriter", "attach", "doctor", "open_run"]
+__all__ = ["GradientProbe", "GradprobeError", "Run", "RunWriter", "Updates", "attach", "doctor", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gradprobe.probes.probe import GradientProbe
 from gradprobe.provenance import environment
 from gradprobe.runfile import RunWriter
+from gradprobe.updates import Updates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,6 +40,7 @@ def attach(
     memory: str = "normal",
     products: str = "direct",
     process_group: ProcessGroup | None = None,
+    updates: bool = False,
     sinks: Sequence[Sink] = (),
     provenance: Provenance | None = None,
     overwrite: bool = False,
@@ -49,6 +51,8 @@ def attach(
     Args:
         model, tasks, every, budget, optimizer, scaler, accumulate, shared, layers, level, features, memory, products,
             process_group: See :class:`gradprobe.GradientProbe`.
+        updates: Also record what the optimizer makes of the gradients, see :class:`gradprobe.Updates`; it needs
+            ``optimizer``.
         out: The run file; None: rows go to ``sinks`` only. Of several processes the first one writes it.
         sinks: Who gets the rows besides the file.
         provenance: Stored in the file, beside versions and machine.
@@ -95,6 +99,7 @@ def attach(
         memory=memory,
         products=products,
         process_group=process_group,
+        updates=Updates() if updates else None,
         provenance={"trainer": "attach", **environment(), **(provenance or {})},
         _caller=sys._getframe(1),
         _open=None if out is None else partial(RunWriter, out, overwrite=overwrite, resume=resume),

@@ -133,6 +133,25 @@ def dominance(gram: ArrayLike, weight: ArrayLike) -> Array:
     return result
 
 
+def share(parts: ArrayLike) -> Array:
+    """How much of a sum of vectors each of them is: <u_i, u> / <u, u> with u = sum_i u_i.
+
+    Args:
+        parts: (..., P, P), inner products of the parts.
+
+    Returns:
+        (..., P), dimensionless, summing to 1. Below 0: the part points against the sum. NaN where the sum is zero or
+        a part is missing.
+
+    >>> share([[4.0, -2.0], [-2.0, 9.0]])
+    array([0.22222222, 0.77777778])
+    """
+    along = np.asarray(parts, dtype=np.float64).sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: Array = along / along.sum(axis=-1, keepdims=True)
+    return result
+
+
 def interference(gram: ArrayLike, weight: ArrayLike) -> Array:
     """What each task's share of a plain gradient step does to each other's: w_j G_ij / (w_i G_ii).
 
@@ -152,6 +171,39 @@ def interference(gram: ArrayLike, weight: ArrayLike) -> Array:
     own = _diagonal(force)[..., :, None]
     with np.errstate(invalid="ignore", divide="ignore"):
         result: Array = np.where(own == 0, np.nan, force / own)
+    return result
+
+
+def update_effect(effect: ArrayLike, reach: ArrayLike) -> Array:
+    """What each part of an update changes each task's loss by over all shared layers, to first order.
+
+    Args:
+        effect: (..., L, T, S): by layer, task whose loss it is, and source of the part.
+        reach: (L, T) bool.
+
+    Returns:
+        (..., T, S), in units of loss; below 0: the loss falls. NaN where a layer that the task reaches is unknown.
+    """
+    there = np.asarray(reach, dtype=bool)[:, :, None]
+    total = np.where(there, np.asarray(effect, dtype=np.float64), 0.0).sum(axis=-3)
+    return np.where(there.any(axis=0), total, np.nan)
+
+
+def update_interference(effect: ArrayLike) -> Array:
+    """What each task's part of the real update does to each other's: the effects over a task's own.
+
+    Args:
+        effect: (..., T, S) from :func:`update_effect`.
+
+    Returns:
+        (..., T, T), dimensionless, read as :func:`interference`. NaN where a task's own part makes no progress: with
+        momentum it may point uphill.
+    """
+    values = np.asarray(effect, dtype=np.float64)
+    tasks = values[..., : values.shape[-2]]
+    own = _diagonal(tasks)[..., :, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: Array = np.where(own < 0, tasks / own, np.nan)
     return result
 
 

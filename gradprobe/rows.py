@@ -20,6 +20,9 @@ NONFINITE_GRADIENT = "a task's gradient is not finite"
 NONFINITE_LOSS = "a task's loss is not finite"
 MISSING_GRADIENT = "a task does not reach a layer that it reached at first"
 
+EARLIER_SOURCES = ("weight decay", "earlier momentum")
+"""What an update comes from beside the tasks, in the order of the columns of a ledger."""
+
 Provenance = Mapping[str, Any]
 """Names to strings, numbers, or lists of those; nested mappings are stored with dotted names."""
 
@@ -50,6 +53,7 @@ class Header:
         reach: (L, T) bool: which task's graph reaches which layer.
         provenance: Where the run comes from.
         features: None until, or unless, features are measured; they are announced by ``start_features``.
+        updates: Whether there are rows on what the optimizer made of the gradients; announced by ``start_updates``.
     """
 
     tasks: Sequence[str]
@@ -58,6 +62,7 @@ class Header:
     reach: NDArray[np.bool_]
     provenance: Provenance = field(default_factory=dict)
     features: FeatureHeader | None = None
+    updates: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,57 @@ class FeatureRow:
     time: float
     gram: Array
     overhead: float = 0.0
+
+
+@dataclass(frozen=True)
+class UpdateRow:
+    """What the optimizer made of the gradients of one step.
+
+    The update is taken apart by S sources: the tasks, then :data:`EARLIER_SOURCES`. What is not known is NaN.
+
+    Attributes:
+        step, epoch, time, overhead: As in :class:`Row`.
+        status: :data:`MEASURED`, or the reason why the update is not taken apart.
+        joint_norm: Norm of the joint gradient over all that the optimizer trains, before it was clipped.
+        clip_scale: By what the gradient was multiplied between the backward and the optimizer; 1: not clipped.
+        clip_share: (T,) each task's part in the square of ``joint_norm``; they sum to 1.
+        clip_scale_without: (T,) what ``clip_scale`` would have been had the task been absent.
+        calls: Of the probe, for this update.
+        skipped: Steps so far that changed nothing.
+        bn_mean_drift, bn_variance_drift, bn_batches: Of running statistics since the row before; see
+            :mod:`gradprobe.updates.drift`.
+        parts: (L, S, S) inner products of the parts of the update, in (unit of parameter)^2.
+        effect: (L, T, S) inner products of each unweighted task gradient with each part: what the part changes the
+            task's loss by, to first order.
+    """
+
+    step: int
+    epoch: int
+    time: float
+    joint_norm: float
+    clip_scale: float
+    clip_share: Array
+    clip_scale_without: Array
+    calls: int
+    skipped: int
+    bn_mean_drift: float
+    bn_variance_drift: float
+    bn_batches: float
+    parts: Array
+    effect: Array
+    overhead: float = 0.0
+    status: str = MEASURED
+
+
+@runtime_checkable
+class UpdateSink(Protocol):
+    """What a :class:`Sink` has besides, where it takes rows on updates. Others are not asked to."""
+
+    def start_updates(self, header: Header) -> None:
+        """Called once, after ``start`` and before the first such row, with the same header."""
+
+    def write_updates(self, row: UpdateRow) -> None:
+        """Called once per step whose update was looked at, steps increasing."""
 
 
 @runtime_checkable

@@ -296,7 +296,9 @@ def test_nothing_is_left_behind(where, level, memory, monkeypatch):
                 spoilt()
     if where == "in the backward":
         own.remove()
-    parts = {k: v for k, v in vars(probe._measuring).items() if k not in ("tasks", "level", "optimizer", "epoch")}
+    parts = {
+        k: v for k, v in vars(probe._measuring).items() if k not in ("tasks", "level", "optimizer", "epoch", "beside")
+    }
     references = [weakref.ref(x) for x in (probe, *parts.values(), losses["t0"])]
     del probe, parts, losses, outcome
     gc.collect()

@@ -66,6 +66,17 @@ def test_two_processes_record_what_one_does_with_all_samples(way, dtype, folder,
     assert two[1]["status"].tolist() == [0] * STEPS
 
 
+def test_updates_of_two_processes_are_those_of_one(folder, tmp_path):
+    two_ranks.updated(two_ranks.make(torch.float32), tmp_path / "one.h5", lambda x: x)
+    with gradprobe.open_run(tmp_path / "one.h5") as one, gradprobe.open_run(folder / "updates.h5") as two:
+        found = one.updates
+        for name in ("share", "shared_cosine", "clip_scale", "clip_share", "clip_scale_without", "effect", "status"):
+            scale = np.nanmax(np.abs(found[name]))
+            np.testing.assert_allclose(two[f"update/{name}"], found[name], rtol=1e-4, atol=1e-4 * scale, err_msg=name)
+        assert found["status"].tolist() == [0] * STEPS
+        assert (found["clip_scale"] < 1).all()
+
+
 @DTYPES
 def test_features_of_two_processes_are_those_of_one(dtype, folder, tmp_path):
     two_ranks.recorded(two_ranks.make(dtype), tmp_path / "one.h5", lambda x: x, "both", dtype)

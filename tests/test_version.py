@@ -114,8 +114,8 @@ def change(path: Path, version: str) -> None:
         file.attrs["encoding-version"] = version
         file.attrs["new"] = [1.0, 2.0]
         file["gram_noise"] = np.ones((12, 4, 3, 3), "<f4")
-        file.create_group("update").create_dataset("clip/scale", data=np.zeros((12, 5)))
-        file["update"].attrs["names"] = "of a later version"
+        file.create_group("later").create_dataset("clip/scale", data=np.zeros((12, 5)))
+        file["later"].attrs["names"] = "of a later version"
     with path.open("rb+") as raw:
         seal(raw)
 
@@ -125,11 +125,11 @@ def test_a_later_minor_version_is_read_with_what_it_adds(copy, tmp_path):
     with open_run(copy) as run:
         np.testing.assert_array_equal(run["loss"], np.array([4.0, 2.0, 1.0]) / 2.0 ** np.arange(12)[:, None])
         assert run["gram_noise"].shape == (12, 4, 3, 3)
-        assert run["update/clip/scale"].shape == (12, 5)
+        assert run["later/clip/scale"].shape == (12, 5)
     assert check(copy).whole
     report = repair(copy, tmp_path / "saved.h5")
     assert [(f.kind, f.what) for f in report.findings] == [
-        ("note", "what this version does not know is left out: gram_noise, update")
+        ("note", "what this version does not know is left out: gram_noise, later")
     ]
 
 

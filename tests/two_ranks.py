@@ -102,6 +102,23 @@ def recorded(model, path, share, way, dtype, sinks=()):
         return train(model, share, way, dtype, probe)
 
 
+def updated(model, path, share):
+    """With the updates of AdamW after clipping; by both ways of measuring in turn."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    optimizer = torch.optim.AdamW(inner.parameters(), 1e-2)
+    with gradprobe.attach(model, TASKS, path, every=1, optimizer=optimizer, updates=True) as probe:
+        for step in range(STEPS):
+            found = losses(model, share(batch(step, torch.float32)))
+            if step % 2:
+                probe.backward(found, WEIGHTS)
+            else:
+                probe.record(found, WEIGHTS)
+                sum(WEIGHTS[t] * found[t] for t in TASKS).backward()
+            nn.utils.clip_grad_norm_(inner.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 def main(folder, rank):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
@@ -114,6 +131,7 @@ def main(folder, rank):
             model, sink = DistributedDataParallel(make(dtype)), Collector()
             out[way, dtype] = recorded(model, folder / f"{way}-{dtype}.h5", mine, way, dtype, [sink])
             out["sink", way, dtype] = len(sink.rows)
+    updated(DistributedDataParallel(make(torch.float32)), folder / "updates.h5", mine)
     out["bare"] = train(DistributedDataParallel(make(torch.float32)), mine, "backward", torch.float32)
     if find_spec("torchjd"):
         out["surgery"] = operated(DistributedDataParallel(make(torch.float64)), mine, torch.float64)

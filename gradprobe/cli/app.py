@@ -10,6 +10,7 @@ import typer
 
 from gradprobe import __version__
 from gradprobe.cli.advise import advise
+from gradprobe.cli.audit import audit
 from gradprobe.cli.check import check
 from gradprobe.cli.data import app as data_app
 from gradprobe.cli.doctor import doctor
@@ -48,6 +49,7 @@ app.command()(advise)
 app.command()(export)
 app.command()(check)
 app.command()(doctor)
+app.command()(audit)
 app.add_typer(data_app, name="data", help="Make the embedded data set, or check one of your own.")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -46,23 +45,18 @@ def doctor(
 
 
 def _made(target: str) -> tuple[Any, Any]:
-    import importlib
     from collections.abc import Mapping
 
     from torch import nn
 
-    name, colon, attribute = target.partition(":")
-    if not (name and colon and attribute):
-        raise UsageError(f"{target!r}: write MODULE:FACTORY, for example mytraining:make_case.")
-    sys.path.insert(0, "")  # the installed command does not look in the folder that it is called from
+    from gradprobe.cli.factory import named_function
+
     try:
-        made = getattr(importlib.import_module(name), attribute)()
+        made = named_function(target)()
     except GradprobeError:
         raise
     except Exception as error:
         raise UsageError(f"{target}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove("")
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], Mapping):
         return made
     raise UsageError(f"{target} returned a {type(made).__name__}, not a model and a mapping of task to loss.")

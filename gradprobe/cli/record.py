@@ -74,6 +74,13 @@ def record(
     ] = None,
     cagrad_c: Annotated[float | None, Option(help=f"Of cagrad. [default: {D.cagrad_c}]")] = None,
     every: Annotated[int | None, Option(help=f"Measure every so many steps. [default: {D.every}]")] = None,
+    updates: Annotated[
+        bool | None,
+        Option(
+            "--updates/--no-updates",
+            help="Also take the optimizer's updates apart by task, and record clipping. [default: off]",
+        ),
+    ] = None,
     bn_batches: Annotated[
         int | None, Option(help=f"To recompute BatchNorm before evaluating. [default: {D.bn_batches}]")
     ] = None,

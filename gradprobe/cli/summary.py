@@ -53,6 +53,12 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
             ["pair", "steps", "median", "25 %", "75 %", "stochastic conflict rate", "lowest layers (median)"],
             [_pair_row(name, pair) for name, pair in found["pairs"].items()],
         )
+    if found["updates"]:
+        yield _table(
+            "Updates (medians; after clipping, momentum and preconditioning)",
+            ["source", "share of gradient", "share of update", "part in the squared norm"],
+            [_update_row(name, found["updates"]) for name in found["updates"]["share"]],
+        )
     if found["metrics"]:
         yield _table(
             "Metrics per epoch",
@@ -82,6 +88,11 @@ def _task_row(name: str, task: dict[str, Any]) -> list[str]:
         task["grad_norm"]["median"],
         task["dominance"]["median"],
     )
+    return [name, *map(_text, values)]
+
+
+def _update_row(name: str, updates: dict[str, Any]) -> list[str]:
+    values = (updates["gradient_share"].get(name), updates["share"][name], updates["clipping"]["share"].get(name))
     return [name, *map(_text, values)]
 
 

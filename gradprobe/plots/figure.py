@@ -13,7 +13,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.plots import cosine, features, heatmap, layers, losses, metrics, norms, overview, series, style, weights
+from gradprobe.plots import (
+    cosine,
+    features,
+    heatmap,
+    layers,
+    losses,
+    metrics,
+    norms,
+    overview,
+    series,
+    style,
+    updates,
+    weights,
+)
 from gradprobe.plots.table import Table, long_csv, stack
 from gradprobe.runfile import Run, thin
 
@@ -30,7 +43,7 @@ class TaskPanel(Protocol):
         """Draw, and return the numbers drawn."""
 
 
-WHAT = ("overview", "losses", "weights", "norms", "cosine", "heatmap", "layers", "features", "metrics")
+WHAT = ("overview", "losses", "weights", "norms", "cosine", "heatmap", "layers", "features", "updates", "metrics")
 FORMATS = ("png", "svg", "pdf")
 
 DPI = 150
@@ -93,7 +106,7 @@ def write(run: Run, what: str, out: Path, *, data: bool = True) -> list[Path]:
         raise UsageError(f"{out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
     figure, tables = make(run, what)
     if not data:
-        _write_whole(out, render(figure, kind))
+        write_whole(out, render(figure, kind))
         return [out]
     return _write_both(out, render(figure, kind), long_csv(tables) if what == "overview" else tables[what].csv())
 
@@ -107,8 +120,8 @@ def write_drawn(figure: Figure, table: Table, out: Path) -> list[Path]:
 
 
 def _write_both(out: Path, picture: bytes, text: str) -> list[Path]:
-    _write_whole(out, picture)
-    _write_whole(out.with_suffix(".csv"), text.encode())
+    write_whole(out, picture)
+    write_whole(out.with_suffix(".csv"), text.encode())
     return [out, out.with_suffix(".csv")]
 
 
@@ -124,7 +137,7 @@ def render(figure: Figure, kind: str) -> bytes:
 def _lacks(run: Run, what: str) -> str | None:
     if what in BY_TASK:
         return BY_TASK[what].lacks(run)
-    lacks = {"metrics": metrics.lacks, "features": features.lacks}.get(what, cosine.lacks)
+    lacks = {"metrics": metrics.lacks, "features": features.lacks, "updates": updates.lacks}.get(what, cosine.lacks)
     return lacks(run)
 
 
@@ -134,6 +147,8 @@ def _single(run: Run, figure: Figure, what: str) -> Table:
         return BY_TASK[what].draw(run, figure.add_subplot())
     if what == "features":
         return features.draw(run, figure.add_subplot())
+    if what == "updates":
+        return updates.draw(run, figure)
     if what == "metrics":
         count = 2 if all(metrics.groups(run)) else 1
         return metrics.draw(run, list(figure.subplots(1, count, squeeze=False).flat), gap=0.04)
@@ -183,7 +198,7 @@ def _pair_panel(run: Run, ax: Axes, what: str, pair: int, room: int) -> Table:
     return heatmap.draw(run, ax, pair, room, colorbar=len(run.pairs) == 1)
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """The file is replaced in one step, so that nobody ever sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -49,12 +49,20 @@ class StepClock:
         self._calls = 0
         self._last_asked = -1
         self._handle: Any = None
+        self._others: list[Any] = []
         if optimizer is not None:
             self.follow(optimizer)
 
     def follow(self, optimizer: Optimizer) -> None:
         """From now on a step is what this optimizer's ``step()`` completes."""
         self._handle = optimizer.register_step_post_hook(self._stepped)
+
+    def around(self, optimizer: Optimizer, before: Callable[..., None], after: Callable[..., None]) -> None:
+        """Have ``before`` and ``after`` called around each step of the optimizer, until the clock is closed.
+
+        Whatever :meth:`follow` was called for counts the step before ``after`` is called.
+        """
+        self._others += [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
 
     def ask(self) -> tuple[bool, bool]:
         """Whether this is the first call in the present step, and whether the step is to be measured now.
@@ -90,9 +98,10 @@ class StepClock:
         return max(self.step, self._last_asked + 1)
 
     def close(self) -> None:
-        """Take the hook off the optimizer."""
-        if self._handle is not None:
-            self._handle.remove()
+        """Take the hooks off the optimizer."""
+        for handle in (self._handle, *self._others):
+            if handle is not None:
+                handle.remove()
 
     def _stepped(self, *_: Any) -> None:
         self.step += 1

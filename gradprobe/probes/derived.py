@@ -14,7 +14,7 @@ from gradprobe.measures import Array
 from gradprobe.probes import walk
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.passes import Listener, meeting, pass_to, state_kept
+from gradprobe.probes.passes import Gradients, Listener, combined, meeting, pass_to, state_kept
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.trace import Trace
 
@@ -43,6 +43,7 @@ class DerivedMeasurement:
         graph: Of the losses; says where the derived task has no path, where a difference would be rounding, not 0.
         ghosts: Weights whose gradients are not made.
         ranks: The processes whose gradients are averaged.
+        kept: Gets every task's gradients.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class DerivedMeasurement:
         graph: Trace,
         ghosts: Sequence[Ghost] = (),
         ranks: Alone | None = None,
+        kept: list[Gradients] | None = None,
     ) -> None:
         self.shared, self.graph, self._weights, self._derived = shared, graph, weights, derived
         # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
@@ -67,7 +69,7 @@ class DerivedMeasurement:
             for task in (t for t in range(len(losses)) if t != derived):
                 others[task] = pass_to(losses[task], shared.parameters, self._outputs, task)
                 back()
-        self._meeting = meeting(shared, others, derived, self._ranks)
+        self._meeting = meeting(shared, others, derived, self._ranks, kept)
         self.listener = Listener(shared.parameters, self._take, skipped=self._outputs.places)
         """To be entered while the joint backward runs, as is :meth:`at_outputs`."""
 
@@ -98,7 +100,12 @@ class DerivedMeasurement:
         if not self._paths[index]:
             self._meeting.add(index, None)
         elif self._by_products:
-            self._meeting.add(index, joint)
+            own = None
+            if self._meeting.kept is not None and self._ranks.size == 1:
+                row = [*self._meeting.at(index)]
+                row[self._derived] = joint
+                own = combined(self._difference()[self._derived], row)
+            self._meeting.add(index, joint, own)
         else:
             rest = joint.to_dense() if joint.layout != torch.strided else joint.clone()
             for task, own in enumerate(self._meeting.at(index)):

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
+from gradprobe.probes.beside import Beside
 from gradprobe.probes.checks import Losses
 from gradprobe.probes.clock import StepClock
 from gradprobe.probes.derived import DerivedMeasurement
@@ -53,6 +54,7 @@ class Measuring:
         optimizer: Whose learning rate the rows carry.
         ranks: The processes that train together.
         epoch: Of the rows to come.
+        beside: Looks at what the optimizer makes of what was measured.
     """
 
     tasks: tuple[str, ...]
@@ -65,6 +67,13 @@ class Measuring:
     optimizer: Optimizer | None
     ranks: Alone
     epoch: int = 0
+    beside: Beside | None = None
+
+    def called(self) -> None:
+        """A call of the probe is over."""
+        if self.beside is not None:
+            self.beside.called()
+        self.clock.called()
 
     def due(self) -> Due:
         """Asked once per call of the probe."""
@@ -147,7 +156,8 @@ class Measuring:
             "epoch": self.epoch,
             "last_row": self.report.last_step,
             "last_metrics": self.report.last_metrics,
-            "seconds": self._now(),
+            "seconds": self.now(),
+            **({"updates": self.beside.state_dict()} if self.beside is not None else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -156,13 +166,15 @@ class Measuring:
         Raises:
             ProbeError: It is the state of something else.
         """
-        lacking = [key for key in self.state_dict() if key not in state]
+        lacking = [key for key in self.state_dict() if key not in state and key != "updates"]
         if lacking:
             raise ProbeError(f"this is no state of a probe: it lacks {lacking}. Load what probe.state_dict() gave.")
         self.clock.load_state_dict(state["clock"])
         self.meter.load_state_dict(state["meter"])
         self.epoch = state["epoch"]
         self.report.started = time.perf_counter() - state["seconds"]
+        if self.beside is not None and "updates" in state:
+            self.beside.load_state_dict(state["updates"])
         self.report.rewind(self.clock.first_open, state["last_metrics"])
 
     def _emit(
@@ -206,11 +218,13 @@ class Measuring:
                 gram = self.meter.last_gram = self.scale.off(gram)
                 self.meter.check_reach(self.tasks, gram)
                 status = status_of(values, gram, header.reach, lambda: self.meter.reach_now(self._ordered(losses)))
+        if self.beside is not None:
+            self.beside.measured(self._ordered(losses), weights, gram, status)
         self.report.row(
             Row(
                 step=self.clock.step,
                 epoch=self.epoch,
-                time=self._now(),
+                time=self.now(),
                 loss=values,
                 weight=weights,
                 gram=gram,
@@ -228,7 +242,7 @@ class Measuring:
         if gram is not None and self.features.names:
             # The gradient of a mean over processes, at features that each process has for itself.
             gram = self.ranks.mean(self.features.arranged(features, gram)) / self.ranks.size
-            self.report.features(FeatureRow(self.clock.step, self.epoch, self._now(), gram, overhead=watch.seconds))
+            self.report.features(FeatureRow(self.clock.step, self.epoch, self.now(), gram, overhead=watch.seconds))
 
     def _find_features(self, losses: Losses) -> list[Feature]:
         self.find(losses)  # a file begins with its layers
@@ -246,7 +260,8 @@ class Measuring:
     def _guarded_together(self, measure: Callable[[], T]) -> tuple[T | None, str]:
         return self._guarded(lambda: self.ranks.together(measure))
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Seconds since recording started."""
         return time.perf_counter() - self.report.started
 
 

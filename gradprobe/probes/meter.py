@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from gradprobe.probes.derived import (
 from gradprobe.probes.ghost import find_ghosts
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.limits import refuse
-from gradprobe.probes.passes import measure_explicitly
+from gradprobe.probes.passes import Gradients, measure_explicitly
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.trace import trace
 
@@ -47,6 +48,8 @@ class Meter:
     Attributes:
         shared: None before the first measurement.
         last_gram: (L, T, T) of the last row that was measured; None before.
+        kept: (T) gradients of the last measurement, scaled as the losses were; None: nobody wants them, see
+            :meth:`keep`.
     """
 
     def __init__(
@@ -74,6 +77,17 @@ class Meter:
         self._derived, self._trusted = 0, True  # rows with a derived task; whether these equal explicit ones
         self.shared: SharedLayers | None = None
         self.last_gram: Array | None = None
+        self.kept: list[Gradients] | None = None
+
+    def keep(self) -> None:
+        """From now on keep every task's gradients of a measurement, T copies of the shared parameters.
+
+        Raises:
+            ProbeError: They are not made, or memory was to stay low.
+        """
+        if self._memory == "low" or self._ghostly:
+            raise ProbeError("updates= needs every task's gradients: leave memory='low' and products='ghost' out.")
+        self.kept = []
 
     def state_dict(self) -> dict[str, Any]:
         """What a later meter needs to measure as this one would have, to the last digit."""
@@ -89,6 +103,11 @@ class Meter:
         self.last_gram = None if gram is None else np.array(gram, dtype=np.float64)
         self._derived, self._trusted = state["derived"]
         self._ghostly, self._ghosts_checked = self._ghostly and ghosts[0], ghosts[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return next((p.device for p in self._model.parameters()), torch.device("cpu"))
 
     def find(self, losses: Losses) -> SharedLayers:
         """The shared layers; searched for once, and followed when their parameters are replaced.
@@ -128,7 +147,7 @@ class Meter:
         if self._memory == "low":
             return measure_by_blocks(self._model, shared, losses, trace(losses), ranks=self._ranks)
         if not self._ghostly:
-            return measure_explicitly(self._model, shared, losses, ranks=self._ranks)
+            return measure_explicitly(self._model, shared, losses, ranks=self._ranks, kept=self.kept)
         gram = measure_explicitly(self._model, shared, losses, find_ghosts(trace(losses), shared))
         return gram if self._ghosts_checked else self._check_ghosts(gram, shared, losses)
 
@@ -149,8 +168,10 @@ class Meter:
         if not self._ranks.all(may_be_derived(self._model, shared, graph)):
             return self.explicit(shared, losses)
         ghosts = find_ghosts(graph, shared) if self._ghostly else []
-        model, ranks = self._model, self._ranks
-        return ranks.together(lambda: DerivedMeasurement(model, shared, losses, weights, derived, graph, ghosts, ranks))
+        model, ranks, kept = self._model, self._ranks, self.kept
+        return ranks.together(
+            lambda: DerivedMeasurement(model, shared, losses, weights, derived, graph, ghosts, ranks, kept)
+        )
 
     def finish(self, measurement: DerivedMeasurement, losses: Sequence[Tensor]) -> Array:
         """The Gramians once the joint backward has run, and kept the graph for a second look."""

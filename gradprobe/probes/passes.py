@@ -144,22 +144,37 @@ class Meeting:
         shared: The layers.
         others: Task -> its gradients. Emptied as the last task's arrive.
         last: The task that is still to come.
+        kept: Gets every task's gradients, so that T copies stay alive; None: none are kept.
     """
 
-    def __init__(self, shared: SharedLayers, others: dict[int, Gradients], last: int) -> None:
+    def __init__(
+        self, shared: SharedLayers, others: dict[int, Gradients], last: int, kept: list[Gradients] | None = None
+    ) -> None:
         self.sum = GramianSum(shared.layers, len(others) + 1)
-        self.others, self.last = others, last
+        self.others, self.last, self.kept = others, last, kept
+        if kept is not None:
+            kept[:] = [[None] * len(shared.parameters) for _ in range(len(others) + 1)]
         self._missing = set(range(len(shared.parameters)))
 
     def at(self, index: int) -> Gradients:
         """All tasks' gradients on one parameter as far as they are known; None for the last task's."""
         return [self.others[task][index] if task != self.last else None for task in range(len(self.others) + 1)]
 
-    def add(self, index: int, gradient: Tensor | None) -> None:
-        """The last task's gradient on one parameter has come."""
+    def add(self, index: int, gradient: Tensor | None, own: Tensor | None = None) -> None:
+        """The last task's gradient on one parameter has come.
+
+        Args:
+            index: The place of the parameter.
+            gradient: What is multiplied with the others' gradients.
+            own: The last task's gradient, where that is another and gradients are kept.
+        """
         row = self.at(index)
         row[self.last] = gradient
         self.sum.add(index, row)
+        if self.kept is not None:
+            row[self.last] = gradient if own is None else own
+            for task, found in enumerate(row):
+                self.kept[task][index] = found
         self._missing.discard(index)
         for gradients in self.others.values():
             gradients[index] = None
@@ -181,12 +196,19 @@ class MeetingOfRanks(Meeting):
     So T copies of the shared parameters are alive at the end, and two of one task's.
     """
 
-    def __init__(self, shared: SharedLayers, others: dict[int, Gradients], last: int, ranks: Alone) -> None:
-        super().__init__(shared, others, last)
+    def __init__(
+        self,
+        shared: SharedLayers,
+        others: dict[int, Gradients],
+        last: int,
+        ranks: Alone,
+        kept: list[Gradients] | None = None,
+    ) -> None:
+        super().__init__(shared, others, last, kept)
         self._ranks, self._parameters = ranks, shared.parameters
         self._last: Gradients = [None] * len(shared.parameters)
 
-    def add(self, index: int, gradient: Tensor | None) -> None:
+    def add(self, index: int, gradient: Tensor | None, own: Tensor | None = None) -> None:
         """The last task's gradient on one parameter has come, of this process alone."""
         # A copy: the backward may put it into .grad, where it is averaged in place.
         self._last[index] = gradient.clone() if gradient is not None else None
@@ -199,12 +221,37 @@ class MeetingOfRanks(Meeting):
             gradients[:] = self._ranks.average(gradients, self._parameters)
         for index in range(len(self._last)):
             self.sum.add(index, [gradients[index] for gradients in tasks])
+        if self.kept is not None:
+            self.kept[:] = tasks
+            if change is not None:
+                self.kept[self.last] = [
+                    None if row[self.last] is None else combined(change[self.last], row)
+                    for row in zip(*tasks, strict=True)
+                ]
         return self.sum.result(change)
 
 
-def meeting(shared: SharedLayers, others: dict[int, Gradients], last: int, ranks: Alone) -> Meeting:
+def combined(factors: Array, gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """The sum of gradients on one parameter times their factors, dense; None: there are none."""
+    total: Tensor | None = None
+    for factor, gradient in zip(factors, gradients, strict=True):
+        if gradient is not None and factor:
+            dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
+            total = dense * float(factor) if total is None else total.add_(dense, alpha=float(factor))
+    return total
+
+
+def meeting(
+    shared: SharedLayers,
+    others: dict[int, Gradients],
+    last: int,
+    ranks: Alone,
+    kept: list[Gradients] | None = None,
+) -> Meeting:
     """The one that fits the number of processes."""
-    return Meeting(shared, others, last) if ranks.size == 1 else MeetingOfRanks(shared, others, last, ranks)
+    if ranks.size == 1:
+        return Meeting(shared, others, last, kept)
+    return MeetingOfRanks(shared, others, last, ranks, kept)
 
 
 def measure_explicitly(
@@ -213,14 +260,23 @@ def measure_explicitly(
     losses: Sequence[Tensor],
     ghosts: Sequence[Ghost] = (),
     ranks: Alone | None = None,
+    kept: list[Gradients] | None = None,
 ) -> Array:
-    """The Gramians (L, T, T) by one explicit pass per task; some weights' by their ghosts."""
+    """The Gramians (L, T, T) by one explicit pass per task; some weights' by their ghosts.
+
+    ``kept`` gets every task's gradients.
+    """
     ranks = ranks or Alone()
-    return ranks.together(lambda: _passes(model, shared, losses, ghosts, ranks)).end()
+    return ranks.together(lambda: _passes(model, shared, losses, ghosts, ranks, kept)).end()
 
 
 def _passes(
-    model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor], ghosts: Sequence[Ghost], ranks: Alone
+    model: nn.Module,
+    shared: SharedLayers,
+    losses: Sequence[Tensor],
+    ghosts: Sequence[Ghost],
+    ranks: Alone,
+    kept: list[Gradients] | None,
 ) -> Meeting:
     parameters, last = shared.parameters, len(losses) - 1
     outputs = OutputGradients(ghosts)
@@ -229,7 +285,7 @@ def _passes(
         for task in range(last):
             others[task] = pass_to(losses[task], parameters, outputs, task)
             back()
-        met = meeting(shared, others, last, ranks)
+        met = meeting(shared, others, last, ranks, kept)
         with Listener(parameters, met.add, skipped=outputs.places, hollow=True) as listener:
             pass_to(losses[last], parameters, outputs, last)
         if listener.failure is not None:

@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
+from gradprobe.probes.beside import Beside
 from gradprobe.probes.binding import Groups, Selection, Shared
 from gradprobe.probes.checks import Losses, Weights, check_losses, task_names, weight_values
 from gradprobe.probes.clock import StepClock, bare
@@ -59,6 +60,7 @@ class GradientProbe:
         process_group: Of a data-parallel training that averages gradients over it; found by itself where ``model`` is
             DDP. The gradients that are measured are averaged likewise, losses too; ``batch_size`` is summed up. Every
             process calls its probe at every step, and the sinks of the first one get the rows.
+        updates: A :class:`gradprobe.Updates`, which looks at what the optimizer makes of the gradients.
         provenance: Stored in the header.
 
     Raises:
@@ -84,6 +86,7 @@ class GradientProbe:
         memory: str = "normal",
         products: str = "direct",
         process_group: ProcessGroup | None = None,
+        updates: Beside | None = None,
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
         _open: Callable[[], Sink] | None = None,
@@ -106,6 +109,9 @@ class GradientProbe:
             report.warn(clock.step, reason)
 
         meter = Meter(model, selection, memory, products, warn, ranks)
+        if updates is not None:
+            updates.check(self.tasks, chosen, optimizer, meter)
+            how["updates"] = True
         # The last that can raise, so that what failed left nothing attached. The file is opened when the old probe of
         # the same variable, which may hold it, is closed.
         make_room(model, _caller or sys._getframe(1))
@@ -124,6 +130,9 @@ class GradientProbe:
         )
         if optimizer is not None:
             clock.follow(optimizer)
+        if updates is not None:
+            updates.open(self._measuring, model)
+            self._measuring.beside = updates
         self._model = model
         claim(model, self)
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
@@ -164,7 +173,7 @@ class GradientProbe:
             self._measuring.backward(losses, values, total, due, batch_size)
         else:
             total.backward()
-        self._clock.called()
+        self._measuring.called()
 
     def record(self, losses: Losses, weights: Weights | None = None, *, batch_size: int = 0) -> None:
         """Measure on due steps and change nothing; the loop's own backward comes after.
@@ -176,7 +185,7 @@ class GradientProbe:
         due = self._measuring.due()
         if due:
             self._measuring.record(losses, values, due, batch_size)
-        self._clock.called()
+        self._measuring.called()
 
     def note(self, losses: Losses, weights: Weights | None, status: str, *, batch_size: int = 0) -> None:
         """Instead of the two above, for a step that the loop cannot take, such as one with a NaN loss.
@@ -186,7 +195,7 @@ class GradientProbe:
         self._check_open()
         values, batch_size = weight_values(self.tasks, weights, self.step), whole("batch_size", batch_size, least=0)
         self._measuring.note(losses, values, status, batch_size)
-        self._clock.called()
+        self._measuring.called()
 
     def log_metrics(self, epoch: int, **values: float) -> None:
         """Hand on metrics of one epoch."""

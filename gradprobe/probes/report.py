@@ -27,6 +27,8 @@ from gradprobe.rows import (
     ResumableSink,
     Row,
     Sink,
+    UpdateRow,
+    UpdateSink,
 )
 
 T = TypeVar("T")
@@ -52,7 +54,8 @@ class Reporter:
         self._tasks, self._sinks, self._provenance = tuple(tasks), list(sinks), dict(provenance or {})
         self._warned: set[str] = set()
         self._closed = False
-        self._last_feature_step = -1
+        self._last_feature_step = self._last_update_step = -1
+        self._updates_started = False
         self.header: Header | None = None
         self.feature_header: FeatureHeader | None = None
         self.last_step = -1
@@ -103,6 +106,20 @@ class Reporter:
             if isinstance(sink, FeatureSink):
                 self._hand(sink, row.step, sink.write_features, row)
 
+    def updates(self, row: UpdateRow) -> None:
+        """Hand on a row on an update, announced before the first; not a second one of the same step."""
+        if self.header is None or row.step <= self._last_update_step:
+            return
+        for sink in list(self._sinks) if not self._updates_started else ():
+            if isinstance(sink, UpdateSink):
+                self._start(sink, sink.start_updates, self.header)
+        self._updates_started = True
+        self._last_update_step = row.step
+        self.overhead += row.overhead
+        for sink in self._sinks:
+            if isinstance(sink, UpdateSink):
+                self._hand(sink, row.step, sink.write_updates, row)
+
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Hand on metrics of one epoch.
 
@@ -121,6 +138,7 @@ class Reporter:
     def rewind(self, step: int, epoch: int) -> None:
         """The training goes on from ``step``, with metrics up to ``epoch``: sinks that can forget what came after."""
         self.last_step, self._last_feature_step = min(self.last_step, step - 1), min(self._last_feature_step, step - 1)
+        self._last_update_step = min(self._last_update_step, step - 1)
         self.last_metrics = epoch
         for sink in self._sinks:
             if isinstance(sink, ResumableSink):
@@ -162,7 +180,7 @@ class Reporter:
             self._warned.add(reason)
             warnings.warn(f"gradprobe: step {step}: {reason}. Training goes on.", RuntimeWarning, stacklevel=5)
 
-    def _start(self, sink: Sink, start: Callable[[Any], None], header: Header | FeatureHeader) -> None:
+    def _start(self, sink: Any, start: Callable[[Any], None], header: Header | FeatureHeader) -> None:
         """Start one sink; one that cannot is left out."""
         try:
             start(header)
@@ -173,7 +191,7 @@ class Reporter:
             what = f"{type(sink).__name__} could not start and is left out: {type(error).__name__}: {error}"
             self.warn(max(self.last_step, 0), what)
 
-    def _hand(self, sink: Sink | FeatureSink, step: int, write: Callable[[Any], None], row: Any) -> None:
+    def _hand(self, sink: Any, step: int, write: Callable[[Any], None], row: Any) -> None:
         try:
             write(row)
         except Exception as error:  # a display or a logger must not end a training
@@ -188,7 +206,7 @@ class Reporter:
             self._failed(sink, max(self.last_step, 0), error)
             return None
 
-    def _failed(self, sink: Sink | FeatureSink, step: int, error: Exception) -> None:
+    def _failed(self, sink: Any, step: int, error: Exception) -> None:
         self.warn(step, f"{type(sink).__name__} failed: {type(error).__name__}: {error}")
 
 

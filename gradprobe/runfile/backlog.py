@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from gradprobe.rows import FeatureRow, Row
+from gradprobe.rows import FeatureRow, Row, UpdateRow
 
-AnyRow = Row | FeatureRow
+AnyRow = Row | FeatureRow | UpdateRow
 
 ROW_OVERHEAD = 1000
 """Bytes of a row beyond its Gramian: objects, losses, weights."""
@@ -14,6 +14,8 @@ ROW_OVERHEAD = 1000
 
 def size(row: AnyRow) -> int:
     """About how many bytes of memory a row takes."""
+    if isinstance(row, UpdateRow):
+        return row.parts.nbytes + row.effect.nbytes + ROW_OVERHEAD
     return row.gram.nbytes + ROW_OVERHEAD
 
 

@@ -19,6 +19,8 @@ DAMAGED, INCOMPLETE, NOTE = "damaged", "incomplete", "note"
 
 _BLOCK = 4096
 
+_LENGTHS = ("grad_norm", "shared_grad_norm", "update_norm", "shared_update_norm", "joint_norm", "overhead")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -216,9 +218,9 @@ def _readable(piece: Piece, table: schema.Table, report: Report) -> Iterator[tup
 
 
 def _impossible(piece: Piece, name: str, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    if name in ("step", "epoch", "batch_size"):
+    if name in ("step", "epoch", "batch_size", "calls", "skipped"):
         yield "is negative", values < 0
-    elif name in ("grad_norm", "shared_grad_norm", "overhead"):
+    elif name in _LENGTHS:
         yield "is negative or infinite", (values < 0) | np.isinf(values)
     elif name in ("cosine", "shared_cosine"):
         yield "is beyond -1 to 1", np.abs(values) > 1

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe import __version__, measures
-from gradprobe.rows import MEASURED, FeatureRow, Header, Row
+from gradprobe.rows import EARLIER_SOURCES, MEASURED, FeatureRow, Header, Row, UpdateRow
 from gradprobe.runfile import schema
 
 Columns = dict[str, NDArray[Any]]
@@ -62,12 +62,41 @@ def feature_columns(rows: Sequence[FeatureRow], header: Header) -> Columns:
     return _stored(schema.FEATURES, rows, values, header)
 
 
+def update_columns(rows: Sequence[UpdateRow], header: Header, state: State) -> Columns:
+    """The same for rows on updates."""
+    layers, tasks = len(header.layers), len(header.tasks)
+    names = tasks + len(EARLIER_SOURCES)
+    parts = np.array([row.parts for row in rows], dtype=np.float64).reshape(len(rows), layers, names, names)
+    reach = np.asarray(header.reach, dtype=bool)
+    own = np.where(reach[:, :, None] & reach[:, None, :], parts[..., :tasks, :tasks], np.nan)
+    shared_norm, shared_cosine = measures.over_layers(own, header.reach)
+    values: dict[str, Any] = {
+        "update_norm": measures.norm(own),
+        "cosine": measures.pair_cosine(own),
+        "shared_update_norm": shared_norm,
+        "shared_cosine": shared_cosine,
+        "share": measures.share(parts),
+        "shared_share": measures.share(parts.sum(axis=1)),
+        "status": [state.status_code(row.status) for row in rows],
+    }
+    return _stored(schema.UPDATES, rows, values, header)
+
+
+def tables(header: Header) -> list[schema.Table]:
+    """The tables of a file with this header."""
+    features = [schema.FEATURES] if header.features is not None else []
+    return [schema.ROWS, *features, *([schema.UPDATES] if header.updates else [])]
+
+
 def _gramians(rows: Sequence[Row] | Sequence[FeatureRow], places: int, tasks: int) -> measures.Array:
     return np.array([row.gram for row in rows], dtype=np.float64).reshape(len(rows), places, tasks, tasks)
 
 
 def _stored(
-    table: schema.Table, rows: Sequence[Row] | Sequence[FeatureRow], values: Mapping[str, Any], header: Header
+    table: schema.Table,
+    rows: Sequence[Row] | Sequence[FeatureRow] | Sequence[UpdateRow],
+    values: Mapping[str, Any],
+    header: Header,
 ) -> Columns:
     """What is not among ``values`` is an attribute of each row."""
     return {
@@ -76,6 +105,11 @@ def _stored(
         ).reshape(lengths(f, header, len(rows)))
         for f in table.fields
     }
+
+
+def sources(tasks: Sequence[str]) -> list[str]:
+    """What an update comes from."""
+    return [*tasks, *EARLIER_SOURCES]
 
 
 def lengths(field_: schema.Field, header: Header, rows: int = 0) -> tuple[int, ...]:
@@ -87,6 +121,7 @@ def lengths(field_: schema.Field, header: Header, rows: int = 0) -> tuple[int, .
         schema.TASK: tasks,
         schema.PAIR: tasks * (tasks - 1) // 2,
         schema.FEATURE: len(header.features.features) if header.features is not None else 0,
+        schema.SOURCE: tasks + len(EARLIER_SOURCES),
     }
     return tuple(sizes[axis] for axis in field_.axes)
 
@@ -124,14 +159,13 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
     """
     _write_attributes(file, state)
     _write_names(file, header)
-    tables = [schema.ROWS] if header.features is None else [schema.ROWS, schema.FEATURES]
-    for table in tables:
+    for table in tables(header):
         count = content.get(table.group, Stretch()).count
         for field_ in table.fields:
             _create(file, table.path(field_.name), field_, lengths(field_, header, count))
         _scale(file, table.path(schema.STEP))
     file["status"].attrs["status_names"] = attribute(state.status_names)
-    for table in tables:
+    for table in tables(header):
         for field_ in table.fields:
             _attach(file, table, field_)
     for field_ in schema.HEADER_FIELDS:
@@ -140,7 +174,7 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
         _attach(file, schema.FEATURES, schema.FEATURE_SIZE)
     _write_epochs(file, epochs)
     _write_provenance(file.create_group("provenance"), header.provenance)
-    for table in tables:
+    for table in tables(header):
         _write_rows(file, table, content.get(table.group, Stretch()).blocks)
 
 
@@ -197,6 +231,8 @@ def _write_names(file: h5py.File, header: Header) -> None:
     }
     if header.features is not None:
         names[schema.FEATURES.path(schema.FEATURE)] = list(header.features.features)
+    if header.updates:
+        names[schema.UPDATES.path(schema.SOURCE)] = sources(header.tasks)
     for path, values in names.items():
         dataset = file.create_dataset(path, data=np.array(values, dtype=object), dtype=text, track_times=False)
         dataset.attrs["long_name"] = schema.MEANINGS[path.rpartition("/")[2]]
@@ -228,7 +264,8 @@ def _attach(file: h5py.File, table: schema.Table, field_: schema.Field) -> None:
     dataset = file[table.path(field_.name)]
     for index, axis in enumerate(field_.axes):
         if field_.name != axis:
-            dataset.dims[index].attach_scale(file[table.path(axis) if axis in (schema.STEP, schema.FEATURE) else axis])
+            own = axis in (schema.STEP, schema.FEATURE, schema.SOURCE)
+            dataset.dims[index].attach_scale(file[table.path(axis) if own else axis])
         dataset.dims[index].label = axis
 
 

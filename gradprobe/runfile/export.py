@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.runfile import frames, schema
+from gradprobe.runfile import audits, frames, schema
 from gradprobe.runfile.extras import optional
 from gradprobe.runfile.reader import Run
 
@@ -26,6 +26,9 @@ Table = dict[str, NDArray[Any]]
 """Columns of one length, by name."""
 
 FORMATS = ("csv", "parquet", "netcdf", "tensorboard")
+
+_CURVES = ("lr", "overhead", "joint_norm", "clip_scale", "skipped", "bn_mean_drift", "bn_variance_drift", "bn_batches")
+"""Of what has one number per step, what TensorBoard is to show."""
 
 
 def export(run: Run, to: str, out: Path | None = None, *, stride: int = 1) -> Path:
@@ -98,6 +101,17 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
     if run.feature_names:
         yield "features", _tidy(run, schema.FEATURES, "grad_norm", stride)
         yield "feature_cosines", _tidy(run, schema.FEATURES, "cosine", stride)
+    if schema.UPDATES.path(schema.STEP) in run:
+        blocks = run.blocks(run.count(schema.UPDATES), stride=stride, table=schema.UPDATES)
+        yield "updates", (_rows(run, block, schema.UPDATES) for block in blocks)
+        yield "update_layers", _tidy(run, schema.UPDATES, "update_norm", stride)
+        yield "update_cosines", _tidy(run, schema.UPDATES, "cosine", stride)
+        yield "update_shares", _tidy(run, schema.UPDATES, "share", stride)
+        yield "update_effects", _tidy(run, schema.UPDATES, "effect", stride)
+    if (audit := run.audit) is not None:
+        steps, doors = ("step", *audits.STEP_FIELDS), (*audits.DOOR_TEXTS, *audits.DOOR_NUMBERS)
+        yield "audit_steps", iter([{name: audit[name] for name in steps}])
+        yield "audit_doors", iter([{name: _cells(audit[name]) for name in doors}])
     reach = {f"reach.{task}": run.reach[:, i].astype(np.int8) for i, task in enumerate(run.tasks)}
     yield "layer_table", iter([{"layer": _text(run.layers), "parameters": run.layer_size, **reach}])
     yield "epochs", iter([run.epochs])
@@ -105,10 +119,10 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
     yield "provenance", iter([{"name": _text(tuple(run.provenance)), "value": _text(tuple(values))}])
 
 
-def _rows(run: Run, block: Table) -> Table:
+def _rows(run: Run, block: Table, of: schema.Table = schema.ROWS) -> Table:
     """What has a value per step: a column for every task or pair, named ``loss.det``."""
     table: Table = {}
-    for field in schema.ROW_FIELDS:
+    for field in of.fields:
         values = block[field.name]
         if field.name == "status":
             table["status"] = _text(run.status_names)[values]
@@ -126,10 +140,13 @@ def _tidy(run: Run, table: schema.Table, name: str, stride: int) -> Iterator[Tab
         values = block[name]
         yield {
             axes[0]: frames.along(block[schema.STEP], 0, values.shape),
-            axes[1]: frames.along(_text(frames.names(run, axes[1])), 1, values.shape),
-            axes[2]: frames.along(_text(frames.names(run, axes[2])), 2, values.shape),
+            **{a: frames.along(_text(frames.names(run, a)), i + 1, values.shape) for i, a in enumerate(axes[1:])},
             name: values.ravel(),
         }
+
+
+def _cells(values: Any) -> NDArray[Any]:
+    return _text(values) if isinstance(values, tuple) else np.asarray(values)
 
 
 def _text(values: tuple[str, ...]) -> NDArray[Any]:
@@ -218,8 +235,10 @@ def _scalars(run: Run, table: schema.Table, block: Table) -> Table:
     for field in table.fields:
         values, tag = block[field.name], table.path(field.name)
         if field.axes == (schema.STEP,):
-            if field.name in ("lr", "overhead"):
+            if field.name in _CURVES:
                 found[tag] = values
+            continue
+        if len(field.axes) > 3:  # T x P curves a layer that nobody would look at one by one
             continue
         heads = frames.names(run, field.axes[-1])
         if len(field.axes) == 2:

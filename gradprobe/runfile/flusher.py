@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from gradprobe.rows import FeatureRow, Header, Row
+from gradprobe.rows import FeatureRow, Header, Row, UpdateRow
 from gradprobe.runfile import content, schema
 from gradprobe.runfile.backlog import AnyRow, Backlog
 from gradprobe.runfile.store import Store
@@ -177,4 +177,7 @@ def _side_by_side(rows: list[AnyRow], header: Header, state: content.State) -> d
     if header.features is not None:
         features = [row for row in rows if isinstance(row, FeatureRow)]
         found[schema.FEATURES.group] = content.feature_columns(features, header)
+    if header.updates:
+        updates = [row for row in rows if isinstance(row, UpdateRow)]
+        found[schema.UPDATES.group] = content.update_columns(updates, header, state)
     return found

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import schema
+from gradprobe.runfile import audits, schema
 from gradprobe.runfile.extras import optional
 
 if TYPE_CHECKING:
@@ -75,7 +75,20 @@ def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
         steps = schema.FEATURES.path(schema.STEP)
         coordinates[schema.FEATURE] = np.array(run.feature_names, dtype=object)
         coordinates[_axis(schema.FEATURES, schema.STEP)] = run.read(steps, stride=stride)
+    if schema.UPDATES.path(schema.STEP) in run:
+        coordinates[schema.SOURCE] = np.array(run.sources, dtype=object)
+        coordinates[_axis(schema.UPDATES, schema.STEP)] = run.read(schema.UPDATES.path(schema.STEP), stride=stride)
+    if (audit := run.audit) is not None:
+        fields_of = {"step": ("step", *audits.STEP_FIELDS), "door": (*audits.DOOR_TEXTS, *audits.DOOR_NUMBERS)}
+        for axis, fields in fields_of.items():
+            name = f"{schema.AUDIT}.{axis}"
+            coordinates[name] = _column(audit[axis])
+            variables |= {f"{schema.AUDIT}.{f}": ((name,), _column(audit[f])) for f in fields if f != axis}
     return xarray.Dataset(variables, coordinates, about_run(run))
+
+
+def _column(values: Any) -> NDArray[Any]:
+    return np.array(values, dtype=object) if isinstance(values, tuple) else np.asarray(values)
 
 
 def _axis(table: schema.Table, axis: str) -> str:
@@ -100,6 +113,7 @@ def names(run: Run, axis: str) -> tuple[str, ...]:
         schema.TASK: run.tasks,
         schema.PAIR: run.pairs,
         schema.FEATURE: run.feature_names,
+        schema.SOURCE: run.sources,
     }[axis]
 
 

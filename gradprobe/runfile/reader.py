@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import schema, sessions, untrusted
+from gradprobe.runfile import audits, schema, sessions, untrusted
+from gradprobe.runfile.content import sources
 from gradprobe.runfile.pieces import Piece, open_pieces
 
 if TYPE_CHECKING:
@@ -167,13 +168,13 @@ class Run:
                     pieces.append(dataset[(slice(ahead, rows, stride), *columns)])
             ahead += len(range(ahead, rows, stride)) * stride - rows
         values = np.concatenate(pieces)
-        if name == "status" and values.size and values.max() >= len(self.status_names):
-            raise RunFileError(f"{self.path}: is damaged: status {values.max()} has no name in status_names.")
+        if field.name == "status" and values.size and values.max() >= len(self.status_names):
+            raise RunFileError(f"{self.path}: is damaged: {name} {values.max()} has no name in status_names.")
         return values
 
     def names(self) -> list[str]:
         """Every dataset that can be read by name."""
-        places = ("", f"{schema.FEATURES.group}/")
+        places = [table.path("") for table in schema.TABLES]
         found = {
             f"{place}{name}"
             for piece in self._files
@@ -255,6 +256,33 @@ class Run:
             return {}
         names = [*(field.name for field in table.fields), schema.FEATURE, schema.FEATURE_SIZE.name]
         return {name: self.read(table.path(name)) for name in names}
+
+    @property
+    def updates(self) -> dict[str, NDArray[Any]]:
+        """What the optimizer made of the gradients, by name; empty where it was not recorded.
+
+        As docs/run-file.md describes ``update/``, and ``source``, the names of what an update comes from. Each by
+        itself: ``run["update/shared_share"]``.
+        """
+        table = schema.UPDATES
+        if table.path(schema.STEP) not in self:
+            return {}
+        found = {field.name: self.read(table.path(field.name)) for field in table.fields}
+        return {**found, schema.SOURCE: np.array(self.sources, dtype=object)}
+
+    @property
+    def sources(self) -> Names:
+        """What an update comes from: the tasks, weight decay, and momentum from steps that were not taken apart."""
+        return tuple(sources(self.tasks))
+
+    @property
+    def audit(self) -> dict[str, Any] | None:
+        """What ``gradprobe audit --out`` wrote, see :func:`gradprobe.runfile.audits.read`; None: no audit.
+
+        ``about`` (task, weight, class, sentence, same_twice); ``step``, ``displacement``, ``ulp`` (s,); ``door``,
+        ``state``, ``evidence``, ``how_to_shut``, ``contribution``, ``left_when_shut`` (D,).
+        """
+        return audits.read(self._files[0])
 
     @property
     def epochs(self) -> dict[str, NDArray[Any]]:

@@ -79,6 +79,7 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         header.reach,
         {**header.provenance, "repair": {"of": pieces[0].path.name, "lost": lost}},
         _features(pieces, report),
+        updates=any(schema.UPDATES.path(schema.STEP) in piece for piece in pieces),
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +220,7 @@ def _features(pieces: list[Piece], report: Report) -> FeatureHeader | None:
 
 _KNOWN = {
     *(field.name for field in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS)),
-    *(schema.LAYER, schema.TASK, schema.PAIR, schema.FEATURES.group, "epochs", "provenance"),
+    *(schema.LAYER, schema.TASK, schema.PAIR, schema.FEATURES.group, schema.UPDATES.group, "epochs", "provenance"),
 }
 
 

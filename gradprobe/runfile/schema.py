@@ -12,11 +12,14 @@ import numpy as np
 ENCODING_TYPE = "gradprobe-run"
 ENCODING_VERSION = "1.0"
 PARTS_SUFFIX = ".parts"
+AUDIT = "audit"
+"""The group of what :mod:`gradprobe.runfile.audits` writes."""
 
 CHUNK_ROWS = 4096
 """Rows in a chunk, and in a piece of a run that is copied."""
 
 STEP, LAYER, TASK, PAIR, EPOCH, FEATURE = "step", "layer", "task", "pair", "epoch", "feature"
+SOURCE = "source"
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,86 @@ FEATURE_FIELDS: tuple[Field, ...] = (
 FEATURE_SIZE = _field("feature_size", "feature", "<i8", "numbers that the feature had for the first batch")
 
 
+UPDATE_FIELDS: tuple[Field, ...] = (
+    _field("step", "step", "<i8", "training step whose update this is, from 0"),
+    _field("epoch", "step", "<i4", "epoch of the row, from 0"),
+    _field("time", "step", "<f8", "time since recording started", "s"),
+    _field(
+        "joint_norm",
+        "step",
+        "<f4",
+        "Euclidean norm of the weighted joint gradient over all that is trained, before clipping; NaN: unknown",
+        "loss per unit of parameter",
+    ),
+    _field("clip_scale", "step", "<f4", "what the gradient was multiplied with before the update; 1: not clipped"),
+    _field(
+        "clip_share",
+        "step task",
+        "<f4",
+        "the task's part in the square of joint_norm; sums to 1; below 0: it made the norm smaller; NaN: unknown",
+    ),
+    _field(
+        "clip_scale_without",
+        "step task",
+        "<f4",
+        "what clip_scale would have been without the task; NaN: unknown",
+    ),
+    _field("calls", "step", "<i4", "calls of the probe that this update followed; 0: none"),
+    _field("skipped", "step", "<i4", "steps of the run so far that changed nothing"),
+    _field(
+        "bn_mean_drift",
+        "step",
+        "<f4",
+        "root mean square change of BatchNorm's running means since the row before, in running standard deviations",
+    ),
+    _field(
+        "bn_variance_drift",
+        "step",
+        "<f4",
+        "root mean square change of the logarithm of BatchNorm's running variances since the row before",
+    ),
+    _field("bn_batches", "step", "<f4", "most batches per step that one BatchNorm averaged since the row before"),
+    _field(
+        "update_norm",
+        "step layer task",
+        "<f4",
+        "Euclidean norm of the task's part of the update; 0: exactly zero; NaN: none or not told apart",
+        "unit of parameter",
+    ),
+    _field(
+        "cosine",
+        "step layer pair",
+        "<f4",
+        "cosine of the angle between two tasks' parts of the update; NaN: one is zero, missing or not told apart",
+    ),
+    _field(
+        "shared_update_norm",
+        "step task",
+        "<f4",
+        "update_norm over all layers that the task reaches",
+        "unit of parameter",
+    ),
+    _field("shared_cosine", "step pair", "<f4", "cosine over all layers that both tasks reach"),
+    _field(
+        "share",
+        "step layer source",
+        "<f4",
+        "inner product of a part of the update with all of it, over the square of all of it; sums to 1",
+    ),
+    _field("shared_share", "step source", "<f4", "share over all shared layers together"),
+    _field(
+        "effect",
+        "step layer task source",
+        "<f4",
+        "change of the task's unweighted loss that the part of the update on the layer makes, to first order; NaN: the "
+        "task does not reach the layer, or not told apart",
+        "loss",
+    ),
+    _field("overhead", "step", "<f4", "time spent measuring this row", "s"),
+    _field("status", "step", "|u1", "0: taken apart; else an index into the attribute status_names of /status"),
+)
+
+
 @dataclass(frozen=True)
 class Table:
     """Datasets along one step axis: those at the root, or those of a group that has steps of its own.
@@ -115,8 +198,9 @@ class Table:
 
 
 ROWS, FEATURES = Table("", ROW_FIELDS), Table("features", FEATURE_FIELDS)
+UPDATES = Table("update", UPDATE_FIELDS)
 
-TABLES = (ROWS, FEATURES)
+TABLES = (ROWS, FEATURES, UPDATES)
 """All there can be in a file; only the first is in every one."""
 
 
@@ -135,6 +219,7 @@ MEANINGS = {f.name: f.meaning for f in (*ROW_FIELDS, *HEADER_FIELDS)} | {
     "task": "names of the tasks",
     "pair": "two task names joined by |",
     "feature": "names of the layers that make the features at which tasks part",
+    "source": "what an update comes from: the tasks, weight decay, and momentum from steps that were not taken apart",
 }
 
 

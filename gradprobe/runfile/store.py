@@ -75,7 +75,7 @@ class Store:
         """
         with Run(self.path) as old:
             header = _same_layers(self.path, header, old, any(old["step"] < step))
-            header = replace(header, features=_kept_features(old, step))
+            header = replace(header, features=_kept_features(old, step), updates=_kept_updates(old, step))
             kept = {e: v for e, v in old.epochs_by_number().items() if e <= epoch}
             self._number = self.state.merged_through = old.last_part
             self.state.status_names = list(old.status_names)
@@ -277,6 +277,12 @@ def _same_layers(path: Path, header: Header, old: Run, any_kept: bool) -> Header
             f"tasks {list(header.tasks)} on {len(header.layers)} layers. Resume with the same model."
         )
     return header
+
+
+def _kept_updates(old: Run, step: int) -> bool:
+    """Whether rows on updates are kept."""
+    table = schema.UPDATES
+    return bool(old.count(table)) and bool(any(old[table.path(schema.STEP)] < step))
 
 
 def _kept_features(old: Run, step: int) -> FeatureHeader | None:

@@ -15,7 +15,8 @@ import h5py
 import numpy as np
 from h5py import h5a, h5d, h5g, h5o, h5s, h5t
 
-from gradprobe.runfile import schema
+from gradprobe.rows import EARLIER_SOURCES
+from gradprobe.runfile import audits, schema
 from gradprobe.runfile.attributes import MAX_TEXT, NUMBERS, RefusedError, attribute, printable
 from gradprobe.runfile.sums import SummedFile
 
@@ -168,6 +169,10 @@ def _check_known(found: _Found, raw: SummedFile) -> None:
         _check_field(found, field.name, field.dtype, tuple(lengths[axis] for axis in field.axes))
     if f"/{schema.FEATURES.group}" in found:
         _check_features(found, raw, lengths)
+    if f"/{schema.UPDATES.group}" in found:
+        _check_updates(found, raw, lengths)
+    if f"/{schema.AUDIT}" in found:
+        _check_audit(found, raw)
     for name in ("epochs", "provenance"):
         if not isinstance(found.get(f"/{name}"), h5py.Group):
             raise RefusedError(f"has no group {name!r}")
@@ -183,6 +188,30 @@ def _check_features(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> 
     for field in (*schema.FEATURES.fields, schema.FEATURE_SIZE):
         shape = tuple({**lengths, **own}[axis] for axis in field.axes)
         _check_field(found, schema.FEATURES.path(field.name), field.dtype, shape)
+
+
+def _check_updates(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> None:
+    """The table `update/`: all of it or none."""
+    own = {axis: _shape(found, schema.UPDATES.path(axis), 1)[0] for axis in (schema.STEP, schema.SOURCE)}
+    _check_text(found, schema.UPDATES.path(schema.SOURCE), raw)
+    if own[schema.SOURCE] != lengths[schema.TASK] + len(EARLIER_SOURCES):
+        raise RefusedError(f"has {own[schema.SOURCE]} parts of updates for {lengths[schema.TASK]} tasks")
+    for field in schema.UPDATES.fields:
+        shape = tuple({**lengths, **own}[axis] for axis in field.axes)
+        _check_field(found, schema.UPDATES.path(field.name), field.dtype, shape)
+
+
+def _check_audit(found: _Found, raw: SummedFile) -> None:
+    """The group `audit/`: all of it or none."""
+    steps, doors = (_shape(found, f"{schema.AUDIT}/{axis}", 1) for axis in ("step", "door"))
+    _check_field(found, f"{schema.AUDIT}/step", np.dtype("<i8"), steps)
+    for fields, shape in ((audits.STEP_FIELDS, steps), (audits.DOOR_NUMBERS, doors)):
+        for name in fields:
+            _check_field(found, f"{schema.AUDIT}/{name}", np.dtype("<f8"), shape)
+    for name in audits.DOOR_TEXTS:
+        if _shape(found, f"{schema.AUDIT}/{name}", 1) != doors:
+            raise RefusedError(f"dataset '{schema.AUDIT}/{name}' is not as long as its doors")
+        _check_text(found, f"{schema.AUDIT}/{name}", raw)
 
 
 def _shape(found: _Found, name: str, dimensions: int) -> tuple[int, ...]:

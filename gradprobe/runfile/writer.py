@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gradprobe.errors import GradprobeError, RunFileError
-from gradprobe.rows import FeatureHeader, FeatureRow, Header, Row
+from gradprobe.rows import FeatureHeader, FeatureRow, Header, Row, UpdateRow
 from gradprobe.runfile import parts, schema
 from gradprobe.runfile.files import Disk
 from gradprobe.runfile.flusher import Flusher
@@ -133,7 +133,20 @@ class RunWriter:
         """Queue one feature row; returns at once."""
         self._queue(row)
 
-    def _queue(self, row: Row | FeatureRow) -> None:
+    def start_updates(self, header: Header) -> None:
+        """Announce rows on updates; see :class:`gradprobe.rows.UpdateSink`."""
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            if self._flusher.header is not None:
+                self._flusher.header = replace(self._flusher.header, updates=True)
+                self._flusher.changed = True
+
+    def write_updates(self, row: UpdateRow) -> None:
+        """Queue one row on an update; returns at once."""
+        self._queue(row)
+
+    def _queue(self, row: Row | FeatureRow | UpdateRow) -> None:
         if self._foreign():
             return
         with self._flusher.lock:

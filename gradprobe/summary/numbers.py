@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from gradprobe import measures
 from gradprobe.measures import Array
 from gradprobe.rows import MEASURED
-from gradprobe.runfile import Run, thin
-from gradprobe.summary import words
+from gradprobe.runfile import Run, schema, thin
+from gradprobe.summary import updates, words
 
 LOWEST_LAYERS = 3
 LOWER_IS_BETTER = ("loss", "error", "rmse", "mae")
@@ -112,6 +112,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "pairs": _pairs(seen),
         "features": _features(seen),
         "interference": _interference(seen, measures.interference(gram, weight)),
+        "updates": updates.summarise(run, seen, updates.gradient_share(gram, weight)),
+        "audit": _audit(run),
         "metrics": _metrics(run),
         "overhead": _overhead(run),
     }
@@ -243,10 +245,29 @@ def _metrics(run: Run) -> dict[str, Any]:
     return found
 
 
+def _audit(run: Run) -> dict[str, Any] | None:
+    """What an audit found, where the file holds one."""
+    found = run.audit
+    if found is None:
+        return None
+    keys = ("door", "state", "contribution", "left_when_shut", "evidence", "how_to_shut")
+    return {
+        **found["about"],
+        "steps": len(found["step"]),
+        "displacement": _number(found["displacement"][-1]) if len(found["step"]) else None,
+        "doors": [
+            {key: value if isinstance(value, str) else _number(value) for key, value in zip(keys, row, strict=True)}
+            for row in zip(*(found[key] for key in keys), strict=True)
+        ],
+    }
+
+
 def _overhead(run: Run) -> dict[str, float | None]:
     seconds = float(np.nansum(run["overhead"], dtype=np.float64))
     if run.feature_names:
         seconds += float(np.nansum(run["features/overhead"], dtype=np.float64))
+    if schema.UPDATES.path("overhead") in run:
+        seconds += float(np.nansum(run["update/overhead"], dtype=np.float64))
     elapsed = float(np.max(run["time"], initial=0.0))
     return {"seconds": seconds, "share": measures.known(seconds / elapsed) if elapsed > 0 else None}
 

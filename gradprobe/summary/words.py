@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from gradprobe.summary import updates
+
 CAUTION = (
     "These are single minibatches: mostly noise. They do not show whether interference is there, or whether "
     "anything reduced it: that takes a control run."
@@ -20,6 +22,8 @@ PAIRS_IN_WORDS = 3
 def sentences(summary: dict[str, Any]) -> list[str]:
     """What a run shows, in words, from its :func:`~gradprobe.summary.numbers.summarise`."""
     said = [_what_it_is(summary), *_gaps(summary), *_looked_at(summary)]
+    if summary["audit"] is not None:
+        return [*said, *_audited(summary["audit"])]
     if not summary["rows"]:
         return [*said, "No row was recorded, so there is nothing to say about gradients."]
     said += [*_losses_and_weights(summary), *_norms(summary)]
@@ -27,7 +31,7 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     if summary["level"] == "features":
         gradients.append("Gradients on parameters were not measured (level='features').")
     elif summary["layers"]:
-        gradients = [*_cosines(summary), *_first_order(summary), *gradients]
+        gradients = [*_cosines(summary), *_first_order(summary), *updates.sentences(summary["updates"]), *gradients]
     said += [*gradients, CAUTION] if gradients else []
     if summary["level"] != "features" and not summary["layers"]:
         said.append(
@@ -47,6 +51,14 @@ def _what_it_is(summary: dict[str, Any]) -> str:
     if summary["level"] == "features":
         where = _count(len(summary["features"]), "feature")
     return f"{summary['file']}: {rows}, tasks {_and(summary['tasks'])}, {where}{trainer}; {state}."
+
+
+def _audited(audit: dict[str, Any]) -> list[str]:
+    said = [f"An audit, not a recording: {audit['sentence']}"]
+    for door in audit["doors"]:
+        if door["state"] == "open":
+            said.append(f"{door['door']}: {door['evidence']}. To shut it: {door['how_to_shut']}.")
+    return said
 
 
 def _gaps(summary: dict[str, Any]) -> list[str]:

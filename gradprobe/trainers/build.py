@@ -20,6 +20,7 @@ from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification, build_mod
 from gradprobe.trainers.optim import make_optimizer, make_schedule
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import TASKS, Settings, as_provenance
+from gradprobe.updates import Updates
 
 if TYPE_CHECKING:
     from gradprobe.trainers.data import LoadedData
@@ -68,6 +69,7 @@ def build(
         sinks,
         every=settings.every,
         optimizer=optimizer,
+        updates=Updates() if settings.updates else None,
         provenance={
             "trainer": settings.trainer,
             "settings": as_provenance(settings),

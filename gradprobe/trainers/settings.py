@@ -59,6 +59,7 @@ class Settings:
     cagrad_c: float = 0.4
 
     every: int = 2  # steps between two measurements
+    updates: bool = False  # what the optimizer makes of the gradients, at the same steps
     bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
     skip_bad: bool = False
     keep_going: bool = False

@@ -1,0 +1,215 @@
+"""One of the two trainings: takes steps, records what each stage left, and lets closings interfere."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradprobe.audit.closing import Closing
+from gradprobe.audit.experiment import Experiment
+from gradprobe.audit.patches import patched
+from gradprobe.audit.record import StepRecord, copied, gradients, leaves, random_states
+from gradprobe.errors import UsageError
+
+
+class Arm:
+    """A training with or without the task.
+
+    Attributes:
+        experiment: Its own, or one that both arms share in turn.
+        weights: Of the tasks that are present.
+        task: The task whose influence is audited, present or not.
+        index: The step that is being made, from 0.
+        record: Of that step.
+        reference: The record that the other arm made of the same step, where there is one: closings replay from it.
+    """
+
+    def __init__(
+        self, experiment: Experiment, weights: Mapping[str, float], task: str, closings: Sequence[Closing] = ()
+    ) -> None:
+        self.experiment, self.weights, self.task = experiment, dict(weights), task
+        self.closings = list(closings)
+        self.index = -1
+        self.record = StepRecord()
+        self.reference: StepRecord | None = None
+        self.first_batch: Any = None
+        self._batches: Iterator[Any] = iter(())
+        self._backwards = 0
+
+    @property
+    def present(self) -> bool:
+        """Whether the audited task is."""
+        return self.task in self.weights
+
+    def advance(self, reference: StepRecord | None = None) -> StepRecord:
+        """Make one step.
+
+        Raises:
+            UsageError: The step function never called ``trace.losses``, or there are no batches.
+        """
+        self.index += 1
+        self.record, self.reference, self._backwards = StepRecord(), reference, 0
+        with ExitStack() as stack:
+            if self.closings:  # one that holds the optimizer back leaves a schedule waiting for its first step
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message=r"Detected call of `lr_scheduler\.step")
+            for closing in self.closings:
+                stack.enter_context(closing.around(self))
+            batch = self._fetch()
+            for closing in self.closings:
+                batch = closing.batch(self, batch)
+            self.record.batch = batch
+            self.first_batch = batch if self.index == 0 else self.first_batch
+            self.record.stages["data"] = copied(dict(leaves(batch)))
+            stack.enter_context(self._watched())
+            self.experiment.step(self, batch, dict(self.weights))
+            for closing in self.closings:
+                closing.finish(self)
+        self._look_back()
+        return self.record
+
+    # ---- what the step function calls
+
+    def losses(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`gradprobe.audit.experiment.Trace`."""
+        unknown = set(losses) - set(self.weights)
+        if unknown:
+            raise UsageError(
+                f"the step function handed over a loss of {sorted(unknown)}, which is absent in this arm; compute and "
+                "hand over the losses of the tasks in its argument `weights` alone."
+            )
+        forward = self.record.stages["forward"]
+        for task, loss in losses.items():
+            forward.setdefault(f"loss of {task}", loss.detach().clone())
+        forward.update(copied(dict(self.experiment.model.named_buffers())))
+        forward.update(random_states())
+        result = dict(losses)
+        for closing in self.closings:
+            result = closing.losses(self, result)
+        return result
+
+    def decide(self, name: str, value: bool) -> bool:
+        """See :class:`gradprobe.audit.experiment.Trace`."""
+        followed = bool(value)
+        for closing in self.closings:
+            followed = closing.decide(self, name, followed)
+        self.record.decisions[name] = followed
+        self.record.stopped |= followed and name == "stop"
+        return followed
+
+    # ---- what is seen without it
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(patched(torch.autograd, "backward", self._backward(torch.autograd.backward)))
+            for optimizer in self.experiment.optimizers:
+                stack.enter_context(patched(optimizer, "step", self._step(optimizer)))
+                stack.enter_context(patched(optimizer, "zero_grad", self._zero_grad(optimizer)))
+            scaler = self.experiment.scaler
+            if scaler is not None and scaler.is_enabled():
+                stack.enter_context(patched(scaler, "unscale_", self._unscale(scaler.unscale_)))
+            yield
+
+    def _backward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def backward(*args: Any, **options: Any) -> None:
+            original(*args, **options)
+            self._backwards += 1
+            self._gradients_made()
+
+        return backward
+
+    def _gradients_made(self) -> None:
+        for closing in self.closings:
+            closing.after_backward(self)
+        self.record.stages["backward"] = gradients(self.experiment.model)
+
+    def _unscale(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(original)
+        def unscale(optimizer: Optimizer) -> None:
+            original(optimizer)
+            self.record.stages["backward"] = gradients(self.experiment.model)
+
+        return unscale
+
+    def _step(self, optimizer: Optimizer) -> Callable[..., Any]:
+        original = optimizer.step
+
+        @wraps(original)
+        def step(*args: Any, **options: Any) -> Any:
+            if not self._backwards:  # gradients made by autograd.grad and put into place
+                self._gradients_made()
+            for closing in self.closings:
+                closing.before_optimizer(self, optimizer)
+            self.record.stages["clip"] = gradients(self.experiment.model)
+            self.record.rates.append([numbers(group) for group in optimizer.param_groups])
+
+            def taken() -> Any:
+                self.record.optimizer_steps += 1
+                return original(*args, **options)
+
+            return nested(taken, [_bind(closing.optimize, self, optimizer) for closing in self.closings])
+
+        return step
+
+    def _zero_grad(self, optimizer: Optimizer) -> Callable[..., Any]:
+        original = optimizer.zero_grad
+
+        @wraps(original)
+        def zero_grad(*args: Any, **options: Any) -> Any:
+            return nested(lambda: original(*args, **options), [_bind(closing.clear, self) for closing in self.closings])
+
+        return zero_grad
+
+    def _look_back(self) -> None:
+        stages, experiment = self.record.stages, self.experiment
+        if not stages["forward"]:
+            raise UsageError(
+                "the step function did not call trace.losses(losses) before its backward; the audit needs the "
+                "unweighted loss of every task that is present."
+            )
+        stages["scaler"] = {
+            "optimizer steps": torch.tensor(self.record.optimizer_steps),
+            "scale": torch.tensor(experiment.scale),
+        }
+        stages["optimizer"] = copied(dict(experiment.model.named_parameters()))
+        stages["optimizer"].update(copied(dict(experiment.model.named_buffers())))
+        stages["schedule"] = {
+            f"lr of group {i}.{k}": torch.tensor(float(group["lr"]), dtype=torch.float64)
+            for i, optimizer in enumerate(experiment.optimizers)
+            for k, group in enumerate(optimizer.param_groups)
+        }
+        stages["decision"] = {name: torch.tensor(value) for name, value in self.record.decisions.items()}
+
+    def _fetch(self) -> Any:
+        for _ in range(2):
+            for batch in self._batches:
+                return batch
+            batches = self.experiment.batches
+            self._batches = iter(batches(tuple(self.weights)) if callable(batches) else batches)
+        raise UsageError("the experiment has no batches: `batches` must be an iterable that can be iterated again.")
+
+
+def numbers(group: Mapping[str, Any]) -> dict[str, float]:
+    """The hyper-parameters of a group that are numbers: lr, momentum, weight decay."""
+    return {k: float(v) for k, v in group.items() if isinstance(v, (int, float, Tensor)) and not isinstance(v, bool)}
+
+
+def nested(innermost: Callable[[], Any], layers: Sequence[Callable[[Callable[[], Any]], Any]]) -> Any:
+    """Call ``layers[0](layers[1](... innermost))``, each deciding whether to call what it encloses."""
+    call = innermost
+    for layer in reversed(layers):
+        call = _bind(layer, call)
+    return call()
+
+
+def _bind(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+    return lambda *more: function(*args, *more)

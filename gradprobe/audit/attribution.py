@@ -1,0 +1,155 @@
+"""Which doors are open: the experiment is run again with doors held shut, until the difference is gone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from gradprobe.audit.closing import Door
+from gradprobe.audit.compare import CLEAN, NUMERIC
+from gradprobe.audit.pair import Outcome
+
+Run = Callable[[Sequence[Door]], Outcome]
+"""Runs the pair of arms with these doors held shut in both."""
+
+OPEN, SHUT, UNTESTED = "open", "shut", "not tested"
+
+
+@dataclass
+class Finding:
+    """What was found of one door.
+
+    Attributes:
+        door: The door.
+        state: ``open``: it belongs to the smallest set that explains the difference; ``shut``; ``not tested``.
+        contribution: The displacement with every other open door held shut; for a single one that is all of it.
+            NaN: not measured.
+        closed: The displacement that is left when this door alone is held shut.
+        restores: Whether holding it shut alone takes the difference away.
+        curve: The displacement after each step behind ``contribution``.
+        name, evidence: In words; see :mod:`gradprobe.audit.in_force` for doors that are named more closely.
+    """
+
+    door: Door
+    state: str = SHUT
+    contribution: float = math.nan
+    closed: float = math.nan
+    restores: bool = False
+    name: str = ""
+    evidence: str = ""
+    curve: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Attribution:
+    """What the search found.
+
+    Attributes:
+        findings: One per door, in the order of the doors.
+        explained: Whether the open doors together explain the difference.
+        runs: Pairs that were run.
+        remainder: The class that is left with the open doors held shut; meaningless where unexplained.
+    """
+
+    findings: list[Finding]
+    explained: bool
+    runs: int = 0
+    remainder: str = CLEAN
+
+    @property
+    def open(self) -> list[Finding]:
+        """The doors that are."""
+        return [finding for finding in self.findings if finding.state == OPEN]
+
+
+def better(found: Outcome, before: Outcome) -> bool:
+    """Whether a difference is gone, or is nothing but rounding where it was more."""
+    if found.error:
+        return False
+    return found.kind == CLEAN or (found.kind == NUMERIC and before.kind not in (CLEAN, NUMERIC))
+
+
+def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
+    """Name the doors that explain a difference.
+
+    Where there is no difference nothing is run. Else every door is held shut alone first; of those that take the
+    difference away, the one is named in whose stage it shows first, and of several the most specific. If there is none,
+    all are held shut, and opened again one by one, intrusive ones first and then the least specific, as long as the
+    difference stays away: what is left is a set of which none can be missed.
+
+    Args:
+        before: The outcome with nothing held shut.
+        doors: The most specific first.
+        run: Runs both arms.
+    """
+    if before.kind == CLEAN:  # nothing to explain: with every door as it is, nothing comes through
+        return Attribution([Finding(door, SHUT, closed=0.0) for door in doors], explained=True)
+    search = _Search(before, doors, run)
+    found = Attribution([search.alone(door) for door in doors], explained=False)
+    chosen = search.smallest(found.findings)
+    if chosen is not None:
+        found.explained, found.remainder = True, search.run(chosen).kind
+        for finding in found.findings:
+            if finding.door in chosen:
+                finding.state = OPEN
+                alone = search.run([door for door in chosen if door is not finding.door])
+                finding.contribution, finding.evidence = alone.largest, evidence(alone)
+                finding.curve = [float(d) for d in alone.displacement]
+    found.runs = search.runs
+    return found
+
+
+def evidence(outcome: Outcome) -> str:
+    """Where a difference shows first."""
+    first = str(outcome.sightings[0]) if outcome.sightings else outcome.error or "no stage that is traced"
+    skipped = f"; {outcome.skipped} optimizer steps in one arm alone" if outcome.skipped else ""
+    return first + skipped
+
+
+class _Search:
+    def __init__(self, before: Outcome, doors: Sequence[Door], run: Run) -> None:
+        self._before, self._doors, self._run = before, list(doors), run
+        self._known: dict[tuple[str, ...], Outcome] = {}
+
+    @property
+    def runs(self) -> int:
+        return len(self._known)
+
+    def run(self, shut: Sequence[Door]) -> Outcome:
+        ordered = [door for door in self._doors if door in shut]
+        if not ordered:
+            return self._before
+        key = tuple(door.name for door in ordered)
+        if key not in self._known:
+            self._known[key] = self._run(ordered)
+        return self._known[key]
+
+    def alone(self, door: Door) -> Finding:
+        outcome = self.run([door])
+        if not outcome.acted:
+            return Finding(door, SHUT, closed=self._before.largest, evidence="nothing to shut: it never acted")
+        if outcome.error:
+            return Finding(door, UNTESTED, evidence=f"cannot be held shut here: {outcome.error}")
+        return Finding(door, SHUT, closed=outcome.largest, restores=better(outcome, self._before))
+
+    def smallest(self, findings: Sequence[Finding]) -> list[Door] | None:
+        """The doors to hold shut; None where even all together leave a difference."""
+        singles = [finding.door for finding in findings if finding.restores]
+        if singles:
+            whole = [door for door in singles if self.run([door]).kind == CLEAN] or singles
+            return [min(whole, key=self._out_of_place)]
+        shut = [f.door for f in findings if f.state != UNTESTED and f.evidence == ""]
+        if not shut or not better(self.run(shut), self._before):
+            return None
+        specific = [door for door in shut if not door.intrusive]
+        for door in [*(door for door in shut if door.intrusive), *reversed(specific)]:
+            fewer = [other for other in shut if other is not door]
+            if fewer and better(self.run(fewer), self._before):
+                shut = fewer
+        return shut
+
+    def _out_of_place(self, door: Door) -> bool:
+        """Whether the first difference is in a stage in which this door does not show."""
+        first = self._before.sightings[:1]
+        return bool(first) and first[0].stage not in door.stages

@@ -1,0 +1,125 @@
+"""What is audited: a training, as a factory of the user's returns it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradprobe.errors import GradprobeError, UsageError
+
+STAGES = ("data", "forward", "backward", "clip", "scaler", "optimizer", "schedule", "decision")
+"""The stages of a step, in the order in which they are compared.
+
+data: the batch. forward: losses, buffers, random states. backward: ``.grad`` after the last backward, unscaled where a
+scaler has unscaled it. clip: ``.grad`` as the optimizer finds it. scaler: steps taken, and the scale. optimizer: the
+parameters. schedule: the learning rates. decision: what ``trace.decide`` was told.
+"""
+
+
+class Trace(Protocol):
+    """What a step function is handed. Backward, clipping, optimizer and schedule are seen without it."""
+
+    def losses(self, losses: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Hand over the unweighted losses of the tasks, and go on with those that are returned.
+
+        To be called in every step, while the graph is alive and before the backward; once, or once per task or
+        micro-batch. The losses returned are the same, but where a door is held shut that acts on them.
+        """
+
+    def decide(self, name: str, value: bool) -> bool:
+        """Tell a decision, such as ``("stop", patience < 0)`` or ``("best", loss < best)``; follow what is returned."""
+
+
+StepFunction = Callable[[Trace, Any, Mapping[str, float]], Any]
+
+
+@dataclass
+class Experiment:
+    """A training that can be taken step by step.
+
+    Attributes:
+        model: In the mode in which it trains.
+        optimizer: One, or several.
+        batches: Batches of one epoch: an iterable that can be iterated again, or a function of the tasks that are
+            present, which returns one. It is asked again when it is exhausted.
+        step: ``step(trace, batch, weights)`` makes one training step: forward, ``losses = trace.losses(losses)``,
+            backward, clipping, optimizer, schedule. ``weights`` is task -> weight; a task that is not in it is absent,
+            and the step is to be the one that a training without this task would make.
+        weights: Task -> weight, of all tasks.
+        scaler: The GradScaler, if there is one.
+        schedule: The learning-rate scheduler, or several, if there are.
+        evaluate: ``evaluate(tasks)`` returns task -> loss and further numbers, named ``task/metric``, with the model in
+            the mode it is in. Without it the losses of the first batch stand in.
+        state: Whatever else changes in training: name -> object with ``state_dict`` and ``load_state_dict`` (a
+            balancer, a sampler), or a ``torch.Generator``.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer | Sequence[Optimizer]
+    batches: Iterable[Any] | Callable[[Sequence[str]], Iterable[Any]]
+    step: StepFunction
+    weights: Mapping[str, float]
+    scaler: Any = None
+    schedule: Any = None
+    evaluate: Callable[[Sequence[str]], Mapping[str, Any]] | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """All of them."""
+        return (self.optimizer,) if isinstance(self.optimizer, Optimizer) else tuple(self.optimizer)
+
+    @property
+    def scale(self) -> float:
+        """What the scaler multiplies losses with; 1 where there is none."""
+        return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
+
+    def stateful(self) -> dict[str, Any]:
+        """Everything with a state but model and optimizers, by name."""
+        schedules = self.schedule if isinstance(self.schedule, Sequence) else [self.schedule]
+        named = {f"schedule {i}": s for i, s in enumerate(schedules) if s is not None}
+        scaler = {} if self.scaler is None else {"scaler": self.scaler}
+        return {**scaler, **named, **self.state}
+
+
+Factory = Callable[[], Experiment]
+
+
+def made(factory: Callable[[], Any]) -> Experiment:
+    """What the factory returns, as an experiment; a tuple is taken as (model, optimizer, batches, step, weights).
+
+    Raises:
+        UsageError: It is something else, or the factory fails; says what.
+    """
+    try:
+        result = factory()
+    except GradprobeError:
+        raise
+    except Exception as error:
+        raise UsageError(f"the factory failed: {type(error).__name__}: {error}") from error
+    if isinstance(result, tuple) and len(result) == 5:
+        result = Experiment(*result)
+    if not isinstance(result, Experiment):
+        raise UsageError(
+            f"the factory returned a {type(result).__name__}; it must return a gradprobe.audit.Experiment, "
+            "or a tuple of model, optimizer, batches, step function and task weights."
+        )
+    if not isinstance(result.model, nn.Module) or not all(isinstance(o, Optimizer) for o in result.optimizers):
+        raise UsageError("the factory's experiment has no torch model, or an optimizer that is none of torch's.")
+    return result
+
+
+def check_task(experiment: Experiment, task: str) -> None:
+    """Whether the task can be taken away.
+
+    Raises:
+        UsageError: There is no such task, or no other.
+    """
+    if task not in experiment.weights:
+        raise UsageError(f"--task {task!r}: the experiment has no such task (it has: {', '.join(experiment.weights)}).")
+    if len(experiment.weights) < 2:
+        raise UsageError(f"--task {task!r} is the only task; there is no other that it could change.")

@@ -1,0 +1,219 @@
+"""The bundled trainers as an experiment that can be audited: the loop's own step, with a task or without it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from gradprobe.audit import Experiment, Trace
+from gradprobe.errors import UsageError
+from gradprobe.trainers import checkpoint, loop, registry
+from gradprobe.trainers.balancer import Balancer, Setup
+from gradprobe.trainers.build import check_device, make_balancer
+from gradprobe.trainers.evaluate import evaluate
+from gradprobe.trainers.hyp import DetectionHyp
+from gradprobe.trainers.joint import Joint
+from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification, build_model
+from gradprobe.trainers.optim import make_optimizer, make_schedule
+from gradprobe.trainers.settings import TASKS, Settings
+
+if TYPE_CHECKING:
+    from gradprobe.trainers.data import LoadedData
+
+EVALUATED_BATCHES = 2
+
+REFUSED = {
+    "single": "trains one task alone, which is `joint` with weight 0 for the other: gradprobe audit --trainer joint",
+}
+"""Trainers of which there is nothing to audit, and why."""
+
+METRICS = {"det": ("mAP50", "mAP50-95"), "cls": ("accuracy",)}
+"""What is evaluated of each task besides its loss."""
+
+
+def factory(settings: Settings, data: LoadedData, hyp: DetectionHyp | None = None) -> Callable[[], Experiment]:
+    """Makes the training that ``gradprobe record`` makes with these settings, without a probe and a file.
+
+    Raises:
+        UsageError: As :func:`gradprobe.trainers.build.build`; or this trainer cannot be audited, and why.
+    """
+    check(settings.trainer)
+    return lambda: _Audited(settings, data, hyp or DetectionHyp()).experiment()
+
+
+def check(trainer: str | None) -> None:
+    """Whether there is something to audit.
+
+    Raises:
+        UsageError: There is not, and why.
+    """
+    if trainer in REFUSED:
+        raise UsageError(f"--trainer {trainer}: {REFUSED[trainer]}.")
+
+
+class Present:
+    """The model, of which only some tasks have a loss."""
+
+    def __init__(self, model: YOLOv5WithClassification, tasks: Sequence[str]) -> None:
+        self._model, self._tasks = model, tuple(tasks)
+
+    def __call__(self, images: Tensor) -> Any:
+        """The forward is the same whatever the tasks: one trunk, both heads."""
+        return self._model(images)
+
+    def losses(self, outputs: Any, batch: Any) -> dict[str, Tensor]:
+        """Of the tasks that are present."""
+        return {task: loss for task, loss in self._model.losses(outputs, batch).items() if task in self._tasks}
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """All of the model's."""
+        return self._model.parameters()
+
+
+class TracedBackward:
+    """Stands where the loop has its probe: the joint backward, seen by the audit."""
+
+    def __init__(self) -> None:
+        self.trace: Trace | None = None
+        self.step = 0
+
+    def backward(self, losses: Mapping[str, Tensor], weights: Mapping[str, float], *, batch_size: int = 0) -> None:
+        """As ``probe.backward`` makes it on a step that is not measured."""
+        assert self.trace is not None
+        traced = self.trace.losses(losses)
+        total = sum(weights[task] * traced[task] for task in losses)
+        assert isinstance(total, Tensor)
+        total.backward()
+        self.step += 1
+
+    def note(self, losses: Mapping[str, Tensor], weights: Mapping[str, float], why: str, *, batch_size: int) -> None:
+        """A step that cannot be taken."""
+        assert self.trace is not None
+        self.trace.losses(losses)
+
+
+class Silent:
+    """Watches nothing."""
+
+    def stepped(self, epoch: int, step: int, losses: Mapping[str, float]) -> None:
+        """Nothing to do."""
+
+
+class _Audited:
+    def __init__(self, settings: Settings, data: LoadedData, hyp: DetectionHyp) -> None:
+        from gradprobe.trainers.data import make_loader
+
+        self._settings = settings
+        self._kind = registry.find(settings.trainer)
+        reference = build_model(
+            settings.cfg,
+            box_classes=len(data.box_names),
+            image_classes=len(data.image_names),
+            imgsz=settings.imgsz,
+            hyp=hyp,
+            seed=settings.seed,
+        ).to(check_device(settings.device))
+        if settings.weights:
+            checkpoint.load_weights(reference, settings.weights, settings.device)
+        self._loader = make_loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
+        setup = Setup(settings, TASKS, len(self._loader))
+        self._model = cast(YOLOv5WithClassification, self._kind.prepare(reference, setup))
+        self._model.train()
+        self._optimizer = make_optimizer(self._model, settings)
+        self._val = make_loader(data.val, settings.batch_size, shuffle=False)
+        self._schedule = make_schedule(self._optimizer, settings, settings.epochs * len(self._loader))
+        self._probe = TracedBackward()
+        self._training: loop.Training | None = None
+        self._epoch = 0
+
+    def experiment(self) -> Experiment:
+        return Experiment(
+            model=self._model,
+            optimizer=self._optimizer,
+            batches=self._batches,
+            step=self._step,
+            weights=dict(zip(TASKS, self._settings.task_weights, strict=True)),
+            schedule=self._schedule,
+            evaluate=self._evaluate,
+        )
+
+    def _batches(self, tasks: Sequence[str]) -> Iterator[Any]:
+        self._loader.set_epoch(self._epoch)
+        self._epoch += 1
+        return iter(self._loader)
+
+    def _step(self, trace: Trace, batch: Any, weights: Mapping[str, float]) -> None:
+        if self._training is None:
+            self._training = self._begun(weights)
+        self._probe.trace = trace
+        loop.train_step(self._training, batch.to(self._settings.device))
+
+    def _begun(self, weights: Mapping[str, float]) -> loop.Training:
+        """The loop's own record; what a step does not touch is left out."""
+        return loop.Training(
+            settings=self._settings,
+            model=cast(Any, Present(self._model, tuple(weights))),
+            optimizer=self._optimizer,
+            schedule=self._schedule,
+            balancer=balancer(self._kind, self._settings, self._model, weights, len(self._loader)),
+            probe=cast(Any, self._probe),
+            train_loader=self._loader,
+            val_loader=self._val,
+            test_loader=None,
+            paths=checkpoint.Paths(Path()),
+            watcher=cast(Any, Silent()),
+        )
+
+    def _evaluate(self, tasks: Sequence[str]) -> dict[str, float]:
+        """Losses on the first validation batches, and in evaluation mode the metrics of :data:`METRICS`."""
+        batches = list(itertools.islice(self._val, EVALUATED_BATCHES))
+        total = dict.fromkeys(tasks, 0.0)
+        for batch in batches:
+            moved = batch.to(self._settings.device)
+            losses = self._model.losses(self._model(moved.images), moved)
+            for task in tasks:
+                total[task] += float(losses[task]) / len(batches)
+        if self._model.training:
+            return total
+        found = evaluate(self._model, batches, device=self._settings.device)
+        return total | {f"{task}/{name}": found[name] for task in tasks for name in METRICS[task]}
+
+
+def balancer(
+    kind: type[Balancer],
+    settings: Settings,
+    model: YOLOv5WithClassification,
+    weights: Mapping[str, float],
+    steps_per_epoch: int,
+) -> Balancer:
+    """The trainer's balancer over the tasks that are present, as it would be in a training without the others.
+
+    GradNorm's weights sum to the number of tasks that are there. One task alone has nothing to balance: it keeps its
+    weight, but for the trainers that learn or draw it.
+
+    Raises:
+        UsageError: The trainer cannot begin with these weights.
+    """
+    if len(weights) == 1 and kind.same_step:  # surgery combines gradients of several
+        return Joint(weights)
+    if settings.trainer == "uncertainty" and not all(weights.values()):
+        raise UsageError(
+            "--trainer uncertainty learns its weights, and begins above 0: say with which, such as --weight 1."
+        )
+    present = dataclasses.replace(
+        settings,
+        task_weights=tuple(weights.values()),
+        weight_sum=settings.weight_sum * len(weights) / len(TASKS),
+    )
+    return make_balancer(kind, model, Setup(present, tuple(weights), steps_per_epoch))
+
+
+def forced(settings: Settings) -> Settings:
+    """The settings of the audit's own: a loss that is not finite is audited, and ends nothing."""
+    return dataclasses.replace(settings, keep_going=True)

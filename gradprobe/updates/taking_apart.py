@@ -1,0 +1,245 @@
+"""One update of the shared layers, taken apart by where it comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradprobe.ledger.update_parts import Moments, Rule, begin, first_moment, fit, rules, take_apart
+from gradprobe.measures import Array
+from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.passes import Gradients, combined
+from gradprobe.rows import EARLIER_SOURCES
+
+Places = tuple[int, ...]
+"""Which of the shared parameters."""
+
+Kept = dict[Places, Moments]
+"""First moments of parameters that are updated by one rule, side by side in one long vector."""
+
+PLAIN = Rule(adam=False, lr=0.0, decay=0.0, decoupled=False, keep=0.0, take=1.0)
+"""Stands for the rule of an optimizer that is not known."""
+
+IN_CACHE = 1 << 16
+"""About so many numbers are handled together on a CPU: fewer cost calls, more the way to the memory and back."""
+
+TINY = 1e-30
+"""Squared lengths below are no longer exact in float32."""
+
+WHOLE = 1e-3
+"""How much of an update its parts may leave out, over its length, beyond the rounding of the parameters."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that the coming step updates alike; as one long vector they cost a tenth of what each by itself does.
+
+    Attributes:
+        rule: How.
+        places: Which of the shared parameters.
+        before: (n,) their numbers before the step.
+        given: (n,) the gradient that the optimizer was given.
+        own: (T) gradients of the tasks, unweighted, (n,) each.
+    """
+
+    rule: Rule
+    places: Places
+    before: Tensor
+    given: Tensor
+    own: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Before:
+    """A step that the optimizer is about to make.
+
+    Attributes:
+        groups: Of the shared parameters that will be updated.
+        moments: First moments of each group by source, before the step.
+        scale: The given gradient over the weighted sum of the tasks' gradients.
+        unexplained: What that leaves, over the length of the given gradient.
+    """
+
+    groups: list[Group]
+    moments: list[Moments]
+    scale: float
+    unexplained: float
+
+
+def look_before(
+    optimizer: Optimizer,
+    parameters: Sequence[nn.Parameter],
+    gradients: Sequence[Gradients],
+    weights: Array,
+    kept: Kept,
+    passed: int,
+    foreign: str = "",
+) -> Before:
+    """What must be known before the optimizer's step; ``.grad`` is read and not changed.
+
+    Args:
+        optimizer: SGD, Adam or AdamW.
+        parameters: Of the shared layers.
+        gradients: (T) of the unweighted tasks.
+        weights: (T,) in force.
+        kept: Moments of the last step that was taken apart.
+        passed: Updates that were made since, and not taken apart: their gradients go to the earlier momentum.
+        foreign: Why updates of this optimizer cannot be taken apart; then the gradient alone is looked at.
+    """
+    known: list[Rule | None] = [PLAIN] * len(parameters) if foreign else rules(optimizer, parameters)
+    groups = _groups(known, parameters, gradients)
+    sums = [combined(weights, group.own) for group in groups]
+    scale, unexplained = fit([group.given for group in groups], sums)
+    if foreign:
+        return Before(groups, [], scale, unexplained)
+    moments = [_moments(optimizer, parameters, group, kept.get(group.places), passed) for group in groups]
+    return Before(groups, moments, scale, unexplained)
+
+
+def _groups(
+    known: Sequence[Rule | None], parameters: Sequence[nn.Parameter], gradients: Sequence[Gradients]
+) -> list[Group]:
+    found: dict[tuple[Rule, torch.dtype, torch.device, int], list[int]] = {}
+    filled: dict[Rule, int] = {}
+    for place, (rule, parameter) in enumerate(zip(known, parameters, strict=True)):
+        if rule is None or parameter.grad is None:
+            continue
+        room = filled.get(rule, 0) // IN_CACHE if parameter.is_cpu else 0
+        found.setdefault((rule, parameter.dtype, parameter.device, room), []).append(place)
+        filled[rule] = filled.get(rule, 0) + parameter.numel()
+    return [
+        Group(
+            rule=rule,
+            places=tuple(places),
+            before=long([parameters[i] for i in places]),
+            given=long([_dense(parameters[i].grad, parameters[i]) for i in places]),
+            own=[long([_dense(task[i], parameters[i]) for i in places]) for task in gradients],
+        )
+        for (rule, *_), places in found.items()
+    ]
+
+
+def _moments(
+    optimizer: Optimizer, parameters: Sequence[nn.Parameter], group: Group, kept: Moments | None, passed: int
+) -> Moments:
+    """The first moment by source; they sum to the optimizer's own, whatever was in the gradients meanwhile."""
+    now = long([first_moment(optimizer, parameters[i]) for i in group.places])
+    if kept is None or group.rule.begins:
+        return begin(now, len(group.own))
+    faded = [moment.mul_(group.rule.keep**passed) for moment in kept[:-1]]
+    for moment in faded:
+        now.sub_(moment)
+    return [*faded, now]
+
+
+def long(tensors: Sequence[Tensor]) -> Tensor:
+    """A copy of several tensors as one vector."""
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient.to_dense() if gradient.layout != torch.strided else gradient
+
+
+@dataclass(frozen=True)
+class TakenApart:
+    """An update.
+
+    Attributes:
+        parts: (L, S, S) inner products of its parts by source.
+        effect: (L, T, S) inner products of the unweighted task gradients with the parts; NaN: no path.
+        missing: How much of the update the parts leave out, over its length.
+        kept: Moments for the next one.
+    """
+
+    parts: Array
+    effect: Array
+    missing: float
+    kept: Kept
+
+
+def look_after(
+    optimizer: Optimizer,
+    shared: SharedLayers,
+    before: Before,
+    gradients: Sequence[Gradients],
+    weights: Array,
+) -> TakenApart:
+    """Take the update apart that was made since :func:`look_before`."""
+    tasks, parameters = len(weights), shared.parameters
+    sources = tasks + len(EARLIER_SOURCES)
+    owner = [index for index, layer in enumerate(shared.layers) for _ in layer.parameters]
+    gram = np.zeros((len(shared.layers), sources + tasks, sources + tasks))
+    left = square = allowed = 0.0
+    for group, moments in zip(before.groups, before.moments, strict=True):
+        shares = _shares(group, weights, before.scale)
+        made = take_apart(group.rule, moments, shares, group.before, _second(optimizer, shared, group))
+        update = long([parameters[i] for i in group.places]).sub_(group.before)
+        square += length(update) ** 2
+        # Each parameter is rounded when the update is added to it.
+        allowed += (torch.finfo(update.dtype).eps * length(group.before)) ** 2
+        for part in made:
+            update.sub_(part)
+        left += length(update) ** 2
+        sizes = [parameters[i].numel() for i in group.places]
+        _add(gram, torch.stack([*made, *group.own]), [owner[i] for i in group.places], sizes)
+    there = np.array(
+        [[any(g[i] is not None for i, o in enumerate(owner) if o == layer) for g in gradients] for layer in set(owner)]
+    ).reshape(len(shared.layers), tasks)
+    beyond = max(math.sqrt(left) - 2 * math.sqrt(allowed), 0.0)
+    missing = beyond / math.sqrt(square) if square else float(beyond > 0)
+    kept = {group.places: moments for group, moments in zip(before.groups, before.moments, strict=True)}
+    effect = np.where(there[:, :, None], gram[:, sources:, :sources], np.nan)
+    return TakenApart(gram[:, :sources, :sources], effect, missing, kept)
+
+
+def length(vector: Tensor) -> float:
+    """Euclidean norm."""
+    return float(torch.linalg.vector_norm(vector))
+
+
+def _add(gram: Array, rows: Tensor, layers: Sequence[int], sizes: Sequence[int]) -> None:
+    """Add inner products of the rows (K, n), layer by layer.
+
+    Args:
+        gram: (L, K, K), added to.
+        rows: Side by side the numbers of parameters.
+        layers, sizes: Of each parameter, its layer and how many numbers it has; parameters of a layer are neighbours.
+    """
+    places = dict.fromkeys(layers, 0)
+    for layer, size in zip(layers, sizes, strict=True):
+        places[layer] += size
+    found = torch.stack([piece @ piece.T for piece in rows.split(list(places.values()), dim=1)])
+    squares = torch.diagonal(found, dim1=1, dim2=2)
+    if rows.dtype != torch.float64 and bool(((squares < TINY) | ~squares.isfinite()).any()):
+        # Too small or large for products in the parameters' own type. Exact zeros come here too, and stay zero.
+        wide = torch.float32 if rows.device.type == "mps" else torch.float64
+        found = torch.stack([(p := piece.to(wide)) @ p.T for piece in rows.split(list(places.values()), dim=1)])
+    gram[list(places)] += found.cpu().double().numpy()
+
+
+def _shares(group: Group, weights: Array, scale: float) -> list[Tensor]:
+    """The given gradient by task; what rounding leaves of it goes to the tasks in equal parts."""
+    shares = [own * (scale * float(weight)) for own, weight in zip(group.own, weights, strict=True)]
+    active = [task for task, weight in enumerate(weights) if weight] or list(range(len(weights)))
+    left = group.given.clone()
+    for share in shares:
+        left.sub_(share)
+    for task in active:
+        shares[task].add_(left, alpha=1 / len(active))
+    return shares
+
+
+def _second(optimizer: Optimizer, shared: SharedLayers, group: Group) -> Tensor | None:
+    """Adam's second moment after the step."""
+    if not group.rule.adam:
+        return None
+    return long([optimizer.state[shared.parameters[i]]["exp_avg_sq"] for i in group.places])
