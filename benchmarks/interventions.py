@@ -28,6 +28,7 @@ from gradprobe.trainers.registry import TRAINERS
 
 DOCS = Path(__file__).parents[1] / "docs" / "interventions.md"
 BEGIN, END = "<!-- table of benchmarks/interventions.py -->", "<!-- end of table -->"
+METRICS = {"mAP50-95": "det", "accuracy": "cls"}  # and whose they are
 HEAD = ("trainer", "step / joint step", "parameters", "operations / image", "mAP50-95", "accuracy", "cosine")
 
 
@@ -126,12 +127,13 @@ def endless(loader):
 
 
 def row(folder: Path, arm: Arm, seeds: int, costs: dict[str, dict[str, float]]) -> list[str]:
-    scores: dict[str, list[float]] = {"test.mAP50-95": [], "test.accuracy": [], "cosine": []}
+    scores: dict[str, list[float]] = {name: [] for name in (*METRICS, "cosine")}
     for seed in range(seeds):
         with Run(path_of(folder, arm, seed)) as run:
             facts = run.provenance
-            scores["test.mAP50-95"].append(facts["test.mAP50-95"])
-            scores["test.accuracy"].append(facts["test.accuracy"])
+            for name, task in METRICS.items():
+                trained = facts["settings.task"] in ("", task)
+                scores[name].append(float(run.epochs[name][-1]) if trained else float("nan"))
             known = run["shared_cosine"][np.isfinite(run["shared_cosine"]).all(axis=1)]
             scores["cosine"].append(float(np.median(known)) if len(known) else float("nan"))
     ratio = costs[arm.name]["arm"] / costs[arm.name]["joint"] if arm.name in costs else float("nan")
@@ -141,13 +143,14 @@ def row(folder: Path, arm: Arm, seeds: int, costs: dict[str, dict[str, float]]) 
         arm.name,
         f"{ratio:.2f}",
         *numbers,
-        spread(scores["test.mAP50-95"]),
-        spread(scores["test.accuracy"]),
+        *(spread(scores[name]) for name in METRICS),
         shared,
     ]
 
 
 def spread(values: list[float]) -> str:
+    if any(np.isnan(values)):
+        return "not trained"
     if len(values) == 1:
         return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
@@ -158,9 +161,10 @@ def table(folder: Path, chosen: list[Arm], seeds: int, costs: dict[str, dict[str
     import torch
 
     lines = [
-        f"`{command}`; {seeds} seed(s), mean ± standard deviation; test split, last weights; "
+        f"`{command}`; {seeds} seed(s), mean ± standard deviation; val split, which chose "
+        "nothing, after the last epoch; "
         f"torch {torch.__version__}, "
-        f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads. The cosine is the median "
+        f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={torch.get_num_threads()}. The cosine is the median "
         "over measured minibatches, over all shared layers together.",
         "",
         "What it cannot show: which trainer is better on other data, or after a longer training; a difference smaller "

@@ -172,7 +172,7 @@ def test_it_goes_on_from_its_state():
 
 
 def test_a_layer_that_a_task_does_not_reach_is_refused_at_the_first_step():
-    toy = Toy(2)
-    balancer = GradNorm({"t0": 1.0, "t1": 1.0}, list(toy.heads[0].parameters()))
+    toy = Regressions(2)
+    balancer = GradNorm({"t0": 1.0, "t1": 1.0}, list(toy.heads["t0"].parameters()))
     with pytest.raises(UsageError, match="task 't1' does not reach it"):
         balancer.update(toy.losses(0, (1, 1)))
