@@ -164,8 +164,8 @@ def table(folder: Path, chosen: list[Arm], seeds: int, costs: dict[str, dict[str
         f"`{command}`; {seeds} seed(s), mean ± standard deviation; val split, which chose "
         "nothing, after the last epoch; "
         f"torch {torch.__version__}, "
-        f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={torch.get_num_threads()}. The cosine is the median "
-        "over measured minibatches, over all shared layers together.",
+        f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={torch.get_num_threads()}. "
+        "The cosine is the median over measured minibatches, over all shared layers together.",
         "",
         "What it cannot show: which trainer is better on other data, or after a longer training; a difference smaller "
         "than the spread between so few seeds; or whether interference fell, which a cosine of single minibatches does "

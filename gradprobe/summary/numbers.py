@@ -254,9 +254,9 @@ def _audit(run: Run) -> dict[str, Any] | None:
     return {
         **found["about"],
         "steps": len(found["step"]),
-        "displacement": _number(found["displacement"][-1]) if len(found["step"]) else None,
+        "displacement": measures.known(found["displacement"][-1]) if len(found["step"]) else None,
         "doors": [
-            {key: value if isinstance(value, str) else _number(value) for key, value in zip(keys, row, strict=True)}
+            {key: value if isinstance(value, str) else measures.known(value) for key, value in zip(keys, row, strict=True)}
             for row in zip(*(found[key] for key in keys), strict=True)
         ],
     }
