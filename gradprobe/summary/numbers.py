@@ -256,7 +256,7 @@ def _audit(run: Run) -> dict[str, Any] | None:
         "steps": len(found["step"]),
         "displacement": measures.known(found["displacement"][-1]) if len(found["step"]) else None,
         "doors": [
-            {key: value if isinstance(value, str) else measures.known(value) for key, value in zip(keys, row, strict=True)}
+            {k: value if isinstance(value, str) else measures.known(value) for k, value in zip(keys, row, strict=True)}
             for row in zip(*(found[key] for key in keys), strict=True)
         ],
     }
