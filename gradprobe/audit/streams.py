@@ -64,10 +64,13 @@ def seed(*parts: Any) -> int:
 
 
 def _lines() -> Iterator[str]:
-    """The lines that led here, from within the step: what called the step differs between the arms."""
+    """The lines that led here, from within the step: what called the step differs between the arms.
+
+    Of a file only its name counts: an audit must not depend on the folder that the code is in.
+    """
     frame = sys._getframe(3)
     while frame is not None and not (frame.f_code.co_name == "advance" and frame.f_code.co_filename.endswith(_ARM)):
-        yield f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        yield f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
 
 

@@ -24,4 +24,5 @@ RANDOM = Door(
     remedy="give the task's dropout, augmentation and loader a torch.Generator of their own",
     close=_OwnStreams,
     stages=("data", "forward"),
+    intrusive=True,  # other numbers are drawn than the training draws, also where no other task draws
 )
