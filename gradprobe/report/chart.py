@@ -70,7 +70,7 @@ class Panel:
         charts: At least one.
         table: The same in numbers.
         legend: Common to the charts.
-        wide: Whether each chart takes the whole width.
+        size: What a chart takes of the width where there is enough of it: all, half or a third.
         scale: Whether colours stand for cosines, so that their scale is shown.
     """
 
@@ -79,7 +79,7 @@ class Panel:
     charts: Sequence[Chart]
     table: Table
     legend: Sequence[Key] = ()
-    wide: bool = False
+    size: Literal["wide", "half", "small"] = "half"
     scale: bool = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from gradprobe.report.chart import Figure
@@ -77,11 +78,12 @@ DIVERGING = [[0, "@minus"], [0.25, "@minus2"], [0.5, "@zero"], [0.75, "@plus2"],
 class Styles:
     """The look of each arm, the same in every figure: the baseline in grey, the others in colours.
 
-    Beyond eight arms the colours come round again with another dash.
+    Controls are dashed. Beyond eight arms the colours come round again with another dash.
     """
 
-    def __init__(self, arms: list[str], baseline: str | None) -> None:
+    def __init__(self, arms: list[str], baseline: str | None, controls: Sequence[str] = ()) -> None:
         self.baseline = baseline
+        self.controls = controls
         self.order = [arm for arm in arms if arm != baseline]
 
     def colour(self, arm: str) -> str:
@@ -92,7 +94,7 @@ class Styles:
         """One of :data:`DASHES`."""
         if arm == self.baseline:
             return "solid"
-        return DASHES[self.order.index(arm) // SERIES % len(DASHES)]
+        return DASHES[(self.order.index(arm) // SERIES + (arm in self.controls)) % len(DASHES)]
 
     def symbol(self, arm: str) -> str:
         """One of :data:`SYMBOLS`."""

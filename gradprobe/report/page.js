@@ -32,7 +32,7 @@
   // ---- drawing
 
   const width = (chart) =>
-    printing ? (chart.closest(".charts").classList.contains("wide") ? PRINT_WIDE : PRINT_HALF) : chart.clientWidth;
+    printing ? (chart.closest(".charts").childElementCount === 1 || chart.closest(".charts.wide") ? PRINT_WIDE : PRINT_HALF) : chart.clientWidth;
 
   function layout(chart, figure) {
     const family = getComputedStyle(document.body).fontFamily;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -13,12 +13,10 @@ from gradprobe.report.figures.dots import thinned
 from gradprobe.report.look import axis, figure
 from gradprobe.report.names import clean, subject
 from gradprobe.report.words import Words, verdict_key
-
-if TYPE_CHECKING:
-    from gradprobe.verdict import Answer
+from gradprobe.verdict.answers import Answer
 
 ROWS = 40
-ROW_HEIGHT = 50
+ROW_HEIGHT = 56
 LABEL = 34
 
 LOOKS = {
@@ -37,7 +35,7 @@ LOOKS = {
 
 def drawable(answer: Answer) -> bool:
     """Whether there is an effect to put on an axis."""
-    return answer.effect is not None and math.isfinite(answer.effect)
+    return math.isfinite(answer.effect)
 
 
 def differences(answer: Answer) -> list[float]:
@@ -76,13 +74,34 @@ def draw(answers: Sequence[Answer], words: Words, x_title: str) -> Figure:
         if drawable(answer):
             data += _row(place, answer, words, colour, symbol)
     count = len(answers[:ROWS])
-    y = axis("", range=[count - 0.42, -0.5], showticklabels=False, showgrid=False, zeroline=False, fixedrange=True)
-    x = axis(x_title, zeroline=True, zerolinecolor="@ink", zerolinewidth=1.5, nticks=7)
+    y = axis(
+        "",
+        range=[count - 0.42, -0.5],
+        showticklabels=False,
+        showgrid=False,
+        showline=False,
+        ticks="",
+        zeroline=False,
+        fixedrange=True,
+    )
+    x = axis(x_title, zeroline=True, zerolinecolor="@ink", zerolinewidth=1.5, nticks=7, range=_range(answers[:ROWS]))
     if not data:
-        x |= {"range": [-1, 1]}
         data = [{"type": "scatter", "x": [None], "y": [None], "hoverinfo": "skip"}]
     height = 60 + ROW_HEIGHT * count
     return figure(data, x, y, height, annotations=notes, shapes=shapes, hovermode="closest")
+
+
+def _range(answers: Sequence[Answer]) -> list[float]:
+    """All that is drawn, with room at both ends."""
+    ends = [0.0]
+    for answer in answers:
+        if drawable(answer):
+            ends += [answer.effect, answer.low95, answer.high95, *(sign(answer) * d for d in differences(answer))]
+        ends += [-answer.margin, answer.margin]
+    known = [value for value in ends if math.isfinite(value)]
+    low, high = min(known), max(known)
+    room = 0.05 * (high - low) or 1.0
+    return numbers([low - room, high + room])
 
 
 def _text(place: int, text: str, side: str, colour: str) -> dict[str, Any]:
@@ -94,6 +113,9 @@ def _text(place: int, text: str, side: str, colour: str) -> dict[str, Any]:
         "y": place - 0.27,
         "yanchor": "middle",
         "showarrow": False,
+        "xshift": 0,
+        "bgcolor": "@surface/0.8",
+        "borderpad": 1,
         "font": {"color": colour, "size": 12, **({"weight": 700} if side == "right" else {})},
     }
 
@@ -102,7 +124,7 @@ def _frame(place: int, answer: Answer) -> list[dict[str, Any]]:
     """The band of the margin behind the row, and a line above it."""
     line = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": place - 0.5, "y1": place - 0.5}
     shapes: list[dict[str, Any]] = [{**line, "line": {"color": "@grid", "width": 1}, "layer": "below"}]
-    if answer.margin is not None and math.isfinite(answer.margin):
+    if math.isfinite(answer.margin):
         band = {"type": "rect", "x0": -answer.margin, "x1": answer.margin, "y0": place - 0.08, "y1": place + 0.5}
         shapes.append({**band, "fillcolor": "@band/0.14", "line": {"width": 0}, "layer": "below"})
     return shapes
@@ -123,7 +145,7 @@ def _row(place: int, answer: Answer, words: Words, colour: str, symbol: str) -> 
             "x": numbers([answer.effect]),
             "y": [place + 0.12],
             "customdata": [[label(answer), words(f"verdict.{verdict_key(answer.verdict)}"), *told]],
-            "marker": {"color": colour, "symbol": symbol, "size": 13, "line": {"color": colour, "width": 2}},
+            "marker": {"color": colour, "symbol": symbol, "size": 13, "line": {"color": colour, "width": 2 * ("open" in symbol)}},
             "hovertemplate": "%{customdata[0]}<br><b>%{customdata[1]}</b><br>"
             + words("forest.hover", effect="%{customdata[2]}", span="%{customdata[3]}", n="%{customdata[4]}")
             + "<extra></extra>",
@@ -188,8 +210,9 @@ def table(caption: str, answers: Sequence[Answer], words: Words) -> Table:
             words.signed(a.effect),
             words.span(a.low95, a.high95, True),
             words.span(a.low90, a.high90, True),
-            words.p_value(a.p_material),
-            words.p_value(a.p_zero),
+            words.p_value((a.p_material, a.p_material_holm)),
+            words.p_value((a.p_zero, a.p_zero_holm)),
+            words.p_value((a.p_increased, a.p_increased_holm)),
             words.number(a.margin),
             str(a.n),
             words.number(_mean(a.baseline_values)),
@@ -197,7 +220,7 @@ def table(caption: str, answers: Sequence[Answer], words: Words) -> Table:
         ]
         for a in answers
     ]
-    names = "arm subject verdict rule effect ci95 ci90 p_material p_zero margin n baseline_mean arm_mean".split()
+    names = "arm subject verdict rule effect ci95 ci90 p_material p_zero p_increased margin n baseline_mean arm_mean".split()
     return Table(caption, [words(f"column.{name}") for name in names], rows, text=3, note=words("forest.p_note"))
 
 

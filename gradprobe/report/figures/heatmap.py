@@ -33,7 +33,7 @@ def fold(layers: tuple[str, ...], values: Floats) -> tuple[list[str], Floats]:
 def draw(layers: tuple[str, ...], values: Floats, steps: Array, words: Words) -> Figure:
     """(L, B) cosines as cells, the first layer on top, on [-1, 1]."""
     names, cells = fold(layers, values)
-    short = in_short(names, 20)
+    short = in_short(names, 16)
     height = int(np.clip(8 * len(names) + 70, 170, 620))
     every = max(1, math.ceil(len(names) * 12 / (height - 60)))
     data = [
@@ -42,7 +42,6 @@ def draw(layers: tuple[str, ...], values: Floats, steps: Array, words: Words) ->
             "x": numbers(steps, 6),
             "y": list(range(len(names))),
             "z": numbers(cells, 3),
-            "text": [[name] for name in names] if len(steps) == 1 else None,
             "customdata": [[name] * len(steps) for name in names],
             "zmin": -1,
             "zmax": 1,
@@ -55,7 +54,6 @@ def draw(layers: tuple[str, ...], values: Floats, steps: Array, words: Words) ->
             + "<extra></extra>",
         }
     ]
-    data[0] = {name: value for name, value in data[0].items() if value is not None}
     ticks = list(range(0, len(names), every))
     y = axis(
         "",

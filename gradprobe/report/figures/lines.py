@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from gradprobe.report.chart import Chart, Figure, Table, numbers
 from gradprobe.report.look import Styles, axis, figure
 from gradprobe.report.words import Words
 
-HEIGHT = 300
+HEIGHT = 290
 TABLE_POINTS = 6
 WIDE = 30.0
 """Positive values that span more than this factor go on a logarithmic axis."""
@@ -34,7 +35,13 @@ class Series:
 
 
 def draw(
-    series: Sequence[Series], styles: Styles, x_title: str, y_title: str, *, within: tuple[float, float] | None = None
+    series: Sequence[Series],
+    styles: Styles,
+    x_title: str,
+    y_title: str,
+    *,
+    within: tuple[float, float] | None = None,
+    whole: bool = False,
 ) -> Figure:
     """The figure.
 
@@ -43,6 +50,7 @@ def draw(
         styles: Colours of the arms.
         x_title, y_title: Titles of the axes.
         within: Limits of y, for a quantity that has some.
+        whole: Whether x is counted in whole numbers, as epochs are.
     """
     data = []
     for one in series:
@@ -56,7 +64,7 @@ def draw(
                 "line": {"width": 0},
             }
             data.append({"type": "scatter", "mode": "lines", "hoverinfo": "skip", "legendgroup": one.arm, **edge})
-    for one in series:
+    for one in sorted(series, key=lambda one: styles.dash(one.arm) != "solid"):  # a dashed line hides no solid one
         x, low, mean, high = one.known()
         data.append(
             {
@@ -74,7 +82,14 @@ def draw(
             }
         )
     y = axis(y_title, **_scale(series, within))
-    return figure(data, axis(x_title, hoverformat=".6~g"), y, HEIGHT, hovermode="x unified")
+    x_axis = axis(x_title, hoverformat=".6~g", zeroline=False, nticks=6, **(_whole(series) if whole else {}))
+    return figure(data, x_axis, y, HEIGHT, hovermode="x unified")
+
+
+def _whole(series: Sequence[Series]) -> dict[str, object]:
+    """Ticks at whole numbers, for an axis of epochs."""
+    last = max((one.x.max() for one in series if len(one.x)), default=1)
+    return {"tick0": 0, "dtick": max(1, math.ceil(last / 6))}
 
 
 def _scale(series: Sequence[Series], within: tuple[float, float] | None) -> dict[str, object]:
@@ -82,7 +97,8 @@ def _scale(series: Sequence[Series], within: tuple[float, float] | None) -> dict
         return {"range": list(within)}
     known = np.concatenate([one.values[np.isfinite(one.values)] for one in series] or [np.zeros(0)])
     if known.size and known.min() > 0 and known.max() > WIDE * known.min():
-        return {"type": "log", "dtick": 1, "exponentformat": "power"}
+        wide = known.max() > 1000 * known.min()
+        return {"type": "log", **({"dtick": 1, "exponentformat": "power"} if wide else {"dtick": "D2"})}
     return {"nticks": 6}
 
 
@@ -95,6 +111,7 @@ def chart(
     y_title: str,
     *,
     within: tuple[float, float] | None = None,
+    whole: bool = False,
 ) -> Chart:
     """The figure with what it shows in words: where each arm begins and ends."""
     said = []
@@ -106,7 +123,7 @@ def chart(
         else:
             said.append(words("lines.nothing", arm=one.arm))
     text = words("lines.alt", title=title, x=x_title, said=words.join(said))
-    return Chart(title, draw(series, styles, x_title, y_title, within=within), text)
+    return Chart(title, draw(series, styles, x_title, y_title, within=within, whole=whole), text)
 
 
 def table(caption: str, named: Sequence[tuple[str, Sequence[Series]]], words: Words, x_title: str) -> Table:

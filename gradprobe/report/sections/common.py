@@ -12,7 +12,7 @@ from gradprobe.report.figures.lines import Series
 from gradprobe.report.look import Styles
 from gradprobe.report.material import ArmData, Material
 from gradprobe.report.words import Words
-from gradprobe.verdict import Comparison
+from gradprobe.verdict.answers import Comparison
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def _convergence(context: Context) -> list[Block]:
     names = ("task", "level", "arm", "reached", "steps_mean", "steps_span")
     table = Table(words("convergence.title"), [words(f"column.{name}") for name in names], rows, text=3)
     note = words("convergence.note", arm=reference)
-    return [Panel(words("convergence.title"), note, charts, table, context.legend())]
+    return [Panel(words("convergence.title"), note, charts, table)]
 
 
 def _dots(one: Series, level: float) -> Dots:

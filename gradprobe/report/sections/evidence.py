@@ -34,7 +34,7 @@ def _question(context: Context, question: str) -> list[Block]:
     if len(answers) > forest.ROWS:
         note.append(words("evidence.cut", shown=forest.ROWS, of=len(answers)))
     table = forest.table(words("evidence.table", question=title), answers, words)
-    return [Panel(title, words.join(note), [chart], table, forest.legend(answers, words), wide=True)]
+    return [Panel(title, words.join(note), [chart], table, forest.legend(answers, words), size="wide")]
 
 
 def _probe(context: Context) -> list[Block]:

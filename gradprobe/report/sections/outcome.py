@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -80,8 +80,7 @@ def _final(context: Context, names: list[str]) -> list[Block]:
         target = material.targets.get(name)
         split = words("split.test" if test else "split.val")
         title = words("metrics.chart" if target is None else "metrics.chart_target", name=name, target=target)
-        bounded = all(((d.values >= 0) & (d.values <= 1) | ~np.isfinite(d.values)).all() for d in found)
-        limits = {"range": [-0.03, 1.03]} if bounded and (target is None or 0 <= target <= 1) else {}
+        limits = {} if target is None else {"range": _range(found, target)}
         figure = dots.draw(found, context.styles, words, f"{name} ({split})", target=target, **limits)
         said = words.join(_said(context, one, target) for one in found)
         charts.append(Chart(title, figure, words("metrics.alt", title=title, split=split, said=said)))
@@ -92,7 +91,14 @@ def _final(context: Context, names: list[str]) -> list[Block]:
         note.append(words("metrics.no_targets"))
     columns = [words(f"column.{n}") for n in ("metric", "split", "arm", "mean", "seeds_span", "target", "reached")]
     table = Table(words("metrics.table"), columns, rows, text=3)
-    return [Panel(words("metrics.final"), words.join(note), charts, table, context.legend())]
+    return [Panel(words("metrics.final"), words.join(note), charts, table, size="small")]
+
+
+def _range(found: Sequence[Dots], target: float) -> list[float]:
+    """All values and the target, with room at both ends: a line of a shape does not widen an axis by itself."""
+    values = np.concatenate([[target], *(one.values[np.isfinite(one.values)] for one in found)])
+    room = 0.06 * (values.max() - values.min()) or 0.1
+    return [float(values.min() - room), float(values.max() + room)]
 
 
 def _said(context: Context, one: Dots, target: float | None) -> str:
@@ -117,15 +123,13 @@ def _course(context: Context, names: list[str]) -> list[Block]:
     for name in names:
         series = _over_epochs(context, lambda run, name=name: run.epochs.get(name))  # type: ignore[misc]
         if series:
-            known = np.concatenate([one.values[np.isfinite(one.values)] for one in series])
-            within = (-0.03, 1.03) if known.min() >= 0 and known.max() <= 1 else None
             named.append((name, series))
-            charts.append(lines.chart(name, series, context.styles, words, words("axis.epoch"), name, within=within))
+            charts.append(lines.chart(name, series, context.styles, words, words("axis.epoch"), name, whole=True))
     if not charts:
         return [Notice("missing", words("metrics.no_epochs"))]
     table = lines.table(words("metrics.course"), named, words, words("axis.epoch"))
     note = words.join([words("metrics.course_note"), context.seeds_note()])
-    return [Panel(words("metrics.course"), note, charts, table, context.legend())]
+    return [Panel(words("metrics.course"), note, charts, table, context.legend(), size="small")]
 
 
 def _over_epochs(context: Context, get: Callable[[RunData], np.ndarray | None]) -> list[Series]:

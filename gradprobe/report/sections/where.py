@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradprobe.report.chart import Block, Notice, Panel, Section
+from gradprobe.report.chart import Block, Notice, Panel, Section, Table
 from gradprobe.report.figures import heatmap
+from gradprobe.report.names import clean, subject
 from gradprobe.report.sections.common import Context
+
+LAYERS = 40
+"""Single layers in the table at most: discoveries first, then by p-value."""
 
 
 def section(context: Context) -> Section:
@@ -32,6 +36,31 @@ def section(context: Context) -> Section:
         key = "heat.corrected" if all(corrected) else "heat.mixed" if any(corrected) else "heat.naive"
         note += [words(key), context.thinned_note()]
         table = heatmap.table(words("heat.table"), drawn, material.pairs, words)
-        wide = len(charts) == 1
-        blocks.insert(0, Panel(words("heat.title"), words.join(note), charts, table, wide=wide, scale=True))
+        blocks.insert(0, Panel(words("heat.title"), words.join(note), charts, table, size="wide" if len(charts) == 1 else "half", scale=True))
+    if context.comparison.layers:
+        blocks.append(_single(context))
     return Section("where", words("where.title"), words("where.lead"), blocks)
+
+
+def _single(context: Context) -> Table:
+    """Layers one by one: exploratory."""
+    words, layers = context.words, context.comparison.layers
+    ranked = sorted(layers, key=lambda one: (not one.discovery, not np.isfinite(one.p), one.p))
+    rows = [
+        [
+            words(f"question.{one.question}"),
+            clean(one.arm),
+            subject(one.subject),
+            clean(one.layer),
+            words("layers.yes" if one.discovery else "layers.no"),
+            words.signed(one.effect),
+            words.span(one.low95, one.high95, True),
+            words.p_value(one.p),
+        ]
+        for one in ranked[:LAYERS]
+    ]
+    names = ("question", "arm", "subject", "layer", "discovery", "effect", "ci95", "p")
+    note = [words("layers.note")]
+    if len(ranked) > LAYERS:
+        note.append(words("table.cut_plain", shown=LAYERS, of=len(ranked)))
+    return Table(words("layers.title"), [words(f"column.{n}") for n in names], rows, text=5, note=words.join(note))
