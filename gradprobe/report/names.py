@@ -19,7 +19,9 @@ def clean(name: object, limit: int = LONGEST) -> str:
     >>> clean("model\\n.9"), clean("a" * 9, limit=5)
     ('model\ufffd.9', 'aa…aa')
     """
-    text = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else c for c in str(name))
+    text = "".join(
+        "\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else c for c in str(name)
+    )
     if len(text) <= limit:
         return text
     half = (limit - 1) // 2
@@ -56,12 +58,3 @@ def in_short(names: Sequence[str], limit: int = 24) -> list[str]:
     parts = [name.split(".") for name in names]
     common = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)
     return distinct(["…" * (common > 0) + ".".join(part[common:]) for part in parts], limit)
-
-
-def subject(text: str) -> str:
-    """"cls>det", what the first does to the second, and "det|cls", the two, as they are read.
-
-    >>> subject("cls>det"), subject("det|cls")
-    ('cls → det', 'det | cls')
-    """
-    return clean(text).replace(">", " → ", 1).replace("|", " | ")

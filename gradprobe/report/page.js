@@ -160,8 +160,8 @@
     const trace = all[at.trace];
     at.point = clamp(at.point + across, heat ? trace.x.length : size(trace));
     chart.at = at;
-    const point = heat ? [at.row, at.point] : at.point;
-    Plotly.Fx.hover(chart, [{ curveNumber: trace.index, pointNumber: point }]);
+    const place = heat ? { xval: trace.x[at.point], yval: trace.y[at.row] } : { pointNumber: at.point };
+    Plotly.Fx.hover(chart, [{ curveNumber: trace.index, ...place }]);
     requestAnimationFrame(() => (live.textContent = said(chart)));
   }
 

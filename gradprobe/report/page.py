@@ -145,5 +145,3 @@ def _variables(palette: dict[str, str]) -> str:
 
 def _text(name: str) -> str:
     return (FOLDER / name).read_text(encoding="utf-8")
-
-

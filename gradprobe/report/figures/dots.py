@@ -66,7 +66,12 @@ def draw(
                     **common,
                     "x": numbers([known.mean()]),
                     "y": [place - 0.14],
-                    "marker": {"color": colour, "size": 13, "symbol": symbol, "line": {"color": "@surface", "width": 1}},
+                    "marker": {
+                        "color": colour,
+                        "size": 13,
+                        "symbol": symbol,
+                        "line": {"color": "@surface", "width": 1},
+                    },
                     "hovertemplate": words("dots.mean", value="%{x:.4~g}", n=len(known)),
                 }
             )

@@ -11,7 +11,7 @@ import numpy as np
 from gradprobe.report.chart import Chart, Figure, Key, Table, numbers
 from gradprobe.report.figures.dots import thinned
 from gradprobe.report.look import axis, figure
-from gradprobe.report.names import clean, subject
+from gradprobe.report.names import clean
 from gradprobe.report.words import Words, verdict_key
 from gradprobe.verdict.answers import Answer
 
@@ -54,9 +54,9 @@ def sign(answer: Answer) -> int:
     return -1 if turned < direct else 1
 
 
-def label(answer: Answer) -> str:
+def label(answer: Answer, words: Words) -> str:
     """Arm and subject, as a row is named."""
-    return f"{clean(answer.arm, LABEL // 2)} · {subject(answer.subject)}"
+    return f"{clean(answer.arm, LABEL // 2)} · {words.subject(answer.subject)}"
 
 
 def draw(answers: Sequence[Answer], words: Words, x_title: str) -> Figure:
@@ -68,7 +68,7 @@ def draw(answers: Sequence[Answer], words: Words, x_title: str) -> Figure:
         colour, symbol = LOOKS[verdict_key(answer.verdict)]
         shapes += _frame(place, answer)
         notes += [
-            _text(place, label(answer), "left", "@ink"),
+            _text(place, label(answer, words), "left", "@ink"),
             _text(place, words(f"verdict.{verdict_key(answer.verdict)}"), "right", colour),
         ]
         if drawable(answer):
@@ -132,7 +132,7 @@ def _frame(place: int, answer: Answer) -> list[dict[str, Any]]:
 
 def _row(place: int, answer: Answer, words: Words, colour: str, symbol: str) -> list[dict[str, Any]]:
     """Interval at 95 % thin, at 90 % thick, the effect, and the seeds."""
-    common = {"type": "scatter", "legendgroup": verdict_key(answer.verdict), "name": label(answer)}
+    common = {"type": "scatter", "legendgroup": verdict_key(answer.verdict), "name": label(answer, words)}
     rows = [
         _interval(place, answer.low95, answer.high95, colour, 1.5, common),
         _interval(place, answer.low90, answer.high90, colour, 5, common),
@@ -144,8 +144,13 @@ def _row(place: int, answer: Answer, words: Words, colour: str, symbol: str) -> 
             "mode": "markers",
             "x": numbers([answer.effect]),
             "y": [place + 0.12],
-            "customdata": [[label(answer), words(f"verdict.{verdict_key(answer.verdict)}"), *told]],
-            "marker": {"color": colour, "symbol": symbol, "size": 13, "line": {"color": colour, "width": 2 * ("open" in symbol)}},
+            "customdata": [[label(answer, words), words(f"verdict.{verdict_key(answer.verdict)}"), *told]],
+            "marker": {
+                "color": colour,
+                "symbol": symbol,
+                "size": 13,
+                "line": {"color": colour, "width": 2 * ("open" in symbol)},
+            },
             "hovertemplate": "%{customdata[0]}<br><b>%{customdata[1]}</b><br>"
             + words("forest.hover", effect="%{customdata[2]}", span="%{customdata[3]}", n="%{customdata[4]}")
             + "<extra></extra>",
@@ -182,7 +187,7 @@ def legend(answers: Sequence[Answer], words: Words) -> list[Key]:
 
 def chart(title: str, answers: Sequence[Answer], words: Words, x_title: str) -> Chart:
     """The figure, and every row of it in words."""
-    said = [words("forest.alt_row", what=label(a), **told(a, words)) for a in answers[:12]]
+    said = [words("forest.alt_row", what=label(a, words), **told(a, words)) for a in answers[:12]]
     if len(answers) > 12:
         said.append(words("forest.alt_rest", n=len(answers) - 12))
     return Chart(title, draw(answers, words, x_title), words("forest.alt", title=title, said=words.join(said)))
@@ -204,7 +209,7 @@ def table(caption: str, answers: Sequence[Answer], words: Words) -> Table:
     rows = [
         [
             clean(a.arm),
-            subject(a.subject),
+            words.subject(a.subject),
             words(f"verdict.{verdict_key(a.verdict)}"),
             "" if a.rule is None else str(a.rule),
             words.signed(a.effect),
@@ -220,7 +225,22 @@ def table(caption: str, answers: Sequence[Answer], words: Words) -> Table:
         ]
         for a in answers
     ]
-    names = "arm subject verdict rule effect ci95 ci90 p_material p_zero p_increased margin n baseline_mean arm_mean".split()
+    names = [
+        "arm",
+        "subject",
+        "verdict",
+        "rule",
+        "effect",
+        "ci95",
+        "ci90",
+        "p_material",
+        "p_zero",
+        "p_increased",
+        "margin",
+        "n",
+        "baseline_mean",
+        "arm_mean",
+    ]
     return Table(caption, [words(f"column.{name}") for name in names], rows, text=3, note=words("forest.p_note"))
 
 

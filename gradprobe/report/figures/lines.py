@@ -82,7 +82,7 @@ def draw(
             }
         )
     y = axis(y_title, **_scale(series, within))
-    x_axis = axis(x_title, hoverformat=".6~g", zeroline=False, nticks=6, **(_whole(series) if whole else {}))
+    x_axis = axis(x_title, hoverformat=".0f", zeroline=False, nticks=6, **(_whole(series) if whole else {}))
     return figure(data, x_axis, y, HEIGHT, hovermode="x unified")
 
 

@@ -58,7 +58,7 @@ def _said(words: Words, question: str, answers: Sequence[Answer]) -> list[str]:
         return []
     groups: dict[str, list[str]] = {}
     for answer in answers:
-        groups.setdefault(verdict_key(answer.verdict), []).append(label(answer))
+        groups.setdefault(verdict_key(answer.verdict), []).append(label(answer, words))
     said = []
     for key in SAID:
         if key in groups:
@@ -101,7 +101,7 @@ def finding(context: Context, answer: Answer) -> Finding:
     """An answer as a card shows it."""
     words, key = context.words, verdict_key(answer.verdict)
     sentence, english = reason(words, answer)
-    return Finding(label(answer), key, words(f"verdict.{key}"), sentence, english)
+    return Finding(label(answer, words), key, words(f"verdict.{key}"), sentence, english)
 
 
 def reason(words: Words, answer: Answer) -> tuple[str, bool]:

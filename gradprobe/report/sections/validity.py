@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradprobe.report.chart import Block, Notice, Prose, Section, Table
-from gradprobe.report.names import clean, subject
+from gradprobe.report.names import clean
 from gradprobe.report.sections.common import Context
 from gradprobe.report.sections.front import gate_sentence
 from gradprobe.verdict.answers import Gate
@@ -46,7 +46,7 @@ def _gates(context: Context) -> Table:
     found: dict[tuple[Gate, str], list[str]] = {}
     for answer in context.comparison.answers:
         for gate in answer.gates:
-            found.setdefault((gate, clean(answer.arm)), []).append(subject(answer.subject))
+            found.setdefault((gate, clean(answer.arm)), []).append(words.subject(answer.subject))
     rows = [
         (gate.passed, [_passed(context, gate), arm, words.list(dict.fromkeys(subjects)), *_told(context, gate)])
         for (gate, arm), subjects in found.items()

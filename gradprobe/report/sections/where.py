@@ -6,7 +6,7 @@ import numpy as np
 
 from gradprobe.report.chart import Block, Notice, Panel, Section, Table
 from gradprobe.report.figures import heatmap
-from gradprobe.report.names import clean, subject
+from gradprobe.report.names import clean
 from gradprobe.report.sections.common import Context
 
 LAYERS = 40
@@ -36,7 +36,17 @@ def section(context: Context) -> Section:
         key = "heat.corrected" if all(corrected) else "heat.mixed" if any(corrected) else "heat.naive"
         note += [words(key), context.thinned_note()]
         table = heatmap.table(words("heat.table"), drawn, material.pairs, words)
-        blocks.insert(0, Panel(words("heat.title"), words.join(note), charts, table, size="wide" if len(charts) == 1 else "half", scale=True))
+        blocks.insert(
+            0,
+            Panel(
+                words("heat.title"),
+                words.join(note),
+                charts,
+                table,
+                size="wide" if len(charts) == 1 else "half",
+                scale=True,
+            ),
+        )
     if context.comparison.layers:
         blocks.append(_single(context))
     return Section("where", words("where.title"), words("where.lead"), blocks)
@@ -50,7 +60,7 @@ def _single(context: Context) -> Table:
         [
             words(f"question.{one.question}"),
             clean(one.arm),
-            subject(one.subject),
+            words.subject(one.subject),
             clean(one.layer),
             words("layers.yes" if one.discovery else "layers.no"),
             words.signed(one.effect),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from gradprobe.errors import UsageError
+from gradprobe.report.names import clean
 from gradprobe.report.words import en, zh_tw
 
 LANGUAGES: dict[str, Mapping[str, str]] = {"en": en.MESSAGES, "zh-TW": zh_tw.MESSAGES}
@@ -52,10 +53,21 @@ class Words:
         self.messages = LANGUAGES[name]
 
     def __call__(self, key: str, **values: object) -> str:
-        return self.messages[key].format(**values)
+        """The message with its values filled in."""
+        return self.messages[key].replace(" %", "\u00a0%").format(**values)  # a number and its unit stay together
 
     def __contains__(self, key: str) -> bool:
         return key in self.messages
+
+    def subject(self, text: str) -> str:
+        """ "cls>det", what the first does to the second, and "det|cls", the two, as they are read.
+
+        >>> Words().subject("cls>det"), Words().subject("det|cls")
+        ('cls\xa0→\xa0det', 'det\xa0|\xa0cls')
+        """
+        if f"subject.{text}" in self:
+            return self(f"subject.{text}")
+        return clean(text).replace(">", "\u00a0→\u00a0", 1).replace("|", "\u00a0|\u00a0")
 
     def join(self, sentences: Iterable[str]) -> str:
         """Sentences one after the other."""

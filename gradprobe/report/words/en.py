@@ -9,10 +9,10 @@ MESSAGES: dict[str, str] = {
     "page.legend": "Legend: press to hide or show",
     "page.numbers": "Numbers: {title}",
     "page.noscript": "Charts need JavaScript. The tables below each of them hold the same numbers.",
-    "page.keys": "Keys on a chart: arrows go from point to point, shift and arrows move the view, plus and minus zoom, 0 resets, "
-    "escape leaves.",
-    "page.foot": "Made by gradprobe {version} from the run files named under Provenance. This file loads nothing from the network. "
-    "Charts: plotly.js, MIT licence.",
+    "page.keys": "Keys on a chart: arrows go from point to point, shift and arrows move the view, plus and minus "
+    "zoom, 0 resets, escape leaves.",
+    "page.foot": "Made by gradprobe {version} from the run files named under Provenance. This file loads nothing from "
+    "the network. Charts: plotly.js, MIT licence.",
     "tools.label": "View of {title}",
     "tools.in": "Zoom in",
     "tools.in_long": "Zoom in: {title}",
@@ -100,15 +100,17 @@ MESSAGES: dict[str, str] = {
     "verdict.not_applicable": "NOT APPLICABLE",
     "verdict.no_verdict": "NO VERDICT",
     "reason.reduced": "{effect} ({span}, {n} seeds): the whole 95 % interval lies beyond the margin of {margin}.",
-    "reason.reduced_uncertain": "{effect} ({span}, {n} seeds): below 0, but not shown to be beyond the margin of {margin}.",
-    "reason.equivalent": "{effect} ({span}, {n} seeds): the 90 % interval lies within the margin of ±{margin}. No reduction that "
-    "matters.",
+    "reason.reduced_uncertain": "{effect} ({span}, {n} seeds): below 0, but not shown to be beyond the margin of "
+    "{margin}.",
+    "reason.equivalent": "{effect} ({span}, {n} seeds): the 90 % interval lies within the margin of ±{margin}. No "
+    "reduction that matters.",
     "reason.not_reduced": "{effect} ({span}, {n} seeds): a fall by more than the margin of {margin} is ruled out.",
     "reason.increased": "{effect} ({span}, {n} seeds): the whole 95 % interval lies above 0.",
     "reason.inconclusive": "{effect} ({span}, {n} seeds): the interval allows both a fall that matters and none.",
     "reason.undefined": "A gate failed, so that no claim may rest on the number.",
     "reason.not_applicable": "The question has no meaning for this arm.",
     "reason.no_verdict": "What a verdict needs is missing.",
+    "subject.largest share": "largest share",
     # ---- headline
     "headline.no_control": "No conclusion about interference: there is no control run.",
     "headline.no_verdict": "No verdict on interference: what it needs is missing.",
@@ -120,13 +122,15 @@ MESSAGES: dict[str, str] = {
     "headline.interference.undefined": "Nothing can be said about interference: a gate failed for every arm.",
     "headline.interference.open": "No reduction of interference was shown.",
     "headline.direction.reduced": "Gradients came to point less against each other: {who}.",
-    "headline.direction.reduced_uncertain": "Gradients came to point less against each other, by how much is uncertain: {who}.",
+    "headline.direction.reduced_uncertain": "Gradients came to point less against each other, by how much is "
+    "uncertain: {who}.",
     "headline.direction.increased": "Gradients came to point more against each other: {who}.",
     "headline.direction.equivalent": "The direction of the gradients stayed the same.",
     "headline.direction.undefined": "Nothing can be said about the direction of the gradients: a gate failed.",
     "headline.direction.open": "No change in the direction of the gradients was shown.",
     "headline.outcome.reduced": "Performance came closer to that of single tasks: {who}.",
-    "headline.outcome.reduced_uncertain": "Performance came closer to that of single tasks, by how much is uncertain: {who}.",
+    "headline.outcome.reduced_uncertain": "Performance came closer to that of single tasks, by how much is uncertain: "
+    "{who}.",
     "headline.outcome.increased": "Performance fell further behind that of single tasks: {who}.",
     "headline.outcome.equivalent": "Performance stayed the same.",
     "headline.outcome.undefined": "Nothing can be said about performance: a gate failed.",
@@ -157,18 +161,20 @@ MESSAGES: dict[str, str] = {
     "evidence.title": "The evidence",
     "evidence.lead": "Three questions, answered apart: none of the answers stands for another.",
     "evidence.none_direction": "No answer on direction: no arm could be compared with a baseline.",
-    "evidence.none_interference": "No answer on interference: it takes a baseline, the same seeds, and the loss ledger.",
-    "evidence.none_outcome": "No answer on outcome: it takes runs of single tasks as controls, and metrics on the test split.",
-    "evidence.note_direction": "Cosine between the tasks' gradients, corrected for noise, with the sign turned: left of zero, they "
-    "point less against each other than in the baseline. Task weights do not enter.",
-    "evidence.note_interference": "C, the part of a task's own progress that the other task's share of the real updates cancelled. "
-    "“cls → det” is what cls does to det. Left of zero, less was cancelled than in the baseline.",
-    "evidence.note_dominance": "How much of the squared joint gradient is one task's. Left of zero, it is shared more evenly than in "
-    "the baseline.",
-    "evidence.note_outcome": "How far a metric lies behind that of the task trained alone. Left of zero, the gap is smaller than in the "
-    "baseline.",
-    "evidence.how_to_read": "Marker: mean over seeds of arm minus baseline. Thin line: 95 % interval, thick: 90 %. Shaded: smaller "
-    "than the margin. Dots: single seeds.",
+    "evidence.none_interference": "No answer on interference: it takes a baseline, the same seeds, and the loss "
+    "ledger.",
+    "evidence.none_outcome": "No answer on outcome: it takes runs of single tasks as controls, and metrics on the "
+    "test split.",
+    "evidence.note_direction": "Cosine between the tasks' gradients, corrected for noise, with the sign turned: left "
+    "of zero, they point less against each other than in the baseline. Task weights do not enter.",
+    "evidence.note_interference": "C, the part of a task's own progress that the other task's share of the real "
+    "updates cancelled. “cls → det” is what cls does to det. Left of zero, less was cancelled than in the baseline.",
+    "evidence.note_dominance": "How much of the squared joint gradient is one task's. Left of zero, it is shared more "
+    "evenly than in the baseline.",
+    "evidence.note_outcome": "How far a metric lies behind that of the task trained alone. Left of zero, the gap is "
+    "smaller than in the baseline.",
+    "evidence.how_to_read": "Marker: mean over seeds of arm minus baseline. Thin line: 95 % interval, thick: 90 %. "
+    "Shaded: smaller than the margin. Dots: single seeds.",
     "evidence.cut": "The first {shown} of {of} are drawn; the table holds all.",
     "evidence.table": "{question}: every answer in numbers",
     "axis.direction": "−cosine, arm − baseline (← better)",
@@ -180,64 +186,73 @@ MESSAGES: dict[str, str] = {
     "forest.alt": "Forest plot, {title}. {said}",
     "forest.alt_row": "{what}: {verdict}, {effect} ({span}), {n} seeds.",
     "forest.alt_rest": "And {n} more, in the table.",
-    "forest.p_note": "p-values are one-sided. Holm: adjusted for all arms and subjects of the question; rules 1, 3 and 4 need at most "
-    "0.025. Intervals are not adjusted.",
+    "forest.p_note": "p-values are one-sided. Holm: adjusted for all arms and subjects of the question; rules 1, 3 "
+    "and 4 need at most 0.025. Intervals are not adjusted.",
     "probe.title": "Cosine on the probe loader",
-    "probe.note": "Pooled cosine over all shared layers at frozen parameters, on independent batches, corrected for noise. A line with "
-    "gaps was not resolved there. Line: mean over seeds; band: lowest to highest seed.",
+    "probe.note": "Pooled cosine over all shared layers at frozen parameters, on independent batches, corrected for "
+    "noise. A line with gaps was not resolved there. Line: mean over seeds; band: lowest to highest seed.",
     "probe.chart": "{pair}",
-    "probe.missing": "No measurement on a probe loader in these files, so that direction rests on the training stream at best. "
-    "Record with --probe-loader val.",
+    "probe.missing": "No measurement on a probe loader in these files, so that direction rests on the training stream "
+    "at best. Record with `--probe-loader val`.",
     # ---- what this does not show
     "limits.title": "What this does not show",
     "limits.lead": "Read this before the charts.",
-    "limits.no_control": "There is no run of a single task, so that nothing here says what a task would reach without the other. Whether "
-    "there is interference at all stays open.",
+    "limits.no_control": "There is no run of a single task, so that nothing here says what a task would reach without "
+    "the other. Whether there is interference at all stays open.",
     "limits.one_arm": "There is one arm, so that nothing is compared: what follows is a description.",
     "limits.few_seeds": "An arm has fewer than three seeds: what is shown of it is a description, and no verdict.",
-    "limits.naive": "Cosines by layer are of single minibatches, not corrected for noise. Samples that the tasks share can turn "
-    "their sign, and near zero they are mostly noise. They are for looking, and no verdict rests on them.",
-    "limits.no_ledger": "The loss ledger was not recorded, so that what one task did to another's loss was not measured.",
-    "limits.no_probe": "Nothing was measured on a probe loader. Gradients of the training stream carry the noise that training made.",
-    "limits.no_test": "Not every run was evaluated on a test split. Metrics on val were looked at during training, and flatter.",
+    "limits.naive": "Cosines by layer are of single minibatches, not corrected for noise. Samples that the tasks "
+    "share can turn their sign, and near zero they are mostly noise. They are for looking, and no verdict rests on "
+    "them.",
+    "limits.no_ledger": "The loss ledger was not recorded, so that what one task did to another's loss was not "
+    "measured.",
+    "limits.no_probe": "Nothing was measured on a probe loader. Gradients of the training stream carry the noise that "
+    "training made.",
+    "limits.no_test": "Not every run was evaluated on a test split. Metrics on val were looked at during training, "
+    "and flatter.",
     "limits.unfinished": "A run is unfinished. Its last numbers are those of the moment at which its file was read.",
-    "limits.loss": "A falling training loss shows no change in interference: training longer does that, too. Losses are drawn here "
-    "for orientation and enter no verdict.",
-    "limits.reweighting": "Weights that are all above 0 change no cosine at given parameters. What a reweighting changes directly is size.",
-    "limits.one_setting": "One data set, one model, one budget, one set of hyper-parameters. Seeds vary initial weights and order, and "
-    "nothing else.",
-    "limits.first_order": "A cosine is a reading at one point. What an update did to a loss over a step is in the ledger, with its "
-    "residual.",
-    "limits.seeds": "Intervals are over seeds and hold for seeds. With few of them, an effect of the size of their spread is often "
-    "missed: INCONCLUSIVE is not “no effect”.",
+    "limits.loss": "A falling training loss shows no change in interference: training longer does that, too. Losses "
+    "are drawn here for orientation and enter no verdict.",
+    "limits.reweighting": "Weights that are all above 0 change no cosine at given parameters. What a reweighting "
+    "changes directly is size.",
+    "limits.one_setting": "One data set, one model, one budget, one set of hyper-parameters. Seeds vary initial "
+    "weights and order, and nothing else.",
+    "limits.first_order": "A cosine is a reading at one point. What an update did to a loss over a step is in the "
+    "ledger, with its residual.",
+    "limits.seeds": "Intervals are over seeds and hold for seeds. With few of them, an effect of the size of their "
+    "spread is often missed: INCONCLUSIVE is not “no effect”.",
     "limits.cause": "That interference fell and a metric rose in the same arm does not say that one made the other.",
     # ---- where
     "where.title": "Where and when",
     "where.lead": "The cosine between two tasks' gradients, layer by layer over the training. Exploratory.",
     "heat.title": "Cosine by layer and time",
-    "heat.note": "Layers downwards in the order of the forward pass. Drag to zoom; empty cells were not measured or not resolved.",
+    "heat.note": "Layers downwards in the order of the forward pass. Drag to zoom; empty cells were not measured or "
+    "not resolved.",
     "heat.corrected": "Corrected for noise; median over seeds.",
-    "heat.naive": "Not corrected for noise: the median of single minibatches and over seeds. For looking, not for concluding.",
-    "heat.mixed": "Corrected for noise where the run was measured in micro-batches, else the median of single minibatches. Arms are not "
-    "comparable.",
+    "heat.naive": "Not corrected for noise: the median of single minibatches and over seeds. For looking, not for "
+    "concluding.",
+    "heat.mixed": "Corrected for noise where the run was measured in micro-batches, else the median of single "
+    "minibatches. Arms are not comparable.",
     "heat.chart": "{arm}: {pair}",
     "heat.hover": "step {step}: cosine {cosine}",
-    "heat.alt": "Heatmap, {title}: {layers} layers. Lowest median cosine {low_value} in {low}, highest {high_value} in {high}.",
+    "heat.alt": "Heatmap, {title}: {layers} layers. Lowest median cosine {low_value} in {low}, highest {high_value} "
+    "in {high}.",
     "heat.alt_empty": "Heatmap, {title}: nothing was measured.",
     "heat.table": "Median cosine by layer",
     "heat.no_layers": "{arm}: its tasks share no layer, so that no cosine is defined. That is not the same as 0.",
     "heat.empty": "{arm}: no cosine by layer was measured.",
     "layers.title": "Single layers",
-    "layers.note": "Exploratory: looked at after the trunk, false discovery rate 10 % (Benjamini-Hochberg). A discovery is a place to "
-    "look, and proves nothing of that layer.",
+    "layers.note": "Exploratory: looked at after the trunk, false discovery rate 10 % (Benjamini-Hochberg). A "
+    "discovery is a place to look, and proves nothing of that layer.",
     "layers.yes": "yes",
     "layers.no": "no",
     # ---- ledger
     "ledger.title": "The loss ledger",
-    "ledger.lead": "The update that was really made, taken apart by whose gradient it came from, and what each part did to each loss.",
+    "ledger.lead": "The update that was really made, taken apart by whose gradient it came from, and what each part "
+    "did to each loss.",
     "ledger.panel": "What changed each loss",
-    "ledger.note": "Sum over the complete rows, mean over seeds. Left: the loss fell. The segments together should end where the diamond "
-    "stands; what is missing is the residual.",
+    "ledger.note": "Sum over the complete rows, mean over seeds. Left: the loss fell. The segments together should "
+    "end where the diamond stands; what is missing is the residual.",
     "ledger.chart": "Loss of {task}",
     "ledger.axis": "change of the loss (← better)",
     "ledger.head": "private layers",
@@ -247,7 +262,7 @@ MESSAGES: dict[str, str] = {
     "ledger.table": "The ledger in numbers",
     "ledger.alt": "Stacked bars, {title}. {said}",
     "ledger.said": "{arm}: {parts}.",
-    "ledger.missing": "There is no loss ledger in these files. Record with --ledger; `gradprobe study` does.",
+    "ledger.missing": "There is no loss ledger in these files. Record with `--ledger`; `gradprobe study` does.",
     "ledger.missing_in": "No loss ledger, or no complete row of it, in: {arms}.",
     # ---- metrics
     "metrics.title": "Metrics and targets",
@@ -257,7 +272,7 @@ MESSAGES: dict[str, str] = {
     "metrics.on_test": "On the test split, with the last weights.",
     "metrics.on_val": "Of the last epoch on val: no common test split was recorded.",
     "metrics.on_both": "On the test split where every run has it, else of the last epoch on val.",
-    "metrics.no_targets": "No target was given; --target mAP50=0.6,f1=0.6 draws one.",
+    "metrics.no_targets": "No target was given; `--target mAP50=0.6,f1=0.6` draws one.",
     "metrics.chart": "{name}",
     "metrics.chart_target": "{name}, target {target:g}",
     "metrics.alt": "Dots, {title}, {split}. {said}",
@@ -267,8 +282,8 @@ MESSAGES: dict[str, str] = {
     "metrics.course": "Over epochs",
     "metrics.course_note": "On val, after each epoch.",
     "metrics.no_epochs": "No metric per epoch in these files.",
-    "metrics.missing": "No metrics in these files. `gradprobe record` evaluates after each epoch; in a loop of your own, "
-    "probe.log_metrics(epoch, ...) does.",
+    "metrics.missing": "No metrics in these files. `gradprobe record` evaluates after each epoch; in a loop of your "
+    "own, `probe.log_metrics(epoch, ...)` does.",
     "metrics.unknown": "No file holds the metrics {names}, for which targets were given (there are: {held}).",
     "split.test": "test",
     "split.val": "val, last epoch",
@@ -297,14 +312,14 @@ MESSAGES: dict[str, str] = {
     "weight.title": "Task weights in force",
     "weight.note": "What multiplied each task's loss.",
     "weight.chart": "Weight of {task}",
-    "weight.missing": "No task weights in these files. Pass weights= to the probe.",
+    "weight.missing": "No task weights in these files. Pass `weights=` to the probe.",
     "cosine.title": "Cosine over all shared layers, training stream",
     "cosine.note": "Of single minibatches, not corrected for noise: for watching.",
     "cosine.chart": "{pair}",
     "cosine.missing": "No cosine over shared layers in these files.",
     "convergence.title": "Steps to reach a level",
-    "convergence.note": "The level is where the loss of {arm} ends. Reached: the running median of five points is there. Large: mean over "
-    "the seeds that reached it; open triangle: seeds that did not.",
+    "convergence.note": "The level is where the loss of {arm} ends. Reached: the running median of five points is "
+    "there. Large: mean over the seeds that reached it; open triangle: seeds that did not.",
     "convergence.chart": "Loss of {task} down to {level}",
     "convergence.alt": "Dots, {title}. {said}",
     "convergence.said": "{arm}: reached by {reached} of {of} seeds, after {mean} steps in the mean.",
@@ -329,13 +344,14 @@ MESSAGES: dict[str, str] = {
     "left_out.layers": "{n} layers are shared in some arms only, and left out of every measure: {layers}.",
     # ---- provenance
     "provenance.title": "Provenance",
-    "provenance.lead": "Where the numbers are from. Equal hashes prove equal data, initial weights and order of batches.",
+    "provenance.lead": "Where the numbers are from. Equal hashes prove equal data, initial weights and order of "
+    "batches.",
     "provenance.runs": "Runs",
     "provenance.common": "What all runs have in common",
     "provenance.differing": "In what runs differ",
     "provenance.unfinished": "unfinished",
     "provenance.value": "{value} ({n})",
     "provenance.more": "{n} more",
-    "provenance.how": "Everything is in the run files; `gradprobe check FILE` tells whether one is whole, `gradprobe compare --json` gives the "
-    "same answers to programs.",
+    "provenance.how": "Everything is in the run files; `gradprobe check FILE` tells whether one is whole, `gradprobe "
+    "compare --json` gives the same answers to programs.",
 }

@@ -10,7 +10,8 @@ MESSAGES: dict[str, str] = {
     "page.numbers": "數值：{title}",
     "page.noscript": "圖表需要 JavaScript；每張圖下方的表格列有同樣的數值。",
     "page.keys": "圖表按鍵：方向鍵逐點移動，Shift 加方向鍵平移，加號與減號縮放，0 還原，Esc 離開。",
-    "page.foot": "由 gradprobe {version} 根據「資料來源」所列的紀錄檔產生。本檔不從網路載入任何內容。圖表：plotly.js，MIT 授權。",
+    "page.foot": "由 gradprobe {version} 根據「資料來源」所列的紀錄檔產生。本檔不從網路載入任何內容。圖表：plotly.js，"
+    "MIT 授權。",
     "tools.label": "檢視：{title}",
     "tools.in": "放大",
     "tools.in_long": "放大：{title}",
@@ -28,7 +29,7 @@ MESSAGES: dict[str, str] = {
     "notice.refusal": "拒絕判定。",
     "join.sentences": "",
     "join.comma": "、",
-    "join.and": "與",
+    "join.and": " 與 ",
     "join.span": "{low} 至 {high}",
     "n_of_m": "{n}／{m}",
     # ---- 表格
@@ -106,6 +107,7 @@ MESSAGES: dict[str, str] = {
     "reason.undefined": "有一道門檻未通過，因此不得根據這個數值下結論。",
     "reason.not_applicable": "這個問題對此組沒有意義。",
     "reason.no_verdict": "缺少判定所需的條件。",
+    "subject.largest share": "最大份額",
     # ---- 標題
     "headline.no_control": "無法對干擾下結論：沒有對照組。",
     "headline.no_verdict": "對干擾不作判定：缺少判定所需的條件。",
@@ -156,12 +158,14 @@ MESSAGES: dict[str, str] = {
     "evidence.none_direction": "方向沒有答案：沒有可與基準組比較的組別。",
     "evidence.none_interference": "干擾沒有答案：需要基準組、相同的種子，以及損失帳。",
     "evidence.none_outcome": "成效沒有答案：需要單任務訓練作為對照組，以及測試集上的指標。",
-    "evidence.note_direction": "各任務梯度之間的餘弦相似度，經雜訊校正並取負號：零的左側表示比基準組更少互相衝突。任務權重不影響此量。",
-    "evidence.note_interference": "C：一個任務自身的進展中，被另一個任務在實際更新裡的份額所抵銷的比例。「cls → det」指 cls 對 det 的影響。"
-    "零的左側表示抵銷得比基準組少。",
+    "evidence.note_direction": "各任務梯度之間的餘弦相似度，經雜訊校正並取負號：零的左側表示比基準組更少互相衝突。任務"
+    "權重不影響此量。",
+    "evidence.note_interference": "C：一個任務自身的進展中，被另一個任務在實際更新裡的份額所抵銷的比例。「cls → det」"
+    "指 cls 對 det 的影響。零的左側表示抵銷得比基準組少。",
     "evidence.note_dominance": "聯合梯度平方中單一任務所占的份額。零的左側表示比基準組分配得更平均。",
     "evidence.note_outcome": "指標落後單任務訓練的差距。零的左側表示差距比基準組小。",
-    "evidence.how_to_read": "標記：各種子「該組減基準組」的平均。細線：95 % 信賴區間；粗線：90 %。陰影：小於容許差。圓點：個別種子。",
+    "evidence.how_to_read": "標記：各種子「該組減基準組」的平均。細線：95 % 信賴區間；粗線：90 %。陰影：小於容許差。圓"
+    "點：個別種子。",
     "evidence.cut": "圖中為 {of} 項中的前 {shown} 項，表格列出全部。",
     "evidence.table": "{question}：所有答案的數值",
     "axis.direction": "−餘弦，該組 − 基準組（← 較佳）",
@@ -175,16 +179,20 @@ MESSAGES: dict[str, str] = {
     "forest.alt_rest": "其餘 {n} 項見表格。",
     "forest.p_note": "p 值為單尾。Holm：依該問題的所有組別與對象校正；規則 1、3、4 要求不超過 0.025。信賴區間未校正。",
     "probe.title": "探測資料上的餘弦相似度",
-    "probe.note": "凍結參數後，在獨立批次上量測所有共享層的合併餘弦相似度，經雜訊校正。線段中斷處表示無法解析。線：各種子平均；帶：最低至最高的種子。",
+    "probe.note": "凍結參數後，在獨立批次上量測所有共享層的合併餘弦相似度，經雜訊校正。線段中斷處表示無法解析。線：各"
+    "種子平均；帶：最低至最高的種子。",
     "probe.chart": "{pair}",
-    "probe.missing": "這些檔案沒有以探測資料載入器量測，因此方向至多只能依據訓練資料流。請以 --probe-loader val 記錄。",
+    "probe.missing": "這些檔案沒有以探測資料載入器量測，因此方向至多只能依據訓練資料流。請以 `--probe-loader val` 記錄"
+    "。",
     # ---- 本報告未能顯示的事
     "limits.title": "本報告未能顯示的事",
     "limits.lead": "看圖之前請先讀這一節。",
-    "limits.no_control": "沒有單任務訓練，因此無從得知一個任務在沒有另一個任務時能達到什麼程度。是否存在干擾，仍是未知。",
+    "limits.no_control": "沒有單任務訓練，因此無從得知一個任務在沒有另一個任務時能達到什麼程度。是否存在干擾，仍是未知"
+    "。",
     "limits.one_arm": "只有一組，沒有比較對象：以下僅為描述。",
     "limits.few_seeds": "有一組的種子少於三個：其內容僅為描述，不作判定。",
-    "limits.naive": "逐層的餘弦相似度來自單一小批次，未經雜訊校正。任務共用的樣本可能使其正負號反轉，接近零時大多是雜訊。僅供觀察，沒有任何判定以此為據。",
+    "limits.naive": "逐層的餘弦相似度來自單一小批次，未經雜訊校正。任務共用的樣本可能使其正負號反轉，接近零時大多是雜"
+    "訊。僅供觀察，沒有任何判定以此為據。",
     "limits.no_ledger": "未記錄損失帳，因此沒有量測一個任務對另一個任務的損失造成了什麼。",
     "limits.no_probe": "沒有以探測資料量測。訓練資料流的梯度帶有訓練本身造成的雜訊。",
     "limits.no_test": "並非每次執行都在測試集上評估。驗證集的指標在訓練期間已被看過，會偏樂觀。",
@@ -193,7 +201,8 @@ MESSAGES: dict[str, str] = {
     "limits.reweighting": "在給定的參數下，只要權重都大於零，就不會改變任何餘弦相似度。重新加權直接改變的是大小。",
     "limits.one_setting": "一個資料集、一個模型、一份預算、一組超參數。種子只改變初始權重與順序。",
     "limits.first_order": "餘弦相似度是單點的讀數。一次更新對損失的實際影響記在損失帳中，並附殘差。",
-    "limits.seeds": "信賴區間是對種子而言，也只對種子成立。種子少時，與其離散程度相當的效應常被漏掉：「無法定論」不是「沒有效應」。",
+    "limits.seeds": "信賴區間是對種子而言，也只對種子成立。種子少時，與其離散程度相當的效應常被漏掉：「無法定論」不是"
+    "「沒有效應」。",
     "limits.cause": "同一組的干擾降低而指標上升，並不表示前者造成後者。",
     # ---- 位置與時間
     "where.title": "位置與時間",
@@ -211,7 +220,8 @@ MESSAGES: dict[str, str] = {
     "heat.no_layers": "{arm}：其任務沒有共享層，因此餘弦相似度無定義。這不等於 0。",
     "heat.empty": "{arm}：未量測各層的餘弦相似度。",
     "layers.title": "個別層",
-    "layers.note": "探索性：在主幹之後才檢視，錯誤發現率 10 %（Benjamini-Hochberg）。「發現」表示值得一看，並不證明該層的任何事。",
+    "layers.note": "探索性：在主幹之後才檢視，錯誤發現率 10 %（Benjamini-Hochberg）。「發現」表示值得一看，並不證明該"
+    "層的任何事。",
     "layers.yes": "是",
     "layers.no": "否",
     # ---- 損失帳
@@ -228,7 +238,7 @@ MESSAGES: dict[str, str] = {
     "ledger.table": "損失帳的數值",
     "ledger.alt": "堆疊長條圖，{title}。{said}",
     "ledger.said": "{arm}：{parts}。",
-    "ledger.missing": "這些檔案沒有損失帳。請以 --ledger 記錄；`gradprobe study` 會自動記錄。",
+    "ledger.missing": "這些檔案沒有損失帳。請以 `--ledger` 記錄；`gradprobe study` 會自動記錄。",
     "ledger.missing_in": "沒有損失帳，或沒有任何完整列：{arms}。",
     # ---- 指標
     "metrics.title": "指標與目標",
@@ -238,7 +248,7 @@ MESSAGES: dict[str, str] = {
     "metrics.on_test": "在測試集上，使用最後的權重。",
     "metrics.on_val": "驗證集上最後一個訓練週期的值：沒有共同的測試集紀錄。",
     "metrics.on_both": "所有執行都有測試集時採測試集，否則採驗證集最後一個訓練週期的值。",
-    "metrics.no_targets": "未給定目標；可用 --target mAP50=0.6,f1=0.6 指定。",
+    "metrics.no_targets": "未給定目標；可用 `--target mAP50=0.6,f1=0.6` 指定。",
     "metrics.chart": "{name}",
     "metrics.chart_target": "{name}，目標 {target:g}",
     "metrics.alt": "點圖，{title}，{split}。{said}",
@@ -248,7 +258,8 @@ MESSAGES: dict[str, str] = {
     "metrics.course": "隨訓練週期的變化",
     "metrics.course_note": "每個訓練週期結束後，在驗證集上評估。",
     "metrics.no_epochs": "這些檔案沒有各訓練週期的指標。",
-    "metrics.missing": "這些檔案沒有指標。`gradprobe record` 在每個訓練週期後評估；自己的訓練迴圈可呼叫 probe.log_metrics(epoch, ...)。",
+    "metrics.missing": "這些檔案沒有指標。`gradprobe record` 在每個訓練週期後評估；自己的訓練迴圈可呼叫 "
+    "`probe.log_metrics(epoch, ...)`。",
     "metrics.unknown": "給定了目標的指標 {names} 不在任何檔案中（現有：{held}）。",
     "split.test": "測試集",
     "split.val": "驗證集，最後一個週期",
@@ -277,13 +288,14 @@ MESSAGES: dict[str, str] = {
     "weight.title": "生效中的任務權重",
     "weight.note": "乘在各任務損失上的係數。",
     "weight.chart": "{task} 的權重",
-    "weight.missing": "這些檔案沒有任務權重。請將 weights= 傳給探針。",
+    "weight.missing": "這些檔案沒有任務權重。請將 `weights=` 傳給探針。",
     "cosine.title": "所有共享層的餘弦相似度（訓練資料流）",
     "cosine.note": "單一小批次，未經雜訊校正：僅供觀察。",
     "cosine.chart": "{pair}",
     "cosine.missing": "這些檔案沒有共享層的餘弦相似度。",
     "convergence.title": "達到某一水準所需的步數",
-    "convergence.note": "水準取 {arm} 的損失最終值。達到：五點移動中位數到達該值。大標記：達到者的平均；空心三角形：未達到的種子。",
+    "convergence.note": "水準取 {arm} 的損失最終值。達到：五點移動中位數到達該值。大標記：達到者的平均；空心三角形：未"
+    "達到的種子。",
     "convergence.chart": "{task} 的損失降至 {level}",
     "convergence.alt": "點圖，{title}。{said}",
     "convergence.said": "{arm}：{of} 個種子中有 {reached} 個達到，平均 {mean} 步。",
@@ -315,5 +327,6 @@ MESSAGES: dict[str, str] = {
     "provenance.unfinished": "未結束",
     "provenance.value": "{value}（{n}）",
     "provenance.more": "另外 {n} 個",
-    "provenance.how": "一切都在紀錄檔中；`gradprobe check FILE` 可檢查檔案是否完整，`gradprobe compare --json` 可將同樣的答案交給程式。",
+    "provenance.how": "一切都在紀錄檔中；`gradprobe check FILE` 可檢查檔案是否完整，`gradprobe compare --json` 可將同"
+    "樣的答案交給程式。",
 }
