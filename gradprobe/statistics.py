@@ -14,9 +14,8 @@ from gradprobe.measures import Array
 def noise_part(gram: ArrayLike, micro: ArrayLike, shares: ArrayLike) -> Array:
     """The noise part D of a Gramian that was measured in m independent micro-batches.
 
-    A minibatch gradient is the true one plus noise, so that even with its own a product of two is too large, or, where
-    tasks share samples, too large or too small: E F = <true_i, true_j> + (covariance of the noise). ``F - D`` is free of
-    that on average.
+    A minibatch gradient is the true one plus noise, and two tasks' noise comes from the same samples, so that products
+    are off on average: E F = <true_i, true_j> + (covariance of the noise). ``F - D`` is free of that.
 
     Args:
         gram: F, (..., T, T): products of the gradients g_i = sum_a alpha_a g_i^a of the whole batch.
