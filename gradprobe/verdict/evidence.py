@@ -68,7 +68,7 @@ class Tested:
     without: Mapping[str, Array] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Evidence:
     """One run, as far as a comparison needs it.
 

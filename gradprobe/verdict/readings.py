@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +71,13 @@ def estimate(
         span: Which steps count.
         apart: Each layer by itself, in the run's order, instead of all together.
     """
+    return _estimate(run, tuple(layers), tuple(tasks), span, apart)
+
+
+@lru_cache(maxsize=1024)  # several questions and gates ask for the same
+def _estimate(
+    run: Evidence, layers: tuple[str, ...], tasks: tuple[str, ...], span: Span, apart: bool
+) -> Estimate | None:
     rows = stream(run)
     if rows is None:
         return None
@@ -149,6 +157,11 @@ def ledger(run: Evidence, layers: Sequence[str], span: Span = None) -> Window | 
 
     The first steps of Adam are left out, and those of an optimizer that the file does not name.
     """
+    return _ledger(run, tuple(layers), span)
+
+
+@lru_cache(maxsize=1024)
+def _ledger(run: Evidence, layers: tuple[str, ...], span: Span) -> Window | None:
     if not run.ledger:
         return None
     start, stop = span if span is not None else (0, np.inf)
