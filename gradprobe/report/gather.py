@@ -198,7 +198,8 @@ def _spaced(values: Array) -> Array:
     """At most :data:`bins.BINS` of the rows, the last one among them."""
     if len(values) <= bins.BINS:
         return values
-    return values[np.unique(np.linspace(0, len(values) - 1, bins.BINS).round().astype(int))]
+    kept: Array = values[np.unique(np.linspace(0, len(values) - 1, bins.BINS).round().astype(int))]
+    return kept
 
 
 def _test(provenance: Mapping[str, Any]) -> dict[str, float]:

@@ -37,7 +37,8 @@ def thinned(values: Array) -> Array:
     """At most :data:`SEEDS` values, lowest and highest among them."""
     if len(values) <= SEEDS:
         return values
-    return np.sort(values)[np.linspace(0, len(values) - 1, SEEDS).round().astype(int)]
+    kept: Array = np.sort(values)[np.linspace(0, len(values) - 1, SEEDS).round().astype(int)]
+    return kept
 
 
 def draw(

@@ -86,7 +86,9 @@ def _final(context: Context, names: list[str]) -> list[Block]:
         charts.append(Chart(title, figure, words("metrics.alt", title=title, split=split, said=said)))
         rows += [_told(context, name, split, one, target) for one in found]
     note = [words("metrics.note")]
-    note.append(words({(True,): "metrics.on_test", (False,): "metrics.on_val"}.get(tuple(splits), "metrics.on_both")))
+    note.append(
+        words("metrics.on_both" if len(splits) > 1 else "metrics.on_test" if True in splits else "metrics.on_val")
+    )
     if not material.targets:
         note.append(words("metrics.no_targets"))
     columns = [words(f"column.{n}") for n in ("metric", "split", "arm", "mean", "seeds_span", "target", "reached")]
