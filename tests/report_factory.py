@@ -24,6 +24,7 @@ from gradprobe.verdict.answers import (
     Comparison,
     Gate,
     LayerAnswer,
+    Level,
 )
 from gradprobe.verdict.decision import decide
 
@@ -102,7 +103,14 @@ def make_comparison(arms: Sequence[ArmFiles], baseline: str = "joint", **changes
         Answer(INTERFERENCE, others[0], "a>b", "C", UNDEFINED, effect=-0.1, low95=-0.5, high95=0.3, low90=-0.4,
                high90=0.2, margin=0.1, n=3, gates=[failed], reason="The residual is too large."),
     ]  # fmt: skip
+    levels = [
+        Level(
+            INTERFERENCE, arm.name, "cls>det", "C", 0.4, 0.3, 0.5, [0.4 + d for d in spread], range(5), "It is there."
+        )
+        for arm in arms
+    ]
     known = {
+        "levels": levels,
         "headline": ["Interference was reduced."],
         "baseline": baseline if any(arm.name == baseline for arm in arms) else "",
         "controls": [arm.name for arm in arms if arm.name == "single"],

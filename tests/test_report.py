@@ -22,6 +22,7 @@ from gradprobe.errors import MissingExtraError, RunFileError, UsageError
 from gradprobe.report import bins, convergence, look, names, page, targets
 from gradprobe.report.chart import Chart, Notice, Panel, Table, inert, numbers
 from gradprobe.report.figures import dots, forest, heatmap, lines
+from gradprobe.report.figures import verdicts as shown
 from gradprobe.report.gather import ArmFiles, gather
 from gradprobe.report.look import Styles
 from gradprobe.report.material import Ledger, RunData
@@ -167,9 +168,9 @@ def test_every_verdict_has_a_name_and_a_marker_of_its_own():
     )
     assert known == set(VERDICTS)
     for verdict in known:
-        assert forest.LOOKS[verdict_key(verdict)]
+        assert shown.LOOKS[verdict_key(verdict)]
     telling = ("reduced", "reduced_uncertain", "equivalent", "not_reduced", "increased", "inconclusive", "undefined")
-    markers = [forest.LOOKS[key][1] for key in telling]
+    markers = [shown.LOOKS[key][1] for key in telling]
     assert len(set(markers)) == len(markers)  # nothing hangs on colour alone
 
 
@@ -272,7 +273,7 @@ def test_the_heatmap_is_the_median_of_bins_and_seeds(study, material):
 
 def test_a_forest_row_shows_both_intervals_the_effect_the_margin_and_every_seed():
     one = answer(INTERFERENCE, "gradnorm", "cls>det", [-0.4, -0.42, -0.38, -0.41, -0.39])
-    figure = forest.draw([one], Words(), "x")
+    figure = forest.draw([shown.row(one, Words())], Words(), "x")
     thin, thick, mark, seeds = figure["data"]
     assert thin["x"] == numbers([one.low95, one.high95])
     assert thick["x"] == numbers([one.low90, one.high90])
@@ -291,13 +292,13 @@ def test_seeds_of_an_outcome_lie_on_the_side_of_its_effect():
     """Metrics fall where the gap to single tasks, which is the effect, grows."""
     one = answer(OUTCOME, "gradnorm", "mAP50", [0.1, 0.12, 0.11], margin=0.02)
     assert one.arm_values[0] < one.baseline_values[0]
-    seeds = forest.draw([one], Words(), "x")["data"][-1]
+    seeds = forest.draw([shown.row(one, Words())], Words(), "x")["data"][-1]
     assert min(seeds["x"]) == pytest.approx(0.1)
 
 
 def test_an_answer_without_numbers_has_a_row_and_no_interval(context):
     dual = next(a for a in context.comparison.answers if a.arm == "dual")
-    figure = forest.draw([dual], Words(), "x")
+    figure = forest.draw([shown.row(dual, Words())], Words(), "x")
     assert [a["text"] for a in figure["layout"]["annotations"]] == ["dual · cls\u00a0→\u00a0det", "NOT APPLICABLE"]
     assert figure["data"] == [{"type": "scatter", "x": [None], "y": [None], "hoverinfo": "skip"}]
 
@@ -498,7 +499,7 @@ def test_many_seeds_are_drawn_as_some_of_them_and_counted_in_full(tmp_path):
     assert len(material.runs) == 150
     charts = [c for p in panels(context) for c in p.charts]
     assert max(len(t["x"]) for c in charts for t in c.figure["data"]) <= 2 * bins.BINS
-    assert any("150 seeds" in json.dumps(c.figure) for c in charts)
+    assert any("(n = 150)" in json.dumps(c.figure) for c in charts)
 
 
 def test_more_arms_tasks_and_pairs_than_can_be_drawn_are_counted(tmp_path):

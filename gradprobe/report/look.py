@@ -88,17 +88,21 @@ class Styles:
 
     def colour(self, arm: str) -> str:
         """Such as "@series0"."""
-        return "@baseline" if arm == self.baseline else f"@series{self.order.index(arm) % SERIES}"
+        return "@baseline" if arm == self.baseline else f"@series{self._place(arm) % SERIES}"
 
     def dash(self, arm: str) -> str:
         """One of :data:`DASHES`."""
         if arm == self.baseline:
             return "solid"
-        return DASHES[(self.order.index(arm) // SERIES + (arm in self.controls)) % len(DASHES)]
+        return DASHES[(self._place(arm) // SERIES + (arm in self.controls)) % len(DASHES)]
 
     def symbol(self, arm: str) -> str:
         """One of :data:`SYMBOLS`."""
-        return "circle" if arm == self.baseline else SYMBOLS[(1 + self.order.index(arm)) % len(SYMBOLS)]
+        return "circle" if arm == self.baseline else SYMBOLS[(1 + self._place(arm)) % len(SYMBOLS)]
+
+    def _place(self, arm: str) -> int:
+        """Those that are not drawn, because there are too many, come after the others."""
+        return self.order.index(arm) if arm in self.order else len(self.order)
 
 
 def axis(title: str = "", **more: Any) -> dict[str, Any]:

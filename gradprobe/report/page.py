@@ -13,7 +13,7 @@ from typing import Any
 
 from gradprobe import __version__
 from gradprobe.report.chart import Chart, Figure, Notice, Section, inert
-from gradprobe.report.figures.forest import LOOKS
+from gradprobe.report.figures.verdicts import LOOKS
 from gradprobe.report.look import DARK, LIGHT
 from gradprobe.report.sections.front import Card
 from gradprobe.report.words import Words

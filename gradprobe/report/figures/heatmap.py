@@ -50,7 +50,7 @@ def draw(layers: tuple[str, ...], values: Floats, steps: Array, words: Words) ->
             "hoverongaps": False,
             "xgap": 0,
             "hovertemplate": "%{customdata}<br>"
-            + words("heat.hover", step="%{x:.0f}", cosine="%{z:+.3f}")
+            + words("heat.hover", step="%{x:.0f}", cosine="%{z:.3f}")
             + "<extra></extra>",
         }
     ]

@@ -42,8 +42,9 @@ def draw(arms: Sequence[str], segments: Array, change: Array, keys: Sequence[Key
                 "legendgroup": key.group,
                 "x": numbers(segments[:, i]),
                 "y": places,
+                "customdata": [words.signed(value) for value in segments[:, i]],
                 "marker": {"color": key.colour, "line": {"color": "@surface", "width": 1}},
-                "hovertemplate": "%{x:+.3~g}",
+                "hovertemplate": "%{customdata}",
             }
         )
     data.append(
@@ -54,13 +55,14 @@ def draw(arms: Sequence[str], segments: Array, change: Array, keys: Sequence[Key
             "legendgroup": keys[-1].group,
             "x": numbers(change),
             "y": places,
+            "customdata": [words.signed(value) for value in change],
             "marker": {
                 "color": keys[-1].colour,
                 "symbol": "diamond",
                 "size": 11,
                 "line": {"color": "@surface", "width": 1.5},
             },
-            "hovertemplate": "%{x:+.3~g}",
+            "hovertemplate": "%{customdata}",
         }
     )
     y = axis(

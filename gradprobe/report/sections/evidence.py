@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradprobe.report.chart import Block, Notice, Panel, Section
-from gradprobe.report.figures import forest, lines
+from gradprobe.report.figures import forest, levels, lines, verdicts
 from gradprobe.report.figures.lines import Series
 from gradprobe.report.sections.common import Context
 
@@ -29,12 +29,30 @@ def _question(context: Context, question: str) -> list[Block]:
     if not answers:
         return [Notice("missing", words(f"evidence.none_{question}"))] if question != "dominance" else []
     title = words(f"question.{question}")
-    chart = forest.chart(title, answers, words, words(f"axis.{question}"))
+    chart = verdicts.chart(title, answers, words, words(f"axis.{question}"))
     note = [words(f"evidence.note_{question}"), words("evidence.how_to_read")]
     if len(answers) > forest.ROWS:
         note.append(words("evidence.cut", shown=forest.ROWS, of=len(answers)))
-    table = forest.table(words("evidence.table", question=title), answers, words)
-    return [Panel(title, words.join(note), [chart], table, forest.legend(answers, words), size="wide")]
+    table = verdicts.table(words("evidence.table", question=title), answers, words)
+    blocks: list[Block] = [
+        Panel(title, words.join(note), [chart], table, verdicts.legend(answers, words), size="wide"),
+        *_levels(context, question, title),
+    ]
+    if any(answer.direct is not None for answer in answers):
+        blocks.append(verdicts.direct(answers, words))
+    return blocks
+
+
+def _levels(context: Context, question: str, name: str) -> list[Block]:
+    """How large it is in each arm."""
+    words = context.words
+    found = [level for level in context.comparison.levels if level.question == question]
+    if not found:
+        return []
+    title = words("levels.title", question=name)
+    chart = levels.chart(title, found, context.styles, words, words(f"axis.level_{question}"))
+    note = words.join([words("levels.note"), words(f"levels.note_{question}")])
+    return [Panel(title, note, [chart], levels.table(title, found, words), size="wide")]
 
 
 def _probe(context: Context) -> list[Block]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradprobe.report.chart import Notice
-from gradprobe.report.figures.forest import label, told
+from gradprobe.report.figures.verdicts import label, told
 from gradprobe.report.names import clean
 from gradprobe.report.sections.common import Context
 from gradprobe.report.words import Words, verdict_key
-from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, OUTCOME, Answer, Gate
+from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, OUTCOME, Answer, Gate, Level
 
 FINDINGS = 8
 """Answers on a card at most; those that say something come first, and the rest is below."""
@@ -18,6 +19,7 @@ FINDINGS = 8
 TELLING = ("increased", "reduced", "reduced_uncertain", "equivalent", "not_reduced", "inconclusive")
 SAID = ("reduced", "reduced_uncertain", "increased")
 NAMES = 5
+LEVELS = 6
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,37 @@ def headline(context: Context) -> tuple[str, list[str]]:
     """The verdict in words: on interference, all of it, since half of it would mislead; then on the other two."""
     comparison, words = context.comparison, context.words
     interference = comparison.of(INTERFERENCE)
-    more = [*_said(words, DIRECTION, comparison.of(DIRECTION)), *_said(words, OUTCOME, comparison.of(OUTCOME))]
+    more = [
+        *_levels(context),
+        *_said(words, DIRECTION, comparison.of(DIRECTION)),
+        *_said(words, OUTCOME, comparison.of(OUTCOME)),
+    ]
     if not interference or all(verdict_key(a.verdict) == "no_verdict" for a in interference):
-        return words("headline.no_verdict" if comparison.controls else "headline.no_control"), more
+        return words("headline.no_verdict" if comparison.baseline else "headline.no_control"), more
     return words.join(_said(words, INTERFERENCE, interference)), more
+
+
+def _levels(context: Context) -> list[str]:
+    """How large interference is in the baseline: whether there is anything to reduce."""
+    words, comparison = context.words, context.comparison
+    margins = [answer.margin for answer in comparison.of(INTERFERENCE) if math.isfinite(answer.margin)]
+    said = []
+    for level in comparison.levels:
+        if level.arm == comparison.baseline and level.question == INTERFERENCE and math.isfinite(level.low95):
+            by, _, task = level.subject.partition(">")
+            values = {"arm": clean(level.arm), "by": clean(by), "task": clean(task)}
+            span = words.span(level.low95, level.high95)
+            found = words("headline.level", mean=words.number(level.mean), span=span, **values)
+            said.append(words.join([found, words(f"headline.level_{_how_much(level, max(margins, default=0.0))}")]))
+    return said[:LEVELS]
+
+
+def _how_much(level: Level, margin: float) -> str:
+    if level.low95 > margin:
+        return "matters"
+    if level.low95 > 0:
+        return "there"
+    return "helps" if level.high95 < 0 else "open"
 
 
 def _said(words: Words, question: str, answers: Sequence[Answer]) -> list[str]:
@@ -58,7 +87,7 @@ def _said(words: Words, question: str, answers: Sequence[Answer]) -> list[str]:
         return []
     groups: dict[str, list[str]] = {}
     for answer in answers:
-        groups.setdefault(verdict_key(answer.verdict), []).append(label(answer, words))
+        groups.setdefault(verdict_key(answer.verdict), []).append(label(answer.arm, answer.subject, words))
     said = []
     for key in SAID:
         if key in groups:
@@ -101,7 +130,7 @@ def finding(context: Context, answer: Answer) -> Finding:
     """An answer as a card shows it."""
     words, key = context.words, verdict_key(answer.verdict)
     sentence, english = reason(words, answer)
-    return Finding(label(answer, words), key, words(f"verdict.{key}"), sentence, english)
+    return Finding(label(answer.arm, answer.subject, words), key, words(f"verdict.{key}"), sentence, english)
 
 
 def reason(words: Words, answer: Answer) -> tuple[str, bool]:

@@ -181,10 +181,10 @@ MESSAGES: dict[str, str] = {
     "axis.interference": "C, arm − baseline (← better)",
     "axis.dominance": "share, arm − baseline (← better)",
     "axis.outcome": "gap, arm − baseline (← better)",
-    "forest.hover": "{effect} ({span}), {n} seeds",
+    "forest.hover": "{effect} ({span}), n = {n}",
     "forest.seed": "one seed: {value}",
     "forest.alt": "Forest plot, {title}. {said}",
-    "forest.alt_row": "{what}: {verdict}, {effect} ({span}), {n} seeds.",
+    "forest.alt_row": "{what}: {verdict}, {effect} ({span}), n = {n}.",
     "forest.alt_rest": "And {n} more, in the table.",
     "forest.p_note": "p-values are one-sided. Holm: adjusted for all arms and subjects of the question; rules 1, 3 "
     "and 4 need at most 0.025. Intervals are not adjusted.",
@@ -288,7 +288,7 @@ MESSAGES: dict[str, str] = {
     "split.test": "test",
     "split.val": "val, last epoch",
     "dots.seed": "{value}",
-    "dots.mean": "mean {value}, {n} seeds",
+    "dots.mean": "mean {value} (n = {n})",
     "dots.missed": "{n} not reached by step {step}",
     # ---- course of training
     "course.title": "The course of training",
@@ -354,4 +354,28 @@ MESSAGES: dict[str, str] = {
     "provenance.more": "{n} more",
     "provenance.how": "Everything is in the run files; `gradprobe check FILE` tells whether one is whole, `gradprobe "
     "compare --json` gives the same answers to programs.",
+    # ---- levels and direct effects
+    "column.direct": "Direct",
+    "column.total": "Total",
+    "direct.title": "Direct effect beside the total one",
+    "direct.note": "Direct: what the arm's weights do at the baseline's own checkpoints. Total: what came of the "
+    "whole training, as drawn above. The direct effect is to first order.",
+    "levels.title": "{question}: how large it is in each arm",
+    "levels.note": "Before any comparison: is there anything to reduce? Marker: mean over seeds; line: 95 % interval; "
+    "dots: single seeds.",
+    "levels.note_direction": "Above 0, the gradients point against each other.",
+    "levels.note_interference": "Above 0, a part of the task's own progress is cancelled; 1 is all of it; below 0, "
+    "the other task helps.",
+    "levels.note_dominance": "1 over the number of tasks is even; 1 is one task alone.",
+    "levels.note_outcome": "Above 0, the arm lies behind single tasks.",
+    "levels.alt_row": "{what}: {mean} ({span}).",
+    "axis.level_direction": "−cosine",
+    "axis.level_interference": "C",
+    "axis.level_dominance": "largest share",
+    "axis.level_outcome": "gap to single tasks",
+    "headline.level": "In {arm}, {by} cancels {mean} of {task}'s own progress ({span}).",
+    "headline.level_matters": "That is more than the margin: there is interference.",
+    "headline.level_there": "There is interference; whether it is more than the margin is open.",
+    "headline.level_helps": "It is below 0: the other task helps.",
+    "headline.level_open": "It cannot be told from none.",
 }

@@ -264,7 +264,7 @@ MESSAGES: dict[str, str] = {
     "split.test": "測試集",
     "split.val": "驗證集，最後一個週期",
     "dots.seed": "{value}",
-    "dots.mean": "平均 {value}，{n} 個種子",
+    "dots.mean": "平均 {value}（n = {n}）",
     "dots.missed": "{n} 個到第 {step} 步仍未達到",
     # ---- 訓練過程
     "course.title": "訓練過程",
@@ -329,4 +329,26 @@ MESSAGES: dict[str, str] = {
     "provenance.more": "另外 {n} 個",
     "provenance.how": "一切都在紀錄檔中；`gradprobe check FILE` 可檢查檔案是否完整，`gradprobe compare --json` 可將同"
     "樣的答案交給程式。",
+    # ---- 大小與直接效應
+    "column.direct": "直接效應",
+    "column.total": "總效應",
+    "direct.title": "直接效應與總效應並列",
+    "direct.note": "直接：在基準組自己的檢查點上，該組的權重會造成什麼（一階近似）。總：整個訓練的結果，如上圖。",
+    "levels.title": "{question}：各組的大小",
+    "levels.note": "比較之前先問：有東西可降低嗎？標記：各種子平均；線：95 % 信賴區間；圓點：個別種子。",
+    "levels.note_direction": "大於零表示梯度互相衝突。",
+    "levels.note_interference": "大於零表示任務自身的進展有一部分被抵銷；1 表示全部抵銷；小於零表示另一個任務有所助益"
+    "。",
+    "levels.note_dominance": "任務數的倒數表示均等；1 表示由單一任務獨占。",
+    "levels.note_outcome": "大於零表示落後單任務訓練。",
+    "levels.alt_row": "{what}：{mean}（{span}）。",
+    "axis.level_direction": "−餘弦",
+    "axis.level_interference": "C",
+    "axis.level_dominance": "最大份額",
+    "axis.level_outcome": "與單任務的差距",
+    "headline.level": "在 {arm} 中，{by} 抵銷了 {task} 自身進展的 {mean}（{span}）。",
+    "headline.level_matters": "這超過容許差：干擾存在。",
+    "headline.level_there": "干擾存在；是否超過容許差，尚無定論。",
+    "headline.level_helps": "此值小於零：另一個任務有所助益。",
+    "headline.level_open": "與「沒有干擾」無法區分。",
 }
