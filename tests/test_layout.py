@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "runfile": {"__init__", "errors", "measures", "rows", "statistics"},
     "summary": {"errors", "measures", "rows", "runfile"},
     "plots": {"errors", "measures", "rows", "runfile", "summary", "verdict"},
-    "probes": {"errors", "measures", "rows"},
+    "probes": {"errors", "measures", "rows", "statistics"},
     "audit": {"errors"},
     "ledger": {"errors", "measures", "probes", "rows"},
     "updates": {"errors", "ledger", "measures", "probes", "rows"},
