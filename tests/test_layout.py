@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "trainers": {"audit", "errors", "measures", "probes", "rows", "updates"},
     "sinks": {"errors", "measures", "rows"},
     "integrations": {"attachment", "errors", "probes", "rows"},
-    "verdict": {"errors", "measures", "runfile", "statistics"},
+    "verdict": {"errors", "ledger", "measures", "runfile", "statistics"},
     "attachment": {"probes", "provenance", "rows", "runfile", "updates"},
     "cli": {
         "__init__",
