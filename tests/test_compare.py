@@ -449,7 +449,8 @@ def test_the_direct_effect_of_weights_is_told_from_the_total_one():
     assert one.direct.high95 < 0
     other = answer(found, "interference", "det>cls")
     assert other.direct.effect == pytest.approx(9 * 0.3, rel=0.2)
-    same = compare(study({"joint": BASE, "arm": BASE}))
+    even = BASE.but(spread=0.0)
+    same = compare(study({"joint": even, "arm": even}))
     assert answer(same, "interference", "cls>det").direct.effect == 0
     assert "Both arms have the same weights" in answer(same, "interference", "cls>det").notes[0]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gradprobe.rows import Header, Row
+from gradprobe.runfile import RunWriter
 from gradprobe.statistics import noise_part
 from gradprobe.verdict.evidence import Evidence, Rows, Tested
 
@@ -112,6 +115,7 @@ def make(
 
     cosine = float(np.clip(drawn(truth.cosine), -0.95, 0.95))
     gram, noise = gradients(rng, cosine, rows, layers, 0.4)
+    factor = np.exp(truth.spread / 4 * rng.normal(size=2))
     names = tuple(f"model.{i}.conv" for i in range(layers))
     step = np.arange(rows) * 2
     first = np.random.default_rng(seed)  # the same batch and weights in all arms: the same first losses
@@ -133,7 +137,7 @@ def make(
         provenance=provenance(seed, arm, **more),
         step=step,
         loss=loss,
-        weight=np.tile(truth.weight, (rows, 1)).astype(float),
+        weight=np.tile(factor * truth.weight, (rows, 1)),
         batch_size=np.full(rows, 16),
         content=f"{arm}-{seed}",
         probed=Rows(step, gram, noise, np.full(rows, 64)),
@@ -171,3 +175,21 @@ def study(
     if controls:
         found += [alone(task, seed, rng, common[seed]) for task in TASKS for seed in seeds]
     return found
+
+
+def write(folder: Path, run: Evidence, *, end: str = "finished") -> Path:
+    """A run file that holds what the evidence does."""
+    rows = run.probed or run.training
+    header = Header(run.tasks, run.layers, run.layer_size, run.reach, run.provenance)
+    path = folder / run.file
+    writer = RunWriter(path, overwrite=True)
+    writer.start(header)
+    for k, step in enumerate(run.step):
+        known = rows is not None
+        gram = rows.gram[k] if known else np.full((len(run.layers), len(run.tasks), len(run.tasks)), np.nan)
+        noise = rows.noise[k] if known else None
+        size = int(run.batch_size[k])
+        writer.write(Row(int(step), 0, float(k), run.loss[k], run.weight[k], gram, batch_size=size, gram_noise=noise))
+    writer.annotate({"test": dict(run.tested.values)})
+    writer.close(end)
+    return path

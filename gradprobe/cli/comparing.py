@@ -117,14 +117,30 @@ def show(found: Comparison, table_format: str) -> None:
         ("Not as planned", found.disagreements),
         ("Warnings", found.warnings),
     ):
-        if lines:
-            print(f"\n{title}:")
-            for line in lines:
-                print(f"- {line}")
+        _listed(title, lines)
     for title, columns, rows in tables(found):
         print()
         draw(title, columns, rows, table_format)
+    _listed("To be known", list(_notes(found)))
     print(f"\n{closing(found)}")
+
+
+def _listed(title: str, lines: Sequence[str]) -> None:
+    if lines:
+        print(f"\n{title}:")
+    for line in lines:
+        print(f"- {line}")
+
+
+def _notes(found: Comparison) -> Iterator[str]:
+    """Each note once, with the question and the arms that it is about."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for answer in found.answers:
+        for note in answer.notes:
+            places.setdefault((answer.question, note), []).append(answer.arm)
+    for (question, note), arms in places.items():
+        every = set(arms) == {a.arm for a in found.of(question)}
+        yield f"{question}: {note}" if every else f"{question}, {', '.join(dict.fromkeys(arms))}: {note}"
 
 
 def closing(found: Comparison) -> str:
@@ -196,7 +212,7 @@ def _answer(a: Answer) -> list[str]:
 
 
 def _why(a: Answer) -> list[str]:
-    return [a.arm, a.question, a.subject, " ".join([a.reason, *a.notes])]
+    return [a.arm, a.question, a.subject, a.reason]
 
 
 def _number(value: float) -> str:

@@ -284,9 +284,14 @@ def _interference(s: Sides, pair: Pair) -> Item:
         s,
         lambda run: cancelled(run, layers, pair, s.span),
         found,
-        notes=[*_layer_note(s, layers), *_weight_note(s)],
+        notes=[*_layer_note(s, layers), *_residual_note(found, pair.task), *_weight_note(s)],
         direct=_direct(s, pair, layers),
     )
+
+
+def _residual_note(found: Sequence[Gate], task: str) -> list[str]:
+    worst = next((gate for gate in found if gate.name == "residual" and math.isfinite(gate.value)), None)
+    return [] if worst is None else [f"Of {task}'s terms the ledger leaves at most {worst.value:.1%} unexplained."]
 
 
 DEARER = "every task's gradient at every step of a burst"
