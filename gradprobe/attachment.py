@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradprobe.probes.binding import Groups, Shared
+    from gradprobe.probes.loader import ProbeLoader
     from gradprobe.rows import Provenance, Sink
 
 
@@ -41,6 +42,7 @@ def attach(
     products: str = "direct",
     process_group: ProcessGroup | None = None,
     updates: bool = False,
+    probe_loader: ProbeLoader | None = None,
     sinks: Sequence[Sink] = (),
     provenance: Provenance | None = None,
     overwrite: bool = False,
@@ -53,6 +55,7 @@ def attach(
             process_group: See :class:`gradprobe.GradientProbe`.
         updates: Also record what the optimizer makes of the gradients, see :class:`gradprobe.Updates`; it needs
             ``optimizer``.
+        probe_loader: Also measure on samples drawn for that, see :class:`gradprobe.ProbeLoader`.
         out: The run file; None: rows go to ``sinks`` only. Of several processes the first one writes it.
         sinks: Who gets the rows besides the file.
         provenance: Stored in the file, beside versions and machine.
@@ -100,6 +103,7 @@ def attach(
         products=products,
         process_group=process_group,
         updates=Updates() if updates else None,
+        probe_loader=probe_loader,
         provenance={"trainer": "attach", **environment(), **(provenance or {})},
         _caller=sys._getframe(1),
         _open=None if out is None else partial(RunWriter, out, overwrite=overwrite, resume=resume),
