@@ -74,6 +74,7 @@ class Header:
         features: None until, or unless, features are measured; they are announced by ``start_features``.
         updates: Whether there are rows on what the optimizer made of the gradients; announced by ``start_updates``.
         test: Metrics of the test split by cluster; known only when a run has ended.
+        noise: Whether rows tell the noise of their Gramians; known from the first row that does.
     """
 
     tasks: Sequence[str]
@@ -84,6 +85,7 @@ class Header:
     features: FeatureHeader | None = None
     updates: bool = False
     test: TestClusters | None = None
+    noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ class Row:
         overhead: Seconds spent on measuring this row.
         batch_size: Samples in the batch; 0 where the probe was not told.
         status: :data:`MEASURED`, or the reason why the row holds less than a measurement.
+        gram_noise: (L, T, T) float64: the noise part of ``gram``, see :func:`gradprobe.statistics.noise_part`; NaN
+            where it is not known. None: the run is not measured in micro-batches.
+        micro_batches: In how many the step was measured, over all processes; 1: as a whole.
     """
 
     step: int
@@ -113,6 +118,8 @@ class Row:
     overhead: float = 0.0
     batch_size: int = 0
     status: str = MEASURED
+    gram_noise: Array | None = None
+    micro_batches: int = 1
 
     def shared(self, reach: NDArray[np.bool_]) -> tuple[Array, Array]:
         """Norms (T,) and pair cosines (P,) over all shared layers together."""

@@ -76,7 +76,9 @@ class TracedBackward:
         self.trace: Trace | None = None
         self.step = 0
 
-    def backward(self, losses: Mapping[str, Tensor], weights: Mapping[str, float], *, batch_size: int = 0) -> None:
+    def backward(
+        self, losses: Mapping[str, Tensor], weights: Mapping[str, float], *, micro: Any = None, batch_size: Any = 0
+    ) -> None:
         """As ``probe.backward`` makes it on a step that is not measured."""
         assert self.trace is not None
         traced = self.trace.losses(losses)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +15,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gradprobe.errors import NonFiniteLossError
 from gradprobe.probes import GradientProbe
+from gradprobe.probes.micro import mean_losses, shares_of
 from gradprobe.rows import NONFINITE_LOSS, TestClusters
 from gradprobe.trainers import checkpoint
 from gradprobe.trainers.balancer import Balancer, check_weights
 from gradprobe.trainers.batch_order import UNKNOWN, BatchOrder
+from gradprobe.trainers.data.loader import micro_batches
 from gradprobe.trainers.jackknife import leave_out
 from gradprobe.trainers.problems import Problem, Scores
 from gradprobe.trainers.running_statistics import recompute_batchnorm
@@ -114,12 +116,12 @@ def train_epoch(t: Training) -> None:
 
 def train_step(t: Training, batch: Any) -> None:
     """One update: forward, balancer, joint backward with the probe, optimizer."""
-    losses = t.model.losses(t.model(batch.images), batch)
-    size, step = len(batch.images), t.probe.step
-    if finite(t, losses, size):
+    losses, micro, sizes = forward(t, batch)
+    step = t.probe.step
+    if finite(t, losses, sum(sizes)):
         weights = t.balancer.step(losses)
         check_weights(weights, tuple(losses), step=step, signed=t.balancer.signed)
-        t.probe.backward(losses, weights, batch_size=size)
+        t.probe.backward(losses, weights, micro=micro, batch_size=sizes if micro else sum(sizes))
         t.balancer.after_backward()
         if t.settings.clip_norm > 0:
             torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.settings.clip_norm)
@@ -127,6 +129,23 @@ def train_step(t: Training, batch: Any) -> None:
     t.optimizer.zero_grad(set_to_none=True)
     t.schedule.step()
     t.watcher.stepped(t.epoch, step, {task: float(loss.detach()) for task, loss in losses.items()})
+
+
+def forward(t: Training, batch: Any) -> tuple[Mapping[str, Tensor], Sequence[Mapping[str, Tensor]] | None, list[int]]:
+    """The losses of a batch.
+
+    In micro-batches each part of it has a forward of its own, as noise can be told from independent parts only.
+    BatchNorm and dropout see parts then: it is another training than with whole batches.
+
+    Returns:
+        The losses that are trained; those of each micro-batch, None where the training has none; and their sizes.
+    """
+    if t.settings.micro_batches == 1:
+        return t.model.losses(t.model(batch.images), batch), None, [len(batch.images)]
+    parts = micro_batches(batch, t.settings.micro_batches)
+    micro = [t.model.losses(t.model(part.images), part) for part in parts]
+    sizes = [len(part.images) for part in parts]
+    return mean_losses(micro, shares_of(sizes)), micro, sizes
 
 
 def finite(t: Training, losses: Mapping[str, Tensor], size: int) -> bool:

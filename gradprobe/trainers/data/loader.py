@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,17 +26,17 @@ class Batch:
     def __len__(self) -> int:
         return len(self.names)
 
+    def part(self, start: int, stop: int) -> Batch:
+        """The images from ``start`` to before ``stop``, with their targets."""
+        inside = (self.boxes[:, 0] >= start) & (self.boxes[:, 0] < stop)
+        boxes = self.boxes[inside]
+        boxes[:, 0] -= start  # a copy: selecting by a mask makes one
+        return Batch(self.images[start:stop], boxes, self.labels[start:stop], self.names[start:stop])
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved = {name: getattr(self, name).to(device) for name in ("images", "boxes", "labels")}
         return replace(self, **moved)
-
-    def part(self, start: int, stop: int) -> Batch:
-        """The images from ``start`` up to ``stop``, without a copy, as a batch of their own."""
-        inside = (self.boxes[:, 0] >= start) & (self.boxes[:, 0] < stop)
-        boxes = self.boxes[inside].clone()
-        boxes[:, 0] -= start
-        return Batch(self.images[start:stop], boxes, self.labels[start:stop], self.names[start:stop])
 
 
 def collate(samples: list[Sample]) -> Batch:
@@ -50,6 +51,16 @@ def collate(samples: list[Sample]) -> Batch:
         labels=torch.tensor([sample.label for sample in samples], dtype=torch.int64),
         names=tuple(sample.name for sample in samples),
     )
+
+
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """A batch cut into ``count`` contiguous parts that differ by one image at most; of fewer images, one each."""
+    if count <= 1:
+        return [batch]
+    size = len(batch)
+    count = min(count, size)
+    ends = [size * part // count for part in range(count + 1)]
+    return [batch.part(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 class Loader:
