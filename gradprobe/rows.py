@@ -43,6 +43,25 @@ class FeatureHeader:
 
 
 @dataclass(frozen=True)
+class TestClusters:
+    """Metrics of a test split with one cluster of samples left out: what a jackknife needs.
+
+    Attributes:
+        clusters: (K,) names: a clip or patient, or a sample alone; several where there were too many to try each.
+        size: (K,) samples of each.
+        metrics: (M,) names.
+        without: (K, M) each metric over the samples of all other clusters; NaN where it is undefined.
+    """
+
+    __test__ = False  # no test, whatever pytest makes of the name
+
+    clusters: Sequence[str]
+    size: NDArray[np.int64]
+    metrics: Sequence[str]
+    without: Array
+
+
+@dataclass(frozen=True)
 class Header:
     """What holds for all rows of a run.
 
@@ -54,6 +73,7 @@ class Header:
         provenance: Where the run comes from.
         features: None until, or unless, features are measured; they are announced by ``start_features``.
         updates: Whether there are rows on what the optimizer made of the gradients; announced by ``start_updates``.
+        test: Metrics of the test split by cluster; known only when a run has ended.
         noise: Whether rows tell the noise of their Gramians; known from the first row that does.
         probe_loader: Whether there are rows of the probe loader; announced by ``start_probe_loader``.
     """
@@ -65,6 +85,7 @@ class Header:
     provenance: Provenance = field(default_factory=dict)
     features: FeatureHeader | None = None
     updates: bool = False
+    test: TestClusters | None = None
     noise: bool = False
     probe_loader: bool = False
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradprobe import __version__, measures
 from gradprobe.rows import EARLIER_SOURCES, MEASURED, FeatureRow, Header, ProbeLoaderRow, Row, UpdateRow
-from gradprobe.runfile import schema
+from gradprobe.runfile import clusters, schema
 
 GramRow = Row | FeatureRow | ProbeLoaderRow
 
@@ -204,6 +204,8 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
     if header.features is not None:
         _attach(file, schema.FEATURES, schema.FEATURE_SIZE)
     _write_epochs(file, epochs)
+    if header.test is not None:
+        clusters.write(file, header.test)
     _write_provenance(file.create_group("provenance"), header.provenance)
     for table in tables(header):
         _write_rows(file, table, content.get(table.group, Stretch()).blocks, fields(table, header))

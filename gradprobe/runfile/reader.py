@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import audits, estimates, schema, sessions, untrusted
+from gradprobe.runfile import audits, clusters, estimates, schema, sessions, untrusted
 from gradprobe.runfile.content import sources
 from gradprobe.runfile.pieces import Piece, open_pieces
 
@@ -333,6 +333,15 @@ class Run:
         ``state``, ``evidence``, ``how_to_shut``, ``contribution``, ``left_when_shut`` (D,).
         """
         return audits.read(self._files[0])
+
+    @property
+    def test_clusters(self) -> dict[str, NDArray[Any]]:
+        """Metrics of the test split with one cluster of images left out, by name; empty where there are none.
+
+        ``cluster`` (K,) names (a clip or patient, or an image alone), ``size`` (K,) images, ``metric`` (M,) names,
+        ``without`` (K, M). The values on the whole split are provenance ``test.*``.
+        """
+        return clusters.read(self._files[-1])
 
     @property
     def epochs(self) -> dict[str, NDArray[Any]]:

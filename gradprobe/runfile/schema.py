@@ -17,6 +17,9 @@ PARTS_SUFFIX = ".parts"
 AUDIT = "audit"
 """The group of what :mod:`gradprobe.runfile.audits` writes."""
 
+TEST = "test"
+"""The group of what :mod:`gradprobe.runfile.clusters` writes."""
+
 CHUNK_ROWS = 4096
 """Rows in a chunk, and in a piece of a run that is copied."""
 
