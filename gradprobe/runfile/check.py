@@ -169,7 +169,7 @@ def _check_end(path: Path, last: Piece, report: Report) -> None:
     elif not last.end:
         report.add(path, INCOMPLETE, "its recording was killed, or goes on: it does not say how it ended")
     elif last.span[1]:
-        report.add(path, INCOMPLETE, "has parts that were not merged")
+        report.add(path, NOTE, f"is in pieces, of which none is missing: keep {parts.folder(path).name}/ with the file")
     if last.rows_dropped:
         report.add(path, NOTE, f"{last.rows_dropped} rows were dropped while the disk took none")
 
