@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gradprobe.probes.doctor import doctor
     from gradprobe.probes.probe import GradientProbe
     from gradprobe.runfile import Run, RunWriter, open_run
-    from gradprobe.updates import Updates
+    from gradprobe.updates import Ledger, Updates
 
 _HOME = {
     "attach": "gradprobe.attachment",
@@ -26,10 +26,11 @@ _HOME = {
     "GradprobeError": "gradprobe.errors",
     "Run": "gradprobe.runfile",
     "RunWriter": "gradprobe.runfile",
+    "Ledger": "gradprobe.updates",
     "Updates": "gradprobe.updates",
 }
 
-__all__ = ["GradientProbe", "GradprobeError", "Run", "RunWriter", "Updates", "attach", "doctor", "open_run"]
+__all__ = ["GradientProbe", "GradprobeError", "Ledger", "Run", "RunWriter", "Updates", "attach", "doctor", "open_run"]
 
 
 def __getattr__(name: str) -> Any:

@@ -128,6 +128,7 @@ def test_what_is_exported():
     assert set(gradprobe.__all__) == {
         "GradientProbe",
         "GradprobeError",
+        "Ledger",
         "Run",
         "RunWriter",
         "Updates",

@@ -66,5 +66,9 @@ class Joins(Protocol):
     name: str
     """Of the argument."""
 
+    @property
+    def about(self) -> object:
+        """What the file says of it: a value, or a mapping of names to values."""
+
     def together(self, readers: Sequence[Any]) -> Beside:
         """What is put beside the probe for all of them."""

@@ -118,7 +118,7 @@ class GradientProbe:
         meter = Meter(model, selection, memory, products, warn, ranks)
         if beside is not None:
             beside.check(self.tasks, chosen, optimizer, meter)
-            how |= {reader.name: True for reader in readers}
+            how |= {reader.name: reader.about for reader in readers}
         # The last that can raise, so that what failed left nothing attached. The file is opened when the old probe of
         # the same variable, which may hold it, is closed.
         make_room(model, _caller or sys._getframe(1))

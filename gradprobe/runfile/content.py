@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe import __version__, measures
-from gradprobe.rows import EARLIER_SOURCES, MEASURED, FeatureRow, Header, Row, UpdateRow
+from gradprobe.rows import EARLIER_SOURCES, MEASURED, FeatureRow, Header, LedgerRow, Row, UpdateRow
 from gradprobe.runfile import schema
 
 Columns = dict[str, NDArray[Any]]
@@ -85,10 +85,19 @@ def update_columns(rows: Sequence[UpdateRow], header: Header, state: State) -> C
     return _stored(schema.UPDATES, rows, values, header)
 
 
+def ledger_columns(rows: Sequence[LedgerRow], header: Header, state: State) -> Columns:
+    """The same for rows of a loss ledger."""
+    return _stored(schema.LEDGER, rows, {"status": [state.status_code(row.status) for row in rows]}, header)
+
+
 def tables(header: Header) -> list[schema.Table]:
     """The tables of a file with this header."""
     features = [schema.FEATURES] if header.features is not None else []
-    return [schema.ROWS, *features, *([schema.UPDATES] if header.updates else [])]
+    return [schema.ROWS, *features, *_if(header.updates, schema.UPDATES), *_if(header.ledger, schema.LEDGER)]
+
+
+def _if(there: bool, table: schema.Table) -> list[schema.Table]:
+    return [table] if there else []
 
 
 def _gramians(rows: Sequence[Row] | Sequence[FeatureRow], places: int, tasks: int) -> measures.Array:
@@ -97,7 +106,7 @@ def _gramians(rows: Sequence[Row] | Sequence[FeatureRow], places: int, tasks: in
 
 def _stored(
     table: schema.Table,
-    rows: Sequence[Row] | Sequence[FeatureRow] | Sequence[UpdateRow],
+    rows: Sequence[Row] | Sequence[FeatureRow] | Sequence[UpdateRow] | Sequence[LedgerRow],
     values: Mapping[str, Any],
     header: Header,
 ) -> Columns:
@@ -247,8 +256,8 @@ def _write_names(file: h5py.File, header: Header) -> None:
     }
     if header.features is not None:
         names[schema.FEATURES.path(schema.FEATURE)] = list(header.features.features)
-    if header.updates:
-        names[schema.UPDATES.path(schema.SOURCE)] = sources(header.tasks)
+    for table in (*_if(header.updates, schema.UPDATES), *_if(header.ledger, schema.LEDGER)):
+        names[table.path(schema.SOURCE)] = sources(header.tasks)
     if header.noise:
         names[schema.OTHER_TASK] = list(header.tasks)
     for path, values in names.items():

@@ -80,6 +80,7 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         {**header.provenance, "repair": {"of": pieces[0].path.name, "lost": lost}},
         _features(pieces, report),
         updates=any(schema.UPDATES.path(schema.STEP) in piece for piece in pieces),
+        ledger=any(schema.LEDGER.path(schema.STEP) in piece for piece in pieces),
         noise=any(schema.GRAM_NOISE.name in piece for piece in pieces),
     )
     try:
@@ -237,6 +238,7 @@ _KNOWN = {
         schema.OTHER_TASK,
         schema.FEATURES.group,
         schema.UPDATES.group,
+        schema.LEDGER.group,
         "epochs",
         "provenance",
     ),

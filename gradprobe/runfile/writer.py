@@ -11,7 +11,7 @@ import atexit
 import logging
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gradprobe.errors import GradprobeError, RunFileError
-from gradprobe.rows import FeatureHeader, FeatureRow, Header, Row, UpdateRow
+from gradprobe.rows import FeatureHeader, FeatureRow, Header, LedgerRow, Row, UpdateRow
 from gradprobe.runfile import parts, schema
 from gradprobe.runfile.files import Disk
 from gradprobe.runfile.flusher import Flusher
@@ -145,18 +145,29 @@ class RunWriter:
 
     def start_updates(self, header: Header) -> None:
         """Announce rows on updates; see :class:`gradprobe.rows.UpdateSink`."""
-        if self._foreign():
-            return
-        with self._flusher.lock:
-            if self._flusher.header is not None:
-                self._flusher.header = replace(self._flusher.header, updates=True)
-                self._flusher.changed = True
+        self._announce(lambda header: replace(header, updates=True))
 
     def write_updates(self, row: UpdateRow) -> None:
         """Queue one row on an update; returns at once."""
         self._queue(row)
 
-    def _queue(self, row: Row | FeatureRow | UpdateRow) -> None:
+    def start_ledger(self, header: Header) -> None:
+        """Announce rows of a loss ledger; see :class:`gradprobe.rows.LedgerSink`."""
+        self._announce(lambda header: replace(header, ledger=True))
+
+    def write_ledger(self, row: LedgerRow) -> None:
+        """Queue one row of a loss ledger; returns at once."""
+        self._queue(row)
+
+    def _announce(self, change: Callable[[Header], Header]) -> None:
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            if self._flusher.header is not None:
+                self._flusher.header = change(self._flusher.header)
+                self._flusher.changed = True
+
+    def _queue(self, row: Row | FeatureRow | UpdateRow | LedgerRow) -> None:
         if self._foreign():
             return
         with self._flusher.lock:

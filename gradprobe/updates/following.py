@@ -83,6 +83,11 @@ class Reader:
     name = ""
     """Of the argument that it is given by."""
 
+    @property
+    def about(self) -> object:
+        """What the file says of it."""
+        return True
+
     keeps = False
     """Whether it wants the parts of an update themselves."""
 
