@@ -80,9 +80,10 @@ def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
         steps = schema.FEATURES.path(schema.STEP)
         coordinates[schema.FEATURE] = np.array(run.feature_names, dtype=object)
         coordinates[_axis(schema.FEATURES, schema.STEP)] = run.read(steps, stride=stride)
-    if schema.UPDATES.path(schema.STEP) in run:
-        coordinates[schema.SOURCE] = np.array(run.sources, dtype=object)
-        coordinates[_axis(schema.UPDATES, schema.STEP)] = run.read(schema.UPDATES.path(schema.STEP), stride=stride)
+    for table in (schema.UPDATES, schema.LEDGER):
+        if (steps := table.path(schema.STEP)) in run:
+            coordinates[schema.SOURCE] = np.array(run.sources, dtype=object)
+            coordinates[_axis(table, schema.STEP)] = run.read(steps, stride=stride)
     if (audit := run.audit) is not None:
         fields_of = {"step": ("step", *audits.STEP_FIELDS), "door": (*audits.DOOR_TEXTS, *audits.DOOR_NUMBERS)}
         for axis, fields in fields_of.items():

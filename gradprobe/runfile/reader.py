@@ -239,7 +239,7 @@ class Run:
         window: tuple[int, int] | None = None,
         source: str = "probe_loader",
     ) -> Estimate:
-        """What a window of rows says of the tasks' true gradients on a group of layers, less the noise of their samples.
+        """What a window of rows says of the true gradients on a group of layers, less the noise of their samples.
 
         Args:
             group: As for :meth:`norm`. A pair's cosine is over the layers that both tasks reach.
@@ -302,7 +302,18 @@ class Run:
         As docs/run-file.md describes ``update/``, and ``source``, the names of what an update comes from. Each by
         itself: ``run["update/shared_share"]``.
         """
-        table = schema.UPDATES
+        return self._by_source(schema.UPDATES)
+
+    @property
+    def ledger(self) -> dict[str, NDArray[Any]]:
+        """The loss ledger, by name; empty where none was kept.
+
+        As docs/run-file.md describes ``ledger/``, and ``source``, the names of what an update comes from. What it says
+        of a window of steps, and whether to believe it: :func:`gradprobe.ledger.windows.window`.
+        """
+        return self._by_source(schema.LEDGER)
+
+    def _by_source(self, table: schema.Table) -> dict[str, NDArray[Any]]:
         if table.path(schema.STEP) not in self:
             return {}
         found = {field.name: self.read(table.path(field.name)) for field in table.fields}

@@ -176,8 +176,9 @@ def _check_known(found: _Found, raw: SummedFile) -> None:
         _check_table(found, schema.PROBE_LOADER, lengths)
     if f"/{schema.FEATURES.group}" in found:
         _check_features(found, raw, lengths)
-    if f"/{schema.UPDATES.group}" in found:
-        _check_updates(found, raw, lengths)
+    for table in (schema.UPDATES, schema.LEDGER):
+        if f"/{table.group}" in found:
+            _check_by_source(found, raw, lengths, table)
     if f"/{schema.AUDIT}" in found:
         _check_audit(found, raw)
     if f"/{schema.TEST}" in found:
@@ -215,15 +216,15 @@ def _check_features(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> 
         _check_field(found, schema.FEATURES.path(field.name), field.dtype, shape)
 
 
-def _check_updates(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> None:
-    """The table `update/`: all of it or none."""
-    own = {axis: _shape(found, schema.UPDATES.path(axis), 1)[0] for axis in (schema.STEP, schema.SOURCE)}
-    _check_text(found, schema.UPDATES.path(schema.SOURCE), raw)
+def _check_by_source(found: _Found, raw: SummedFile, lengths: dict[str, int], table: schema.Table) -> None:
+    """The table `update/` or `ledger/`: all of it or none."""
+    own = {axis: _shape(found, table.path(axis), 1)[0] for axis in (schema.STEP, schema.SOURCE)}
+    _check_text(found, table.path(schema.SOURCE), raw)
     if own[schema.SOURCE] != lengths[schema.TASK] + len(EARLIER_SOURCES):
         raise RefusedError(f"has {own[schema.SOURCE]} parts of updates for {lengths[schema.TASK]} tasks")
-    for field in schema.UPDATES.fields:
+    for field in table.fields:
         shape = tuple({**lengths, **own}[axis] for axis in field.axes)
-        _check_field(found, schema.UPDATES.path(field.name), field.dtype, shape)
+        _check_field(found, table.path(field.name), field.dtype, shape)
 
 
 def _check_audit(found: _Found, raw: SummedFile) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gradprobe.errors import GradprobeError, RunFileError
-from gradprobe.rows import FeatureHeader, FeatureRow, Header, ProbeLoaderRow, Row, TestClusters, UpdateRow
+from gradprobe.rows import FeatureHeader, FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, TestClusters, UpdateRow
 from gradprobe.runfile import parts, schema
 from gradprobe.runfile.backlog import AnyRow
 from gradprobe.runfile.files import Disk
@@ -142,6 +142,14 @@ class RunWriter:
 
     def write_updates(self, row: UpdateRow) -> None:
         """Queue one row on an update; returns at once."""
+        self._queue(row)
+
+    def start_ledger(self, header: Header) -> None:
+        """Announce rows of a loss ledger; see :class:`gradprobe.rows.LedgerSink`."""
+        self._announce("ledger")
+
+    def write_ledger(self, row: LedgerRow) -> None:
+        """Queue one row of a loss ledger; returns at once."""
         self._queue(row)
 
     def start_probe_loader(self, header: Header) -> None:
