@@ -19,13 +19,14 @@ from gradprobe.cli.live import Display, make_display
 from gradprobe.errors import DataError, RunFileError, UsageError
 from gradprobe.provenance import argv, environment
 from gradprobe.runfile import RunWriter, open_run
+from gradprobe.trainers.problems import kind_of
 from gradprobe.trainers.settings import Settings, parse_task_weights, resolve
 
 if TYPE_CHECKING:
     from gradprobe.rows import Sink
     from gradprobe.trainers.checkpoint import Paths
-    from gradprobe.trainers.data import LoadedData
     from gradprobe.trainers.hyp import DetectionHyp
+    from gradprobe.trainers.problems import Data
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def make_plan(request: Request) -> Plan:
     file = read_hyp(request.hyp) if request.hyp is not None else None
     flags = dict(request.flags)
     if request.task_weights is not None:
-        flags["task_weights"] = parse_task_weights(request.task_weights)
+        tasks = kind_of(flags.get("data") or Settings.data).tasks
+        flags["task_weights"] = parse_task_weights(request.task_weights, tasks)
     settings = resolve(flags, preset=request.preset, hyp=file.optimizer if file else None)
     if settings.trainer == "gradnorm-static" and request.task_weights is not None:
         raise UsageError("gradnorm-static takes its weights from --from; leave out --task-weights.")
@@ -158,11 +160,11 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
     """Build the training and run it to its end; returns metrics on the test split."""
     from gradprobe.trainers import loop
     from gradprobe.trainers.build import build
-    from gradprobe.trainers.data import load_data
+    from gradprobe.trainers.problems import problem_of
 
     settings = plan.settings
     display.phase("loading data")
-    data = load_data(settings.data, imgsz=settings.imgsz, seed=settings.seed, skip_bad=settings.skip_bad)
+    data = problem_of(settings).load(settings)
     for note in _notes(plan, data):
         display.note(note)
     display.phase("building the model")
@@ -203,7 +205,7 @@ def _paths(out: Path) -> Paths:
     return Paths(out)
 
 
-def _check_same_data(plan: Plan, data: LoadedData) -> None:
+def _check_same_data(plan: Plan, data: Data) -> None:
     assert plan.state is not None
     if plan.state["data_fingerprint"] != data.fingerprint:
         raise DataError(
@@ -212,7 +214,7 @@ def _check_same_data(plan: Plan, data: LoadedData) -> None:
         )
 
 
-def _notes(plan: Plan, data: LoadedData) -> Iterator[str]:
+def _notes(plan: Plan, data: Data) -> Iterator[str]:
     if plan.ignored_hyp:
         yield (
             f"ignored in --hyp: {', '.join(plan.ignored_hyp)}. gradprobe trains without augmentation and warm-up, "

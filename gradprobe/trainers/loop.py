@@ -20,8 +20,8 @@ from gradprobe.rows import NONFINITE_LOSS
 from gradprobe.trainers import checkpoint
 from gradprobe.trainers.balancer import Balancer, check_weights
 from gradprobe.trainers.data.loader import micro_batches
-from gradprobe.trainers.evaluate import evaluate, recompute_batchnorm
-from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification
+from gradprobe.trainers.problems import Problem, Scores
+from gradprobe.trainers.running_statistics import recompute_batchnorm
 from gradprobe.trainers.settings import Settings
 
 
@@ -46,7 +46,8 @@ class Training:
     """All that a training consists of; made by :mod:`gradprobe.trainers.build`."""
 
     settings: Settings
-    model: YOLOv5WithClassification
+    problem: Problem
+    model: Any  # see Problem
     optimizer: Optimizer
     schedule: LRScheduler
     balancer: Balancer
@@ -76,14 +77,14 @@ def run(training: Training) -> dict[str, float]:
         t.watcher.phase("training")
         train_epoch(t)
         t.watcher.phase("evaluating")
-        metrics = evaluate_on(t, t.val_loader)
+        metrics = evaluate_on(t, t.val_loader).metrics()
         t.probe.log_metrics(t.epoch, **metrics)
         t.watcher.evaluated(t.epoch, metrics)
         t.epoch += 1
         save_state(t, metrics)
     t.watcher.phase("testing")
     # Once, with the last weights: val chose nothing here, so nothing was fitted to the test split.
-    return evaluate_on(t, t.test_loader) if t.test_loader is not None else {}
+    return evaluate_on(t, t.test_loader).metrics() if t.test_loader is not None else {}
 
 
 def train_epoch(t: Training) -> None:
@@ -140,8 +141,8 @@ def finite(t: Training, losses: Mapping[str, Tensor], size: int) -> bool:
     return True
 
 
-def evaluate_on(t: Training, loader: Iterable[Any]) -> dict[str, float]:
-    """Metrics on a split, with BatchNorm statistics that fit the present weights.
+def evaluate_on(t: Training, loader: Iterable[Any]) -> Scores:
+    """An evaluation on a split, with BatchNorm statistics that fit the present weights.
 
     YOLOv5's running statistics follow with a momentum of 0.03: in a short run they are those of weights long gone.
     Recomputing them changes nothing in the training, which uses the batch's own.
@@ -149,13 +150,7 @@ def evaluate_on(t: Training, loader: Iterable[Any]) -> dict[str, float]:
     if t.settings.bn_batches:
         t.train_loader.set_epoch(0)
         recompute_batchnorm(t.model, t.train_loader, batches=t.settings.bn_batches)
-    return evaluate(t.model, loader, device=t.settings.device)
-
-
-def fitness(metrics: Mapping[str, float]) -> float:
-    """What chooses the best epoch: YOLOv5's 0.1 mAP50 + 0.9 mAP50-95, and accuracy, half each; NaN counts as 0."""
-    parts = (0.1 * metrics["mAP50"], 0.9 * metrics["mAP50-95"], metrics["accuracy"])
-    return sum(part for part in parts if not math.isnan(part)) / 2
+    return t.problem.score(t.model, loader, device=t.settings.device)
 
 
 def save_state(t: Training, metrics: Mapping[str, float]) -> None:
@@ -164,8 +159,9 @@ def save_state(t: Training, metrics: Mapping[str, float]) -> None:
     A disk that takes no more ends no training: what could not be saved is said, and tried again after the next epoch.
     """
     saved(t, t.paths.last, t.model.state_dict())
-    if fitness(metrics) > t.best and saved(t, t.paths.best, t.model.state_dict()):
-        t.best = fitness(metrics)
+    fitness = t.problem.fitness(metrics)
+    if fitness > t.best and saved(t, t.paths.best, t.model.state_dict()):
+        t.best = fitness
     if t.probe.flush():  # a state that is ahead of the rows would leave a gap in the run that is resumed from it
         saved(t, t.paths.checkpoint, resumable(t))
 
