@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradprobe.probes.binding import Groups, Shared
+    from gradprobe.probes.loader import ProbeLoader
     from gradprobe.rows import Provenance, Sink
 
 
@@ -42,6 +43,7 @@ def attach(
     process_group: ProcessGroup | None = None,
     updates: bool = False,
     ledger: bool | Ledger = False,
+    probe_loader: ProbeLoader | None = None,
     sinks: Sequence[Sink] = (),
     provenance: Provenance | None = None,
     overwrite: bool = False,
@@ -56,6 +58,7 @@ def attach(
             ``optimizer``.
         ledger: Also keep a loss ledger, see :class:`gradprobe.Ledger`: make one with the probe batch, on which the
             residual hangs. True: one without, of all steps. It needs ``optimizer``.
+        probe_loader: Also measure on samples drawn for that, see :class:`gradprobe.ProbeLoader`.
         out: The run file; None: rows go to ``sinks`` only. Of several processes the first one writes it.
         sinks: Who gets the rows besides the file.
         provenance: Stored in the file, beside versions and machine.
@@ -104,6 +107,7 @@ def attach(
         process_group=process_group,
         updates=Updates() if updates else None,
         ledger=Ledger() if ledger is True else ledger or None,
+        probe_loader=probe_loader,
         provenance={"trainer": "attach", **environment(), **(provenance or {})},
         _caller=sys._getframe(1),
         _open=None if out is None else partial(RunWriter, out, overwrite=overwrite, resume=resume),

@@ -56,6 +56,7 @@ class Header:
         updates: Whether there are rows on what the optimizer made of the gradients; announced by ``start_updates``.
         ledger: The same for rows of a loss ledger; announced by ``start_ledger``.
         noise: Whether rows tell the noise of their Gramians; known from the first row that does.
+        probe_loader: Whether there are rows of the probe loader; announced by ``start_probe_loader``.
     """
 
     tasks: Sequence[str]
@@ -67,6 +68,7 @@ class Header:
     updates: bool = False
     ledger: bool = False
     noise: bool = False
+    probe_loader: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,40 @@ class UpdateRow:
     effect: Array
     overhead: float = 0.0
     status: str = MEASURED
+
+
+@dataclass(frozen=True)
+class ProbeLoaderRow:
+    """One measurement on independent samples, with the parameters as they are at a step.
+
+    Attributes:
+        step, epoch, time, overhead, status: As in :class:`Row`.
+        loss: (T,) unweighted, means over the samples.
+        gram, gram_noise: (L, T, T), as in :class:`Row`.
+        micro_batches, batch_size: In how many it was measured, and of how many samples together.
+    """
+
+    step: int
+    epoch: int
+    time: float
+    loss: Array
+    gram: Array
+    gram_noise: Array
+    micro_batches: int
+    batch_size: int
+    overhead: float = 0.0
+    status: str = MEASURED
+
+
+@runtime_checkable
+class ProbeLoaderSink(Protocol):
+    """What a :class:`Sink` has besides, where it takes rows of the probe loader. Others are not asked to."""
+
+    def start_probe_loader(self, header: Header) -> None:
+        """Called once, after ``start`` and before the first such row, with the same header."""
+
+    def write_probe_loader(self, row: ProbeLoaderRow) -> None:
+        """Called once per step that was measured so, steps increasing."""
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,11 @@ from gradprobe.probes.clock import StepClock, bare
 from gradprobe.probes.feature_meter import FeatureMeter
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import level_called
+from gradprobe.probes.loader import ProbeLoader
 from gradprobe.probes.measuring import Measuring
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.micro import BatchSize, MicroBatches, check_mean, micro_batches
+from gradprobe.probes.on_loader import OnLoader
 from gradprobe.probes.ranks import replicas
 from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
@@ -63,6 +65,8 @@ class GradientProbe:
             process calls its probe at every step, and the sinks of the first one get the rows.
         updates: A :class:`gradprobe.Updates`, which looks at what the optimizer makes of the gradients.
         ledger: A :class:`gradprobe.Ledger`, which finds out what that did to the losses, at steps that it chooses.
+        probe_loader: A :class:`gradprobe.ProbeLoader`: what is also measured, on samples of its own, at steps of its
+            own, in the first call of a step. ``budget`` does not count it.
         provenance: Stored in the header.
 
     Raises:
@@ -90,6 +94,7 @@ class GradientProbe:
         process_group: ProcessGroup | None = None,
         updates: Joins | None = None,
         ledger: Joins | None = None,
+        probe_loader: ProbeLoader | None = None,
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
         _open: Callable[[], Sink] | None = None,
@@ -119,11 +124,17 @@ class GradientProbe:
         if beside is not None:
             beside.check(self.tasks, chosen, optimizer, meter)
             how |= {reader.name: reader.about for reader in readers}
+        if probe_loader is not None:
+            if not chosen.parameters:
+                raise ProbeError("probe_loader= measures gradients on parameters: leave level='features' out.")
+            meter.check_micro()
+            how["probe_loader"] = True
         # The last that can raise, so that what failed left nothing attached. The file is opened when the old probe of
         # the same variable, which may hold it, is closed.
         make_room(model, _caller or sys._getframe(1))
         sinks = [*((_open(),) if _open is not None else ()), *sinks] if ranks.first else []
-        report = Reporter(self.tasks, sinks, {**(provenance or {}), "probe": how})
+        about = {} if probe_loader is None else {"probe_loader": probe_loader.about}
+        report = Reporter(self.tasks, sinks, {**(provenance or {}), "probe": how, **about})
         self._measuring = Measuring(
             tasks=self.tasks,
             level=chosen,
@@ -134,6 +145,7 @@ class GradientProbe:
             scale=scale,
             optimizer=optimizer,
             ranks=ranks,
+            loader=OnLoader(probe_loader, model) if probe_loader is not None else None,
         )
         if optimizer is not None:
             clock.follow(optimizer)
@@ -187,7 +199,9 @@ class GradientProbe:
         assert isinstance(total, Tensor)
         total = self._measuring.scale.apply(total)
         due = self._measuring.due()
-        if due:
+        if due.loader:
+            self._measuring.on_loader()
+        if due.here:
             check_mean(losses, parts)
             self._measuring.backward(losses, values, total, due, batch_size, parts)
         else:
@@ -209,7 +223,9 @@ class GradientProbe:
         losses, parts, batch_size = self._given(losses, micro, batch_size)
         values = weight_values(self.tasks, weights, self.step)
         due = self._measuring.due()
-        if due:
+        if due.loader:
+            self._measuring.on_loader()
+        if due.here:
             check_mean(losses, parts)
             self._measuring.record(losses, values, due, batch_size, parts)
         self._measuring.called()

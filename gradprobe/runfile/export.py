@@ -116,6 +116,14 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
         yield "ledger_terms", _tidy(run, schema.LEDGER, "term", stride)
         for name in ("left", "correction", "right"):
             yield f"ledger_{name}", _tidy(run, schema.LEDGER, name, stride)
+    if (table := schema.PROBE_LOADER).path(schema.STEP) in run:
+        yield (
+            "probe_loader",
+            (_rows(run, block, table) for block in run.blocks(run.count(table), stride=stride, table=table)),
+        )
+        yield "probe_loader_layers", _tidy(run, table, "grad_norm", stride)
+        yield "probe_loader_cosines", _tidy(run, table, "cosine", stride)
+        yield "probe_loader_noise", _tidy(run, table, schema.GRAM_NOISE.name, stride)
     if (audit := run.audit) is not None:
         steps, doors = ("step", *audits.STEP_FIELDS), (*audits.DOOR_TEXTS, *audits.DOOR_NUMBERS)
         yield "audit_steps", iter([{name: audit[name] for name in steps}])

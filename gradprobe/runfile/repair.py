@@ -82,6 +82,7 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         updates=any(schema.UPDATES.path(schema.STEP) in piece for piece in pieces),
         ledger=any(schema.LEDGER.path(schema.STEP) in piece for piece in pieces),
         noise=any(schema.GRAM_NOISE.name in piece for piece in pieces),
+        probe_loader=any(schema.PROBE_LOADER.path(schema.STEP) in piece for piece in pieces),
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -94,6 +94,19 @@ MICRO_BATCHES = replace(
 NOISE_FIELDS: tuple[Field, ...] = (GRAM_NOISE, MICRO_BATCHES)
 """In files of runs that were measured in micro-batches."""
 
+PROBE_LOADER_FIELDS: tuple[Field, ...] = (
+    _field("step", "step", "<i8", "training step of the row, from 0; measured before the step's update"),
+    _field("epoch", "step", "<i4", "epoch of the row, from 0"),
+    _field("time", "step", "<f8", "time since recording started", "s"),
+    _field("loss", "step task", "<f4", "unweighted loss, mean over the samples; NaN: it was NaN"),
+    *(field for field in ROW_FIELDS if field.name in ("grad_norm", "cosine")),
+    GRAM_NOISE,
+    MICRO_BATCHES,
+    _field("batch_size", "step", "<i4", "samples of all micro-batches together, drawn with replacement"),
+    _field("overhead", "step", "<f4", "time spent measuring this row", "s"),
+    _field("status", "step", "|u1", "0: measured; else an index into the attribute status_names of /status"),
+)
+
 HEADER_FIELDS: tuple[Field, ...] = (
     _field("layer_size", "layer", "<i8", "number of parameters of the layer"),
     _field("reach", "layer task", "|u1", "1: the task's graph reaches the layer"),
@@ -290,8 +303,9 @@ class Table:
 
 ROWS, FEATURES = Table("", ROW_FIELDS, NOISE_FIELDS), Table("features", FEATURE_FIELDS)
 UPDATES, LEDGER = Table("update", UPDATE_FIELDS), Table("ledger", LEDGER_FIELDS)
+PROBE_LOADER = Table("probe_loader", PROBE_LOADER_FIELDS)
 
-TABLES = (ROWS, FEATURES, UPDATES, LEDGER)
+TABLES = (ROWS, FEATURES, UPDATES, PROBE_LOADER, LEDGER)
 """All there can be in a file; only the first is in every one."""
 
 

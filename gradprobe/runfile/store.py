@@ -81,6 +81,7 @@ class Store:
                 updates=_kept(old, schema.UPDATES, step),
                 ledger=_kept(old, schema.LEDGER, step),
                 noise=schema.GRAM_NOISE.name in old,
+                probe_loader=_kept(old, schema.PROBE_LOADER, step),
             )
             kept = {e: v for e, v in old.epochs_by_number().items() if e <= epoch}
             self._number = self.state.merged_through = old.last_part
