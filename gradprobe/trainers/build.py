@@ -11,6 +11,7 @@ from torch import nn
 
 from gradprobe.errors import UsageError
 from gradprobe.probes import GradientProbe
+from gradprobe.probes.loader import ProbeLoader
 from gradprobe.rows import Sink
 from gradprobe.trainers import checkpoint, loop, registry
 from gradprobe.trainers.balancer import Balancer, Setup
@@ -60,6 +61,7 @@ def build(
         every=settings.every,
         optimizer=optimizer,
         updates=Updates() if settings.updates else None,
+        probe_loader=make_probe_loader(settings, data, model, device),
         provenance={
             "trainer": settings.trainer,
             "settings": as_provenance(settings),
@@ -92,6 +94,31 @@ def build(
         test_loader=(problem.loader(data.test, settings.batch_size, shuffle=False) if data.test is not None else None),
         paths=checkpoint.Paths(out),
         watcher=watcher,
+    )
+
+
+def make_probe_loader(
+    settings: Settings, data: LoadedData, model: YOLOv5WithClassification, device: torch.device
+) -> ProbeLoader | None:
+    """What ``--probe-loader`` asks for; None: nothing."""
+    from gradprobe.trainers.data.loader import Batch, collate
+
+    if not settings.probe_loader:
+        return None
+
+    def losses(batch: Batch) -> dict[str, torch.Tensor]:
+        moved = batch.to(device)
+        return model.losses(model(moved.images), moved)
+
+    return ProbeLoader(
+        data.train if settings.probe_loader == "train" else data.val,
+        losses,
+        batch_size=max(settings.batch_size // settings.micro_batches, 1),
+        batches=settings.probe_batches,
+        every=settings.probe_every,
+        split=settings.probe_loader,
+        collate=collate,
+        seed=settings.seed,
     )
 
 
