@@ -67,10 +67,12 @@ def gather(files: Sequence[Path], arms: Sequence[str]) -> list[Evidence]:
             if Path(path) in named:
                 raise UsageError(f"--arm {text!r}: {path} is in arm {named[Path(path)]!r} already.")
             named[Path(path)] = name
-    every = dict.fromkeys([path for file in files for path in _files(file)] + list(named))
+    listed = [path for file in files for path in _files(file)] + list(named)
+    every = {path.resolve(): path for path in reversed(listed)}
     if not every:
         raise UsageError("no run files. Name some, or --arm NAME=GLOB, or --csv with a bare table.")
-    return [read(path, named.get(path, "")) for path in every]
+    arm_of = {path.resolve(): name for path, name in named.items()}
+    return [read(path, arm_of.get(place, "")) for place, path in reversed(every.items())]
 
 
 def _files(path: Path) -> list[Path]:
