@@ -17,6 +17,7 @@ CAUTION = (
 )
 
 PAIRS_IN_WORDS = 3
+METRICS_IN_WORDS = 16
 
 
 def sentences(summary: dict[str, Any]) -> list[str]:
@@ -183,7 +184,9 @@ def _metric_words(summary: dict[str, Any]) -> list[str]:
         for name, m in summary["metrics"].items()
         if m["first"]
     ]
-    return [f"Metrics from the first to the last epoch (counted from 0): {'; '.join(parts)}."] if parts else []
+    more = [f"{len(parts) - METRICS_IN_WORDS} more (all: summary --json)"] if len(parts) > METRICS_IN_WORDS else []
+    text = "; ".join([*parts[:METRICS_IN_WORDS], *more])
+    return [f"Metrics from the first to the last epoch (counted from 0): {text}."] if parts else []
 
 
 def _overhead_words(summary: dict[str, Any]) -> list[str]:
