@@ -141,6 +141,8 @@ def test_what_is_exported():
     assert set(gradprobe.__all__) == {
         "GradientProbe",
         "GradprobeError",
+        "Ledger",
+        "ProbeLoader",
         "Run",
         "RunWriter",
         "Updates",

@@ -12,7 +12,7 @@ import numpy as np
 from gradprobe.rows import Header, Row
 from gradprobe.runfile import RunWriter
 from gradprobe.statistics import noise_part
-from gradprobe.verdict.evidence import Evidence, Rows, Tested
+from gradprobe.verdict.evidence import Evidence, Rows, Scores
 
 TASKS = ("det", "cls")
 MICRO = np.full(4, 0.25)
@@ -140,9 +140,10 @@ def make(
         weight=np.tile(factor * truth.weight, (rows, 1)),
         batch_size=np.full(rows, 16),
         content=f"{arm}-{seed}",
+        made=f"{arm}-{seed}",
         probed=Rows(step, gram, noise, np.full(rows, 64)),
         ledger=ledger(rng, {k: drawn(v) for k, v in truth.cancelled.items()}, 2 * rows, layers),
-        tested=Tested(metrics, tuple(f"clip-{k}" for k in range(clusters)), without),
+        tested=Scores(metrics, tuple(f"clip-{k}" for k in range(clusters)), without),
     )
 
 
@@ -159,9 +160,10 @@ def alone(task: str, seed: int, rng: np.random.Generator, common: float = 0.0, c
         single=task,
         provenance=said,
         content=f"single-{task}-{seed}",
+        made=f"single-{task}-{seed}",
         probed=None,
         ledger={},
-        tested=Tested(mine, run.tested.clusters, kept),
+        tested=Scores(mine, run.tested.clusters, kept),
     )
 
 

@@ -72,10 +72,12 @@ def named(files: Sequence[Path], arms: Sequence[str]) -> dict[Path, str]:
             if Path(path) in given:
                 raise UsageError(f"--arm {text!r}: {path} is in arm {given[Path(path)]!r} already.")
             given[Path(path)] = name
-    every = dict.fromkeys([path for file in files for path in _files(file)] + list(given))
+    listed = [path for file in files for path in _files(file)] + list(given)
+    every = {path.resolve(): path for path in reversed(listed)}
     if not every:
         raise UsageError("no run files. Name some, or --arm NAME=GLOB, or --csv with a bare table.")
-    return {path: given.get(path, "") for path in every}
+    arm_of = {path.resolve(): name for path, name in given.items()}
+    return {path: arm_of.get(place, "") for place, path in reversed(every.items())}
 
 
 def _files(path: Path) -> list[Path]:

@@ -340,4 +340,6 @@ def _warnings(
     baseline: Group | None, arms: Sequence[Group], evidence: Sequence[Evidence], chosen: _Resolved
 ) -> list[str]:
     found = [said for arm in arms if baseline for said in conditions.cautions(baseline, arm, chosen.paired)]
-    return [*found, *misleading.of_runs(baseline, arms, evidence)]
+    groups = [baseline, *arms] if baseline else list(arms)
+    within = [said for group in groups for said in conditions.mixed(group)]
+    return [*found, *within, *misleading.of_runs(baseline, arms, evidence)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Scores:
     """The test split.
 
     Attributes:
@@ -87,6 +87,7 @@ class Evidence:
         loss, weight: (n, T) of those rows.
         batch_size: (n,) of those rows; 0: unknown.
         content: A hash of what those rows hold: equal for the same run made twice.
+        made: A hash of when they were measured: equal for copies of one file.
         training: Those rows' Gramians; None: their noise part was not recorded.
         probed: Rows on independent batches at frozen parameters; None: not recorded.
         ledger: The loss ledger by name, as ``run.ledger``; empty: not recorded.
@@ -109,10 +110,11 @@ class Evidence:
     weight: Array
     batch_size: NDArray[np.int64]
     content: str
+    made: str
     training: Rows | None = None
     probed: Rows | None = None
     ledger: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    tested: Tested = field(default_factory=lambda: Tested({}))
+    tested: Scores = field(default_factory=lambda: Scores({}))
 
     def condition(self, name: str) -> dict[str, Any]:
         """What the file says of one of :data:`CONDITIONS`; empty: nothing."""
@@ -181,7 +183,8 @@ def read(path: Path, arm: str = "") -> Evidence:
             loss=run["loss"].astype(np.float64),
             weight=run["weight"].astype(np.float64),
             batch_size=run["batch_size"],
-            content=_content(run),
+            content=_hash(run, ("step", "loss", "weight", "grad_norm", "cosine")),
+            made=_hash(run, ("time", "overhead")),
             training=_training(run),
             probed=_probed(run),
             ledger=getattr(run, "ledger", {}),
@@ -194,9 +197,9 @@ def _seed(said: Mapping[str, Any]) -> int | None:
     return None if found is None or isinstance(found, str) else int(found)
 
 
-def _content(run: Run) -> str:
-    digest = hashlib.sha256()
-    for name in ("step", "loss", "weight", "grad_norm", "cosine"):
+def _hash(run: Run, names: Sequence[str]) -> str:
+    digest = hashlib.sha256(str(run.file_time).encode() if not len(run) else b"")
+    for name in names:
         digest.update(np.ascontiguousarray(run[name]).tobytes())
     return digest.hexdigest()
 
@@ -218,7 +221,7 @@ def _probed(run: Run) -> Rows | None:
     return Rows(table["step"][good], gram, noise, table["batch_size"][good])
 
 
-def _tested(run: Run) -> Tested:
+def _tested(run: Run) -> Scores:
     values = {
         key.removeprefix("test."): float(value)
         for key, value in run.provenance.items()
@@ -226,7 +229,7 @@ def _tested(run: Run) -> Tested:
     }
     table = getattr(run, "test_clusters", {})
     if not table:
-        return Tested(values)
+        return Scores(values)
     without = np.asarray(table["without"], dtype=np.float64)
     columns = {str(name): without[:, m] for m, name in enumerate(table["metric"])}
-    return Tested(values, tuple(map(str, table["cluster"])), columns)
+    return Scores(values, tuple(map(str, table["cluster"])), columns)

@@ -347,6 +347,11 @@ def outcomes(s: Sides, controls: Mapping[str, Group], chosen: Mapping[str, str])
         controls: Task -> its runs alone.
         chosen: Metric -> task.
     """
+    if not chosen:
+        blank = Item(OUTCOME, s.arm, "test split", "what the tasks lose on the test split", _seeds(s.treated))
+        return [
+            _without(blank, NO_VERDICT, "no file holds metrics of a test split, so nothing is said of the outcome.")
+        ]
     items = [_outcome(s, controls, metric, {metric: task}, task) for metric, task in chosen.items()]
     if set(chosen.values()) >= set(s.baseline[0].tasks):
         items.append(_outcome(s, controls, outcome.DELTA_M, chosen, ""))
@@ -366,6 +371,9 @@ def _outcome(s: Sides, controls: Mapping[str, Group], subject: str, chosen: Mapp
             f"--task {missing[0]}.",
         )
     runs = {t: dict(controls[t].runs) for t in chosen.values()}
+    lacking = outcome.untested([*s.runs, *(one for t in runs.values() for one in t.values())], chosen)
+    if lacking:
+        return _without(blank, NO_VERDICT, f"{lacking}.")
     found = {
         name: outcome.deficits(side, runs, chosen, same_seed=s.same_seed)
         for name, side in (("baseline", s.baseline), ("arm", s.treated))
