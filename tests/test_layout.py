@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "integrations": {"attachment", "errors", "probes", "rows"},
     "verdict": {"errors", "ledger", "measures", "runfile", "statistics"},
     "attachment": {"probes", "provenance", "rows", "runfile", "updates"},
-    "report": {"__init__", "errors", "measures", "runfile", "verdict"},
+    "report": {"__init__", "errors", "ledger", "measures", "runfile", "verdict"},
     "cli": {
         "__init__",
         "audit",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe import measures
+from gradprobe.ledger.windows import window
 from gradprobe.report import bins
 from gradprobe.report.bins import Array
 from gradprobe.report.material import ArmData, Floats, Ledger, Material, RunData
 from gradprobe.report.names import clean, distinct
 from gradprobe.runfile import Run, thin
+from gradprobe.verdict.readings import FIRST_STEPS_OF_ADAM
 
 ARMS, TASKS, PAIRS = 24, 6, 3
 """Drawn at most; what is left out is counted."""
@@ -42,6 +45,7 @@ def gather(
     baseline: str | None = None,
     controls: Sequence[str] = (),
     targets: Mapping[str, float] | None = None,
+    span: tuple[int, int] | None = None,
 ) -> Material:
     """Everything a report draws.
 
@@ -50,6 +54,7 @@ def gather(
         baseline: The arm that the others are compared with; drawn first.
         controls: Arms of single tasks.
         targets: Metric -> value to reach.
+        span: Steps of the ledger that count, from the first to before the second; None: all.
 
     Raises:
         RunFileError: One cannot be read.
@@ -65,7 +70,7 @@ def gather(
     borders = np.linspace(borders[0], borders[-1], min(count, len(borders) - 1) + 1)
     left = {"arms": len(ordered) - len(shown), "tasks": len(tasks) - len(kept_tasks)}
     left["pairs"] = len(pairs) - len(kept_pairs)
-    data = [_arm(arm, kept_tasks, kept_pairs, borders) for arm in shown]
+    data = [_arm(arm, kept_tasks, kept_pairs, borders, span) for arm in shown]
     return Material(
         data,
         clean(baseline) if baseline is not None else None,
@@ -111,8 +116,10 @@ def _telling(arms: Sequence[ArmFiles], pairs: list[str]) -> list[str]:
     return order[:PAIRS]
 
 
-def _arm(arm: ArmFiles, tasks: list[str], pairs: list[str], borders: Array) -> ArmData:
-    read = [_run(arm.name, path, seed, tasks, pairs, borders) for path, seed in zip(arm.files, arm.seeds, strict=True)]
+def _arm(arm: ArmFiles, tasks: list[str], pairs: list[str], borders: Array, span: tuple[int, int] | None) -> ArmData:
+    read = [
+        _run(arm.name, path, seed, tasks, pairs, borders, span) for path, seed in zip(arm.files, arm.seeds, strict=True)
+    ]
     common = [layer for layer in read[0][1] if all(layer in layers for _, layers, _, _ in read)]
     heats = []
     for _, layers, heat, _ in read:
@@ -128,7 +135,13 @@ def _arm(arm: ArmFiles, tasks: list[str], pairs: list[str], borders: Array) -> A
 
 
 def _run(
-    arm: str, path: Path, seed: object, tasks: list[str], pairs: list[str], borders: Array
+    arm: str,
+    path: Path,
+    seed: object,
+    tasks: list[str],
+    pairs: list[str],
+    borders: Array,
+    span: tuple[int, int] | None,
 ) -> tuple[RunData, list[str], Floats, bool]:
     """One run; the names of its layers; (P, L, B) cosines; whether these are corrected for noise."""
     with Run(path) as whole:
@@ -149,7 +162,7 @@ def _run(
             _columns(bins.medians(run["shared_cosine"], place, count), run.pairs, pairs),
             _epochs(whole),
             _test(whole.provenance),
-            _ledger(whole, tasks),
+            _ledger(whole, tasks, span),
             _probe(whole, pairs),
             _facts(whole.provenance),
         )
@@ -210,22 +223,20 @@ def _test(provenance: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def _ledger(run: Run, tasks: Sequence[str]) -> Ledger | None:
-    table = getattr(run, "ledger", None)
+def _ledger(run: Run, tasks: Sequence[str], span: tuple[int, int] | None) -> Ledger | None:
+    """Sums over the rows that a verdict counts."""
+    table = run.ledger
     if not table or not len(table["step"]):
         return None
-    terms = np.where(np.isfinite(table["term"]), table["term"], 0.0).sum(axis=1, dtype=np.float64)  # (n, T, S)
-    reached = np.isfinite(table["term"]).any(axis=(1, 3))  # (n, T): a layer that a task does not reach is NaN
-    whole = (reached & np.isfinite(table["loss_change"])).all(axis=1)
-    own = [run.tasks.index(t) for t in tasks if t in run.tasks]
-    head = np.where(np.isfinite(table["head"]), table["head"], 0.0)[whole].sum(axis=0, dtype=np.float64)
-    change = table["loss_change"][whole].sum(axis=0)
-    names = tuple(clean(source) for source in run.sources)
-    term = terms[whole].sum(axis=0)
-    rows = [_row(values, run.tasks, tasks) for values in (term, head, change)]
-    if not own or not whole.any():
+    start, stop = span if span is not None else (0, math.inf)
+    if str(run.provenance.get("settings.optimizer", "")).upper() != "SGD":
+        start = max(start, FIRST_STEPS_OF_ADAM)
+    found = window(table, run.tasks, start=start, stop=stop)
+    if not len(found.rows):
         return None
-    return Ledger(names, rows[0], rows[1], rows[2], int(whole.sum()), len(whole))
+    term, head, change = (_row(values, run.tasks, tasks) for values in (found.term, found.head, found.change))
+    names = tuple(clean(source) for source in run.sources)
+    return Ledger(names, term, head, change, len(found.rows), len(found.rows) + sum(found.left_out.values()))
 
 
 def _row(values: Array, have: Sequence[str], want: Sequence[str]) -> Array:
@@ -239,7 +250,7 @@ def _row(values: Array, have: Sequence[str], want: Sequence[str]) -> Array:
 
 def _probe(run: Run, pairs: Sequence[str]) -> Array | None:
     """Steps and pooled cosines on the probe loader."""
-    table = getattr(run, "probe_loader", None)
+    table = run.probe_loader
     if not table or not len(table["step"]):
         return None
     gram = measures.from_norms(table["grad_norm"], table["cosine"])

@@ -64,7 +64,7 @@ def html(
         MissingExtraError: plotly or jinja2 is not installed.
     """
     words = Words(lang)
-    material = gather(arms, comparison.baseline or None, comparison.controls, targets)
+    material = gather(arms, comparison.baseline or None, comparison.controls, targets, comparison.window)
     return page.render(build(material, comparison, words), words)
 
 
