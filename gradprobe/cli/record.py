@@ -102,6 +102,9 @@ def record(
     bn_batches: Annotated[
         int | None, Option(help=f"To recompute BatchNorm before evaluating. [default: {D.bn_batches}]")
     ] = None,
+    plan: Annotated[
+        Path | None, Option(help="What was fixed before the runs (a JSON file); kept in the file as plan.*.")
+    ] = None,
     skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad images out instead of refusing the data.")] = False,
     keep_going: Annotated[bool, Option("--keep-going", help="Go on after a loss that is not finite.")] = False,
     project: Annotated[Path | None, Option(help="Folder of the run, as YOLOv5 names it.")] = None,
@@ -132,5 +135,6 @@ def record(
             overwrite=overwrite,
             resume=resume,
             source=source,
+            plan=plan,
         )
     )

@@ -18,7 +18,7 @@ from gradprobe.trainers.balancer import Balancer, Setup
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models.size import size_of
 from gradprobe.trainers.optim import make_optimizer, make_schedule
-from gradprobe.trainers.problems import Data, Kind, problem_of
+from gradprobe.trainers.problems import Data, Kind, Problem, problem_of
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import Settings, as_provenance
 from gradprobe.updates import Updates
@@ -61,7 +61,7 @@ def build(
         every=settings.every,
         optimizer=optimizer,
         updates=Updates() if settings.updates else None,
-        probe_loader=make_probe_loader(settings, data, model, device),
+        probe_loader=make_probe_loader(settings, problem, data, model, device),
         provenance={
             "trainer": settings.trainer,
             "settings": as_provenance(settings),
@@ -98,26 +98,27 @@ def build(
 
 
 def make_probe_loader(
-    settings: Settings, data: LoadedData, model: YOLOv5WithClassification, device: torch.device
+    settings: Settings, problem: Problem, data: Data, model: Any, device: torch.device
 ) -> ProbeLoader | None:
     """What ``--probe-loader`` asks for; None: nothing."""
-    from gradprobe.trainers.data.loader import Batch, collate
-
     if not settings.probe_loader:
         return None
 
-    def losses(batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(batch: Any) -> dict[str, torch.Tensor]:
         moved = batch.to(device)
-        return model.losses(model(moved.images), moved)
+        found: dict[str, torch.Tensor] = model.losses(model(moved.images), moved)
+        return found
 
+    size = max(settings.batch_size // settings.micro_batches, 1)
+    drawn_from = problem.loader(data.train if settings.probe_loader == "train" else data.val, size, shuffle=False)
     return ProbeLoader(
-        data.train if settings.probe_loader == "train" else data.val,
+        drawn_from.dataset,
         losses,
-        batch_size=max(settings.batch_size // settings.micro_batches, 1),
+        batch_size=size,
         batches=settings.probe_batches,
         every=settings.probe_every,
         split=settings.probe_loader,
-        collate=collate,
+        collate=drawn_from.collate,
         seed=settings.seed,
     )
 

@@ -16,10 +16,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from gradprobe.errors import NonFiniteLossError
 from gradprobe.probes import GradientProbe
 from gradprobe.probes.micro import mean_losses, shares_of
-from gradprobe.rows import NONFINITE_LOSS
+from gradprobe.rows import NONFINITE_LOSS, TestClusters
 from gradprobe.trainers import checkpoint
 from gradprobe.trainers.balancer import Balancer, check_weights
+from gradprobe.trainers.batch_order import UNKNOWN, BatchOrder
 from gradprobe.trainers.data.loader import micro_batches
+from gradprobe.trainers.jackknife import leave_out
 from gradprobe.trainers.problems import Problem, Scores
 from gradprobe.trainers.running_statistics import recompute_batchnorm
 from gradprobe.trainers.settings import Settings
@@ -59,14 +61,27 @@ class Training:
     watcher: Watcher
     epoch: int = 0
     best: float = -math.inf
+    batches: BatchOrder = field(default_factory=BatchOrder)
     origin: Mapping[str, Any] = field(default_factory=dict)  # what a resumed training is built from again
 
 
-def run(training: Training) -> dict[str, float]:
-    """Train to the end.
+@dataclass(frozen=True)
+class Outcome:
+    """What is known only in the end.
 
-    Returns:
-        Metrics on the test split, empty where there is none.
+    Attributes:
+        test: Metrics on the test split; empty where there is none.
+        clusters: The same with one cluster of images left out.
+        batches: Which batches were trained on, see :class:`gradprobe.trainers.batch_order.BatchOrder`.
+    """
+
+    test: Mapping[str, float]
+    clusters: TestClusters | None
+    batches: Mapping[str, Any]
+
+
+def run(training: Training) -> Outcome:
+    """Train to the end.
 
     Raises:
         NonFiniteLossError: A loss became NaN or infinite, unless ``keep_going``.
@@ -82,9 +97,12 @@ def run(training: Training) -> dict[str, float]:
         t.watcher.evaluated(t.epoch, metrics)
         t.epoch += 1
         save_state(t, metrics)
+    if t.test_loader is None:
+        return Outcome({}, None, t.batches.state_dict())
     t.watcher.phase("testing")
     # Once, with the last weights: val chose nothing here, so nothing was fitted to the test split.
-    return evaluate_on(t, t.test_loader).metrics() if t.test_loader is not None else {}
+    scores = evaluate_on(t, t.test_loader)
+    return Outcome(scores.metrics(), leave_out(scores, t.problem.cluster), t.batches.state_dict())
 
 
 def train_epoch(t: Training) -> None:
@@ -92,6 +110,7 @@ def train_epoch(t: Training) -> None:
     t.model.train()
     t.train_loader.set_epoch(t.epoch)
     for batch in t.train_loader:
+        t.batches.add(batch.names)
         train_step(t, batch.to(t.settings.device))
 
 
@@ -188,6 +207,7 @@ def resumable(t: Training) -> dict[str, Any]:
         "schedule": t.schedule.state_dict(),
         "balancer": t.balancer.state_dict(),
         "probe": t.probe.state_dict(),
+        "batches": t.batches.state_dict(),
         "rng": torch.get_rng_state(),
     }
 
@@ -200,4 +220,5 @@ def load_state(t: Training, state: Mapping[str, Any]) -> None:
     t.schedule.load_state_dict(state["schedule"])
     t.balancer.load_state_dict(state["balancer"])
     t.probe.load_state_dict(state["probe"])
+    t.batches.load_state_dict(state.get("batches", UNKNOWN))
     torch.set_rng_state(state["rng"].cpu())

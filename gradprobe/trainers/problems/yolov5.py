@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradprobe.trainers.data import LoadedData, Loader, load_data, make_loader
+from gradprobe.trainers import data as datasets
+from gradprobe.trainers.data import LoadedData, Loader
 from gradprobe.trainers.data.dataset import ImageDataset
 from gradprobe.trainers.data.leakage import clip_of
 from gradprobe.trainers.evaluate import ImageScores, score
@@ -27,7 +28,7 @@ class YOLOv5:
 
     def load(self, settings: Settings) -> LoadedData:
         """The phantoms, or what a data.yaml names."""
-        return load_data(settings.data, imgsz=settings.imgsz, seed=settings.seed, skip_bad=settings.skip_bad)
+        return datasets.load_data(settings.data, imgsz=settings.imgsz, seed=settings.seed, skip_bad=settings.skip_bad)
 
     def describe(self, data: LoadedData) -> dict[str, Any]:
         """Names and numbers."""
@@ -55,7 +56,7 @@ class YOLOv5:
 
     def loader(self, split: ImageDataset, batch_size: int, *, seed: int = 0, shuffle: bool = True) -> Loader:
         """See :func:`gradprobe.trainers.data.make_loader`."""
-        return make_loader(split, batch_size, seed=seed, shuffle=shuffle)
+        return datasets.make_loader(split, batch_size, seed=seed, shuffle=shuffle)
 
     def example(self, settings: Settings, data: LoadedData) -> Tensor:
         """A black image."""
