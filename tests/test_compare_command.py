@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +12,6 @@ from verdict_factory import Truth, study, write
 from gradprobe.cli.app import run as command
 from gradprobe.cli.comparing import gather, parse_window
 from gradprobe.verdict.comparison import compare as judge
-from gradprobe.verdict.evidence import Scores
 
 BASE = Truth(spread=0.01)
 STUDY = {"joint": BASE, "gradnorm": BASE.but(cosine=0.3), "worse": BASE.but(cosine=-0.7)}
@@ -81,6 +79,9 @@ def test_what_is_read_is_what_was_written(folder):
             assert found.probed is None
             assert not found.ledger
             continue
+        assert found.tested.clusters == run.tested.clusters
+        for name, values in run.tested.without.items():
+            np.testing.assert_allclose(found.tested.without[name], values)
         for name in ("step", "gram", "noise", "batch_size"):
             np.testing.assert_allclose(getattr(found.probed, name), getattr(run.probed, name), rtol=1e-5, atol=1e-6)
         for name in ("step", "burst", "term", "head", "loss_change", "status"):
@@ -90,7 +91,6 @@ def test_what_is_read_is_what_was_written(folder):
 def test_files_give_the_answers_that_their_content_does(folder):
     """The same comparison from memory and from the disk, which holds single precision."""
     runs = study(STUDY, range(4), rows=24)
-    runs = [replace(run, tested=Scores(run.tested.values)) for run in runs]
     left, right = judge(runs), judge(gather([folder], []))
     mine, theirs = ({(a.question, a.arm, a.subject): a for a in found.answers} for found in (left, right))
     assert mine.keys() == theirs.keys()

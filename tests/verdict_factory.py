@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gradprobe.rows import Header, LedgerRow, ProbeLoaderRow, Row
+from gradprobe.rows import Header, LedgerRow, ProbeLoaderRow, Row, TestClusters
 from gradprobe.runfile import RunWriter
 from gradprobe.statistics import noise_part
 from gradprobe.verdict.evidence import Evidence, Rows, Scores
@@ -200,8 +200,18 @@ def write(folder: Path, run: Evidence) -> Path:
         for row in ledger_rows(run):
             writer.write_ledger(row)
     writer.annotate({"test": dict(run.tested.values)})
+    writer.write_test(clusters(run))
     writer.close("finished")
     return path
+
+
+def clusters(run: Evidence) -> TestClusters | None:
+    split = run.tested
+    if not split.clusters:
+        return None
+    names = list(split.without)
+    size = np.ones(len(split.clusters), np.int64)
+    return TestClusters(split.clusters, size, names, np.stack([split.without[name] for name in names], axis=1))
 
 
 def probed_rows(run: Evidence) -> Iterator[ProbeLoaderRow]:

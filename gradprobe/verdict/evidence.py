@@ -225,7 +225,7 @@ def _tested(run: Run) -> Scores:
         for key, value in run.provenance.items()
         if key.startswith("test.") and isinstance(value, (int, float, np.number))
     }
-    table = getattr(run, "test_clusters", {})
+    table = run.test_clusters
     if not table:
         return Scores(values)
     without = np.asarray(table["without"], dtype=np.float64)
