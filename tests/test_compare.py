@@ -294,6 +294,15 @@ def test_every_gate_closes_on_one_bad_run_of_many(name, change):
     assert found.open
 
 
+def test_a_ledger_on_a_fixed_probe_batch_needs_no_large_training_set():
+    few = [but(run, data__train_images=20) for run in study({"joint": BASE, "arm": BASE})]
+    assert answer(compare(few), "interference", "cls>det").verdict == UNDEFINED
+    for name in ("settings__ledger_ends", "ledger__ends"):
+        found = compare([but(run, **{name: "probe"}) for run in few])
+        assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
+        assert found.levels[1].low95 > 0.4
+
+
 def test_a_gate_of_one_task_does_not_close_the_others():
     def change(run):
         return with_ledger(run, lambda table: table["loss_change"].__setitem__((slice(None), 0), 0.1))

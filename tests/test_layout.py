@@ -170,6 +170,11 @@ def test_help_imports_nothing_heavy():
     assert python(f"import sys; from gradprobe.cli.app import run; run(['--help']); {show}").strip().endswith("[]")
 
 
+def test_a_comparison_needs_no_torch():
+    show = "print([m for m in ('torch', 'matplotlib', 'pandas') if m in sys.modules])"
+    assert python(f"import sys, gradprobe.verdict.comparison, gradprobe.verdict.bare; {show}").strip() == "[]"
+
+
 def test_the_two_doors_at_the_top_lead_into_the_package():
     for name in ("probes", "trainers"):
         link = ROOT / name
