@@ -239,7 +239,7 @@ class Run:
         window: tuple[int, int] | None = None,
         source: str = "probe_loader",
     ) -> Estimate:
-        """What a window of rows says of the tasks' true gradients on a group of layers, less the noise of their samples.
+        """What a window of rows says of the true gradients on a group of layers, less the noise of their samples.
 
         Args:
             group: As for :meth:`norm`. A pair's cosine is over the layers that both tasks reach.
