@@ -1,4 +1,4 @@
-"""What a run's probe loader says of the true gradients, over all its steps and shared layers, in numbers and in words."""
+"""What a run's probe loader says of the true gradients, over all steps and shared layers, in numbers and in words."""
 
 from __future__ import annotations
 
