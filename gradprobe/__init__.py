@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gradprobe.probes.loader import ProbeLoader
     from gradprobe.probes.probe import GradientProbe
     from gradprobe.runfile import Run, RunWriter, open_run
-    from gradprobe.updates import Updates
+    from gradprobe.updates import Ledger, Updates
 
 _HOME = {
     "attach": "gradprobe.attachment",
@@ -28,12 +28,14 @@ _HOME = {
     "ProbeLoader": "gradprobe.probes.loader",
     "Run": "gradprobe.runfile",
     "RunWriter": "gradprobe.runfile",
+    "Ledger": "gradprobe.updates",
     "Updates": "gradprobe.updates",
 }
 
 __all__ = [
     "GradientProbe",
     "GradprobeError",
+    "Ledger",
     "ProbeLoader",
     "Run",
     "RunWriter",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gradprobe.probes.probe import GradientProbe
 from gradprobe.provenance import environment
 from gradprobe.runfile import RunWriter
-from gradprobe.updates import Updates
+from gradprobe.updates import Ledger, Updates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,6 +42,7 @@ def attach(
     products: str = "direct",
     process_group: ProcessGroup | None = None,
     updates: bool = False,
+    ledger: bool | Ledger = False,
     probe_loader: ProbeLoader | None = None,
     sinks: Sequence[Sink] = (),
     provenance: Provenance | None = None,
@@ -55,6 +56,8 @@ def attach(
             process_group: See :class:`gradprobe.GradientProbe`.
         updates: Also record what the optimizer makes of the gradients, see :class:`gradprobe.Updates`; it needs
             ``optimizer``.
+        ledger: Also keep a loss ledger, see :class:`gradprobe.Ledger`: make one with the probe batch, on which the
+            residual hangs. True: one without, of all steps. It needs ``optimizer``.
         probe_loader: Also measure on samples drawn for that, see :class:`gradprobe.ProbeLoader`.
         out: The run file; None: rows go to ``sinks`` only. Of several processes the first one writes it.
         sinks: Who gets the rows besides the file.
@@ -103,6 +106,7 @@ def attach(
         products=products,
         process_group=process_group,
         updates=Updates() if updates else None,
+        ledger=Ledger() if ledger is True else ledger or None,
         probe_loader=probe_loader,
         provenance={"trainer": "attach", **environment(), **(provenance or {})},
         _caller=sys._getframe(1),

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "trainers": {"audit", "errors", "measures", "probes", "rows", "updates"},
     "sinks": {"errors", "measures", "rows"},
     "integrations": {"attachment", "errors", "probes", "rows"},
-    "verdict": {"errors", "measures", "runfile", "statistics"},
+    "verdict": {"errors", "ledger", "measures", "runfile", "statistics"},
     "attachment": {"probes", "provenance", "rows", "runfile", "updates"},
     "cli": {
         "__init__",
@@ -138,6 +138,7 @@ def test_what_is_exported():
     assert set(gradprobe.__all__) == {
         "GradientProbe",
         "GradprobeError",
+        "Ledger",
         "ProbeLoader",
         "Run",
         "RunWriter",

@@ -120,6 +120,8 @@ class Measuring:
         micro: MicroBatches | None = None,
     ) -> None:
         """The joint backward of ``total``, with the measurement around and within it."""
+        if due.rows and not (micro is not None and len(micro.losses) > 1):
+            self._look(losses, None)
         if micro is not None and len(micro.losses) > 1:
             self.record(losses, weights, due, batch_size, micro)
             total.backward()
@@ -163,6 +165,8 @@ class Measuring:
         self, losses: Losses, weights: Array, due: Due, batch_size: int, micro: MicroBatches | None = None
     ) -> None:
         """The measurement alone, by passes of its own."""
+        if due.rows:
+            self._look(losses, micro)
         if micro is not None and len(micro.losses) > 1:
             self._in_micro_batches(losses, weights, batch_size, micro)
             return
@@ -179,6 +183,13 @@ class Measuring:
                 gram, status = self.guarded(lambda: self.meter.explicit(self.find(losses), scaled))
             self._emit(losses, weights, gram, status, watch, batch_size, _unknown(micro))
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
+
+    def _look(self, losses: Losses, micro: MicroBatches | None) -> None:
+        """What stands beside may need gradients of its own, while the graphs are alive."""
+        if self.beside is not None:
+            self.guarded(lambda: self.find(losses))
+            pieces = micro.losses if micro is not None and len(micro.losses) > 1 else (losses,)
+            self.beside.looked([self.scale.all(self.ordered(one)) for one in pieces])
 
     def _in_micro_batches(self, losses: Losses, weights: Array, batch_size: int, micro: MicroBatches) -> None:
         watch = Stopwatch(_device(losses))

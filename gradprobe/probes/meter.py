@@ -95,7 +95,9 @@ class Meter:
             ProbeError: They are not made, or memory was to stay low.
         """
         if self._memory == "low" or self._ghostly:
-            raise ProbeError("updates= needs every task's gradients: leave memory='low' and products='ghost' out.")
+            raise ProbeError(
+                "updates= and ledger= need every task's gradients: leave memory='low' and products='ghost' out."
+            )
         self.kept = []
         if micro:
             self.kept_micro = []
@@ -119,6 +121,11 @@ class Meter:
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return next((p.device for p in self._model.parameters()), torch.device("cpu"))
+
+    @property
+    def ranks(self) -> Alone:
+        """The processes whose gradients are averaged."""
+        return self._ranks
 
     def find(self, losses: Losses) -> SharedLayers:
         """The shared layers; searched for once, and followed when their parameters are replaced.

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
-from gradprobe.probes.beside import Beside
+from gradprobe.probes.beside import Beside, Joins
 from gradprobe.probes.binding import Groups, Selection, Shared
 from gradprobe.probes.checks import Losses, Weights, check_losses, task_names, weight_values
 from gradprobe.probes.clock import StepClock, bare
@@ -31,7 +31,7 @@ from gradprobe.probes.ranks import replicas
 from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
 from gradprobe.probes.scaling import LossScale
-from gradprobe.probes.schedule import Led, make_schedule, whole
+from gradprobe.probes.schedule import Also, Led, make_schedule, whole
 from gradprobe.rows import Header, Provenance, Sink
 
 
@@ -64,6 +64,7 @@ class GradientProbe:
             DDP. The gradients that are measured are averaged likewise, losses too; ``batch_size`` is summed up. Every
             process calls its probe at every step, and the sinks of the first one get the rows.
         updates: A :class:`gradprobe.Updates`, which looks at what the optimizer makes of the gradients.
+        ledger: A :class:`gradprobe.Ledger`, which finds out what that did to the losses, at steps that it chooses.
         probe_loader: A :class:`gradprobe.ProbeLoader`: what is also measured, on samples of its own, at steps of its
             own, in the first call of a step. ``budget`` does not count it.
         provenance: Stored in the header.
@@ -91,7 +92,8 @@ class GradientProbe:
         memory: str = "normal",
         products: str = "direct",
         process_group: ProcessGroup | None = None,
-        updates: Beside | None = None,
+        updates: Joins | None = None,
+        ledger: Joins | None = None,
         probe_loader: ProbeLoader | None = None,
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
@@ -105,6 +107,10 @@ class GradientProbe:
         schedule = make_schedule(every, budget, default=chosen.every)
         if budget is not None and ranks.size > 1:
             schedule = Led(schedule, ranks.first_says)
+        readers = [reader for reader in (updates, ledger) if reader is not None]
+        beside = readers[0].together(readers) if readers else None
+        if beside is not None:
+            schedule = Also(schedule, beside.wants)
         clock = StepClock(schedule, None, accumulate)
         scale = LossScale(scaler)
         selection = Selection(model, shared, layers, nothing=not chosen.parameters, divided=_divided)
@@ -115,9 +121,9 @@ class GradientProbe:
             report.warn(clock.step, reason)
 
         meter = Meter(model, selection, memory, products, warn, ranks)
-        if updates is not None:
-            updates.check(self.tasks, chosen, optimizer, meter)
-            how["updates"] = True
+        if beside is not None:
+            beside.check(self.tasks, chosen, optimizer, meter)
+            how |= {reader.name: reader.about for reader in readers}
         if probe_loader is not None:
             if not chosen.parameters:
                 raise ProbeError("probe_loader= measures gradients on parameters: leave level='features' out.")
@@ -143,13 +149,13 @@ class GradientProbe:
         )
         if optimizer is not None:
             clock.follow(optimizer)
-        if updates is not None:
-            updates.open(self._measuring, model)
-            self._measuring.beside = updates
+        if beside is not None:
+            beside.open(self._measuring, model)
+            self._measuring.beside = beside
         self._model = model
         claim(model, self)
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
-        self._lost = weakref.finalize(self, _end, clock, report if _open is not None else None, "not closed")
+        self._lost = weakref.finalize(self, _end, clock, beside, report if _open is not None else None, "not closed")
         self._lost.atexit = False
         if (
             _open is not None
@@ -315,7 +321,7 @@ class GradientProbe:
             return
         atexit.unregister(self._lost)
         release(self._model, self)
-        _end(self._clock, self._measuring.report, end)
+        _end(self._clock, self._measuring.beside, self._measuring.report, end)
 
     def __enter__(self) -> GradientProbe:
         return self
@@ -356,7 +362,9 @@ class GradientProbe:
         return self._measuring.clock
 
 
-def _end(clock: StepClock, report: Reporter | None, end: str) -> None:
+def _end(clock: StepClock, beside: Beside | None, report: Reporter | None, end: str) -> None:
     clock.close()
+    if beside is not None:
+        beside.close()
     if report is not None:
         report.close(end)

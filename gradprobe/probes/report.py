@@ -23,6 +23,8 @@ from gradprobe.rows import (
     FeatureRow,
     FeatureSink,
     Header,
+    LedgerRow,
+    LedgerSink,
     ProbeLoaderRow,
     ProbeLoaderSink,
     Provenance,
@@ -56,8 +58,9 @@ class Reporter:
         self._tasks, self._sinks, self._provenance = tuple(tasks), list(sinks), dict(provenance or {})
         self._warned: set[str] = set()
         self._closed = False
-        self._last_feature_step = self._last_update_step = self._last_loader_step = -1
-        self._updates_started = self._loader_started = False
+        self._last_feature_step = self._last_update_step = -1
+        self._last_ledger_step = self._last_loader_step = -1
+        self._updates_started = self._ledger_started = self._loader_started = False
         self.header: Header | None = None
         self.feature_header: FeatureHeader | None = None
         self.last_step = -1
@@ -122,6 +125,20 @@ class Reporter:
             if isinstance(sink, UpdateSink):
                 self._hand(sink, row.step, sink.write_updates, row)
 
+    def ledger(self, row: LedgerRow) -> None:
+        """Hand on a row of the loss ledger, announced before the first; not a second one of the same step."""
+        if self.header is None or row.step <= self._last_ledger_step:
+            return
+        for sink in list(self._sinks) if not self._ledger_started else ():
+            if isinstance(sink, LedgerSink):
+                self._start(sink, sink.start_ledger, self.header)
+        self._ledger_started = True
+        self._last_ledger_step = row.step
+        self.overhead += row.overhead
+        for sink in self._sinks:
+            if isinstance(sink, LedgerSink):
+                self._hand(sink, row.step, sink.write_ledger, row)
+
     def probe_loader(self, row: ProbeLoaderRow) -> None:
         """Hand on a row of the probe loader, announced before the first; not a second one of the same step."""
         if self.header is None or row.step <= self._last_loader_step:
@@ -160,6 +177,7 @@ class Reporter:
         """The training goes on from ``step``, with metrics up to ``epoch``: sinks that can forget what came after."""
         self.last_step, self._last_feature_step = min(self.last_step, step - 1), min(self._last_feature_step, step - 1)
         self._last_update_step = min(self._last_update_step, step - 1)
+        self._last_ledger_step = min(self._last_ledger_step, step - 1)
         self._last_loader_step = min(self._last_loader_step, step - 1)
         self.last_metrics = epoch
         for sink in self._sinks:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import audits, estimates, schema, sessions, untrusted
+from gradprobe.runfile import audits, clusters, estimates, schema, sessions, untrusted
 from gradprobe.runfile.content import sources
 from gradprobe.runfile.pieces import Piece, open_pieces
 
@@ -302,7 +302,18 @@ class Run:
         As docs/run-file.md describes ``update/``, and ``source``, the names of what an update comes from. Each by
         itself: ``run["update/shared_share"]``.
         """
-        table = schema.UPDATES
+        return self._by_source(schema.UPDATES)
+
+    @property
+    def ledger(self) -> dict[str, NDArray[Any]]:
+        """The loss ledger, by name; empty where none was kept.
+
+        As docs/run-file.md describes ``ledger/``, and ``source``, the names of what an update comes from. What it says
+        of a window of steps, and whether to believe it: :func:`gradprobe.ledger.windows.window`.
+        """
+        return self._by_source(schema.LEDGER)
+
+    def _by_source(self, table: schema.Table) -> dict[str, NDArray[Any]]:
         if table.path(schema.STEP) not in self:
             return {}
         found = {field.name: self.read(table.path(field.name)) for field in table.fields}
@@ -333,6 +344,15 @@ class Run:
         ``state``, ``evidence``, ``how_to_shut``, ``contribution``, ``left_when_shut`` (D,).
         """
         return audits.read(self._files[0])
+
+    @property
+    def test_clusters(self) -> dict[str, NDArray[Any]]:
+        """Metrics of the test split with one cluster of images left out, by name; empty where there are none.
+
+        ``cluster`` (K,) names (a clip or patient, or an image alone), ``size`` (K,) images, ``metric`` (M,) names,
+        ``without`` (K, M). The values on the whole split are provenance ``test.*``.
+        """
+        return clusters.read(self._files[-1])
 
     @property
     def epochs(self) -> dict[str, NDArray[Any]]:

@@ -79,6 +79,7 @@ class Store:
                 header,
                 features=_kept_features(old, step),
                 updates=_kept(old, schema.UPDATES, step),
+                ledger=_kept(old, schema.LEDGER, step),
                 noise=schema.GRAM_NOISE.name in old,
                 probe_loader=_kept(old, schema.PROBE_LOADER, step),
             )
