@@ -62,7 +62,7 @@ def build(
         every=settings.every,
         optimizer=optimizer,
         updates=Updates() if settings.updates else None,
-        ledger=make_ledger(model, data.train, settings),
+        ledger=make_ledger(model, problem, data.train, settings),
         probe_loader=make_probe_loader(settings, problem, data, model, device),
         provenance={
             "trainer": settings.trainer,
