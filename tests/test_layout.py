@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "trainers": {"audit", "errors", "measures", "probes", "rows", "updates"},
     "sinks": {"errors", "measures", "rows"},
     "integrations": {"attachment", "errors", "probes", "rows"},
-    "verdict": {"errors", "measures", "runfile", "statistics"},
+    "verdict": {"errors", "ledger", "measures", "runfile", "statistics"},
     "attachment": {"probes", "provenance", "rows", "runfile", "updates"},
     "cli": {
         "__init__",
@@ -140,6 +140,8 @@ def test_what_is_exported():
     assert set(gradprobe.__all__) == {
         "GradientProbe",
         "GradprobeError",
+        "Ledger",
+        "ProbeLoader",
         "Run",
         "RunWriter",
         "Updates",

@@ -83,6 +83,15 @@ def record(
             f"[default: {D.micro_batches}, as a whole]"
         ),
     ] = None,
+    probe_loader: Annotated[
+        str | None,
+        Option(help="Also measure on samples drawn from this split: train, or val. Claims rest on it. [default: off]"),
+    ] = None,
+    probe_every: Annotated[int | None, Option(help=f"Do so every so many steps. [default: {D.probe_every}]")] = None,
+    probe_batches: Annotated[
+        int | None,
+        Option(help=f"On so many micro-batches, as large as those of the training. [default: {D.probe_batches}]"),
+    ] = None,
     updates: Annotated[
         bool | None,
         Option(

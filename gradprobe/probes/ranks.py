@@ -27,6 +27,7 @@ class Alone:
     """A single process: nothing to average, nobody to wait for."""
 
     size = 1
+    rank = 0
     first = True
     """Whether this is the process that hands rows to the sinks."""
 
@@ -72,7 +73,8 @@ class Ranks(Alone):
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._group, self._device = group, device
         self.size = dist.get_world_size(group)
-        self.first = dist.get_rank(group) == 0
+        self.rank = dist.get_rank(group)
+        self.first = self.rank == 0
 
     def together(self, part: Callable[[], T]) -> T:
         """See :class:`Alone`.

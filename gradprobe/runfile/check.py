@@ -169,7 +169,7 @@ def _check_end(path: Path, last: Piece, report: Report) -> None:
     elif not last.end:
         report.add(path, INCOMPLETE, "its recording was killed, or goes on: it does not say how it ended")
     elif last.span[1]:
-        report.add(path, INCOMPLETE, "has parts that were not merged")
+        report.add(path, NOTE, f"is in pieces, of which none is missing: keep {parts.folder(path).name}/ with the file")
     if last.rows_dropped:
         report.add(path, NOTE, f"{last.rows_dropped} rows were dropped while the disk took none")
 
@@ -219,13 +219,13 @@ def _readable(piece: Piece, table: schema.Table, report: Report) -> Iterator[tup
 
 
 def _impossible(piece: Piece, name: str, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    if name in ("step", "epoch", "batch_size", "calls", "skipped", "micro_batches"):
+    if name in ("step", "epoch", "batch_size", "calls", "skipped", "micro_batches", "burst"):
         yield "is negative", values < 0
     elif name in _LENGTHS:
         yield "is negative or infinite", (values < 0) | np.isinf(values)
     elif name in ("cosine", "shared_cosine"):
         yield "is beyond -1 to 1", np.abs(values) > 1
-    elif name == "gram_noise":
+    elif name in ("gram_noise", "term", "left", "correction", "right", "head", "loss_change"):
         yield "is infinite", np.isinf(values)
     elif name == "status":
         yield "has no name in status_names", values >= len(piece.status_names)

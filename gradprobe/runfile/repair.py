@@ -80,8 +80,10 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         {**header.provenance, "repair": {"of": pieces[0].path.name, "lost": lost}},
         _features(pieces, report),
         updates=any(schema.UPDATES.path(schema.STEP) in piece for piece in pieces),
+        ledger=any(schema.LEDGER.path(schema.STEP) in piece for piece in pieces),
         test=_clusters(pieces, report),
         noise=any(schema.GRAM_NOISE.name in piece for piece in pieces),
+        probe_loader=any(schema.PROBE_LOADER.path(schema.STEP) in piece for piece in pieces),
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -238,6 +240,7 @@ _KNOWN = {
         schema.OTHER_TASK,
         schema.FEATURES.group,
         schema.UPDATES.group,
+        schema.LEDGER.group,
         schema.TEST,
         "epochs",
         "provenance",

@@ -11,13 +11,14 @@ from torch import nn
 
 from gradprobe.errors import UsageError
 from gradprobe.probes import GradientProbe
+from gradprobe.probes.loader import ProbeLoader
 from gradprobe.rows import Sink
 from gradprobe.trainers import checkpoint, loop, registry
 from gradprobe.trainers.balancer import Balancer, Setup
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models.size import size_of
 from gradprobe.trainers.optim import make_optimizer, make_schedule
-from gradprobe.trainers.problems import Data, Kind, problem_of
+from gradprobe.trainers.problems import Data, Kind, Problem, problem_of
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import Settings, as_provenance
 from gradprobe.updates import Updates
@@ -60,6 +61,7 @@ def build(
         every=settings.every,
         optimizer=optimizer,
         updates=Updates() if settings.updates else None,
+        probe_loader=make_probe_loader(settings, problem, data, model, device),
         provenance={
             "trainer": settings.trainer,
             "settings": as_provenance(settings),
@@ -92,6 +94,32 @@ def build(
         test_loader=(problem.loader(data.test, settings.batch_size, shuffle=False) if data.test is not None else None),
         paths=checkpoint.Paths(out),
         watcher=watcher,
+    )
+
+
+def make_probe_loader(
+    settings: Settings, problem: Problem, data: Data, model: Any, device: torch.device
+) -> ProbeLoader | None:
+    """What ``--probe-loader`` asks for; None: nothing."""
+    if not settings.probe_loader:
+        return None
+
+    def losses(batch: Any) -> dict[str, torch.Tensor]:
+        moved = batch.to(device)
+        found: dict[str, torch.Tensor] = model.losses(model(moved.images), moved)
+        return found
+
+    size = max(settings.batch_size // settings.micro_batches, 1)
+    drawn_from = problem.loader(data.train if settings.probe_loader == "train" else data.val, size, shuffle=False)
+    return ProbeLoader(
+        drawn_from.dataset,
+        losses,
+        batch_size=size,
+        batches=settings.probe_batches,
+        every=settings.probe_every,
+        split=settings.probe_loader,
+        collate=drawn_from.collate,
+        seed=settings.seed,
     )
 
 

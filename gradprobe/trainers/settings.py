@@ -64,6 +64,9 @@ class Settings:
     every: int = 2  # steps between two measurements
     updates: bool = False  # what the optimizer makes of the gradients, at the same steps
     micro_batches: int = 1  # forwards per step, of equal parts of the batch; from 2 on the noise is measured too
+    probe_loader: str = ""  # also measure on samples drawn from this split; empty: not
+    probe_every: int = 20  # steps between two such measurements
+    probe_batches: int = 8  # micro-batches of one, each as large as those of the training
     bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
     skip_bad: bool = False
     keep_going: bool = False
@@ -143,9 +146,13 @@ def _validate(s: Settings) -> None:
     if s.imgsz < 32 or s.imgsz % 32:
         nearest = max(32, math.ceil(s.imgsz / 32) * 32)
         raise UsageError(f"--imgsz {s.imgsz}: must be a multiple of 32; the next one is {nearest}.")
-    for name in ("epochs", "batch_size", "every", "top_k", "micro_batches"):
+    for name in ("epochs", "batch_size", "every", "top_k", "micro_batches", "probe_every"):
         if getattr(s, name) < 1:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 1.")
+    if s.probe_loader not in ("", "train", "val"):
+        raise UsageError(_unknown("--probe-loader", s.probe_loader, ("train", "val")))
+    if s.probe_batches < 2:
+        raise UsageError(f"--probe-batches {s.probe_batches}: noise is told from at least 2; 8 are the default.")
     if s.micro_batches > s.batch_size:
         raise UsageError(f"--micro-batches {s.micro_batches}: a batch has no more than {s.batch_size} images.")
     for name in ("lr", "weight_sum", "gradnorm_lr", "dwa_temperature"):

@@ -84,7 +84,7 @@ class Loader:
         if batch_size < 1:
             raise UsageError(f"the batch size is {batch_size}; it has to be 1 or greater (--batch-size)")
         self.dataset, self.batch_size = dataset, batch_size
-        self._seed, self._shuffle, self._epoch, self._collate = seed, shuffle, 0, collate
+        self._seed, self._shuffle, self._epoch, self.collate = seed, shuffle, 0, collate
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
@@ -106,7 +106,7 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         order = self.order()
         for start in range(0, len(order), self.batch_size):
-            yield self._collate([self.dataset[index] for index in order[start : start + self.batch_size]])
+            yield self.collate([self.dataset[index] for index in order[start : start + self.batch_size]])
 
 
 def make_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, shuffle: bool = True) -> Loader:

@@ -154,7 +154,7 @@ class Problem(Protocol):
         """The reference model, that all trainers of a seed start from, on the CPU."""
 
     def loader(self, split: Any, batch_size: int, *, seed: int = 0, shuffle: bool = True) -> Any:
-        """Batches in an order that the seed and ``set_epoch`` alone decide."""
+        """Batches in an order that the seed and ``set_epoch`` alone decide; with its ``dataset`` and ``collate``."""
 
     def example(self, settings: Settings, data: Any) -> Any:
         """One sample's ``images``, of batch size 1, all zeros."""
