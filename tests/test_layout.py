@@ -49,6 +49,7 @@ MAY_IMPORT = {
         "rows",
         "runfile",
         "statistics",
+        "study",
         "summary",
         "trainers",
         "verdict",
