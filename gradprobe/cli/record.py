@@ -126,6 +126,7 @@ def record(
     plan: Annotated[
         Path | None, Option(help="What was fixed before the runs (a JSON file); kept in the file as plan.*.")
     ] = None,
+    arm: Annotated[str, Option(help="The arm of a study that the run belongs to. [default: its trainer]")] = "",
     skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad images out instead of refusing the data.")] = False,
     keep_going: Annotated[bool, Option("--keep-going", help="Go on after a loss that is not finite.")] = False,
     project: Annotated[Path | None, Option(help="Folder of the run, as YOLOv5 names it.")] = None,
@@ -157,5 +158,6 @@ def record(
             resume=resume,
             source=source,
             plan=plan,
+            arm=arm,
         )
     )
