@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,10 +25,13 @@ from gradprobe.probes.features import Feature, JointFeatures
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import Level
 from gradprobe.probes.meter import Meter
+from gradprobe.probes.micro import MicroBatches
+from gradprobe.probes.on_loader import OnLoader
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.release import release
 from gradprobe.probes.report import Reporter, status_of
 from gradprobe.probes.scaling import LossScale
+from gradprobe.probes.self_check import SELF_CHECKED, cosines_with_itself, fault
 from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import MEASURED, FeatureRow, Row
 
@@ -40,9 +44,28 @@ class Due:
 
     rows: bool
     features: bool
+    loader: bool
+
+    @property
+    def here(self) -> bool:
+        """Whether anything of the training's own batch is."""
+        return self.rows or self.features
 
     def __bool__(self) -> bool:
-        return self.rows or self.features
+        return self.here or self.loader
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a measurement in micro-batches tells besides.
+
+    Attributes:
+        part: (L, T, T) of the Gramians, as the losses were scaled; None: not known.
+        batches: In how many it was measured.
+    """
+
+    part: Array | None
+    batches: int
 
 
 @dataclass
@@ -55,6 +78,8 @@ class Measuring:
         ranks: The processes that train together.
         epoch: Of the rows to come.
         beside: Looks at what the optimizer makes of what was measured.
+        loader: Measured besides.
+        self_checked: Whether the probe has looked at itself, see :mod:`gradprobe.probes.self_check`.
     """
 
     tasks: tuple[str, ...]
@@ -68,6 +93,8 @@ class Measuring:
     ranks: Alone
     epoch: int = 0
     beside: Beside | None = None
+    loader: OnLoader | None = None
+    self_checked: bool = False
 
     def called(self) -> None:
         """A call of the probe is over."""
@@ -83,14 +110,28 @@ class Measuring:
         """What :meth:`due` would say if the probe were called now."""
         return self._due(*self.clock.peek())
 
-    def backward(self, losses: Losses, weights: Array, total: Tensor, due: Due, batch_size: int) -> None:
+    def backward(
+        self,
+        losses: Losses,
+        weights: Array,
+        total: Tensor,
+        due: Due,
+        batch_size: int,
+        micro: MicroBatches | None = None,
+    ) -> None:
         """The joint backward of ``total``, with the measurement around and within it."""
+        if due.rows and not (micro is not None and len(micro.losses) > 1):
+            self._look(losses, None)
+        if micro is not None and len(micro.losses) > 1:
+            self.record(losses, weights, due, batch_size, micro)
+            total.backward()
+            return
         watch, feature_watch = Stopwatch(total.device), Stopwatch(total.device)
-        scaled = self.scale.all(self._ordered(losses))
+        scaled = self.scale.all(self.ordered(losses))
         plan, status, entering = None, MEASURED, None
         if due.rows:
             with watch.running():
-                plan, status = self._guarded(lambda: self.meter.begin(self.find(losses), scaled, weights))
+                plan, status = self.guarded(lambda: self.meter.begin(self.find(losses), scaled, weights))
         if due.features:
             with feature_watch.running():
                 entering, _ = self._guarded_together(
@@ -108,8 +149,8 @@ class Measuring:
         if derived is not None:
             watch.seconds += derived.listener.seconds
             with watch.running():
-                plan, status = self._guarded(lambda: self.meter.finish(derived, scaled))
-                self._guarded(lambda: release(derived.graph))
+                plan, status = self.guarded(lambda: self.meter.finish(derived, scaled))
+                self.guarded(lambda: release(derived.graph))
         if entering is not None:
             feature_watch.seconds += entering.seconds
             with feature_watch.running():
@@ -117,13 +158,20 @@ class Measuring:
             self._emit_features(entering.features, gram, feature_watch)
         if due.rows:
             gram = plan if isinstance(plan, np.ndarray) else None
-            self._emit(losses, weights, gram, status, watch, batch_size)
+            self._emit(losses, weights, gram, status, watch, batch_size, _unknown(micro))
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
 
-    def record(self, losses: Losses, weights: Array, due: Due, batch_size: int) -> None:
+    def record(
+        self, losses: Losses, weights: Array, due: Due, batch_size: int, micro: MicroBatches | None = None
+    ) -> None:
         """The measurement alone, by passes of its own."""
+        if due.rows:
+            self._look(losses, micro)
+        if micro is not None and len(micro.losses) > 1:
+            self._in_micro_batches(losses, weights, batch_size, micro)
+            return
         watch, feature_watch = Stopwatch(_device(losses)), Stopwatch(_device(losses))
-        scaled = self.scale.all(self._ordered(losses))
+        scaled = self.scale.all(self.ordered(losses))
         if due.features:
             with feature_watch.running():
                 features, _ = self._guarded_together(lambda: self._find_features(losses))
@@ -132,13 +180,68 @@ class Measuring:
             self._emit_features(features or [], gram, feature_watch)
         if due.rows:
             with watch.running():
-                gram, status = self._guarded(lambda: self.meter.explicit(self.find(losses), scaled))
-            self._emit(losses, weights, gram, status, watch, batch_size)
+                gram, status = self.guarded(lambda: self.meter.explicit(self.find(losses), scaled))
+            self._emit(losses, weights, gram, status, watch, batch_size, _unknown(micro))
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
+
+    def _look(self, losses: Losses, micro: MicroBatches | None) -> None:
+        """What stands beside may need gradients of its own, while the graphs are alive."""
+        if self.beside is not None:
+            self.guarded(lambda: self.find(losses))
+            pieces = micro.losses if micro is not None and len(micro.losses) > 1 else (losses,)
+            self.beside.looked([self.scale.all(self.ordered(one)) for one in pieces])
+
+    def _in_micro_batches(self, losses: Losses, weights: Array, batch_size: int, micro: MicroBatches) -> None:
+        watch = Stopwatch(_device(losses))
+        with watch.running():
+            scaled = (self.scale.all(self.ordered(one)) for one in micro.losses)
+            found, status = self.guarded(
+                lambda: self.meter.in_micro_batches(self.find(losses), scaled, micro.shares, len(self.tasks))
+            )
+            if found is not None:
+                self.check_self(micro.losses)
+        gram, part = found if found is not None else (None, None)
+        self._emit(losses, weights, gram, status, watch, batch_size, Noise(part, len(self.meter.shares)))
+        self.clock.schedule.spent(watch.seconds)
+
+    def on_loader(self) -> None:
+        """The measurement on the probe loader, which changes nothing."""
+        assert self.loader is not None
+        row = self.loader.measure(self)
+        if row is not None:
+            self.report.probe_loader(row)
+
+    def check_self(self, losses: Iterable[Losses]) -> None:
+        """Once: measure a task with its own copy and with its negative, on a few micro-batches."""
+        if self.self_checked:
+            return
+        self.self_checked = True
+
+        def check() -> tuple[float, float]:
+            few = self.ranks.together(lambda: list(itertools.islice(losses, SELF_CHECKED)))
+            return cosines_with_itself(self.meter, self.scale, self.tasks, few)
+
+        found, _ = self.guarded(check)
+        if found is not None:
+            self.report.annotate({"self_check": list(found)})
+            if wrong := fault(found):
+                self.report.warn(self.clock.step, wrong)
+
+    def check_micro(self) -> None:
+        """Whether it can be measured in micro-batches.
+
+        Raises:
+            ProbeError: Not at this level, or not in the way that was chosen.
+        """
+        if self.level.features:
+            raise ProbeError(
+                "features are measured on a batch as a whole: with micro=, leave level= and features= out."
+            )
+        self.meter.check_micro()
 
     def note(self, losses: Losses, weights: Array, status: str, batch_size: int) -> None:
         """A row without a measurement."""
-        self._guarded(lambda: self.find(losses))
+        self.guarded(lambda: self.find(losses))
         values = self._values(losses)
         self._hand_on(losses, values, weights, None, status, Stopwatch(_device(losses)), batch_size)
 
@@ -178,11 +281,18 @@ class Measuring:
         self.report.rewind(self.clock.first_open, state["last_metrics"])
 
     def _emit(
-        self, losses: Losses, weights: Array, gram: Array | None, status: str, watch: Stopwatch, batch_size: int
+        self,
+        losses: Losses,
+        weights: Array,
+        gram: Array | None,
+        status: str,
+        watch: Stopwatch,
+        batch_size: int,
+        noise: Noise | None = None,
     ) -> None:
         """Hand on the row of all processes: the mean of their losses, and all their samples."""
         *values, size = self.ranks.mean(np.array([*self._values(losses), batch_size]))
-        self._hand_on(losses, np.array(values), weights, gram, status, watch, round(size * self.ranks.size))
+        self._hand_on(losses, np.array(values), weights, gram, status, watch, round(size * self.ranks.size), noise)
 
     def _values(self, losses: Losses) -> Array:
         return np.array([float(losses[t].detach()) for t in self.tasks])
@@ -196,6 +306,7 @@ class Measuring:
         status: str,
         watch: Stopwatch,
         batch_size: int,
+        noise: Noise | None = None,
     ) -> None:
         """Hand one row on.
 
@@ -207,6 +318,7 @@ class Measuring:
             status: Why not, or :data:`MEASURED`.
             watch: Has counted what the row cost so far.
             batch_size: Stored.
+            noise: None: not measured in micro-batches.
         """
         header = self.report.header
         if header is None:
@@ -217,9 +329,9 @@ class Measuring:
             elif status == MEASURED:
                 gram = self.meter.last_gram = self.scale.off(gram)
                 self.meter.check_reach(self.tasks, gram)
-                status = status_of(values, gram, header.reach, lambda: self.meter.reach_now(self._ordered(losses)))
+                status = status_of(values, gram, header.reach, lambda: self.meter.reach_now(self.ordered(losses)))
         if self.beside is not None:
-            self.beside.measured(self._ordered(losses), weights, gram, status)
+            self.beside.measured(self.ordered(losses), weights, gram, status)
         self.report.row(
             Row(
                 step=self.clock.step,
@@ -232,11 +344,18 @@ class Measuring:
                 overhead=watch.seconds,
                 batch_size=batch_size,
                 status=status,
+                gram_noise=None if noise is None else self._noise_part(noise, gram),
+                micro_batches=1 if noise is None else noise.batches,
             )
         )
 
+    def _noise_part(self, noise: Noise, gram: Array) -> Array:
+        """(L, T, T), unscaled; NaN where it is not known."""
+        return np.full_like(gram, np.nan) if noise.part is None else self.scale.off(noise.part)
+
     def _due(self, first: bool, due: bool) -> Due:
-        return Due(due, self.level.features and (first if self.level.parameters else due))
+        loader = first and self.loader is not None and self.loader.due(self.clock.step)
+        return Due(due, self.level.features and (first if self.level.parameters else due), loader)
 
     def _emit_features(self, features: Sequence[Feature], gram: Array | None, watch: Stopwatch) -> None:
         if gram is not None and self.features.names:
@@ -246,23 +365,30 @@ class Measuring:
 
     def _find_features(self, losses: Losses) -> list[Feature]:
         self.find(losses)  # a file begins with its layers
-        found = self.features.find(self._ordered(losses))
+        found = self.features.find(self.ordered(losses))
         if found:
             self.report.start_features([f.name for f in found], [f.size for f in found])
         return found
 
-    def _ordered(self, losses: Losses) -> list[Tensor]:
+    def ordered(self, losses: Losses) -> list[Tensor]:
+        """(T,) in the order of the tasks."""
         return [losses[task] for task in self.tasks]
 
-    def _guarded(self, measure: Callable[[], T]) -> tuple[T | None, str]:
+    def guarded(self, measure: Callable[[], T]) -> tuple[T | None, str]:
+        """The result and a row's status; a failure is a status, not an exception."""
         return self.report.guarded(self.clock.step, measure)
 
     def _guarded_together(self, measure: Callable[[], T]) -> tuple[T | None, str]:
-        return self._guarded(lambda: self.ranks.together(measure))
+        return self.guarded(lambda: self.ranks.together(measure))
 
     def now(self) -> float:
         """Seconds since recording started."""
         return time.perf_counter() - self.report.started
+
+
+def _unknown(micro: MicroBatches | None) -> Noise | None:
+    """The noise of a step that was measured as a whole, in a run that is measured in micro-batches."""
+    return Noise(None, 1) if micro is not None else None
 
 
 def _device(losses: Losses) -> torch.device:

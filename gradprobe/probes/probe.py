@@ -15,20 +15,23 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
-from gradprobe.probes.beside import Beside
+from gradprobe.probes.beside import Beside, Joins
 from gradprobe.probes.binding import Groups, Selection, Shared
 from gradprobe.probes.checks import Losses, Weights, check_losses, task_names, weight_values
 from gradprobe.probes.clock import StepClock, bare
 from gradprobe.probes.feature_meter import FeatureMeter
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import level_called
+from gradprobe.probes.loader import ProbeLoader
 from gradprobe.probes.measuring import Measuring
 from gradprobe.probes.meter import Meter
+from gradprobe.probes.micro import BatchSize, MicroBatches, check_mean, micro_batches
+from gradprobe.probes.on_loader import OnLoader
 from gradprobe.probes.ranks import replicas
 from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
 from gradprobe.probes.scaling import LossScale
-from gradprobe.probes.schedule import Led, make_schedule, whole
+from gradprobe.probes.schedule import Also, Led, make_schedule, whole
 from gradprobe.rows import Header, Provenance, Sink
 
 
@@ -61,6 +64,9 @@ class GradientProbe:
             DDP. The gradients that are measured are averaged likewise, losses too; ``batch_size`` is summed up. Every
             process calls its probe at every step, and the sinks of the first one get the rows.
         updates: A :class:`gradprobe.Updates`, which looks at what the optimizer makes of the gradients.
+        ledger: A :class:`gradprobe.Ledger`, which finds out what that did to the losses, at steps that it chooses.
+        probe_loader: A :class:`gradprobe.ProbeLoader`: what is also measured, on samples of its own, at steps of its
+            own, in the first call of a step. ``budget`` does not count it.
         provenance: Stored in the header.
 
     Raises:
@@ -86,7 +92,9 @@ class GradientProbe:
         memory: str = "normal",
         products: str = "direct",
         process_group: ProcessGroup | None = None,
-        updates: Beside | None = None,
+        updates: Joins | None = None,
+        ledger: Joins | None = None,
+        probe_loader: ProbeLoader | None = None,
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
         _open: Callable[[], Sink] | None = None,
@@ -99,6 +107,10 @@ class GradientProbe:
         schedule = make_schedule(every, budget, default=chosen.every)
         if budget is not None and ranks.size > 1:
             schedule = Led(schedule, ranks.first_says)
+        readers = [reader for reader in (updates, ledger) if reader is not None]
+        beside = readers[0].together(readers) if readers else None
+        if beside is not None:
+            schedule = Also(schedule, beside.wants)
         clock = StepClock(schedule, None, accumulate)
         scale = LossScale(scaler)
         selection = Selection(model, shared, layers, nothing=not chosen.parameters, divided=_divided)
@@ -109,14 +121,20 @@ class GradientProbe:
             report.warn(clock.step, reason)
 
         meter = Meter(model, selection, memory, products, warn, ranks)
-        if updates is not None:
-            updates.check(self.tasks, chosen, optimizer, meter)
-            how["updates"] = True
+        if beside is not None:
+            beside.check(self.tasks, chosen, optimizer, meter)
+            how |= {reader.name: reader.about for reader in readers}
+        if probe_loader is not None:
+            if not chosen.parameters:
+                raise ProbeError("probe_loader= measures gradients on parameters: leave level='features' out.")
+            meter.check_micro()
+            how["probe_loader"] = True
         # The last that can raise, so that what failed left nothing attached. The file is opened when the old probe of
         # the same variable, which may hold it, is closed.
         make_room(model, _caller or sys._getframe(1))
         sinks = [*((_open(),) if _open is not None else ()), *sinks] if ranks.first else []
-        report = Reporter(self.tasks, sinks, {**(provenance or {}), "probe": how})
+        about = {} if probe_loader is None else {"probe_loader": probe_loader.about}
+        report = Reporter(self.tasks, sinks, {**(provenance or {}), "probe": how, **about})
         self._measuring = Measuring(
             tasks=self.tasks,
             level=chosen,
@@ -127,16 +145,17 @@ class GradientProbe:
             scale=scale,
             optimizer=optimizer,
             ranks=ranks,
+            loader=OnLoader(probe_loader, model) if probe_loader is not None else None,
         )
         if optimizer is not None:
             clock.follow(optimizer)
-        if updates is not None:
-            updates.open(self._measuring, model)
-            self._measuring.beside = updates
+        if beside is not None:
+            beside.open(self._measuring, model)
+            self._measuring.beside = beside
         self._model = model
         claim(model, self)
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
-        self._lost = weakref.finalize(self, _end, clock, report if _open is not None else None, "not closed")
+        self._lost = weakref.finalize(self, _end, clock, beside, report if _open is not None else None, "not closed")
         self._lost.atexit = False
         if (
             _open is not None
@@ -145,7 +164,14 @@ class GradientProbe:
 
     # ---- in the training loop
 
-    def backward(self, losses: Losses, weights: Weights | None = None, *, batch_size: int = 0) -> None:
+    def backward(
+        self,
+        losses: Losses | None = None,
+        weights: Weights | None = None,
+        *,
+        micro: Sequence[Losses] | None = None,
+        batch_size: BatchSize = 0,
+    ) -> None:
         """The joint backward, and on due steps the measurement.
 
         On steps where a task is derived, the graph is kept until the result is checked, and freed then.
@@ -154,37 +180,54 @@ class GradientProbe:
         as after ``scaler.scale(sum(...)).backward()``.
 
         Args:
-            losses: Task -> unweighted scalar loss, as it comes from the model.
+            losses: Task -> unweighted scalar loss, as it comes from the model. May be left out beside ``micro``.
             weights: Task -> weight in force; default 1 each.
-            batch_size: Stored with the row.
+            micro: The losses of each of m micro-batches that make up the batch, each with a forward of its own: the
+                noise of the measurement is known then (``gram_noise``). ``losses`` must be their mean, weighted by
+                their samples, which is what is trained: :func:`gradprobe.probes.micro.mean_losses`.
+            batch_size: Samples, stored with the row; beside ``micro`` a list of the samples of each: without one, they
+                count as equally many.
 
         Raises:
-            ProbeError: A task is missing or unknown, a loss has no graph or is no scalar, a weight is NaN, or a shared
-                parameter is gone.
+            ProbeError: A task is missing or unknown, a loss has no graph or is no scalar, a weight is NaN, a shared
+                parameter is gone, or ``losses`` are not the mean of ``micro``.
         """
-        self._check(losses)
-        values, batch_size = weight_values(self.tasks, weights, self.step), whole("batch_size", batch_size, least=0)
+        losses, parts, batch_size = self._given(losses, micro, batch_size)
+        values = weight_values(self.tasks, weights, self.step)
         applied = weights if weights is not None else dict.fromkeys(self.tasks, 1.0)
         total = sum(applied[task] * losses[task] for task in losses)
         assert isinstance(total, Tensor)
         total = self._measuring.scale.apply(total)
         due = self._measuring.due()
-        if due:
-            self._measuring.backward(losses, values, total, due, batch_size)
+        if due.loader:
+            self._measuring.on_loader()
+        if due.here:
+            check_mean(losses, parts)
+            self._measuring.backward(losses, values, total, due, batch_size, parts)
         else:
             total.backward()
         self._measuring.called()
 
-    def record(self, losses: Losses, weights: Weights | None = None, *, batch_size: int = 0) -> None:
+    def record(
+        self,
+        losses: Losses | None = None,
+        weights: Weights | None = None,
+        *,
+        micro: Sequence[Losses] | None = None,
+        batch_size: BatchSize = 0,
+    ) -> None:
         """Measure on due steps and change nothing; the loop's own backward comes after.
 
         Arguments and errors as for :meth:`backward`. Features cost a pass through each head here.
         """
-        self._check(losses)
-        values, batch_size = weight_values(self.tasks, weights, self.step), whole("batch_size", batch_size, least=0)
+        losses, parts, batch_size = self._given(losses, micro, batch_size)
+        values = weight_values(self.tasks, weights, self.step)
         due = self._measuring.due()
-        if due:
-            self._measuring.record(losses, values, due, batch_size)
+        if due.loader:
+            self._measuring.on_loader()
+        if due.here:
+            check_mean(losses, parts)
+            self._measuring.record(losses, values, due, batch_size, parts)
         self._measuring.called()
 
     def note(self, losses: Losses, weights: Weights | None, status: str, *, batch_size: int = 0) -> None:
@@ -278,7 +321,7 @@ class GradientProbe:
             return
         atexit.unregister(self._lost)
         release(self._model, self)
-        _end(self._clock, self._measuring.report, end)
+        _end(self._clock, self._measuring.beside, self._measuring.report, end)
 
     def __enter__(self) -> GradientProbe:
         return self
@@ -295,16 +338,33 @@ class GradientProbe:
         if not self._lost.alive:
             raise ProbeError("this probe was closed, and its file is complete; attach a new one to go on.")
 
-    def _check(self, losses: Losses) -> None:
+    def _given(
+        self, losses: Losses | None, micro: Sequence[Losses] | None, batch_size: BatchSize
+    ) -> tuple[Losses, MicroBatches | None, int]:
+        """The losses of the batch, those of its micro-batches, and the number of samples."""
         self._check_open()
+        if micro is None:
+            if losses is None:
+                raise ProbeError("give losses= (task -> loss), or micro=, a list of them by micro-batch.")
+            check_losses(self.tasks, losses)
+            if isinstance(batch_size, Sequence):
+                raise ProbeError(f"batch_size={batch_size!r}: a list goes with micro=; give the samples of the batch.")
+            return losses, None, whole("batch_size", batch_size, least=0)
+        self._measuring.check_micro()
+        parts = micro_batches(self.tasks, micro, batch_size)
+        if losses is None:
+            return parts.mean(), parts, parts.batch_size
         check_losses(self.tasks, losses)
+        return losses, parts, parts.batch_size
 
     @property
     def _clock(self) -> StepClock:
         return self._measuring.clock
 
 
-def _end(clock: StepClock, report: Reporter | None, end: str) -> None:
+def _end(clock: StepClock, beside: Beside | None, report: Reporter | None, end: str) -> None:
     clock.close()
+    if beside is not None:
+        beside.close()
     if report is not None:
         report.close(end)

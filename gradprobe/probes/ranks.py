@@ -27,6 +27,7 @@ class Alone:
     """A single process: nothing to average, nobody to wait for."""
 
     size = 1
+    rank = 0
     first = True
     """Whether this is the process that hands rows to the sinks."""
 
@@ -53,6 +54,10 @@ class Alone:
         """The mean over the processes of some numbers; NaN where one has NaN."""
         return values
 
+    def shares(self, own: Sequence[float]) -> list[float]:
+        """The shares of all processes' micro-batches in the batch of all: each process has the same part of that."""
+        return list(own)
+
     def check_same(self, shared: SharedLayers) -> None:
         """Make sure that all processes found the same layers."""
 
@@ -68,7 +73,8 @@ class Ranks(Alone):
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._group, self._device = group, device
         self.size = dist.get_world_size(group)
-        self.first = dist.get_rank(group) == 0
+        self.rank = dist.get_rank(group)
+        self.first = self.rank == 0
 
     def together(self, part: Callable[[], T]) -> T:
         """See :class:`Alone`.
@@ -112,6 +118,12 @@ class Ranks(Alone):
         """See :class:`Alone`."""
         total = self._reduced(torch.from_numpy(np.array(values, dtype=np.float64)), dist.ReduceOp.SUM)
         return total.cpu().numpy() / self.size
+
+    def shares(self, own: Sequence[float]) -> list[float]:
+        """See :class:`Alone`."""
+        found: list[list[float]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(found, list(own), group=self._group)
+        return [share / self.size for process in found for share in process]
 
     def check_same(self, shared: SharedLayers) -> None:
         """See :class:`Alone`.

@@ -36,7 +36,7 @@ def export(run: Run, to: str, out: Path | None = None, *, stride: int = 1) -> Pa
 
     Args:
         run: Finished or not; what is there now is written.
-        to: ``csv`` and ``parquet``: a folder of tables: rows, layers and cosines (tidy), layer_table, epochs,
+        to: ``csv`` and ``parquet``: a folder of tables: rows, layers and cosines (tidy), noise, layer_table, epochs,
             provenance. ``netcdf``: one netCDF-4 file. ``tensorboard``: a folder of events.
         out: Must not exist. Default: beside the run, named after it and the format.
         stride: Every so many rows.
@@ -98,6 +98,8 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
     yield "rows", (_rows(run, block) for block in run.blocks(len(run), stride=stride))
     yield "layers", _tidy(run, schema.ROWS, "grad_norm", stride)
     yield "cosines", _tidy(run, schema.ROWS, "cosine", stride)
+    if schema.GRAM_NOISE.name in run:
+        yield "noise", _tidy(run, schema.ROWS, schema.GRAM_NOISE.name, stride)
     if run.feature_names:
         yield "features", _tidy(run, schema.FEATURES, "grad_norm", stride)
         yield "feature_cosines", _tidy(run, schema.FEATURES, "cosine", stride)
@@ -108,10 +110,27 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
         yield "update_cosines", _tidy(run, schema.UPDATES, "cosine", stride)
         yield "update_shares", _tidy(run, schema.UPDATES, "share", stride)
         yield "update_effects", _tidy(run, schema.UPDATES, "effect", stride)
+    if schema.LEDGER.path(schema.STEP) in run:
+        blocks = run.blocks(run.count(schema.LEDGER), stride=stride, table=schema.LEDGER)
+        yield "ledger", (_rows(run, block, schema.LEDGER) for block in blocks)
+        yield "ledger_terms", _tidy(run, schema.LEDGER, "term", stride)
+        for name in ("left", "correction", "right"):
+            yield f"ledger_{name}", _tidy(run, schema.LEDGER, name, stride)
+    if (table := schema.PROBE_LOADER).path(schema.STEP) in run:
+        yield (
+            "probe_loader",
+            (_rows(run, block, table) for block in run.blocks(run.count(table), stride=stride, table=table)),
+        )
+        yield "probe_loader_layers", _tidy(run, table, "grad_norm", stride)
+        yield "probe_loader_cosines", _tidy(run, table, "cosine", stride)
+        yield "probe_loader_noise", _tidy(run, table, schema.GRAM_NOISE.name, stride)
     if (audit := run.audit) is not None:
         steps, doors = ("step", *audits.STEP_FIELDS), (*audits.DOOR_TEXTS, *audits.DOOR_NUMBERS)
         yield "audit_steps", iter([{name: audit[name] for name in steps}])
         yield "audit_doors", iter([{name: _cells(audit[name]) for name in doors}])
+    if found := run.test_clusters:
+        columns = {str(name): found["without"][:, i] for i, name in enumerate(found["metric"])}
+        yield "test_clusters", iter([{"cluster": found["cluster"], "size": found["size"], **columns}])
     reach = {f"reach.{task}": run.reach[:, i].astype(np.int8) for i, task in enumerate(run.tasks)}
     yield "layer_table", iter([{"layer": _text(run.layers), "parameters": run.layer_size, **reach}])
     yield "epochs", iter([run.epochs])
@@ -122,20 +141,20 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
 def _rows(run: Run, block: Table, of: schema.Table = schema.ROWS) -> Table:
     """What has a value per step: a column for every task or pair, named ``loss.det``."""
     table: Table = {}
-    for field in of.fields:
+    for field in of.held(run):
         values = block[field.name]
         if field.name == "status":
             table["status"] = _text(run.status_names)[values]
         elif len(field.axes) == 1:
             table[field.name] = values
-        elif schema.LAYER not in field.axes:
+        elif schema.LAYER not in field.axes and len(field.axes) == 2:
             heads = frames.names(run, field.axes[1])
             table |= {f"{field.name}.{head}": values[:, i] for i, head in enumerate(heads)}
     return table
 
 
 def _tidy(run: Run, table: schema.Table, name: str, stride: int) -> Iterator[Table]:
-    (axes,) = (field.axes for field in table.fields if field.name == name)
+    (axes,) = (field.axes for field in table.held(run) if field.name == name)
     for block in run.blocks(run.count(table), size=1024, stride=stride, table=table):
         values = block[name]
         yield {
@@ -232,7 +251,7 @@ def _all_blocks(run: Run, stride: int) -> Iterator[tuple[schema.Table, Table]]:
 def _scalars(run: Run, table: schema.Table, block: Table) -> Table:
     """What TensorBoard is to show, by tag."""
     found: Table = {}
-    for field in table.fields:
+    for field in table.held(run):
         values, tag = block[field.name], table.path(field.name)
         if field.axes == (schema.STEP,):
             if field.name in _CURVES:

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import audits, schema, sessions, untrusted
+from gradprobe.runfile import audits, clusters, estimates, schema, sessions, untrusted
 from gradprobe.runfile.content import sources
 from gradprobe.runfile.pieces import Piece, open_pieces
 
 if TYPE_CHECKING:
     import pandas
     import xarray
+
+    from gradprobe.statistics import Estimate
 
 log = logging.getLogger("gradprobe")
 
@@ -155,6 +157,8 @@ class Run:
                 value = held[0][name]
                 return np.asarray(value.asstr()[()] if h5py.check_string_dtype(value.dtype) else value[()])
         table, field = found
+        if field in table.optional:  # rows of the other files are filled in
+            held = [piece for piece in self._files if table.path(schema.STEP) in piece]
         total = sum(piece.count(table) for piece in held)
         ahead = max(total + start, 0) if start < 0 else start  # rows until the next one that is wanted
         columns = (layers,) if schema.LAYER in field.axes else ()
@@ -163,9 +167,9 @@ class Run:
             rows = piece.count(table)
             if ahead < rows or piece is held[0]:  # the first one gives an empty result its shape
                 with piece.reading():
-                    dataset = piece[name]
-                    untrusted.check_memory(dataset.nbytes * (rows - ahead) // max(rows * stride, 1))
-                    pieces.append(dataset[(slice(ahead, rows, stride), *columns)])
+                    size = piece[name].nbytes if name in piece else 0
+                    untrusted.check_memory(size * (rows - ahead) // max(rows * stride, 1))
+                    pieces.append(piece.column(table, field, slice(ahead, rows, stride), *columns))
             ahead += len(range(ahead, rows, stride)) * stride - rows
         values = np.concatenate(pieces)
         if field.name == "status" and values.size and values.max() >= len(self.status_names):
@@ -192,13 +196,13 @@ class Run:
         self, rows: int, size: int = 4096, *, stride: int = 1, table: schema.Table = schema.ROWS
     ) -> Iterator[dict[str, NDArray[Any]]]:
         """All datasets of a table, piece by piece, from its first ``rows`` rows; for exporting large runs."""
-        done = 0
+        done, fields = 0, table.held(self)
         for piece in self._files:
             length = min(piece.count(table), rows - done)
             for start in range(-done % stride, length, size - size % stride or stride):
                 stop = min(start + (size - size % stride or stride), length)
                 with piece.reading():
-                    block = {f.name: piece[table.path(f.name)][start:stop:stride] for f in table.fields}
+                    block = {f.name: piece.column(table, f, slice(start, stop, stride)) for f in fields}
                 yield block
             done += max(length, 0)
 
@@ -219,6 +223,40 @@ class Run:
     def gram(self, *, stride: int = 1) -> measures.Array:
         """The Gramians (n, L, T, T), from norms and cosines."""
         return measures.from_norms(self.read("grad_norm", stride=stride), self.read("cosine", stride=stride))
+
+    def gram_noise(self, *, stride: int = 1) -> measures.Array | None:
+        """The noise parts (n, L, T, T) of :meth:`gram`, in (loss per unit of parameter)^2.
+
+        ``run.gram() - run.gram_noise()`` is unbiased for the products of the true gradients. NaN where a row was not
+        measured in micro-batches, or a gradient is missing. None: the run was not measured in micro-batches.
+        """
+        name = schema.GRAM_NOISE.name
+        return self.read(name, stride=stride).astype(np.float64) if name in self else None
+
+    def estimate(
+        self,
+        group: str | Sequence[str] | None = None,
+        window: tuple[int, int] | None = None,
+        source: str = "probe_loader",
+    ) -> Estimate:
+        """What a window of rows says of the true gradients on a group of layers, less the noise of their samples.
+
+        Args:
+            group: As for :meth:`norm`. A pair's cosine is over the layers that both tasks reach.
+            window: Steps from the first to before the second; None: all.
+            source: "probe_loader", which claims rest on; or "training": the training's own batches, which are drawn
+                without replacement and were trained on: for watching.
+
+        Returns:
+            Cosines, noise scales and noise correlations, with intervals of 95 % that say how well this run determines
+            them, and nothing of another seed. NaN where a gradient cannot be told from noise.
+
+        Raises:
+            RunFileError: Nothing was measured so in this run, or no layer is called so.
+
+        Source: docs/run-file.md, and :func:`gradprobe.statistics.pooled`.
+        """
+        return estimates.estimate(self, group, window, source)
 
     def layer_indices(self, group: str | Sequence[str] | None = None) -> NDArray[np.intp]:
         """Which layers belong to a group.
@@ -264,11 +302,34 @@ class Run:
         As docs/run-file.md describes ``update/``, and ``source``, the names of what an update comes from. Each by
         itself: ``run["update/shared_share"]``.
         """
-        table = schema.UPDATES
+        return self._by_source(schema.UPDATES)
+
+    @property
+    def ledger(self) -> dict[str, NDArray[Any]]:
+        """The loss ledger, by name; empty where none was kept.
+
+        As docs/run-file.md describes ``ledger/``, and ``source``, the names of what an update comes from. What it says
+        of a window of steps, and whether to believe it: :func:`gradprobe.ledger.windows.window`.
+        """
+        return self._by_source(schema.LEDGER)
+
+    def _by_source(self, table: schema.Table) -> dict[str, NDArray[Any]]:
         if table.path(schema.STEP) not in self:
             return {}
         found = {field.name: self.read(table.path(field.name)) for field in table.fields}
         return {**found, schema.SOURCE: np.array(self.sources, dtype=object)}
+
+    @property
+    def probe_loader(self) -> dict[str, NDArray[Any]]:
+        """Task gradients on independent samples, by name; empty where they were not measured.
+
+        As docs/run-file.md describes ``probe_loader/``. Each by itself: ``run["probe_loader/cosine"]``; pooled over
+        steps and layers, with an interval: :meth:`estimate`.
+        """
+        table = schema.PROBE_LOADER
+        if table.path(schema.STEP) not in self:
+            return {}
+        return {field.name: self.read(table.path(field.name)) for field in table.fields}
 
     @property
     def sources(self) -> Names:
@@ -283,6 +344,15 @@ class Run:
         ``state``, ``evidence``, ``how_to_shut``, ``contribution``, ``left_when_shut`` (D,).
         """
         return audits.read(self._files[0])
+
+    @property
+    def test_clusters(self) -> dict[str, NDArray[Any]]:
+        """Metrics of the test split with one cluster of images left out, by name; empty where there are none.
+
+        ``cluster`` (K,) names (a clip or patient, or an image alone), ``size`` (K,) images, ``metric`` (M,) names,
+        ``without`` (K, M). The values on the whole split are provenance ``test.*``.
+        """
+        return clusters.read(self._files[-1])
 
     @property
     def epochs(self) -> dict[str, NDArray[Any]]:

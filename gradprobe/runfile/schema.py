@@ -5,7 +5,9 @@ The writer, the reader and the documentation all go by this table.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -15,22 +17,32 @@ PARTS_SUFFIX = ".parts"
 AUDIT = "audit"
 """The group of what :mod:`gradprobe.runfile.audits` writes."""
 
+TEST = "test"
+"""The group of what :mod:`gradprobe.runfile.clusters` writes."""
+
 CHUNK_ROWS = 4096
 """Rows in a chunk, and in a piece of a run that is copied."""
 
 STEP, LAYER, TASK, PAIR, EPOCH, FEATURE = "step", "layer", "task", "pair", "epoch", "feature"
 SOURCE = "source"
+OTHER_TASK = "other_task"
+"""The second of two task axes: tools that select by name need another one for it."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One dataset of the file."""
+    """One dataset of the file.
+
+    Attributes:
+        missing: What stands for it in rows of a file that lacks it.
+    """
 
     name: str
     axes: tuple[str, ...]
     dtype: np.dtype
     meaning: str
     units: str = ""
+    missing: float = math.nan
 
 
 def _field(name: str, axes: str, dtype: str, meaning: str, units: str = "") -> Field:
@@ -68,6 +80,34 @@ ROW_FIELDS: tuple[Field, ...] = (
     _field("overhead", "step", "<f4", "time spent measuring this row", "s"),
     _field("batch_size", "step", "<i4", "samples in the batch; 0: unknown"),
     _field("status", "step", "|u1", "0: measured; else an index into the attribute status_names"),
+)
+
+GRAM_NOISE = _field(
+    "gram_noise",
+    "step layer task other_task",
+    "<f4",
+    "noise part of the inner product of two tasks' gradients, which norms and cosine have in them; NaN: not known, or "
+    "one of them is missing or not finite",
+    "(loss per unit of parameter)^2",
+)
+MICRO_BATCHES = replace(
+    _field("micro_batches", "step", "<i4", "micro-batches in which the step was measured; 1: as a whole"), missing=1
+)
+
+NOISE_FIELDS: tuple[Field, ...] = (GRAM_NOISE, MICRO_BATCHES)
+"""In files of runs that were measured in micro-batches."""
+
+PROBE_LOADER_FIELDS: tuple[Field, ...] = (
+    _field("step", "step", "<i8", "training step of the row, from 0; measured before the step's update"),
+    _field("epoch", "step", "<i4", "epoch of the row, from 0"),
+    _field("time", "step", "<f8", "time since recording started", "s"),
+    _field("loss", "step task", "<f4", "unweighted loss, mean over the samples; NaN: it was NaN"),
+    *(field for field in ROW_FIELDS if field.name in ("grad_norm", "cosine")),
+    GRAM_NOISE,
+    MICRO_BATCHES,
+    _field("batch_size", "step", "<i4", "samples of all micro-batches together, drawn with replacement"),
+    _field("overhead", "step", "<f4", "time spent measuring this row", "s"),
+    _field("status", "step", "|u1", "0: measured; else an index into the attribute status_names of /status"),
 )
 
 HEADER_FIELDS: tuple[Field, ...] = (
@@ -180,6 +220,66 @@ UPDATE_FIELDS: tuple[Field, ...] = (
 )
 
 
+class Holds(Protocol):
+    """A file, or a run."""
+
+    def __contains__(self, name: str, /) -> bool:
+        """Whether it has a dataset."""
+
+
+LEDGER_FIELDS: tuple[Field, ...] = (
+    _field("step", "step", "<i8", "training step whose update this is, from 0"),
+    _field("epoch", "step", "<i4", "epoch of the row, from 0"),
+    _field("time", "step", "<f8", "time since recording started", "s"),
+    _field("burst", "step", "<i4", "of which burst of neighbouring steps the row is, from 0"),
+    _field(
+        "term",
+        "step layer task source",
+        "<f4",
+        "change of the task's unweighted loss by the source's part of the update of the layer: mean of both ends of "
+        "the step, corrected; NaN: the task does not reach the layer, or not known",
+        "loss",
+    ),
+    _field(
+        "left",
+        "step task source",
+        "<f4",
+        "the same over all layers, to first order at the left end as it was measured; NaN: not known",
+        "loss",
+    ),
+    _field(
+        "correction",
+        "step task source",
+        "<f4",
+        "what left lacks for sharing its batch with the update; NaN: not measured in micro-batches",
+        "loss",
+    ),
+    _field(
+        "right",
+        "step task source",
+        "<f4",
+        "the same as left at the right end, of another batch; NaN: no step was measured after",
+        "loss",
+    ),
+    _field(
+        "head",
+        "step task",
+        "<f4",
+        "change of the task's unweighted loss by the update of the parameters that it has for itself; NaN: not known",
+        "loss",
+    ),
+    _field(
+        "loss_change",
+        "step task",
+        "<f8",
+        "change of the task's unweighted loss on the fixed probe batch; NaN: not measured",
+        "loss",
+    ),
+    _field("overhead", "step", "<f4", "time spent on this row", "s"),
+    _field("status", "step", "|u1", "0: the row counts; else an index into the attribute status_names of /status"),
+)
+
+
 @dataclass(frozen=True)
 class Table:
     """Datasets along one step axis: those at the root, or those of a group that has steps of its own.
@@ -187,20 +287,28 @@ class Table:
     Attributes:
         group: Its name; empty: the root.
         fields: What has a value per row.
+        optional: What has too, in some files: all of it or none.
     """
 
     group: str
     fields: tuple[Field, ...]
+    optional: tuple[Field, ...] = ()
+
+    def held(self, file: Holds) -> tuple[Field, ...]:
+        """The fields of the table in a file, or a run, that has the table."""
+        there = any(self.path(field.name) in file for field in self.optional)
+        return (*self.fields, *self.optional) if there else self.fields
 
     def path(self, name: str) -> str:
         """Where a dataset of it is in the file."""
         return f"{self.group}/{name}" if self.group else name
 
 
-ROWS, FEATURES = Table("", ROW_FIELDS), Table("features", FEATURE_FIELDS)
-UPDATES = Table("update", UPDATE_FIELDS)
+ROWS, FEATURES = Table("", ROW_FIELDS, NOISE_FIELDS), Table("features", FEATURE_FIELDS)
+UPDATES, LEDGER = Table("update", UPDATE_FIELDS), Table("ledger", LEDGER_FIELDS)
+PROBE_LOADER = Table("probe_loader", PROBE_LOADER_FIELDS)
 
-TABLES = (ROWS, FEATURES, UPDATES)
+TABLES = (ROWS, FEATURES, UPDATES, LEDGER, PROBE_LOADER)
 """All there can be in a file; only the first is in every one."""
 
 
@@ -210,13 +318,15 @@ def row_field(name: str) -> tuple[Table, Field] | None:
     >>> row_field("features/cosine")[1].axes, row_field("reach")
     (('step', 'feature', 'pair'), None)
     """
-    found = ((table, field) for table in TABLES for field in table.fields if table.path(field.name) == name)
+    fields = ((table, field) for table in TABLES for field in (*table.fields, *table.optional))
+    found = ((table, field) for table, field in fields if table.path(field.name) == name)
     return next(found, None)
 
 
-MEANINGS = {f.name: f.meaning for f in (*ROW_FIELDS, *HEADER_FIELDS)} | {
+MEANINGS = {f.name: f.meaning for f in (*ROW_FIELDS, *NOISE_FIELDS, *HEADER_FIELDS)} | {
     "layer": "names of the shared layers, in the order in which the forward runs them",
     "task": "names of the tasks",
+    OTHER_TASK: "names of the tasks, along the second of two axes of tasks",
     "pair": "two task names joined by |",
     "feature": "names of the layers that make the features at which tasks part",
     "source": "what an update comes from: the tasks, weight decay, and momentum from steps that were not taken apart",

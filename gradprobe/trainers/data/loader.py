@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,13 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """The images from ``start`` to before ``stop``, with their targets."""
+        inside = (self.boxes[:, 0] >= start) & (self.boxes[:, 0] < stop)
+        boxes = self.boxes[inside]
+        boxes[:, 0] -= start  # a copy: selecting by a mask makes one
+        return Batch(self.images[start:stop], boxes, self.labels[start:stop], self.names[start:stop])
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -44,14 +53,38 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-class Loader:
-    """Iterates over a data set in batches; the last one may be smaller."""
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """A batch cut into ``count`` contiguous parts that differ by one image at most; of fewer images, one each."""
+    if count <= 1:
+        return [batch]
+    size = len(batch)
+    count = min(count, size)
+    ends = [size * part // count for part in range(count + 1)]
+    return [batch.part(start, stop) for start, stop in itertools.pairwise(ends)]
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, shuffle: bool) -> None:
+
+class Loader:
+    """Iterates over a data set in batches; the last one may be smaller.
+
+    Args:
+        dataset: Has a length, and samples by index.
+        batch_size: Samples.
+        seed, shuffle: The order; without ``shuffle`` that of the data set.
+        collate: Makes a batch of samples.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        collate: Callable[[list[Any]], Any] = collate,
+    ) -> None:
         if batch_size < 1:
             raise UsageError(f"the batch size is {batch_size}; it has to be 1 or greater (--batch-size)")
         self.dataset, self.batch_size = dataset, batch_size
-        self._seed, self._shuffle, self._epoch = seed, shuffle, 0
+        self._seed, self._shuffle, self._epoch, self.collate = seed, shuffle, 0, collate
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
@@ -70,10 +103,10 @@ class Loader:
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         order = self.order()
         for start in range(0, len(order), self.batch_size):
-            yield collate([self.dataset[index] for index in order[start : start + self.batch_size]])
+            yield self.collate([self.dataset[index] for index in order[start : start + self.batch_size]])
 
 
 def make_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, shuffle: bool = True) -> Loader:
