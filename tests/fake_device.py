@@ -140,6 +140,39 @@ class Rows:
     write_epoch = annotate = lambda *_: None
 
 
+class Scaler:
+    """As torch's: the scale lies on the device, and asking for it waits."""
+
+    def __init__(self):
+        self.at = OnDevice(torch.tensor(1024.0))
+
+    def scale(self, loss):
+        return loss * self.at
+
+    def get_scale(self):
+        return self.at.item()
+
+
+def caught():
+    """What makes a host wait, each by itself."""
+    here, there = torch.arange(3.0), OnDevice(torch.arange(3.0))
+    ways = {
+        "item": lambda: there[0].item(),
+        "float": lambda: float(there[0]),
+        "bool": lambda: bool((there > 9).any()),
+        "cpu": lambda: there.cpu(),
+        "to_device": lambda: here.to(DEVICE),
+        "copy": lambda: there.copy_(here),
+        "nonzero": lambda: there.nonzero(),
+    }
+    counts = {}
+    for name, way in ways.items():
+        WAITS.clear()
+        way()
+        counts[name] = sum(WAITS.values())
+    return counts
+
+
 def train(options, steps=8):
     from gradprobe import GradientProbe
 
@@ -147,12 +180,17 @@ def train(options, steps=8):
     tensors = options.pop("tensor_weights", False)
     tasks = [f"t{i}" for i in range(options.pop("tasks", 3))]
     model, sink, per_step = Model(len(tasks)), Rows(), []
+    scaler = Scaler() if options.pop("scaled", False) else None
+    cut = options.pop("micro", 1)
     weights = {t: OnDevice(torch.tensor(1.0 + i)) if tensors else 1.0 + i for i, t in enumerate(tasks)}
-    with GradientProbe(model, tasks, [sink], shared="trunk", **options) as probe:
+    with GradientProbe(model, tasks, [sink], shared="trunk", scaler=scaler, **options) as probe:
         for step in range(steps):
             losses = losses_of(model.trunk, model.heads, step, tasks)
+            micro = [losses_of(model.trunk, model.heads, 100 * step + i, tasks) for i in range(cut)]
             WAITS.clear()
-            if how == "record":
+            if cut > 1:
+                probe.backward(weights=weights, micro=micro, batch_size=8 * cut)
+            elif how == "record":
                 probe.record(losses, weights)
                 sum(weights[t] * losses[t] for t in tasks).backward()
             else:
@@ -177,6 +215,7 @@ if __name__ == "__main__":
     threading.excepthook = lambda args: sys.__excepthook__(args.exc_type, args.exc_value, args.exc_traceback)
     found = {}
     with Seen():
+        found["caught"] = caught()
         for name, options in json.loads(sys.argv[1]).items():
             found[name] = train(options)
     print(json.dumps(found))

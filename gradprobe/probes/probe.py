@@ -193,7 +193,7 @@ class GradientProbe:
                 parameter is gone, or ``losses`` are not the mean of ``micro``.
         """
         losses, parts, batch_size = self._given(losses, micro, batch_size)
-        values = weight_values(self.tasks, weights, self.step)
+        values = weight_values(self.tasks, weights, self.step, lambda: self.is_due)
         applied = weights if weights is not None else dict.fromkeys(self.tasks, 1.0)
         total = sum(applied[task] * losses[task] for task in losses)
         assert isinstance(total, Tensor)
@@ -221,7 +221,7 @@ class GradientProbe:
         Arguments and errors as for :meth:`backward`. Features cost a pass through each head here.
         """
         losses, parts, batch_size = self._given(losses, micro, batch_size)
-        values = weight_values(self.tasks, weights, self.step)
+        values = weight_values(self.tasks, weights, self.step, lambda: self.is_due)
         due = self._measuring.due()
         if due.loader:
             self._measuring.on_loader()
