@@ -48,7 +48,7 @@ def products(gradients: Sequence[Tensor]) -> Tensor:
     Returns:
         (k, k), float64 (float32 on Apple's MPS, which has no float64), on the tensors' device.
     """
-    flat = [_vector(g) for g in gradients]
+    flat = [vector(g) for g in gradients]
     kind = flat[0].device.type
     if kind == "cpu":
         return torch.from_numpy(_on_cpu(flat))
@@ -61,7 +61,8 @@ def products(gradients: Sequence[Tensor]) -> Tensor:
     return symmetric([[(a * b).sum(dtype=torch.float64) for b in wide[i:]] for i, a in enumerate(wide)])
 
 
-def _vector(gradient: Tensor) -> Tensor:
+def vector(gradient: Tensor) -> Tensor:
+    """A gradient as one dense real vector: a view where it can be."""
     gradient = gradient.detach()
     if gradient.layout != torch.strided:
         gradient = gradient.to_dense()
@@ -183,7 +184,7 @@ class GramianSum:
         self._present[layer, there] = True
         present = [g for g in gradients if g is not None]
         if present[0].is_cpu:
-            found = _on_cpu([_vector(g) for g in present])
+            found = _on_cpu([vector(g) for g in present])
             self._done.append((layer, there, found if factor == 1.0 else found * factor))
         else:
             part = products(present) if factor == 1.0 else products(present) * factor
