@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
+from gradprobe.probes import transfer
 from gradprobe.probes.beside import Beside
 from gradprobe.probes.checks import Losses
 from gradprobe.probes.clock import StepClock
@@ -127,16 +128,14 @@ class Measuring:
             total.backward()
             return
         watch, feature_watch = Stopwatch(total.device), Stopwatch(total.device)
-        scaled = self.scale.all(self.ordered(losses))
+        scaled = self._scaled(losses)
         plan, status, entering = None, MEASURED, None
         if due.rows:
             with watch.running():
                 plan, status = self.guarded(lambda: self.meter.begin(self.find(losses), scaled, weights))
         if due.features:
             with feature_watch.running():
-                entering, _ = self._guarded_together(
-                    lambda: JointFeatures(self._find_features(losses), weights * self.scale.factor)
-                )
+                entering, _ = self._guarded_together(lambda: JointFeatures(self._find_features(losses), weights))
         derived = plan if isinstance(plan, DerivedMeasurement) else None
         with ExitStack() as hooks:
             if derived is not None:
@@ -147,12 +146,12 @@ class Measuring:
             # The graph is kept until the result is checked: an explicit pass may have to replace it.
             total.backward(retain_graph=derived is not None)
         if derived is not None:
-            watch.seconds += derived.listener.seconds
+            watch.add(derived.listener.seconds)
             with watch.running():
                 plan, status = self.guarded(lambda: self.meter.finish(derived, scaled))
                 self.guarded(lambda: release(derived.graph))
         if entering is not None:
-            feature_watch.seconds += entering.seconds
+            feature_watch.add(entering.seconds)
             with feature_watch.running():
                 gram, _ = self._guarded_together(entering.result)
             self._emit_features(entering.features, gram, feature_watch)
@@ -171,11 +170,11 @@ class Measuring:
             self._in_micro_batches(losses, weights, batch_size, micro)
             return
         watch, feature_watch = Stopwatch(_device(losses)), Stopwatch(_device(losses))
-        scaled = self.scale.all(self.ordered(losses))
+        scaled = self._scaled(losses)
         if due.features:
             with feature_watch.running():
                 features, _ = self._guarded_together(lambda: self._find_features(losses))
-                factors = np.full(len(self.tasks), self.scale.factor)
+                factors = np.ones(len(self.tasks))
                 gram, _ = self._guarded_together(lambda: self.features.explicit(features or [], scaled, factors))
             self._emit_features(features or [], gram, feature_watch)
         if due.rows:
@@ -195,6 +194,7 @@ class Measuring:
         watch = Stopwatch(_device(losses))
         with watch.running():
             scaled = (self.scale.all(self.ordered(one)) for one in micro.losses)
+            transfer.take_along(self.ordered(losses))
             found, status = self.guarded(
                 lambda: self.meter.in_micro_batches(self.find(losses), scaled, micro.shares, len(self.tasks))
             )
@@ -295,7 +295,13 @@ class Measuring:
         self._hand_on(losses, np.array(values), weights, gram, status, watch, round(size * self.ranks.size), noise)
 
     def _values(self, losses: Losses) -> Array:
-        return np.array([float(losses[t].detach()) for t in self.tasks])
+        return np.array(transfer.values(self.ordered(losses)))
+
+    def _scaled(self, losses: Losses) -> list[Tensor]:
+        """The losses as they are measured; their values come over with the first products."""
+        scaled = self.scale.all(self.ordered(losses))
+        transfer.take_along([*self.ordered(losses), *self.scale.unread])
+        return scaled
 
     def _hand_on(
         self,
@@ -360,7 +366,7 @@ class Measuring:
     def _emit_features(self, features: Sequence[Feature], gram: Array | None, watch: Stopwatch) -> None:
         if gram is not None and self.features.names:
             # The gradient of a mean over processes, at features that each process has for itself.
-            gram = self.ranks.mean(self.features.arranged(features, gram)) / self.ranks.size
+            gram = self.ranks.mean(self.features.arranged(features, self.scale.off(gram))) / self.ranks.size
             self.report.features(FeatureRow(self.clock.step, self.epoch, self.now(), gram, overhead=watch.seconds))
 
     def _find_features(self, losses: Losses) -> list[Feature]:
