@@ -7,7 +7,8 @@ import dataclasses
 import os
 import shlex
 import signal
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from gradprobe.cli.begun import Begun
 from gradprobe.cli.interventions import read_source
+from gradprobe.cli.launch import launch
 from gradprobe.cli.live import Display, make_display
+from gradprobe.cli.silent import Silent
 from gradprobe.errors import DataError, RunFileError, UsageError
 from gradprobe.provenance import argv, environment
 from gradprobe.runfile import RunWriter, open_run
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from gradprobe.trainers.checkpoint import Paths
     from gradprobe.trainers.data import LoadedData
     from gradprobe.trainers.hyp import DetectionHyp
+    from gradprobe.trainers.processes import OneProcess
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Request:
     overwrite: bool = False
     resume: Path | None = None
     source: Path | None = None
+    arguments: Sequence[str] = ()  # as they stand on the command line, for other processes
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,11 @@ class Plan:
     state: Mapping[str, Any] | None  # of the checkpoint to go on from
 
 
-def record_run(request: Request) -> None:
-    """Train, record, and say where the file is.
+def record_run(request: Request) -> int:
+    """Train, record, and say where the file is; in several processes where they are asked for.
+
+    Returns:
+        The exit code: 0, or that of a process that failed, which has said why.
 
     Raises:
         GradprobeError: See the tree; the file, where one was begun, is closed and valid.
@@ -65,8 +73,21 @@ def record_run(request: Request) -> None:
     """
     # On two busy cores, threads that spin while they wait make a step seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from gradprobe.trainers.processes import is_first, started
+
     plan = make_plan(request)
-    display = make_display(plan.settings)
+    if plan.settings.processes > started():
+        return launch(request.arguments, plan.settings.processes)
+    if is_first():
+        _record(plan, make_display(plan.settings))
+    else:
+        with interruptible(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first process warns
+            train(plan, None, Silent(plan.settings))
+    return 0
+
+
+def _record(plan: Plan, display: Display) -> None:
     writer = RunWriter(plan.out, overwrite=plan.overwrite, resume=plan.state is not None)
     with interruptible():
         try:
@@ -91,6 +112,7 @@ def make_plan(request: Request) -> Plan:
     """What the flags ask for; what can be told wrong without data and model is found here."""
     from gradprobe.trainers import registry
     from gradprobe.trainers.hyp import DetectionHyp, read_hyp
+    from gradprobe.trainers.processes import counted
 
     if request.resume is not None:
         return _plan_to_resume(request)
@@ -102,6 +124,7 @@ def make_plan(request: Request) -> Plan:
     if settings.trainer == "gradnorm-static" and request.task_weights is not None:
         raise UsageError("gradnorm-static takes its weights from --from; leave out --task-weights.")
     settings = dataclasses.replace(settings, **read_source(request.source, settings))
+    settings = counted(settings)
     registry.find(settings.trainer).require(settings)
     return Plan(
         settings=settings,
@@ -127,6 +150,7 @@ def output_path(request: Request) -> Path:
 def _plan_to_resume(request: Request) -> Plan:
     from gradprobe.trainers import checkpoint
     from gradprobe.trainers.hyp import DetectionHyp
+    from gradprobe.trainers.processes import counted
 
     assert request.resume is not None
     given = [name for name, value in request.flags.items() if value is not None]
@@ -145,7 +169,7 @@ def _plan_to_resume(request: Request) -> Plan:
         )
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
     return Plan(
-        settings=Settings(**values),
+        settings=counted(Settings(**values)),
         hyp=DetectionHyp(**state["hyp"]),
         ignored_hyp=tuple(state["ignored_hyp"]),
         out=request.resume,
@@ -154,8 +178,25 @@ def _plan_to_resume(request: Request) -> Plan:
     )
 
 
-def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
-    """Build the training and run it to its end; returns metrics on the test split."""
+def train(plan: Plan, writer: RunWriter | None, display: Display) -> dict[str, float]:
+    """Build the training and run it to its end; returns metrics on the test split.
+
+    Args:
+        plan: What is to be done.
+        writer: None in processes other than the first.
+        display: Is told how far it is.
+    """
+    from gradprobe.trainers.build import check_device
+    from gradprobe.trainers.processes import join, own_device
+
+    processes = join(check_device(own_device(plan.settings.device)))
+    with processes.losing_none():
+        test = _train(plan, writer, display, processes)
+        processes.leave()
+    return test
+
+
+def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: OneProcess) -> dict[str, float]:
     from gradprobe.trainers import loop
     from gradprobe.trainers.build import build
     from gradprobe.trainers.data import load_data
@@ -167,8 +208,8 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
         display.note(note)
     display.phase("building the model")
     begun = Begun(plan.out)
-    sinks: list[Sink] = [writer, display]
-    if plan.state is None:
+    sinks: list[Sink] = [writer, display] if writer is not None else []
+    if plan.state is None and writer is not None:
         # Behind the writer an older run stays whole until the new one is written; where there is none, the checkpoint
         # comes first, so that no kill finds a run without one.
         sinks.insert(1 if plan.out.exists() else 0, begun)
@@ -178,6 +219,7 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
         sinks,
         display,
         out=plan.out,
+        processes=processes,
         hyp=plan.hyp,
         provenance={"argv": argv(), "ignored_hyp": list(plan.ignored_hyp), **environment()},
     )

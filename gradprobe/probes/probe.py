@@ -60,6 +60,9 @@ class GradientProbe:
         process_group: Of a data-parallel training that averages gradients over it; found by itself where ``model`` is
             DDP. The gradients that are measured are averaged likewise, losses too; ``batch_size`` is summed up. Every
             process calls its probe at every step, and the sinks of the first one get the rows.
+        by_samples: Whether losses are multiplied by each process's share of the samples times the number of processes,
+            so that all samples count alike also where processes have different numbers of them. Gradients are averaged
+            all the same; the estimate of their noise has to know.
         updates: A :class:`gradprobe.Updates`, which looks at what the optimizer makes of the gradients.
         provenance: Stored in the header.
 
@@ -86,6 +89,7 @@ class GradientProbe:
         memory: str = "normal",
         products: str = "direct",
         process_group: ProcessGroup | None = None,
+        by_samples: bool = False,
         updates: Beside | None = None,
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
@@ -95,7 +99,7 @@ class GradientProbe:
         self.tasks = task_names(tasks)
         optimizer = bare(optimizer) if optimizer is not None else None
         chosen = level_called(level)
-        model, ranks = replicas(model, process_group)
+        model, ranks = replicas(model, process_group, by_samples)
         schedule = make_schedule(every, budget, default=chosen.every)
         if budget is not None and ranks.size > 1:
             schedule = Led(schedule, ranks.first_says)

@@ -143,7 +143,9 @@ def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     return dense.detach().resolve_conj().reshape(-1)
 
 
-def replicas(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[nn.Module, Alone]:
+def replicas(
+    model: nn.Module, group: dist.ProcessGroup | None, by_samples: bool = False
+) -> tuple[nn.Module, Alone]:
     """The model inside, whose layers have their own names, and the processes that train it.
 
     Args:

@@ -16,6 +16,7 @@ from gradprobe.errors import UsageError
 from gradprobe.trainers import checkpoint, loop, registry
 from gradprobe.trainers.balancer import Balancer, Setup
 from gradprobe.trainers.build import check_device, make_balancer
+from gradprobe.trainers.engine import make_engine
 from gradprobe.trainers.evaluate import evaluate
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.joint import Joint
@@ -109,7 +110,7 @@ class _Audited:
     def __init__(self, settings: Settings, data: LoadedData, hyp: DetectionHyp) -> None:
         from gradprobe.trainers.data import make_loader
 
-        self._settings = settings
+        self._settings, self._device = settings, check_device(settings.device)
         self._kind = registry.find(settings.trainer)
         reference = build_model(
             settings.cfg,
@@ -118,9 +119,9 @@ class _Audited:
             imgsz=settings.imgsz,
             hyp=hyp,
             seed=settings.seed,
-        ).to(check_device(settings.device))
+        ).to(self._device)
         if settings.weights:
-            checkpoint.load_weights(reference, settings.weights, settings.device)
+            checkpoint.load_weights(reference, settings.weights, str(self._device))
         self._loader = make_loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
         setup = Setup(settings, TASKS, len(self._loader))
         self._model = cast(YOLOv5WithClassification, self._kind.prepare(reference, setup))
@@ -152,18 +153,20 @@ class _Audited:
         if self._training is None:
             self._training = self._begun(weights)
         self._probe.trace = trace
-        loop.train_step(self._training, batch.to(self._settings.device))
+        loop.train_step(self._training, batch.to(self._device))
 
     def _begun(self, weights: Mapping[str, float]) -> loop.Training:
         """The loop's own record; what a step does not touch is left out."""
         return loop.Training(
             settings=self._settings,
             model=cast(Any, Present(self._model, tuple(weights))),
+            engine=make_engine(self._model, self._settings.precision, self._device),
             optimizer=self._optimizer,
             schedule=self._schedule,
             balancer=balancer(self._kind, self._settings, self._model, weights, len(self._loader)),
             probe=cast(Any, self._probe),
             train_loader=self._loader,
+            whole_loader=self._loader,
             val_loader=self._val,
             test_loader=None,
             paths=checkpoint.Paths(Path()),
@@ -175,13 +178,13 @@ class _Audited:
         batches = list(itertools.islice(self._val, EVALUATED_BATCHES))
         total = dict.fromkeys(tasks, 0.0)
         for batch in batches:
-            moved = batch.to(self._settings.device)
+            moved = batch.to(self._device)
             losses = self._model.losses(self._model(moved.images), moved)
             for task in tasks:
                 total[task] += float(losses[task]) / len(batches)
         if self._model.training:
             return total
-        found = evaluate(self._model, batches, device=self._settings.device)
+        found = evaluate(self._model, batches, device=self._device)
         return total | {f"{task}/{name}": found[name] for task in tasks for name in METRICS[task]}
 
 

@@ -14,10 +14,12 @@ from gradprobe.probes import GradientProbe
 from gradprobe.rows import Sink
 from gradprobe.trainers import checkpoint, loop, registry
 from gradprobe.trainers.balancer import Balancer, Setup
+from gradprobe.trainers.engine import make_engine
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models.size import size_of
 from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification, build_model
 from gradprobe.trainers.optim import make_optimizer, make_schedule
+from gradprobe.trainers.processes import OneProcess, own_device
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import TASKS, Settings, as_provenance
 from gradprobe.updates import Updates
@@ -33,6 +35,7 @@ def build(
     watcher: loop.Watcher,
     *,
     out: Path,
+    processes: OneProcess | None = None,
     hyp: DetectionHyp | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> loop.Training:
@@ -44,7 +47,8 @@ def build(
     from gradprobe.trainers.data import make_loader
 
     hyp = hyp or DetectionHyp()
-    device = check_device(settings.device)
+    processes = processes or OneProcess()
+    device = check_device(own_device(settings.device))
     kind = registry.find(settings.trainer)
     reference = build_model(
         settings.cfg,
@@ -55,20 +59,26 @@ def build(
         seed=settings.seed,
     ).to(device)
     if settings.weights:
-        checkpoint.load_weights(reference, settings.weights, settings.device)
+        checkpoint.load_weights(reference, settings.weights, str(device))
     reference_weights = checkpoint.fingerprint(reference)
-    train_loader = make_loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
+    whole_loader = make_loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
+    train_loader = make_loader(
+        data.train, settings.batch_size, seed=settings.seed, rank=processes.rank, processes=processes.size
+    )
     setup = Setup(settings, TASKS, len(train_loader))
     model = cast(YOLOv5WithClassification, kind.prepare(reference, setup))
     balancer = make_balancer(kind, model, setup)
     optimizer = make_optimizer(model, settings)
     schedule = make_schedule(optimizer, settings, settings.epochs * len(train_loader))
+    engine = make_engine(model, settings.precision, device, processes)
     probe = GradientProbe(
-        model,
+        engine.forward,
         TASKS,
         sinks,
         every=settings.every,
         optimizer=optimizer,
+        scaler=engine.scaler,
+        by_samples=True,
         updates=Updates() if settings.updates else None,
         provenance={
             "trainer": settings.trainer,
@@ -91,11 +101,13 @@ def build(
     return loop.Training(
         settings=settings,
         model=model,
+        engine=engine,
         optimizer=optimizer,
         schedule=schedule,
         balancer=balancer,
         probe=probe,
         train_loader=train_loader,
+        whole_loader=whole_loader,
         val_loader=make_loader(data.val, settings.batch_size, shuffle=False),
         test_loader=(make_loader(data.test, settings.batch_size, shuffle=False) if data.test is not None else None),
         paths=checkpoint.Paths(out),

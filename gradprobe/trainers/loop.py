@@ -18,6 +18,7 @@ from gradprobe.probes import GradientProbe
 from gradprobe.rows import NONFINITE_LOSS
 from gradprobe.trainers import checkpoint
 from gradprobe.trainers.balancer import Balancer, check_weights
+from gradprobe.trainers.engine import Engine
 from gradprobe.trainers.evaluate import evaluate, recompute_batchnorm
 from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification
 from gradprobe.trainers.settings import Settings
@@ -45,11 +46,13 @@ class Training:
 
     settings: Settings
     model: YOLOv5WithClassification
+    engine: Engine
     optimizer: Optimizer
     schedule: LRScheduler
     balancer: Balancer
     probe: GradientProbe
-    train_loader: Any
+    train_loader: Any  # this process's part of every batch
+    whole_loader: Any  # whole batches
     val_loader: Any
     test_loader: Any | None
     paths: checkpoint.Paths
@@ -63,7 +66,7 @@ def run(training: Training) -> dict[str, float]:
     """Train to the end.
 
     Returns:
-        Metrics on the test split, empty where there is none.
+        Metrics on the test split, empty where there is none, and in processes other than the first.
 
     Raises:
         NonFiniteLossError: A loss became NaN or infinite, unless ``keep_going``.
@@ -73,15 +76,23 @@ def run(training: Training) -> dict[str, float]:
         t.probe.epoch = t.epoch
         t.watcher.phase("training")
         train_epoch(t)
-        t.watcher.phase("evaluating")
-        metrics = evaluate_on(t, t.val_loader)
-        t.probe.log_metrics(t.epoch, **metrics)
-        t.watcher.evaluated(t.epoch, metrics)
-        t.epoch += 1
-        save_state(t, metrics)
+        if t.engine.processes.first:  # the others wait for it in the next epoch's first step
+            end_epoch(t)
+        else:
+            t.epoch += 1
     t.watcher.phase("testing")
     # Once, with the last weights: val chose nothing here, so nothing was fitted to the test split.
-    return evaluate_on(t, t.test_loader) if t.test_loader is not None else {}
+    return evaluate_on(t, t.test_loader) if t.test_loader is not None and t.engine.processes.first else {}
+
+
+def end_epoch(t: Training) -> None:
+    """Metrics on val, and a state to go on from."""
+    t.watcher.phase("evaluating")
+    metrics = evaluate_on(t, t.val_loader)
+    t.probe.log_metrics(t.epoch, **metrics)
+    t.watcher.evaluated(t.epoch, metrics)
+    t.epoch += 1
+    save_state(t, metrics)
 
 
 def train_epoch(t: Training) -> None:
@@ -89,30 +100,33 @@ def train_epoch(t: Training) -> None:
     t.model.train()
     t.train_loader.set_epoch(t.epoch)
     for batch in t.train_loader:
-        train_step(t, batch.to(t.settings.device))
+        train_step(t, batch.to(t.engine.device))
 
 
 def train_step(t: Training, batch: Any) -> None:
     """One update: forward, balancer, joint backward with the probe, optimizer."""
-    losses = t.model.losses(t.model(batch.images), batch)
-    size, step = len(batch.images), t.probe.step
-    if finite(t, losses, size):
-        weights = t.balancer.step(losses)
+    losses = t.engine.losses(t.model, batch)
+    values = t.engine.values(losses)
+    size, step = batch.counted, t.probe.step
+    taken = True
+    if finite(t, losses, values, size):
+        t.balancer.loss_scale = t.engine.loss_scale
+        weights = t.engine.processes.agreed(t.balancer.step(losses))
         check_weights(weights, tuple(losses), step=step, signed=t.balancer.signed)
         t.probe.backward(losses, weights, batch_size=size)
         t.balancer.after_backward()
-        if t.settings.clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.settings.clip_norm)
-    t.optimizer.step()  # with no gradient there, this counts the step and changes nothing
+        taken = t.engine.update(t.optimizer, t.model.parameters(), t.settings.clip_norm)
+    else:
+        t.optimizer.step()  # with no gradient there, this counts the step and changes nothing
     t.optimizer.zero_grad(set_to_none=True)
-    t.schedule.step()
-    t.watcher.stepped(t.epoch, step, {task: float(loss.detach()) for task, loss in losses.items()})
+    if taken:
+        t.schedule.step()
+    t.watcher.stepped(t.epoch, step, values)
 
 
-def finite(t: Training, losses: Mapping[str, Tensor], size: int) -> bool:
+def finite(t: Training, losses: Mapping[str, Tensor], values: Mapping[str, float], size: int) -> bool:
     """Whether the step can be taken; a step that cannot is recorded, and ends the training unless it may go on."""
-    for task, loss in losses.items():
-        value = float(loss.detach())
+    for task, value in values.items():
         if not math.isfinite(value):
             t.probe.note(losses, t.balancer.weights(), NONFINITE_LOSS, batch_size=size)
             if not t.settings.keep_going:
@@ -128,9 +142,9 @@ def evaluate_on(t: Training, loader: Iterable[Any]) -> dict[str, float]:
     Recomputing them changes nothing in the training, which uses the batch's own.
     """
     if t.settings.bn_batches:
-        t.train_loader.set_epoch(0)
-        recompute_batchnorm(t.model, t.train_loader, batches=t.settings.bn_batches)
-    return evaluate(t.model, loader, device=t.settings.device)
+        t.whole_loader.set_epoch(0)
+        recompute_batchnorm(t.model, t.whole_loader, batches=t.settings.bn_batches)
+    return evaluate(t.model, loader, device=t.engine.device)
 
 
 def fitness(metrics: Mapping[str, float]) -> float:
@@ -172,6 +186,7 @@ def resumable(t: Training) -> dict[str, Any]:
         "optimizer": t.optimizer.state_dict(),
         "schedule": t.schedule.state_dict(),
         "balancer": t.balancer.state_dict(),
+        "scaler": t.engine.scaler.state_dict() if t.engine.scaler is not None else {},
         "probe": t.probe.state_dict(),
         "rng": torch.get_rng_state(),
     }
@@ -184,5 +199,7 @@ def load_state(t: Training, state: Mapping[str, Any]) -> None:
     t.optimizer.load_state_dict(state["optimizer"])
     t.schedule.load_state_dict(state["schedule"])
     t.balancer.load_state_dict(state["balancer"])
+    if t.engine.scaler is not None:
+        t.engine.scaler.load_state_dict(state["scaler"])
     t.probe.load_state_dict(state["probe"])
     torch.set_rng_state(state["rng"].cpu())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,9 +20,15 @@ class Batch:
     boxes: torch.Tensor  # (boxes, 6), float32: index of the image, class, cx, cy, w, h in [0, 1]
     labels: torch.Tensor  # (batch,), int64: image class
     names: tuple[str, ...]  # file names
+    share: float = 1.0  # of the samples that all processes have of this batch; 0: these stand in for none
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def counted(self) -> int:
+        """How many of the images count."""
+        return len(self.names) if self.share else 0
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -44,14 +50,33 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
-class Loader:
-    """Iterates over a data set in batches; the last one may be smaller."""
+def part_of(batch: Sequence[int], rank: int, processes: int) -> tuple[list[int], float]:
+    """One process's part of a batch, and which share of it that is.
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, shuffle: bool) -> None:
+    Parts are contiguous and in the order of the ranks, and differ by one image at most. Where there are fewer images
+    than processes, the last ones get the first image, which does not count (share 0): every process has to take
+    part in every step.
+    """
+    least, more = divmod(len(batch), processes)
+    start = rank * least + min(rank, more)
+    part = list(batch[start : start + least + (rank < more)])
+    return (part, len(part) / len(batch)) if part else ([batch[0]], 0.0)
+
+
+class Loader:
+    """Iterates over a data set in batches; the last one may be smaller.
+
+    Of several processes each gets its part of every batch, so that together they see what one would.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, batch_size: int, seed: int, shuffle: bool, rank: int = 0, processes: int = 1
+    ) -> None:
         if batch_size < 1:
             raise UsageError(f"the batch size is {batch_size}; it has to be 1 or greater (--batch-size)")
         self.dataset, self.batch_size = dataset, batch_size
         self._seed, self._shuffle, self._epoch = seed, shuffle, 0
+        self._rank, self._processes = rank, processes
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
@@ -73,11 +98,14 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         order = self.order()
         for start in range(0, len(order), self.batch_size):
-            yield collate([self.dataset[index] for index in order[start : start + self.batch_size]])
+            part, share = part_of(order[start : start + self.batch_size], self._rank, self._processes)
+            yield replace(collate([self.dataset[index] for index in part]), share=share)
 
 
-def make_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, shuffle: bool = True) -> Loader:
-    """Batches of a data set.
+def make_loader(
+    dataset: ImageDataset, batch_size: int, seed: int = 0, shuffle: bool = True, *, rank: int = 0, processes: int = 1
+) -> Loader:
+    """Batches of a data set, or one process's parts of them; `batch_size` is that of all processes together.
 
     Iterating twice in one epoch gives the same batches twice; call `set_epoch` before each epoch. The
     global random generators of torch, numpy and Python are neither read nor changed.
@@ -85,4 +113,4 @@ def make_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, shuffle: 
     Raises:
         UsageError: the batch size is below 1.
     """
-    return Loader(dataset, batch_size, seed, shuffle)
+    return Loader(dataset, batch_size, seed, shuffle, rank, processes)
