@@ -54,6 +54,7 @@ class Header:
         provenance: Where the run comes from.
         features: None until, or unless, features are measured; they are announced by ``start_features``.
         updates: Whether there are rows on what the optimizer made of the gradients; announced by ``start_updates``.
+        noise: Whether rows tell the noise of their Gramians; known from the first row that does.
     """
 
     tasks: Sequence[str]
@@ -63,6 +64,7 @@ class Header:
     provenance: Provenance = field(default_factory=dict)
     features: FeatureHeader | None = None
     updates: bool = False
+    noise: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Row:
         overhead: Seconds spent on measuring this row.
         batch_size: Samples in the batch; 0 where the probe was not told.
         status: :data:`MEASURED`, or the reason why the row holds less than a measurement.
+        gram_noise: (L, T, T) float64: the noise part of ``gram``, see :func:`gradprobe.statistics.noise_part`; NaN
+            where it is not known. None: the run is not measured in micro-batches.
+        micro_batches: In how many the step was measured, over all processes; 1: as a whole.
     """
 
     step: int
@@ -92,6 +97,8 @@ class Row:
     overhead: float = 0.0
     batch_size: int = 0
     status: str = MEASURED
+    gram_noise: Array | None = None
+    micro_batches: int = 1
 
     def shared(self, reach: NDArray[np.bool_]) -> tuple[Array, Array]:
         """Norms (T,) and pair cosines (P,) over all shared layers together."""

@@ -22,12 +22,13 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "errors": set(),
     "measures": set(),
+    "statistics": {"measures"},
     "rows": {"measures"},
     "provenance": set(),
     "runfile": {"__init__", "errors", "measures", "rows"},
     "summary": {"errors", "measures", "rows", "runfile"},
     "plots": {"errors", "measures", "rows", "runfile", "summary", "verdict"},
-    "probes": {"errors", "measures", "rows"},
+    "probes": {"errors", "measures", "rows", "statistics"},
     "audit": {"errors"},
     "ledger": {"errors", "measures", "probes", "rows"},
     "updates": {"errors", "ledger", "measures", "probes", "rows"},
@@ -54,6 +55,7 @@ MAY_IMPORT = {
 
 MAY_NOT_IMPORT = {
     "measures": {"torch", "h5py", "matplotlib"},
+    "statistics": {"torch", "h5py", "matplotlib"},
     "rows": {"torch", "h5py", "matplotlib"},
     "runfile": {"torch", "matplotlib"},
     "summary": {"torch", "h5py", "matplotlib"},

@@ -81,6 +81,13 @@ def record(
     ] = None,
     cagrad_c: Annotated[float | None, Option(help=f"Of cagrad. [default: {D.cagrad_c}]")] = None,
     every: Annotated[int | None, Option(help=f"Measure every so many steps. [default: {D.every}]")] = None,
+    micro_batches: Annotated[
+        int | None,
+        Option(
+            help="Train and measure each batch in so many micro-batches, which tells noise from gradient; 4 or more. "
+            f"[default: {D.micro_batches}, as a whole]"
+        ),
+    ] = None,
     updates: Annotated[
         bool | None,
         Option(

@@ -154,12 +154,13 @@ class GramianSum:
         self._final: list[tuple[int, list[int], Array]] = []
         self._present = np.zeros((len(layers), tasks), dtype=bool)
 
-    def add(self, index: int, gradients: Sequence[Tensor | None]) -> None:
+    def add(self, index: int, gradients: Sequence[Tensor | None], *, factor: float = 1.0) -> None:
         """Add one parameter.
 
         Args:
             index: Its place in ``SharedLayers.parameters``.
             gradients: T tensors of its shape; None where a task has no path to it.
+            factor: Of the products.
         """
         there = [task for task, g in enumerate(gradients) if g is not None]
         if not there:
@@ -168,9 +169,10 @@ class GramianSum:
         self._present[layer, there] = True
         present = [g for g in gradients if g is not None]
         if present[0].is_cpu:
-            self._done.append((layer, there, _on_cpu([_vector(g) for g in present])))
+            found = _on_cpu([_vector(g) for g in present])
+            self._done.append((layer, there, found if factor == 1.0 else found * factor))
         else:
-            part = products(present)
+            part = products(present) if factor == 1.0 else products(present) * factor
             self._parts.setdefault(part.device, []).append((layer, there, part))
 
     def add_products(self, index: int, tasks: Sequence[int], products: Tensor) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -24,12 +24,14 @@ from gradprobe.probes.features import Feature, JointFeatures
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import Level
 from gradprobe.probes.meter import Meter
+from gradprobe.probes.micro import MicroBatches
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.release import release
 from gradprobe.probes.report import Reporter, status_of
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import MEASURED, FeatureRow, Row
+from gradprobe.statistics import noise_part
 
 T = TypeVar("T")
 
@@ -43,6 +45,19 @@ class Due:
 
     def __bool__(self) -> bool:
         return self.rows or self.features
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a measurement in micro-batches tells besides.
+
+    Attributes:
+        part: (L, T, T) of the Gramians, as the losses were scaled; None: not known.
+        batches: In how many it was measured.
+    """
+
+    part: Array | None
+    batches: int
 
 
 @dataclass
@@ -83,8 +98,20 @@ class Measuring:
         """What :meth:`due` would say if the probe were called now."""
         return self._due(*self.clock.peek())
 
-    def backward(self, losses: Losses, weights: Array, total: Tensor, due: Due, batch_size: int) -> None:
+    def backward(
+        self,
+        losses: Losses,
+        weights: Array,
+        total: Tensor,
+        due: Due,
+        batch_size: int,
+        micro: MicroBatches | None = None,
+    ) -> None:
         """The joint backward of ``total``, with the measurement around and within it."""
+        if self._apart(micro):
+            self.record(losses, weights, due, batch_size, micro)
+            total.backward()
+            return
         watch, feature_watch = Stopwatch(total.device), Stopwatch(total.device)
         scaled = self.scale.all(self._ordered(losses))
         plan, status, entering = None, MEASURED, None
@@ -117,11 +144,16 @@ class Measuring:
             self._emit_features(entering.features, gram, feature_watch)
         if due.rows:
             gram = plan if isinstance(plan, np.ndarray) else None
-            self._emit(losses, weights, gram, status, watch, batch_size)
+            self._emit(losses, weights, gram, status, watch, batch_size, self._noise(micro, gram))
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
 
-    def record(self, losses: Losses, weights: Array, due: Due, batch_size: int) -> None:
+    def record(
+        self, losses: Losses, weights: Array, due: Due, batch_size: int, micro: MicroBatches | None = None
+    ) -> None:
         """The measurement alone, by passes of its own."""
+        if self._apart(micro):
+            self._in_micro_batches(losses, weights, batch_size, micro)
+            return
         watch, feature_watch = Stopwatch(_device(losses)), Stopwatch(_device(losses))
         scaled = self.scale.all(self._ordered(losses))
         if due.features:
@@ -133,14 +165,50 @@ class Measuring:
         if due.rows:
             with watch.running():
                 gram, status = self._guarded(lambda: self.meter.explicit(self.find(losses), scaled))
-            self._emit(losses, weights, gram, status, watch, batch_size)
+            self._emit(losses, weights, gram, status, watch, batch_size, self._noise(micro, gram))
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
+
+    def _in_micro_batches(self, losses: Losses, weights: Array, batch_size: int, micro: MicroBatches) -> None:
+        watch = Stopwatch(_device(losses))
+        with watch.running():
+            scaled = (self.scale.all(self._ordered(one)) for one in micro.losses)
+            found, status = self._guarded(
+                lambda: self.meter.in_micro_batches(self.find(losses), scaled, micro.shares, len(self.tasks))
+            )
+        gram, part = found if found is not None else (None, None)
+        self._emit(losses, weights, gram, status, watch, batch_size, Noise(part, len(self.meter.shares)))
+        self.clock.schedule.spent(watch.seconds)
+
+    def _apart(self, micro: MicroBatches | None) -> TypeGuard[MicroBatches]:
+        """Whether the micro-batches are measured one by one: in all processes if in one, though it has but one."""
+        return micro is not None and (len(micro.losses) > 1 or self.ranks.size > 1)
+
+    def _noise(self, micro: MicroBatches | None, gram: Array | None) -> Noise | None:
+        """Of a step that was measured as a whole: the batches of several processes are micro-batches of it."""
+        if self.ranks.size == 1:
+            return Noise(None, 1) if micro is not None else None
+        self.meter.shares = shares = self.ranks.shares([1.0])
+        parts = self.ranks.parts
+        if gram is None or parts is None or parts.shape != gram.shape:  # a failure, or tasks that share nothing
+            return Noise(None, len(shares))
+        return Noise(noise_part(gram, parts, shares), len(shares))
+
+    def check_micro(self) -> None:
+        """Whether it can be measured in micro-batches.
+
+        Raises:
+            ProbeError: Not at this level, or not in the way that was chosen.
+        """
+        if self.level.features:
+            raise ProbeError(
+                "features are measured on a batch as a whole: with micro=, leave level= and features= out."
+            )
+        self.meter.check_micro()
 
     def note(self, losses: Losses, weights: Array, status: str, batch_size: int) -> None:
         """A row without a measurement."""
         self._guarded(lambda: self.find(losses))
-        values = self._values(losses)
-        self._hand_on(losses, values, weights, None, status, Stopwatch(_device(losses)), batch_size)
+        self._emit(losses, weights, None, status, Stopwatch(_device(losses)), batch_size)
 
     def find(self, losses: Losses) -> SharedLayers:
         """The shared layers, announced to the sinks when they are first found."""
@@ -178,11 +246,18 @@ class Measuring:
         self.report.rewind(self.clock.first_open, state["last_metrics"])
 
     def _emit(
-        self, losses: Losses, weights: Array, gram: Array | None, status: str, watch: Stopwatch, batch_size: int
+        self,
+        losses: Losses,
+        weights: Array,
+        gram: Array | None,
+        status: str,
+        watch: Stopwatch,
+        batch_size: int,
+        noise: Noise | None = None,
     ) -> None:
         """Hand on the row of all processes: the mean of their losses, and all their samples."""
         *values, size = self.ranks.mean(np.array([*self._values(losses), batch_size]))
-        self._hand_on(losses, np.array(values), weights, gram, status, watch, round(size * self.ranks.size))
+        self._hand_on(losses, np.array(values), weights, gram, status, watch, round(size * self.ranks.size), noise)
 
     def _values(self, losses: Losses) -> Array:
         return np.array([float(losses[t].detach()) for t in self.tasks])
@@ -196,6 +271,7 @@ class Measuring:
         status: str,
         watch: Stopwatch,
         batch_size: int,
+        noise: Noise | None = None,
     ) -> None:
         """Hand one row on.
 
@@ -207,6 +283,7 @@ class Measuring:
             status: Why not, or :data:`MEASURED`.
             watch: Has counted what the row cost so far.
             batch_size: Stored.
+            noise: None: not measured in micro-batches.
         """
         header = self.report.header
         if header is None:
@@ -232,8 +309,14 @@ class Measuring:
                 overhead=watch.seconds,
                 batch_size=batch_size,
                 status=status,
+                gram_noise=None if noise is None else self._noise_part(noise, gram),
+                micro_batches=1 if noise is None else noise.batches,
             )
         )
+
+    def _noise_part(self, noise: Noise, gram: Array) -> Array:
+        """(L, T, T), unscaled; NaN where it is not known."""
+        return np.full_like(gram, np.nan) if noise.part is None else self.scale.off(noise.part)
 
     def _due(self, first: bool, due: bool) -> Due:
         return Due(due, self.level.features and (first if self.level.parameters else due))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from gradprobe.probes.derived import (
 from gradprobe.probes.ghost import find_ghosts
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.limits import refuse
+from gradprobe.probes.micro import MicroSum
 from gradprobe.probes.passes import Gradients, measure_explicitly
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.trace import trace
@@ -49,7 +50,10 @@ class Meter:
         shared: None before the first measurement.
         last_gram: (L, T, T) of the last row that was measured; None before.
         kept: (T) gradients of the last measurement, scaled as the losses were; None: nobody wants them, see
-            :meth:`keep`.
+            :meth:`keep`. Of one in micro-batches: the means.
+        kept_micro: (m, T) gradients of each micro-batch of this process, likewise; empty after a measurement as a
+            whole.
+        shares: (m,) of the last measurement's micro-batches in the batch of all processes; [1.0] as a whole.
     """
 
     def __init__(
@@ -78,9 +82,14 @@ class Meter:
         self.shared: SharedLayers | None = None
         self.last_gram: Array | None = None
         self.kept: list[Gradients] | None = None
+        self.kept_micro: list[list[Gradients]] | None = None
+        self.shares: list[float] = [1.0]
 
-    def keep(self) -> None:
+    def keep(self, *, micro: bool = False) -> None:
         """From now on keep every task's gradients of a measurement, T copies of the shared parameters.
+
+        Args:
+            micro: Also those of every micro-batch, m T copies more, where there are some.
 
         Raises:
             ProbeError: They are not made, or memory was to stay low.
@@ -88,6 +97,8 @@ class Meter:
         if self._memory == "low" or self._ghostly:
             raise ProbeError("updates= needs every task's gradients: leave memory='low' and products='ghost' out.")
         self.kept = []
+        if micro:
+            self.kept_micro = []
 
     def state_dict(self) -> dict[str, Any]:
         """What a later meter needs to measure as this one would have, to the last digit."""
@@ -135,6 +146,44 @@ class Meter:
         self._warn_of_more(list(losses.values()))
         return self.shared
 
+    def check_micro(self) -> None:
+        """Whether it can be measured in micro-batches.
+
+        Raises:
+            ProbeError: Not in the way that was chosen.
+        """
+        if self._memory == "low" or self._ghostly:
+            raise ProbeError(
+                "micro-batches are measured by every task's gradients on each of them: leave memory='low' and "
+                "products='ghost' out."
+            )
+
+    def in_micro_batches(
+        self, shared: SharedLayers, losses: Iterable[Sequence[Tensor]], shares: Sequence[float], tasks: int
+    ) -> tuple[Array, Array]:
+        """The Gramians and their noise parts, (L, T, T) each, by passes of their own.
+
+        Args:
+            shared: From :meth:`find`.
+            losses: (m, T); asked for one micro-batch after the other, so that each may be made and let go of.
+            shares: (m,) of this process's batch.
+            tasks: T.
+        """
+        if self.kept_micro is not None:
+            self.kept_micro = []
+        total = MicroSum(self._model, shared, tasks, self._ranks, self.kept_micro)
+
+        def all_passes() -> None:
+            for one, share in zip(losses, shares, strict=True):
+                total.add(one, share)
+
+        self._ranks.together(all_passes)
+        gram, noise = total.result()
+        self.shares = total.shares
+        if self.kept is not None:
+            self.kept[:] = total.means
+        return gram, noise
+
     def explicit(self, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
         """The Gramians by passes of their own.
 
@@ -142,6 +191,7 @@ class Meter:
             shared: From :meth:`find`.
             losses: (T,).
         """
+        self._as_a_whole()
         if not shared.layers:
             return np.zeros((0, len(losses), len(losses)))
         if self._memory == "low":
@@ -159,6 +209,7 @@ class Meter:
             losses: (T,), multiplied by the loss scale where the joint one is.
             weights: (T,) in force.
         """
+        self._as_a_whole()
         if self._memory == "low" or self.last_gram is None or not self._trusted or not shared.layers:
             return self.explicit(shared, losses)
         derived = task_to_derive(self.last_gram, weights, largest_cancellation(shared))
@@ -192,6 +243,11 @@ class Meter:
                 "task gets a pass of its own from here on"
             )
         return by_passes
+
+    def _as_a_whole(self) -> None:
+        self.shares = [1.0]
+        if self.kept_micro is not None:
+            self.kept_micro = []
 
     def reach_now(self, losses: Sequence[Tensor]) -> NDArray[np.bool_]:
         """Which task's graph reaches which layer at this step: (L, T)."""

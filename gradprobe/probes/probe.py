@@ -24,6 +24,7 @@ from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import level_called
 from gradprobe.probes.measuring import Measuring
 from gradprobe.probes.meter import Meter
+from gradprobe.probes.micro import BatchSize, MicroBatches, check_mean, micro_batches
 from gradprobe.probes.ranks import replicas
 from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
@@ -60,9 +61,6 @@ class GradientProbe:
         process_group: Of a data-parallel training that averages gradients over it; found by itself where ``model`` is
             DDP. The gradients that are measured are averaged likewise, losses too; ``batch_size`` is summed up. Every
             process calls its probe at every step, and the sinks of the first one get the rows.
-        by_samples: Whether losses are multiplied by each process's share of the samples times the number of processes,
-            so that all samples count alike also where processes have different numbers of them. Gradients are averaged
-            all the same; the estimate of their noise has to know.
         updates: A :class:`gradprobe.Updates`, which looks at what the optimizer makes of the gradients.
         provenance: Stored in the header.
 
@@ -89,7 +87,6 @@ class GradientProbe:
         memory: str = "normal",
         products: str = "direct",
         process_group: ProcessGroup | None = None,
-        by_samples: bool = False,
         updates: Beside | None = None,
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
@@ -99,7 +96,7 @@ class GradientProbe:
         self.tasks = task_names(tasks)
         optimizer = bare(optimizer) if optimizer is not None else None
         chosen = level_called(level)
-        model, ranks = replicas(model, process_group, by_samples)
+        model, ranks = replicas(model, process_group)
         schedule = make_schedule(every, budget, default=chosen.every)
         if budget is not None and ranks.size > 1:
             schedule = Led(schedule, ranks.first_says)
@@ -149,7 +146,14 @@ class GradientProbe:
 
     # ---- in the training loop
 
-    def backward(self, losses: Losses, weights: Weights | None = None, *, batch_size: int = 0) -> None:
+    def backward(
+        self,
+        losses: Losses | None = None,
+        weights: Weights | None = None,
+        *,
+        micro: Sequence[Losses] | None = None,
+        batch_size: BatchSize = 0,
+    ) -> None:
         """The joint backward, and on due steps the measurement.
 
         On steps where a task is derived, the graph is kept until the result is checked, and freed then.
@@ -158,37 +162,50 @@ class GradientProbe:
         as after ``scaler.scale(sum(...)).backward()``.
 
         Args:
-            losses: Task -> unweighted scalar loss, as it comes from the model.
+            losses: Task -> unweighted scalar loss, as it comes from the model. May be left out beside ``micro``.
             weights: Task -> weight in force; default 1 each.
-            batch_size: Stored with the row.
+            micro: The losses of each of m micro-batches that make up the batch, each with a forward of its own: the
+                noise of the measurement is known then (``gram_noise``). ``losses`` must be their mean, weighted by
+                their samples, which is what is trained: :func:`gradprobe.probes.micro.mean_losses`.
+            batch_size: Samples, stored with the row; beside ``micro`` a list of the samples of each: without one, they
+                count as equally many.
 
         Raises:
-            ProbeError: A task is missing or unknown, a loss has no graph or is no scalar, a weight is NaN, or a shared
-                parameter is gone.
+            ProbeError: A task is missing or unknown, a loss has no graph or is no scalar, a weight is NaN, a shared
+                parameter is gone, or ``losses`` are not the mean of ``micro``.
         """
-        self._check(losses)
-        values, batch_size = weight_values(self.tasks, weights, self.step), whole("batch_size", batch_size, least=0)
+        losses, parts, batch_size = self._given(losses, micro, batch_size)
+        values = weight_values(self.tasks, weights, self.step)
         applied = weights if weights is not None else dict.fromkeys(self.tasks, 1.0)
         total = sum(applied[task] * losses[task] for task in losses)
         assert isinstance(total, Tensor)
         total = self._measuring.scale.apply(total)
         due = self._measuring.due()
         if due:
-            self._measuring.backward(losses, values, total, due, batch_size)
+            check_mean(losses, parts)
+            self._measuring.backward(losses, values, total, due, batch_size, parts)
         else:
             total.backward()
         self._measuring.called()
 
-    def record(self, losses: Losses, weights: Weights | None = None, *, batch_size: int = 0) -> None:
+    def record(
+        self,
+        losses: Losses | None = None,
+        weights: Weights | None = None,
+        *,
+        micro: Sequence[Losses] | None = None,
+        batch_size: BatchSize = 0,
+    ) -> None:
         """Measure on due steps and change nothing; the loop's own backward comes after.
 
         Arguments and errors as for :meth:`backward`. Features cost a pass through each head here.
         """
-        self._check(losses)
-        values, batch_size = weight_values(self.tasks, weights, self.step), whole("batch_size", batch_size, least=0)
+        losses, parts, batch_size = self._given(losses, micro, batch_size)
+        values = weight_values(self.tasks, weights, self.step)
         due = self._measuring.due()
         if due:
-            self._measuring.record(losses, values, due, batch_size)
+            check_mean(losses, parts)
+            self._measuring.record(losses, values, due, batch_size, parts)
         self._measuring.called()
 
     def note(self, losses: Losses, weights: Weights | None, status: str, *, batch_size: int = 0) -> None:
@@ -229,6 +246,20 @@ class GradientProbe:
     def step(self) -> int:
         """The present training step, from 0."""
         return self._clock.step
+
+    @property
+    def share(self) -> float:
+        """Under data parallelism: which share of the step's samples this process has.
+
+        To be set, before each call, by a loop whose processes have different numbers of samples, and which multiplies
+        each process's losses by its share times the number of processes, so that all samples count alike. It matters
+        to the estimate of the noise alone. 1 / processes where it was not set.
+        """
+        return self._measuring.ranks.share
+
+    @share.setter
+    def share(self, share: float) -> None:
+        self._measuring.ranks.share = share
 
     @property
     def is_due(self) -> bool:
@@ -299,9 +330,24 @@ class GradientProbe:
         if not self._lost.alive:
             raise ProbeError("this probe was closed, and its file is complete; attach a new one to go on.")
 
-    def _check(self, losses: Losses) -> None:
+    def _given(
+        self, losses: Losses | None, micro: Sequence[Losses] | None, batch_size: BatchSize
+    ) -> tuple[Losses, MicroBatches | None, int]:
+        """The losses of the batch, those of its micro-batches, and the number of samples."""
         self._check_open()
+        if micro is None:
+            if losses is None:
+                raise ProbeError("give losses= (task -> loss), or micro=, a list of them by micro-batch.")
+            check_losses(self.tasks, losses)
+            if isinstance(batch_size, Sequence):
+                raise ProbeError(f"batch_size={batch_size!r}: a list goes with micro=; give the samples of the batch.")
+            return losses, None, whole("batch_size", batch_size, least=0)
+        self._measuring.check_micro()
+        parts = micro_batches(self.tasks, micro, batch_size)
+        if losses is None:
+            return parts.mean(), parts, parts.batch_size
         check_losses(self.tasks, losses)
+        return losses, parts, parts.batch_size
 
     @property
     def _clock(self) -> StepClock:

@@ -30,6 +30,13 @@ class Alone:
     first = True
     """Whether this is the process that hands rows to the sinks."""
 
+    parts: Array | None = None
+    """(L, T, T) what :func:`gradprobe.statistics.noise_part` needs of the processes' own gradients in the last
+    measurement of a batch as a whole; None: there is one process."""
+
+    share = 1.0
+    """Of the step's samples: how much this process's losses count in the mean over all."""
+
     def together(self, part: Callable[[], T]) -> T:
         """Do this process's part; if it fails anywhere it fails everywhere, so that nobody waits for the others."""
         return part()
@@ -53,6 +60,21 @@ class Alone:
         """The mean over the processes of some numbers; NaN where one has NaN."""
         return values
 
+    def shares(self, own: Sequence[float]) -> list[float]:
+        """The shares of all processes' micro-batches in the batch of all; of those that have samples.
+
+        Args:
+            own: Of this process's micro-batches in its own batch.
+        """
+        return list(own)
+
+    def spread(self, own: Array) -> None:
+        """Set :attr:`parts`.
+
+        Args:
+            own: (L, T, T) Gramians of this process's gradients before they are averaged.
+        """
+
     def check_same(self, shared: SharedLayers) -> None:
         """Make sure that all processes found the same layers."""
 
@@ -69,6 +91,7 @@ class Ranks(Alone):
         self._group, self._device = group, device
         self.size = dist.get_world_size(group)
         self.first = dist.get_rank(group) == 0
+        self.share = 1 / self.size
 
     def together(self, part: Callable[[], T]) -> T:
         """See :class:`Alone`.
@@ -113,6 +136,16 @@ class Ranks(Alone):
         total = self._reduced(torch.from_numpy(np.array(values, dtype=np.float64)), dist.ReduceOp.SUM)
         return total.cpu().numpy() / self.size
 
+    def shares(self, own: Sequence[float]) -> list[float]:
+        """See :class:`Alone`."""
+        found: list[list[float]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(found, [self.share * part for part in own], group=self._group)
+        return [share for process in found for share in process if share > 0]
+
+    def spread(self, own: Array) -> None:
+        """See :class:`Alone`. A task without a gradient in one process has a gradient of 0 there."""
+        self.parts = self.mean(np.nan_to_num(own)) / self.size
+
     def check_same(self, shared: SharedLayers) -> None:
         """See :class:`Alone`.
 
@@ -143,9 +176,7 @@ def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     return dense.detach().resolve_conj().reshape(-1)
 
 
-def replicas(
-    model: nn.Module, group: dist.ProcessGroup | None, by_samples: bool = False
-) -> tuple[nn.Module, Alone]:
+def replicas(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[nn.Module, Alone]:
     """The model inside, whose layers have their own names, and the processes that train it.
 
     Args:

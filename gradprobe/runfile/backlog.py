@@ -16,7 +16,8 @@ def size(row: AnyRow) -> int:
     """About how many bytes of memory a row takes."""
     if isinstance(row, UpdateRow):
         return row.parts.nbytes + row.effect.nbytes + ROW_OVERHEAD
-    return row.gram.nbytes + ROW_OVERHEAD
+    noise = row.gram_noise if isinstance(row, Row) else None
+    return row.gram.nbytes + (0 if noise is None else noise.nbytes) + ROW_OVERHEAD
 
 
 class Backlog:

@@ -202,7 +202,7 @@ def _check_values(piece: Piece, report: Report, last: dict[str, int]) -> None:
 
 def _readable(piece: Piece, table: schema.Table, report: Report) -> Iterator[tuple[int, str, NDArray[Any]]]:
     rows = piece.count(table)
-    for field_ in table.fields:
+    for field_ in table.held(piece):
         lost = 0
         for start in range(0, rows, _BLOCK):
             stop = min(start + _BLOCK, rows)
@@ -218,12 +218,14 @@ def _readable(piece: Piece, table: schema.Table, report: Report) -> Iterator[tup
 
 
 def _impossible(piece: Piece, name: str, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    if name in ("step", "epoch", "batch_size", "calls", "skipped"):
+    if name in ("step", "epoch", "batch_size", "calls", "skipped", "micro_batches"):
         yield "is negative", values < 0
     elif name in _LENGTHS:
         yield "is negative or infinite", (values < 0) | np.isinf(values)
     elif name in ("cosine", "shared_cosine"):
         yield "is beyond -1 to 1", np.abs(values) > 1
+    elif name == "gram_noise":
+        yield "is infinite", np.isinf(values)
     elif name == "status":
         yield "has no name in status_names", values >= len(piece.status_names)
 

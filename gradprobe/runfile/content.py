@@ -51,6 +51,9 @@ def columns(rows: Sequence[Row], header: Header, state: State) -> Columns:
         "shared_cosine": shared_cosine,
         "status": [state.status_code(row.status) for row in rows],
     }
+    if header.noise:
+        unknown = np.full(gram.shape[1:], np.nan)
+        values["gram_noise"] = [unknown if row.gram_noise is None else row.gram_noise for row in rows]
     return _stored(schema.ROWS, rows, values, header)
 
 
@@ -103,8 +106,13 @@ def _stored(
         f.name: np.asarray(
             values[f.name] if f.name in values else [getattr(row, f.name) for row in rows], dtype=f.dtype
         ).reshape(lengths(f, header, len(rows)))
-        for f in table.fields
+        for f in fields(table, header)
     }
+
+
+def fields(table: schema.Table, header: Header) -> tuple[schema.Field, ...]:
+    """What a table has in a file with this header."""
+    return (*table.fields, *table.optional) if header.noise else table.fields
 
 
 def sources(tasks: Sequence[str]) -> list[str]:
@@ -122,8 +130,14 @@ def lengths(field_: schema.Field, header: Header, rows: int = 0) -> tuple[int, .
         schema.PAIR: tasks * (tasks - 1) // 2,
         schema.FEATURE: len(header.features.features) if header.features is not None else 0,
         schema.SOURCE: tasks + len(EARLIER_SOURCES),
+        schema.OTHER_TASK: tasks,
     }
     return tuple(sizes[axis] for axis in field_.axes)
+
+
+def missing(field_: schema.Field, header: Header, rows: int) -> NDArray[Any]:
+    """What stands for a field in rows of a file that lacks it; read-only, and of no size in memory."""
+    return np.broadcast_to(np.asarray(field_.missing, dtype=field_.dtype), lengths(field_, header, rows))
 
 
 Epochs = Mapping[int, Mapping[str, float]]
@@ -161,12 +175,12 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
     _write_names(file, header)
     for table in tables(header):
         count = content.get(table.group, Stretch()).count
-        for field_ in table.fields:
+        for field_ in fields(table, header):
             _create(file, table.path(field_.name), field_, lengths(field_, header, count))
         _scale(file, table.path(schema.STEP))
     file["status"].attrs["status_names"] = attribute(state.status_names)
     for table in tables(header):
-        for field_ in table.fields:
+        for field_ in fields(table, header):
             _attach(file, table, field_)
     for field_ in schema.HEADER_FIELDS:
         _attach(file, schema.ROWS, field_)
@@ -175,7 +189,7 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
     _write_epochs(file, epochs)
     _write_provenance(file.create_group("provenance"), header.provenance)
     for table in tables(header):
-        _write_rows(file, table, content.get(table.group, Stretch()).blocks)
+        _write_rows(file, table, content.get(table.group, Stretch()).blocks, fields(table, header))
 
 
 def _create(file: h5py.File, path: str, field_: schema.Field, shape: tuple[int, ...]) -> None:
@@ -183,11 +197,13 @@ def _create(file: h5py.File, path: str, field_: schema.Field, shape: tuple[int, 
     _describe(file.create_dataset(path, shape, field_.dtype, chunks=chunks, track_times=False), field_)
 
 
-def _write_rows(file: h5py.File, table: schema.Table, blocks: Iterable[Columns]) -> None:
+def _write_rows(
+    file: h5py.File, table: schema.Table, blocks: Iterable[Columns], fields: Sequence[schema.Field]
+) -> None:
     start = 0
     for block in whole_chunks(blocks):
         stop = start + len(block["step"])
-        for field_ in table.fields:
+        for field_ in fields:
             if block[field_.name].size:
                 file[table.path(field_.name)][start:stop] = block[field_.name]
         start = stop
@@ -233,6 +249,8 @@ def _write_names(file: h5py.File, header: Header) -> None:
         names[schema.FEATURES.path(schema.FEATURE)] = list(header.features.features)
     if header.updates:
         names[schema.UPDATES.path(schema.SOURCE)] = sources(header.tasks)
+    if header.noise:
+        names[schema.OTHER_TASK] = list(header.tasks)
     for path, values in names.items():
         dataset = file.create_dataset(path, data=np.array(values, dtype=object), dtype=text, track_times=False)
         dataset.attrs["long_name"] = schema.MEANINGS[path.rpartition("/")[2]]

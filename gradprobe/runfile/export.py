@@ -36,7 +36,7 @@ def export(run: Run, to: str, out: Path | None = None, *, stride: int = 1) -> Pa
 
     Args:
         run: Finished or not; what is there now is written.
-        to: ``csv`` and ``parquet``: a folder of tables: rows, layers and cosines (tidy), layer_table, epochs,
+        to: ``csv`` and ``parquet``: a folder of tables: rows, layers and cosines (tidy), noise, layer_table, epochs,
             provenance. ``netcdf``: one netCDF-4 file. ``tensorboard``: a folder of events.
         out: Must not exist. Default: beside the run, named after it and the format.
         stride: Every so many rows.
@@ -98,6 +98,8 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
     yield "rows", (_rows(run, block) for block in run.blocks(len(run), stride=stride))
     yield "layers", _tidy(run, schema.ROWS, "grad_norm", stride)
     yield "cosines", _tidy(run, schema.ROWS, "cosine", stride)
+    if schema.GRAM_NOISE.name in run:
+        yield "noise", _tidy(run, schema.ROWS, schema.GRAM_NOISE.name, stride)
     if run.feature_names:
         yield "features", _tidy(run, schema.FEATURES, "grad_norm", stride)
         yield "feature_cosines", _tidy(run, schema.FEATURES, "cosine", stride)
@@ -122,7 +124,7 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
 def _rows(run: Run, block: Table, of: schema.Table = schema.ROWS) -> Table:
     """What has a value per step: a column for every task or pair, named ``loss.det``."""
     table: Table = {}
-    for field in of.fields:
+    for field in of.held(run):
         values = block[field.name]
         if field.name == "status":
             table["status"] = _text(run.status_names)[values]
@@ -135,7 +137,7 @@ def _rows(run: Run, block: Table, of: schema.Table = schema.ROWS) -> Table:
 
 
 def _tidy(run: Run, table: schema.Table, name: str, stride: int) -> Iterator[Table]:
-    (axes,) = (field.axes for field in table.fields if field.name == name)
+    (axes,) = (field.axes for field in table.held(run) if field.name == name)
     for block in run.blocks(run.count(table), size=1024, stride=stride, table=table):
         values = block[name]
         yield {
@@ -232,7 +234,7 @@ def _all_blocks(run: Run, stride: int) -> Iterator[tuple[schema.Table, Table]]:
 def _scalars(run: Run, table: schema.Table, block: Table) -> Table:
     """What TensorBoard is to show, by tag."""
     found: Table = {}
-    for field in table.fields:
+    for field in table.held(run):
         values, tag = block[field.name], table.path(field.name)
         if field.axes == (schema.STEP,):
             if field.name in _CURVES:

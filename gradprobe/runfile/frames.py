@@ -47,7 +47,7 @@ def _fields(run: Run) -> Iterator[tuple[schema.Table, str, schema.Field]]:
     """Every field of the tables that the run has, with its table and its name in the file."""
     for table in schema.TABLES:
         if table.path(schema.STEP) in run:
-            yield from ((table, table.path(field.name), field) for field in table.fields)
+            yield from ((table, table.path(field.name), field) for field in table.held(run))
     yield from ((schema.ROWS, field.name, field) for field in schema.HEADER_FIELDS)
     if run.feature_names:
         yield schema.FEATURES, schema.FEATURES.path(schema.FEATURE_SIZE.name), schema.FEATURE_SIZE
@@ -71,6 +71,8 @@ def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
     variables |= {f"{EPOCHS}.{name}": ((EPOCH_NUMBER,), values) for name, values in epochs.items()}
     coordinates: dict[str, Any] = {axis: np.array(names(run, axis), dtype=object) for axis in NAMED}
     coordinates |= {schema.STEP: run.read(schema.STEP, stride=stride), EPOCH_NUMBER: number}
+    if schema.GRAM_NOISE.name in run:
+        coordinates[schema.OTHER_TASK] = np.array(run.tasks, dtype=object)
     if run.feature_names:
         steps = schema.FEATURES.path(schema.STEP)
         coordinates[schema.FEATURE] = np.array(run.feature_names, dtype=object)
@@ -114,6 +116,7 @@ def names(run: Run, axis: str) -> tuple[str, ...]:
         schema.PAIR: run.pairs,
         schema.FEATURE: run.feature_names,
         schema.SOURCE: run.sources,
+        schema.OTHER_TASK: run.tasks,
     }[axis]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from gradprobe.errors import RunFileError
 from gradprobe.runfile import parts, schema, untrusted
@@ -77,6 +78,8 @@ class Piece:
         if list(self.pairs) != expected:
             raise RefusedError(f"its pairs are {list(self.pairs)[:6]}, those of its tasks are {expected[:6]}")
         self.features = self._names(_FEATURES) if _FEATURES in self else ()
+        if schema.OTHER_TASK in self and self._names(schema.OTHER_TASK) != self.tasks:
+            raise RefusedError(f"its {schema.OTHER_TASK!r} are not its tasks")
         self.rows = self.count(schema.ROWS)
         self.end: str = attribute(self.file, "end", str)
         self.file_time: str = attribute(self.file, "file_time", str)
@@ -91,6 +94,15 @@ class Piece:
         """Number of rows of a table; 0 where the file has no such table."""
         path = table.path(schema.STEP)
         return int(self.file[path].shape[0]) if path in self else 0
+
+    def column(self, table: schema.Table, field: schema.Field, rows: slice, *others: slice | int) -> Any:
+        """Some rows of a field; what stands for it, where the file has the table but not this optional field of it."""
+        path = table.path(field.name)
+        if path in self or field not in table.optional:
+            return self.file[path][(rows, *others)]
+        sizes = {schema.LAYER: len(self.layers), schema.TASK: len(self.tasks), schema.OTHER_TASK: len(self.tasks)}
+        shape = (self.count(table), *(sizes[axis] for axis in field.axes[1:]))
+        return np.broadcast_to(np.asarray(field.missing, dtype=field.dtype), shape)[(rows, *others)]
 
     def _count(self, name: str) -> int:
         value: int = attribute(self.file, name, int)

@@ -155,6 +155,8 @@ class Run:
                 value = held[0][name]
                 return np.asarray(value.asstr()[()] if h5py.check_string_dtype(value.dtype) else value[()])
         table, field = found
+        if field in table.optional:  # rows of the other files are filled in
+            held = [piece for piece in self._files if table.path(schema.STEP) in piece]
         total = sum(piece.count(table) for piece in held)
         ahead = max(total + start, 0) if start < 0 else start  # rows until the next one that is wanted
         columns = (layers,) if schema.LAYER in field.axes else ()
@@ -163,9 +165,9 @@ class Run:
             rows = piece.count(table)
             if ahead < rows or piece is held[0]:  # the first one gives an empty result its shape
                 with piece.reading():
-                    dataset = piece[name]
-                    untrusted.check_memory(dataset.nbytes * (rows - ahead) // max(rows * stride, 1))
-                    pieces.append(dataset[(slice(ahead, rows, stride), *columns)])
+                    size = piece[name].nbytes if name in piece else 0
+                    untrusted.check_memory(size * (rows - ahead) // max(rows * stride, 1))
+                    pieces.append(piece.column(table, field, slice(ahead, rows, stride), *columns))
             ahead += len(range(ahead, rows, stride)) * stride - rows
         values = np.concatenate(pieces)
         if field.name == "status" and values.size and values.max() >= len(self.status_names):
@@ -192,13 +194,13 @@ class Run:
         self, rows: int, size: int = 4096, *, stride: int = 1, table: schema.Table = schema.ROWS
     ) -> Iterator[dict[str, NDArray[Any]]]:
         """All datasets of a table, piece by piece, from its first ``rows`` rows; for exporting large runs."""
-        done = 0
+        done, fields = 0, table.held(self)
         for piece in self._files:
             length = min(piece.count(table), rows - done)
             for start in range(-done % stride, length, size - size % stride or stride):
                 stop = min(start + (size - size % stride or stride), length)
                 with piece.reading():
-                    block = {f.name: piece[table.path(f.name)][start:stop:stride] for f in table.fields}
+                    block = {f.name: piece.column(table, f, slice(start, stop, stride)) for f in fields}
                 yield block
             done += max(length, 0)
 
@@ -219,6 +221,15 @@ class Run:
     def gram(self, *, stride: int = 1) -> measures.Array:
         """The Gramians (n, L, T, T), from norms and cosines."""
         return measures.from_norms(self.read("grad_norm", stride=stride), self.read("cosine", stride=stride))
+
+    def gram_noise(self, *, stride: int = 1) -> measures.Array | None:
+        """The noise parts (n, L, T, T) of :meth:`gram`, in (loss per unit of parameter)^2.
+
+        ``run.gram() - run.gram_noise()`` is unbiased for the products of the true gradients. NaN where a row was not
+        measured in micro-batches, or a gradient is missing. None: the run was not measured in micro-batches.
+        """
+        name = schema.GRAM_NOISE.name
+        return self.read(name, stride=stride).astype(np.float64) if name in self else None
 
     def layer_indices(self, group: str | Sequence[str] | None = None) -> NDArray[np.intp]:
         """Which layers belong to a group.

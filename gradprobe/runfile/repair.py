@@ -80,6 +80,7 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         {**header.provenance, "repair": {"of": pieces[0].path.name, "lost": lost}},
         _features(pieces, report),
         updates=any(schema.UPDATES.path(schema.STEP) in piece for piece in pieces),
+        noise=any(schema.GRAM_NOISE.name in piece for piece in pieces),
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -142,12 +143,18 @@ def _of(table: schema.Table) -> str:
 def _blocks(
     salvages: list[Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], state: content.State, report: Report
 ) -> Iterator[content.Columns]:
+    fields = max((table.held(salvage.piece) for salvage in salvages), key=len)
     for salvage, rows in zip(salvages, kept, strict=True):
-        yield from _blocks_of(salvage, table, rows, state, report)
+        yield from _blocks_of(salvage, table, fields, rows, state, report)
 
 
 def _blocks_of(
-    salvage: Salvage, table: schema.Table, kept: NDArray[np.bool_], state: content.State, report: Report
+    salvage: Salvage,
+    table: schema.Table,
+    fields: tuple[schema.Field, ...],
+    kept: NDArray[np.bool_],
+    state: content.State,
+    report: Report,
 ) -> Iterator[content.Columns]:
     piece = salvage.piece
     lost: dict[str, int] = {}
@@ -155,9 +162,12 @@ def _blocks_of(
         stop = min(start + _BLOCK, kept.size)
         rows = kept[start:stop]
         block, holes = {}, np.zeros(stop - start, dtype=bool)
-        for field in table.fields:
+        for field in fields:
             path = table.path(field.name)
-            values, unread = salvage.rows(path, start, stop)
+            if path in piece:
+                values, unread = salvage.rows(path, start, stop)
+            else:  # an optional one, which other files of the run have
+                values, unread = piece.column(table, field, slice(start, stop)), np.zeros(stop - start, dtype=bool)
             block[field.name] = values[rows]
             holes |= unread
             if (unread & rows).any():
@@ -219,8 +229,17 @@ def _features(pieces: list[Piece], report: Report) -> FeatureHeader | None:
 
 
 _KNOWN = {
-    *(field.name for field in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS)),
-    *(schema.LAYER, schema.TASK, schema.PAIR, schema.FEATURES.group, schema.UPDATES.group, "epochs", "provenance"),
+    *(field.name for field in (*schema.ROW_FIELDS, *schema.NOISE_FIELDS, *schema.HEADER_FIELDS)),
+    *(
+        schema.LAYER,
+        schema.TASK,
+        schema.PAIR,
+        schema.OTHER_TASK,
+        schema.FEATURES.group,
+        schema.UPDATES.group,
+        "epochs",
+        "provenance",
+    ),
 }
 
 

@@ -5,7 +5,9 @@ The writer, the reader and the documentation all go by this table.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -20,17 +22,24 @@ CHUNK_ROWS = 4096
 
 STEP, LAYER, TASK, PAIR, EPOCH, FEATURE = "step", "layer", "task", "pair", "epoch", "feature"
 SOURCE = "source"
+OTHER_TASK = "other_task"
+"""The second of two task axes: tools that select by name need another one for it."""
 
 
 @dataclass(frozen=True)
 class Field:
-    """One dataset of the file."""
+    """One dataset of the file.
+
+    Attributes:
+        missing: What stands for it in rows of a file that lacks it.
+    """
 
     name: str
     axes: tuple[str, ...]
     dtype: np.dtype
     meaning: str
     units: str = ""
+    missing: float = math.nan
 
 
 def _field(name: str, axes: str, dtype: str, meaning: str, units: str = "") -> Field:
@@ -69,6 +78,21 @@ ROW_FIELDS: tuple[Field, ...] = (
     _field("batch_size", "step", "<i4", "samples in the batch; 0: unknown"),
     _field("status", "step", "|u1", "0: measured; else an index into the attribute status_names"),
 )
+
+GRAM_NOISE = _field(
+    "gram_noise",
+    "step layer task other_task",
+    "<f4",
+    "noise part of the inner product of two tasks' gradients, which norms and cosine have in them; NaN: not known, or "
+    "one of them is missing or not finite",
+    "(loss per unit of parameter)^2",
+)
+MICRO_BATCHES = replace(
+    _field("micro_batches", "step", "<i4", "micro-batches in which the step was measured; 1: as a whole"), missing=1
+)
+
+NOISE_FIELDS: tuple[Field, ...] = (GRAM_NOISE, MICRO_BATCHES)
+"""In files of runs that were measured in micro-batches."""
 
 HEADER_FIELDS: tuple[Field, ...] = (
     _field("layer_size", "layer", "<i8", "number of parameters of the layer"),
@@ -180,6 +204,13 @@ UPDATE_FIELDS: tuple[Field, ...] = (
 )
 
 
+class Holds(Protocol):
+    """A file, or a run."""
+
+    def __contains__(self, name: str, /) -> bool:
+        """Whether it has a dataset."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Datasets along one step axis: those at the root, or those of a group that has steps of its own.
@@ -187,17 +218,24 @@ class Table:
     Attributes:
         group: Its name; empty: the root.
         fields: What has a value per row.
+        optional: What has too, in some files: all of it or none.
     """
 
     group: str
     fields: tuple[Field, ...]
+    optional: tuple[Field, ...] = ()
+
+    def held(self, file: Holds) -> tuple[Field, ...]:
+        """The fields of the table in a file, or a run, that has the table."""
+        there = any(self.path(field.name) in file for field in self.optional)
+        return (*self.fields, *self.optional) if there else self.fields
 
     def path(self, name: str) -> str:
         """Where a dataset of it is in the file."""
         return f"{self.group}/{name}" if self.group else name
 
 
-ROWS, FEATURES = Table("", ROW_FIELDS), Table("features", FEATURE_FIELDS)
+ROWS, FEATURES = Table("", ROW_FIELDS, NOISE_FIELDS), Table("features", FEATURE_FIELDS)
 UPDATES = Table("update", UPDATE_FIELDS)
 
 TABLES = (ROWS, FEATURES, UPDATES)
@@ -210,13 +248,15 @@ def row_field(name: str) -> tuple[Table, Field] | None:
     >>> row_field("features/cosine")[1].axes, row_field("reach")
     (('step', 'feature', 'pair'), None)
     """
-    found = ((table, field) for table in TABLES for field in table.fields if table.path(field.name) == name)
+    fields = ((table, field) for table in TABLES for field in (*table.fields, *table.optional))
+    found = ((table, field) for table, field in fields if table.path(field.name) == name)
     return next(found, None)
 
 
-MEANINGS = {f.name: f.meaning for f in (*ROW_FIELDS, *HEADER_FIELDS)} | {
+MEANINGS = {f.name: f.meaning for f in (*ROW_FIELDS, *NOISE_FIELDS, *HEADER_FIELDS)} | {
     "layer": "names of the shared layers, in the order in which the forward runs them",
     "task": "names of the tasks",
+    OTHER_TASK: "names of the tasks, along the second of two axes of tasks",
     "pair": "two task names joined by |",
     "feature": "names of the layers that make the features at which tasks part",
     "source": "what an update comes from: the tasks, weight decay, and momentum from steps that were not taken apart",

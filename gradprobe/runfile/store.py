@@ -75,7 +75,12 @@ class Store:
         """
         with Run(self.path) as old:
             header = _same_layers(self.path, header, old, any(old["step"] < step))
-            header = replace(header, features=_kept_features(old, step), updates=_kept_updates(old, step))
+            header = replace(
+                header,
+                features=_kept_features(old, step),
+                updates=_kept_updates(old, step),
+                noise=schema.GRAM_NOISE.name in old,
+            )
             kept = {e: v for e, v in old.epochs_by_number().items() if e <= epoch}
             self._number = self.state.merged_through = old.last_part
             self.state.status_names = list(old.status_names)
@@ -122,7 +127,7 @@ class Store:
         files = self._files()
         self._check_room(files)
         state = replace(self.state, merged_through=self._number)
-        self._write_main(header, epochs, stored(files), state)
+        self._write_main(header, epochs, stored(files, header), state)
         self._remove_parts()
 
     def rewind(self, header: Header, epochs: content.Epochs, step: int) -> None:
@@ -133,7 +138,7 @@ class Store:
         files = [p for p in (self.path, *parts.paths(self.path)) if p.exists()]
         files = [p for p in files if p == self.path or _above(p, _merged_through(self.path))]
         state = replace(self.state, merged_through=self._number)
-        self._write_main(header, epochs, stored(files, step), state)
+        self._write_main(header, epochs, stored(files, header, step), state)
         self._remove_parts()
 
     def _compact(self, header: Header, epochs: content.Epochs, taken: int) -> None:
@@ -142,7 +147,7 @@ class Store:
         files = [self.folder / parts.name(p.span) for p in last]
         self._check_room(files)
         one = _Part((last[0].span[0], last[-1].span[1]), sum(p.rows for p in last))
-        self._write(self.folder / parts.name(one.span), header, epochs, self.state, stored(files))
+        self._write(self.folder / parts.name(one.span), header, epochs, self.state, stored(files, header))
         self._parts[-taken:] = [one]
         for file in files:
             self._disk.unlink(file)
@@ -216,24 +221,39 @@ class Store:
             raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free")
 
 
-def stored(files: Sequence[Path], before: int | None = None) -> dict[str, content.Stretch]:
-    """The rows of our own files, to be read when they are written; all, or those of steps below ``before``."""
+def stored(files: Sequence[Path], header: Header, before: int | None = None) -> dict[str, content.Stretch]:
+    """The rows of our own files, to be read when they are written under this header.
+
+    Args:
+        files: In order.
+        header: Says what the file that they go into has.
+        before: Only rows of steps below this one.
+    """
     found = {}
     for table in schema.TABLES:
         count = sum(_counts(files, table, before))
-        found[table.group] = content.Stretch(count, blocks(files, table, before=before))
+        found[table.group] = content.Stretch(count, blocks(files, table, header, before=before))
     return found
 
 
 def blocks(
-    files: Iterable[Path], table: schema.Table, *, before: int | None = None, size: int = schema.CHUNK_ROWS
+    files: Iterable[Path],
+    table: schema.Table,
+    header: Header,
+    *,
+    before: int | None = None,
+    size: int = schema.CHUNK_ROWS,
 ) -> Iterator[content.Columns]:
-    """The rows of one table of our own files, piece by piece."""
+    """The rows of one table of our own files, piece by piece; a field that a file lacks is filled in."""
     for path in files:
         with h5py.File(path, "r", locking=False) as file:
             group = file.get(table.group or "/")
             for start in range(0, len(group[schema.STEP]) if group is not None else 0, size):
-                piece = {f.name: group[f.name][start : start + size] for f in table.fields}
+                stop = min(start + size, len(group[schema.STEP]))
+                piece = {
+                    f.name: group[f.name][start:stop] if f.name in group else content.missing(f, header, stop - start)
+                    for f in content.fields(table, header)
+                }
                 keep = slice(None) if before is None else piece[schema.STEP] < before
                 yield {name: values[keep] for name, values in piece.items()}
 

@@ -55,7 +55,7 @@ class ThinRun(Run):
         """As of the run, of the rows that are looked at."""
         for start in range(0, min(rows, self.count(table)), size * stride):
             stop = min(start + size * stride, rows)
-            yield {f.name: self.read(table.path(f.name))[start:stop:stride] for f in table.fields}
+            yield {f.name: self.read(table.path(f.name))[start:stop:stride] for f in table.held(self)}
 
     def close(self) -> None:
         """Forget what was read; the run stays open."""

@@ -167,6 +167,8 @@ def _check_known(found: _Found, raw: SummedFile) -> None:
         _check_text(found, axis, raw)
     for field in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS):
         _check_field(found, field.name, field.dtype, tuple(lengths[axis] for axis in field.axes))
+    if any(f"/{field.name}" in found for field in schema.NOISE_FIELDS):
+        _check_noise(found, raw, lengths)
     if f"/{schema.FEATURES.group}" in found:
         _check_features(found, raw, lengths)
     if f"/{schema.UPDATES.group}" in found:
@@ -179,6 +181,17 @@ def _check_known(found: _Found, raw: SummedFile) -> None:
     shape = _shape(found, f"epochs/{schema.EPOCH}", 1)
     for name in [where[1:] for where in found if where.startswith("/epochs/")]:
         _check_field(found, name, np.dtype("<i4" if name == f"epochs/{schema.EPOCH}" else "<f8"), shape)
+
+
+def _check_noise(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> None:
+    """What rows measured in micro-batches have: all of it or none."""
+    own = {schema.OTHER_TASK: _shape(found, schema.OTHER_TASK, 1)[0]}
+    _check_text(found, schema.OTHER_TASK, raw)
+    if own[schema.OTHER_TASK] != lengths[schema.TASK]:
+        raise RefusedError(f"has {own[schema.OTHER_TASK]} other tasks for {lengths[schema.TASK]} tasks")
+    for field in schema.NOISE_FIELDS:
+        shape = tuple({**lengths, **own}[axis] for axis in field.axes)
+        _check_field(found, field.name, field.dtype, shape)
 
 
 def _check_features(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> None:

@@ -107,7 +107,17 @@ class RunWriter:
 
     def write(self, row: Row) -> None:
         """Queue one row; returns at once."""
+        if row.gram_noise is not None:
+            self._announce_noise()
         self._queue(row)
+
+    def _announce_noise(self) -> None:
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            header = self._flusher.header
+            if header is not None and not header.noise:
+                self._flusher.header = replace(header, noise=True)
 
     def start_features(self, header: FeatureHeader) -> None:
         """Announce the features; see :class:`gradprobe.rows.FeatureSink`.

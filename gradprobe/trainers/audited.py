@@ -82,9 +82,11 @@ class TracedBackward:
 
     def __init__(self) -> None:
         self.trace: Trace | None = None
-        self.step = 0
+        self.step, self.share = 0, 1.0
 
-    def backward(self, losses: Mapping[str, Tensor], weights: Mapping[str, float], *, batch_size: int = 0) -> None:
+    def backward(
+        self, losses: Mapping[str, Tensor], weights: Mapping[str, float], *, micro: Any = None, batch_size: Any = 0
+    ) -> None:
         """As ``probe.backward`` makes it on a step that is not measured."""
         assert self.trace is not None
         traced = self.trace.losses(losses)

@@ -78,7 +78,6 @@ def build(
         every=settings.every,
         optimizer=optimizer,
         scaler=engine.scaler,
-        by_samples=True,
         updates=Updates() if settings.updates else None,
         provenance={
             "trainer": settings.trainer,

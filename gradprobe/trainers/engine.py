@@ -45,6 +45,10 @@ class Engine:
         losses = model.losses(_widened(outputs) if self.half is not None else outputs, batch)
         return self.processes.share(losses, batch.share)
 
+    def micro_batches(self, count: int) -> int:
+        """Of ``count`` micro-batches of a whole batch, how many this process makes of its part."""
+        return max(1, count // self.processes.size)
+
     def values(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """The losses of the whole batch."""
         return dict(zip(losses, self.processes.mean([float(v.detach()) for v in losses.values()]), strict=True))
@@ -79,9 +83,7 @@ class Engine:
         return torch.autocast(self.device.type, dtype=self.half)
 
 
-def make_engine(
-    model: nn.Module, precision: str, device: torch.device, processes: OneProcess | None = None
-) -> Engine:
+def make_engine(model: nn.Module, precision: str, device: torch.device, processes: OneProcess | None = None) -> Engine:
     """The engine of a training."""
     processes = processes or OneProcess()
     half = HALF.get(precision)

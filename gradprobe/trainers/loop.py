@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +15,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gradprobe.errors import NonFiniteLossError
 from gradprobe.probes import GradientProbe
+from gradprobe.probes.micro import mean_losses, shares_of
 from gradprobe.rows import NONFINITE_LOSS
 from gradprobe.trainers import checkpoint
 from gradprobe.trainers.balancer import Balancer, check_weights
+from gradprobe.trainers.data.loader import micro_batches
 from gradprobe.trainers.engine import Engine
 from gradprobe.trainers.evaluate import evaluate, recompute_batchnorm
 from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification
@@ -105,7 +107,7 @@ def train_epoch(t: Training) -> None:
 
 def train_step(t: Training, batch: Any) -> None:
     """One update: forward, balancer, joint backward with the probe, optimizer."""
-    losses = t.engine.losses(t.model, batch)
+    losses, micro, sizes = forward(t, batch)
     values = t.engine.values(losses)
     size, step = batch.counted, t.probe.step
     taken = True
@@ -113,7 +115,8 @@ def train_step(t: Training, batch: Any) -> None:
         t.balancer.loss_scale = t.engine.loss_scale
         weights = t.engine.processes.agreed(t.balancer.step(losses))
         check_weights(weights, tuple(losses), step=step, signed=t.balancer.signed)
-        t.probe.backward(losses, weights, batch_size=size)
+        t.probe.share = batch.share
+        t.probe.backward(losses, weights, micro=micro, batch_size=sizes if micro and batch.share else size)
         t.balancer.after_backward()
         taken = t.engine.update(t.optimizer, t.model.parameters(), t.settings.clip_norm)
     else:
@@ -122,6 +125,24 @@ def train_step(t: Training, batch: Any) -> None:
     if taken:
         t.schedule.step()
     t.watcher.stepped(t.epoch, step, values)
+
+
+def forward(t: Training, batch: Any) -> tuple[Mapping[str, Tensor], Sequence[Mapping[str, Tensor]] | None, list[int]]:
+    """The losses of a batch.
+
+    In micro-batches each part of it has a forward of its own, as noise can be told from independent parts only.
+    BatchNorm and dropout see parts then: it is another training than with whole batches.
+
+    Returns:
+        The losses that are trained; those of each micro-batch, None where the training has none; and their sizes.
+    """
+    count = t.engine.micro_batches(t.settings.micro_batches)
+    if count == 1:
+        return t.engine.losses(t.model, batch), None, [len(batch)]
+    parts = micro_batches(batch, count)
+    micro = [t.engine.losses(t.model, part) for part in parts]
+    sizes = [len(part) for part in parts]
+    return mean_losses(micro, shares_of(sizes)), micro, sizes
 
 
 def finite(t: Training, losses: Mapping[str, Tensor], values: Mapping[str, float], size: int) -> bool:

@@ -160,13 +160,20 @@ def counted(settings: Settings, environment: Mapping[str, str] = os.environ) -> 
             f"--batch-size {settings.batch_size} is that of all {count} processes together, and no multiple of "
             f"{count}; the next one is {-(-settings.batch_size // count) * count}."
         )
+    if settings.micro_batches > 1 and settings.micro_batches % count:
+        raise UsageError(
+            f"--micro-batches {settings.micro_batches} are those of all {count} processes together, and no multiple of "
+            f"{count}; each process's part of a batch is one already."
+        )
     return replace(settings, processes=count)
 
 
 def own_device(device: str, environment: Mapping[str, str] = os.environ) -> str:
     """Which of the devices that ``--device 0,1`` names is this process's."""
+    if started(environment) == 1:
+        return device
     devices = device.split(",")
-    return devices[int(environment.get("LOCAL_RANK", "0")) % len(devices)].strip() if started(environment) > 1 else device
+    return devices[int(environment.get("LOCAL_RANK", "0")) % len(devices)].strip()
 
 
 def join(device: torch.device) -> OneProcess:

@@ -65,6 +65,7 @@ class Settings:
 
     every: int = 2  # steps between two measurements
     updates: bool = False  # what the optimizer makes of the gradients, at the same steps
+    micro_batches: int = 1  # forwards per step, of equal parts of the batch; from 2 on the noise is measured too
     bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
     skip_bad: bool = False
     keep_going: bool = False
@@ -147,9 +148,11 @@ def _validate(s: Settings) -> None:
     if s.imgsz < 32 or s.imgsz % 32:
         nearest = max(32, math.ceil(s.imgsz / 32) * 32)
         raise UsageError(f"--imgsz {s.imgsz}: must be a multiple of 32; the next one is {nearest}.")
-    for name in ("epochs", "batch_size", "every", "top_k"):
+    for name in ("epochs", "batch_size", "every", "top_k", "micro_batches"):
         if getattr(s, name) < 1:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 1.")
+    if s.micro_batches > s.batch_size:
+        raise UsageError(f"--micro-batches {s.micro_batches}: a batch has no more than {s.batch_size} images.")
     for name in ("lr", "weight_sum", "gradnorm_lr", "dwa_temperature"):
         if not 0 < getattr(s, name) < math.inf:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be a positive number.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,13 @@ class Batch:
         """How many of the images count."""
         return len(self.names) if self.share else 0
 
+    def part(self, start: int, stop: int) -> Batch:
+        """The images from ``start`` to before ``stop``, with their targets."""
+        inside = (self.boxes[:, 0] >= start) & (self.boxes[:, 0] < stop)
+        boxes = self.boxes[inside]
+        boxes[:, 0] -= start  # a copy: selecting by a mask makes one
+        return Batch(self.images[start:stop], boxes, self.labels[start:stop], self.names[start:stop], self.share)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         moved = {name: getattr(self, name).to(device) for name in ("images", "boxes", "labels")}
@@ -50,16 +58,24 @@ def collate(samples: list[Sample]) -> Batch:
     )
 
 
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """A batch cut into ``count`` contiguous parts that differ by one image at most; of fewer images, one each."""
+    if count <= 1:
+        return [batch]
+    size = len(batch)
+    count = min(count, size)
+    ends = [size * part // count for part in range(count + 1)]
+    return [batch.part(start, stop) for start, stop in itertools.pairwise(ends)]
+
+
 def part_of(batch: Sequence[int], rank: int, processes: int) -> tuple[list[int], float]:
     """One process's part of a batch, and which share of it that is.
 
-    Parts are contiguous and in the order of the ranks, and differ by one image at most. Where there are fewer images
-    than processes, the last ones get the first image, which does not count (share 0): every process has to take
-    part in every step.
+    Parts are those of :func:`micro_batches`, in the order of the ranks. Where there are fewer images than processes,
+    some get the first image, which does not count (share 0): every process has to take part in every step.
     """
-    least, more = divmod(len(batch), processes)
-    start = rank * least + min(rank, more)
-    part = list(batch[start : start + least + (rank < more)])
+    size = len(batch)
+    part = list(batch[size * rank // processes : size * (rank + 1) // processes])
     return (part, len(part) / len(batch)) if part else ([batch[0]], 0.0)
 
 
