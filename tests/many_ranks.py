@@ -16,7 +16,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradprobe
+from gradprobe.trainers.dwa import DWA
+from gradprobe.trainers.gradnorm import GradNorm
 from gradprobe.trainers.processes import Several
+from gradprobe.trainers.rlw import RLW
+from gradprobe.trainers.surgery import Surgery
+from gradprobe.trainers.uncertainty import Uncertainty
 
 TASKS = ("a", "b", "c")
 WEIGHTS = {"a": 1.0, "b": 0.3, "c": 2.0}
@@ -82,19 +87,44 @@ def recorded(model, path, way, rank=0, size=1):
             optimizer.zero_grad()
 
 
-BALANCERS = [("gradnorm", {}), ("uncertainty", {}), ("dwa", {}), ("rlw", {}), ("pcgrad", {})]
+def balancers(model):
+    """One of each kind that learns from losses or draws, over the tasks of this file."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    made = {
+        "gradnorm": GradNorm(WEIGHTS, list(inner.first.parameters()), lr=0.3),
+        "uncertainty": Uncertainty(WEIGHTS, lr=0.3),
+        "dwa": DWA(TASKS, 1),
+        "rlw": RLW(TASKS),
+    }
+    return made | ({"pcgrad": Surgery("pcgrad", model, WEIGHTS)} if find_spec("torchjd") else {})
 
 
-def bundled(trainer, processes=None, steps=5, **options):
+def balanced(model, rank=0, size=1):
+    """Balancer -> the weights of every step, at parameters that stay where they are."""
+    history = {}
+    for name, balancer in balancers(model).items():
+        history[name] = []
+        for step in range(STEPS):
+            x = batch(step) if size == 1 else batch(step).split(SIZES[size])[rank]
+            found = losses(model, x, len(x) / BATCH * size)
+            weights = balancer.step(found)
+            sum(weights[t] * found[t] for t in TASKS).backward()
+            balancer.after_backward()
+            model.zero_grad()
+            history[name].append([weights[t] for t in TASKS])
+    return history
+
+
+def bundled(processes=None, **options):
     """Rows and weights of a bundled trainer whose model stays where it is, so that every row is at the same weights."""
     import training
 
     from gradprobe.trainers import loop
 
-    still = {"optimizer": "SGD", "lr": 1e-30, "batch_size": 4, "n_train": 9, "gradnorm_lr": 0.3, **options}
-    made = training.make(trainer, processes=processes, **still)
+    still = {"optimizer": "SGD", "lr": 1e-30, "batch_size": 4, "n_train": 5, "gradnorm_lr": 0.3, **options}
+    made = training.make("gradnorm", processes=processes, **still)
     made.model.train()
-    for one in training.batches(made, steps):
+    for one in training.batches(made, 3):
         loop.train_step(made, one)
     made.probe.close()
     rows = [
@@ -118,10 +148,9 @@ def main(folder, rank, size):
     for way in WAYS:
         recorded(DistributedDataParallel(make()), folder / f"{way}.h5", way, rank, size)
     out = {"agreed": processes.agreed({"a": float(rank), "b": 2.0}), "mean": processes.mean([rank, float("nan")])}
+    out["balanced"] = balanced(DistributedDataParallel(make()), rank, size)
     if size == 2 and find_spec("yolov5"):
-        for trainer, options in BALANCERS:
-            if trainer != "pcgrad" or find_spec("torchjd"):
-                out[trainer] = bundled(trainer, processes, **options)
+        out["bundled"] = bundled(processes)
     torch.save(out, folder / f"{rank}.pt")
     dist.barrier()
     processes.leave()

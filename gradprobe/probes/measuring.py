@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
+from gradprobe.probes.accumulation import Accumulation, Call, Noise, status_of_calls
 from gradprobe.probes.beside import Beside
 from gradprobe.probes.checks import Losses
 from gradprobe.probes.clock import StepClock
@@ -47,19 +48,6 @@ class Due:
         return self.rows or self.features
 
 
-@dataclass(frozen=True)
-class Noise:
-    """What a measurement in micro-batches tells besides.
-
-    Attributes:
-        part: (L, T, T) of the Gramians, as the losses were scaled; None: not known.
-        batches: In how many it was measured.
-    """
-
-    part: Array | None
-    batches: int
-
-
 @dataclass
 class Measuring:
     """The parts of a probe, and what they do at a step. Knows nothing of the probe, which may so be let go of.
@@ -70,6 +58,7 @@ class Measuring:
         ranks: The processes that train together.
         epoch: Of the rows to come.
         beside: Looks at what the optimizer makes of what was measured.
+        calls: Of the present step, where gradients are accumulated.
     """
 
     tasks: tuple[str, ...]
@@ -84,19 +73,28 @@ class Measuring:
     epoch: int = 0
     beside: Beside | None = None
 
+    def __post_init__(self) -> None:
+        several = True if self.clock.accumulate > 1 else None if self.optimizer is not None else False
+        known, agree = self.optimizer is None, self.ranks.first_says
+        self.calls = Accumulation(self.meter, several, not known, agree, self._emit_calls)
+
     def called(self) -> None:
         """A call of the probe is over."""
+        if self.clock.completing:
+            self.calls.finish()
         if self.beside is not None:
             self.beside.called()
         self.clock.called()
 
     def due(self) -> Due:
         """Asked once per call of the probe."""
-        return self._due(*self.clock.ask())
+        first, due = self.clock.ask()
+        return self._due(first, self.calls.due(first, due))
 
     def due_next(self) -> Due:
         """What :meth:`due` would say if the probe were called now."""
-        return self._due(*self.clock.peek())
+        first, due = self.clock.peek()
+        return self._due(first, self.calls.would_be_due(first, due))
 
     def backward(
         self,
@@ -255,9 +253,20 @@ class Measuring:
         batch_size: int,
         noise: Noise | None = None,
     ) -> None:
-        """Hand on the row of all processes: the mean of their losses, and all their samples."""
-        *values, size = self.ranks.mean(np.array([*self._values(losses), batch_size]))
-        self._hand_on(losses, np.array(values), weights, gram, status, watch, round(size * self.ranks.size), noise)
+        """Hand on the row of one call, or keep it until its step is complete."""
+        values, shares, step = self._values(losses), self.meter.shares, self.clock.step
+        call = Call(step, losses, values, weights, gram, status, watch.seconds, batch_size, noise, shares)
+        if not self.calls.takes(call):
+            self._emit_calls([call], gram, noise)
+
+    def _emit_calls(self, calls: Sequence[Call], gram: Array | None, noise: Noise | None) -> None:
+        """Hand on the row of a step, and of all processes: the mean of their losses, and all their samples."""
+        last, watch = calls[-1], Stopwatch(_device(calls[-1].losses))
+        watch.seconds = sum(call.seconds for call in calls)
+        own = [*np.mean([call.values for call in calls], axis=0), sum(call.batch_size for call in calls)]
+        *values, size = self.ranks.mean(np.array(own))
+        total, status = round(size * self.ranks.size), status_of_calls(calls)
+        self._hand_on(last.losses, np.array(values), last.weights, gram, status, watch, total, noise, last.step)
 
     def _values(self, losses: Losses) -> Array:
         return np.array([float(losses[t].detach()) for t in self.tasks])
@@ -271,7 +280,8 @@ class Measuring:
         status: str,
         watch: Stopwatch,
         batch_size: int,
-        noise: Noise | None = None,
+        noise: Noise | None,
+        step: int,
     ) -> None:
         """Hand one row on.
 
@@ -284,6 +294,7 @@ class Measuring:
             watch: Has counted what the row cost so far.
             batch_size: Stored.
             noise: None: not measured in micro-batches.
+            step: Of the training.
         """
         header = self.report.header
         if header is None:
@@ -299,7 +310,7 @@ class Measuring:
             self.beside.measured(self._ordered(losses), weights, gram, status)
         self.report.row(
             Row(
-                step=self.clock.step,
+                step=step,
                 epoch=self.epoch,
                 time=self.now(),
                 loss=values,

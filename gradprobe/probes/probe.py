@@ -46,7 +46,8 @@ class GradientProbe:
         sinks: Who gets the rows.
         every: Measure at steps 0, every, 2 every, ...; default 10, and 1 at ``level="features"``.
         budget: Instead of ``every``: the share of the time that measuring may take, above 0 and below 1.
-        optimizer: Where given, a training step is what its ``step()`` completes, and rows carry its learning rate.
+        optimizer: Where given, a training step is what its ``step()`` completes, and rows carry its learning rate. The
+            calls between two steps, of gradient accumulation, make one row: see :mod:`gradprobe.probes.accumulation`.
         scaler: Of mixed precision. :meth:`backward` scales the loss by it; :meth:`record` takes unscaled losses.
             Gradients are measured scaled, so that they do not vanish in float16, and stored unscaled.
         accumulate: Without an optimizer: how many calls make one step.
@@ -131,6 +132,7 @@ class GradientProbe:
         )
         if optimizer is not None:
             clock.follow(optimizer)
+            clock.around(optimizer, self._measuring.calls.finish, lambda *_: None)
         if updates is not None:
             updates.open(self._measuring, model)
             self._measuring.beside = updates
@@ -312,6 +314,8 @@ class GradientProbe:
         if self._lost.detach() is None:
             return
         atexit.unregister(self._lost)
+        if self._measuring.ranks.size == 1:  # others may be elsewhere, and not answer
+            self._measuring.calls.finish()
         release(self._model, self)
         _end(self._clock, self._measuring.report, end)
 
