@@ -48,7 +48,7 @@ SHOWN = ("loss", "batch_size", "status", "micro_batches")
 
 def rows(path):
     with gradprobe.open_run(path) as run:
-        return run.gram(), run.gram_noise(), {n: run[n] for n in run.names if n in SHOWN}
+        return run.gram(), run.gram_noise(), {n: run[n] for n in SHOWN if n in run}
 
 
 def apart(found, expected, scale):
