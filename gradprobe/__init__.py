@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from gradprobe.attachment import attach
     from gradprobe.errors import GradprobeError
     from gradprobe.probes.doctor import doctor
+    from gradprobe.probes.loader import ProbeLoader
     from gradprobe.probes.probe import GradientProbe
     from gradprobe.runfile import Run, RunWriter, open_run
-    from gradprobe.updates import Updates
+    from gradprobe.updates import Ledger, Updates
 
 _HOME = {
     "attach": "gradprobe.attachment",
@@ -24,12 +25,25 @@ _HOME = {
     "open_run": "gradprobe.runfile",
     "GradientProbe": "gradprobe.probes.probe",
     "GradprobeError": "gradprobe.errors",
+    "ProbeLoader": "gradprobe.probes.loader",
     "Run": "gradprobe.runfile",
     "RunWriter": "gradprobe.runfile",
+    "Ledger": "gradprobe.updates",
     "Updates": "gradprobe.updates",
 }
 
-__all__ = ["GradientProbe", "GradprobeError", "Run", "RunWriter", "Updates", "attach", "doctor", "open_run"]
+__all__ = [
+    "GradientProbe",
+    "GradprobeError",
+    "Ledger",
+    "ProbeLoader",
+    "Run",
+    "RunWriter",
+    "Updates",
+    "attach",
+    "doctor",
+    "open_run",
+]
 
 
 def __getattr__(name: str) -> Any:

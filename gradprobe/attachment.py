@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from gradprobe.probes.probe import GradientProbe
 from gradprobe.provenance import environment
 from gradprobe.runfile import RunWriter
-from gradprobe.updates import Updates
+from gradprobe.updates import Ledger, Updates
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradprobe.probes.binding import Groups, Shared
+    from gradprobe.probes.loader import ProbeLoader
     from gradprobe.rows import Provenance, Sink
 
 
@@ -41,6 +42,8 @@ def attach(
     products: str = "direct",
     process_group: ProcessGroup | None = None,
     updates: bool = False,
+    ledger: bool | Ledger = False,
+    probe_loader: ProbeLoader | None = None,
     sinks: Sequence[Sink] = (),
     provenance: Provenance | None = None,
     overwrite: bool = False,
@@ -53,6 +56,9 @@ def attach(
             process_group: See :class:`gradprobe.GradientProbe`.
         updates: Also record what the optimizer makes of the gradients, see :class:`gradprobe.Updates`; it needs
             ``optimizer``.
+        ledger: Also keep a loss ledger, see :class:`gradprobe.Ledger`: make one with the probe batch, on which the
+            residual hangs. True: one without, of all steps. It needs ``optimizer``.
+        probe_loader: Also measure on samples drawn for that, see :class:`gradprobe.ProbeLoader`.
         out: The run file; None: rows go to ``sinks`` only. Of several processes the first one writes it.
         sinks: Who gets the rows besides the file.
         provenance: Stored in the file, beside versions and machine.
@@ -100,6 +106,8 @@ def attach(
         products=products,
         process_group=process_group,
         updates=Updates() if updates else None,
+        ledger=Ledger() if ledger is True else ledger or None,
+        probe_loader=probe_loader,
         provenance={"trainer": "attach", **environment(), **(provenance or {})},
         _caller=sys._getframe(1),
         _open=None if out is None else partial(RunWriter, out, overwrite=overwrite, resume=resume),

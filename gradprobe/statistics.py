@@ -1,47 +1,438 @@
-"""Estimates that know their noise, from Gramians measured in micro-batches.
+"""Estimates that know their noise, intervals and tests: pure functions on arrays.
 
-Leading axes are free: steps, layers, runs. NaN means "not known" and is handed through, never turned into 0.
+Two kinds of interval are here, and must not be taken for each other. Those of one run (:class:`Estimate`) say how well
+its rows determine a number of *this* run, and nothing of another seed. Those over seeds (:class:`Contrast`) say how far
+a difference between two trainers holds for seeds that were not run.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
-from gradprobe.measures import Array
+from gradprobe.measures import Array, pair_index
+
+Counts = NDArray[np.int64]
+Truth = NDArray[np.bool_]
+
+MIN_ROWS = 3
+"""Fewer rows have no interval."""
+
+SIGN_FLIP_SEEDS = 6
+"""Fewer differences cannot reach 5 % by flipping signs: 2 / 2^5 > .05."""
+
+_EXACT_FLIPS = 14  # 2^13 sign patterns are all looked at; of more differences, as many random ones
 
 
-def noise_part(gram: ArrayLike, micro: ArrayLike, shares: ArrayLike) -> Array:
-    """The noise part D of a Gramian that was measured in m independent micro-batches.
+# ---- the noise part of a Gramian
 
-    A minibatch gradient is the true one plus noise, and two tasks' noise comes from the same samples, so that products
-    are off on average: E F = <true_i, true_j> + (covariance of the noise). ``F - D`` is free of that.
+
+def noise_part(gram: ArrayLike, within: ArrayLike, shares: ArrayLike) -> Array:
+    """How much of a Gramian is the noise of its samples.
 
     Args:
-        gram: F, (..., T, T): products of the gradients g_i = sum_a alpha_a g_i^a of the whole batch.
-        micro: (..., T, T): sum_a alpha_a^2 <g_i^a, g_j^a> over the micro-batches.
-        shares: (m,) the alpha_a: each micro-batch's share of the batch, summing to 1.
+        gram: (..., T, T), ``<g_i, g_j>`` of the mean gradients ``g_i = sum_a alpha_a g_i^a`` over m micro-batches.
+        within: (..., T, T), ``sum_a alpha_a^2 <g_i^a, g_j^a>``.
+        shares: (m,), alpha_a, the share of the samples in each micro-batch; they sum to 1.
 
     Returns:
-        (..., T, T) float64, in (loss per unit of parameter)^2. NaN where either is, and everywhere for m = 1: one
-        gradient says nothing about its own noise. With equal shares it is (W - F) / (m - 1), W the mean over the
-        micro-batches.
+        (..., T, T), in the unit of ``gram``: D, whose expectation is that of the noise in ``gram`` where micro-batches
+        are independent. ``gram - D`` is unbiased for the inner products of the true gradients, and may be below 0 on
+        the diagonal. NaN where the Gramian is, and everywhere with a single micro-batch, which shows no noise.
 
     Raises:
         ValueError: Shares that are not positive or do not sum to 1.
 
-    Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, appendix A, for squares of norms
-    and two batch sizes; here for every product and any shares.
+    Source: McCandlish et al., "An Empirical Model of Large-Batch Training", 2018, appendix A.1, for inner products.
 
-    >>> noise_part([[2.0]], [[5.0 / 2]], [0.5, 0.5])  # W = 5, F = 2
-    array([[3.]])
+    >>> noise_part([[2.0]], [[2.0]], [0.5, 0.5])  # two orthogonal gradients of square 4: all of it is noise
+    array([[2.]])
     """
-    alpha = np.asarray(shares, dtype=np.float64)
-    if alpha.ndim != 1 or not alpha.size or not (alpha > 0).all() or abs(alpha.sum() - 1.0) > 1e-9:
-        raise ValueError(f"shares of micro-batches must be positive and sum to 1; they are {alpha.tolist()}")
-    whole, parts = np.asarray(gram, dtype=np.float64), np.asarray(micro, dtype=np.float64)
-    if alpha.size == 1:
-        return np.full(np.broadcast_shapes(whole.shape, parts.shape), np.nan)
-    squared = float(np.square(alpha).sum())
-    result: Array = (parts - squared * whole) / (1.0 - squared)
+    part = np.asarray(shares, dtype=np.float64)
+    if not ((part > 0).all() and abs(part.sum() - 1) < 1e-6):
+        raise ValueError(f"the shares of micro-batches are {part.tolist()}; they must be positive and sum to 1")
+    gram, within = np.asarray(gram, dtype=np.float64), np.asarray(within, dtype=np.float64)
+    square = float(np.square(part).sum())
+    if len(part) < 2:
+        return np.full(np.broadcast_shapes(gram.shape, within.shape), np.nan)
+    result: Array = (within - square * gram) / (1 - square)
+    return result
+
+
+# ---- means within a run
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Means of series, arrays of one shape.
+
+    Attributes:
+        mean: NaN: no row.
+        variance: Of the mean, from differences of neighbouring rows, so that a slow drift does not count as noise. NaN
+            with fewer than :data:`MIN_ROWS` rows.
+        rows: How many went into it.
+    """
+
+    mean: Array
+    variance: Array
+    rows: Counts
+
+    def half(self, level: float = 0.95) -> Array:
+        """Half the width of the interval at this level."""
+        return half_width(self.variance, self.rows, level)
+
+
+def series_mean(values: ArrayLike) -> Mean:
+    """The mean over rows in order of time, (n, ...) -> (...); rows that are NaN do not count.
+
+    Source: von Neumann et al., "The Mean Square Successive Difference", 1941.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(values)
+    rows = known.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(known, values, 0.0).sum(axis=0) / np.where(rows > 0, rows, np.nan)
+        first = np.take_along_axis(values, np.argsort(~known, axis=0, kind="stable"), axis=0)
+        square = np.square(np.diff(first, axis=0))  # NaN only behind the last known row
+        between = np.where(np.isfinite(square), square, 0.0).sum(axis=0) / (rows - 1)
+        variance = np.where(rows >= MIN_ROWS, between / (2 * rows), np.nan)
+    return Mean(mean, variance, rows)
+
+
+def half_width(variance: ArrayLike, rows: ArrayLike, level: float = 0.95) -> Array:
+    """Half the width of an interval around a mean, from its variance by neighbouring differences.
+
+    That variance of K rows is as uncertain as one with ``2 (K - 1)^2 / (3 K - 4)`` degrees of freedom.
+    """
+    rows = np.asarray(rows, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        freedom = np.where(rows >= MIN_ROWS, 2 * np.square(rows - 1) / (3 * rows - 4), np.nan)
+        result: Array = special.stdtrit(freedom, 0.5 + level / 2) * np.sqrt(np.asarray(variance, dtype=np.float64))
+    return result
+
+
+def pooled_cosine(gram: ArrayLike) -> Mean:
+    """The cosine of every pair over all rows: ``sum U_ij / sqrt(sum U_ii sum U_jj)``, a ratio of sums.
+
+    Args:
+        gram: (n, ..., T, T), rows in order of time, less their noise part where that is known. Rows in which a pair has
+            a NaN do not count for it.
+
+    Returns:
+        (..., P). Not held within [-1, 1]: less its noise, an estimate may lie a little outside. NaN with fewer than
+        three rows, or where a square sums to 0 or less.
+    """
+    gram = np.asarray(gram, dtype=np.float64)
+    first, second = pair_index(gram.shape[-1])
+    inner, one, other = gram[..., first, second], gram[..., first, first], gram[..., second, second]
+    known = np.isfinite(inner) & np.isfinite(one) & np.isfinite(other)
+    inner, one, other = (np.where(known, part, np.nan) for part in (inner, one, other))
+    mean = [series_mean(part).mean for part in (inner, one, other)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        length = np.sqrt(np.where((mean[1] > 0) & (mean[2] > 0), mean[1] * mean[2], np.nan))
+        cosine = mean[0] / length
+        psi = inner / length - cosine / 2 * (one / mean[1] + other / mean[2])
+    found = series_mean(psi)
+    return Mean(np.where(known.sum(axis=0) >= MIN_ROWS, cosine, np.nan), found.variance, known.sum(axis=0))
+
+
+def pooled_ratio(above: ArrayLike, below: ArrayLike) -> Mean:
+    """``sum above / sum below`` over rows in order of time, (n, ...) each; its variance by the delta method.
+
+    NaN where fewer than three rows have both, or the sum below is 0.
+    """
+    above, below = np.broadcast_arrays(np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64))
+    known = np.isfinite(above) & np.isfinite(below)
+    above, below = np.where(known, above, np.nan), np.where(known, below, np.nan)
+    whole = series_mean(below).mean
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = series_mean(above).mean / np.where(whole == 0, np.nan, whole)
+        found = series_mean((above - ratio * below) / whole)
+    return Mean(np.where(found.rows >= MIN_ROWS, ratio, np.nan), found.variance, found.rows)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the rows of one run say of its task gradients, less the noise of their samples. Intervals are of 95 %.
+
+    Attributes:
+        cosine, low, high: (..., P). NaN: one of the two gradients cannot be told from noise, or there are fewer than
+            three rows. Not held within [-1, 1].
+        square, square_low: (..., T) mean squared norm of the true gradient, and the lower end of its interval.
+        square_resolved: (..., T) whether that lower end is above 0.
+        noise_scale, noise_scale_low, noise_scale_high: (..., T), in samples: the batch at which noise and gradient are
+            equally long. NaN where the gradient cannot be told from noise.
+        noise_correlation, noise_correlation_low, noise_correlation_high: (..., P): of the noise of two tasks; samples
+            that they share make it differ from 0, and a cosine that ignores it wrong. NaN: no noise.
+        gram, noise: (..., T, T) means over the rows: of the unbiased Gramian, and of the noise part.
+        rows: (..., P), that have all that the pair needs.
+    """
+
+    cosine: Array
+    low: Array
+    high: Array
+    square: Array
+    square_low: Array
+    square_resolved: Truth
+    noise_scale: Array
+    noise_scale_low: Array
+    noise_scale_high: Array
+    noise_correlation: Array
+    noise_correlation_low: Array
+    noise_correlation_high: Array
+    gram: Array
+    noise: Array
+    rows: Counts
+
+
+def pooled(gram: ArrayLike, noise: ArrayLike, batch_size: ArrayLike) -> Estimate:
+    """Pool the rows of a window of one run.
+
+    Args:
+        gram: (n, ..., T, T), measured, rows in order of time.
+        noise: (n, ..., T, T), its noise part, from :func:`noise_part`.
+        batch_size: () or (n,), samples behind a row.
+
+    Source: McCandlish et al., 2018, for the noise scale.
+    """
+    gram, noise = np.asarray(gram, dtype=np.float64), np.asarray(noise, dtype=np.float64)
+    true = gram - noise
+    first, second = pair_index(gram.shape[-1])
+    square = series_mean(_diagonal(true))
+    square_low = square.mean - square.half()
+    with np.errstate(invalid="ignore"):
+        resolved = square_low > 0
+    both = resolved[..., first] & resolved[..., second]
+    cosine = _where(both, pooled_cosine(true))
+    samples = np.asarray(batch_size, dtype=np.float64)
+    samples = samples.reshape(samples.shape + (1,) * (gram.ndim - 1 - samples.ndim)) if samples.ndim else samples
+    scale = _where(resolved, pooled_ratio(samples * _diagonal(noise), _diagonal(true)))
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        factor = np.exp(scale.half() / scale.mean)  # a positive measure: its interval is that of its logarithm
+        scale_low, scale_high = scale.mean / factor, scale.mean * factor
+    correlation = pooled_cosine(np.where(np.isfinite(true), noise, np.nan))
+    return Estimate(
+        cosine=cosine.mean,
+        low=cosine.mean - cosine.half(),
+        high=cosine.mean + cosine.half(),
+        square=square.mean,
+        square_low=square_low,
+        square_resolved=resolved,
+        noise_scale=scale.mean,
+        noise_scale_low=scale_low,
+        noise_scale_high=scale_high,
+        noise_correlation=correlation.mean,
+        noise_correlation_low=correlation.mean - correlation.half(),
+        noise_correlation_high=correlation.mean + correlation.half(),
+        gram=series_mean(true).mean,
+        noise=series_mean(noise).mean,
+        rows=cosine.rows,
+    )
+
+
+def _where(told: Truth, found: Mean) -> Mean:
+    return Mean(np.where(told, found.mean, np.nan), np.where(told, found.variance, np.nan), found.rows)
+
+
+def _diagonal(gram: Array) -> Array:
+    result: Array = np.diagonal(gram, axis1=-2, axis2=-1)
+    return result
+
+
+# ---- differences over seeds
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A difference between two trainers, and how far it is known. Arrays of one shape.
+
+    Attributes:
+        effect: The difference; NaN: not known.
+        error: Its standard error; NaN with a single seed.
+        freedom: Degrees of freedom of the error.
+        seeds: How many differences went into it; of unpaired runs the smaller number.
+    """
+
+    effect: Array
+    error: Array
+    freedom: Array
+    seeds: Counts
+
+    def interval(self, level: float = 0.95) -> tuple[Array, Array]:
+        """Student's t interval, both ends."""
+        half = special.stdtrit(self.freedom, 0.5 + level / 2) * self.error
+        return self.effect - half, self.effect + half
+
+    def p_below(self, value: ArrayLike) -> Array:
+        """One-sided p-value of the null "the true effect is ``value`` or more"; NaN where nothing is known."""
+        return self._tail(self.effect - np.asarray(value, dtype=np.float64))
+
+    def p_above(self, value: ArrayLike) -> Array:
+        """One-sided p-value of the null "the true effect is ``value`` or less"."""
+        return self._tail(np.asarray(value, dtype=np.float64) - self.effect)
+
+    def _tail(self, over: Array) -> Array:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            tail = special.stdtr(self.freedom, over / self.error)
+        sure = np.where(over < 0, 0.0, 1.0)  # without any spread there is nothing to weigh
+        result: Array = np.where(self.error == 0, sure, tail)
+        return result
+
+
+def paired(differences: ArrayLike) -> Contrast:
+    """From one difference per seed: (..., n) -> (...). NaN: the seed is missing."""
+    values = np.asarray(differences, dtype=np.float64)
+    mean, variance, count = _moments(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        error = np.sqrt(variance / count)
+    return Contrast(mean, error, np.where(count > 1, count - 1.0, np.nan), count)
+
+
+def welch(arm: ArrayLike, baseline: ArrayLike) -> Contrast:
+    """Arm minus baseline from runs that are not paired: (..., n) and (..., m) -> (...).
+
+    Source: Welch, "The generalization of Student's problem when several different population variances are involved",
+    1947.
+    """
+    means, variances, counts = zip(*(_moments(np.asarray(v, dtype=np.float64)) for v in (arm, baseline)), strict=True)
+    return _summed(
+        means[0] - means[1],
+        [v / np.maximum(n, 1) for v, n in zip(variances, counts, strict=True)],
+        [n - 1.0 for n in counts],
+        np.minimum(*counts),
+    )
+
+
+def widened(contrast: Contrast, variance: ArrayLike, freedom: ArrayLike) -> Contrast:
+    """The same difference with a second, independent source of error: its variance, and its degrees of freedom.
+
+    Source: Satterthwaite, "An approximate distribution of estimates of variance components", 1946.
+    """
+    parts = [np.square(contrast.error), np.asarray(variance, dtype=np.float64)]
+    return _summed(contrast.effect, parts, [contrast.freedom, np.asarray(freedom, dtype=np.float64)], contrast.seeds)
+
+
+def _summed(effect: Array, parts: list[Array], freedom: list[Array], seeds: Counts) -> Contrast:
+    whole = sum(parts)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = sum(np.square(part) / np.where(df > 0, df, np.nan) for part, df in zip(parts, freedom, strict=True))
+        joint = np.where(share > 0, np.square(whole) / share, freedom[0])
+    return Contrast(effect, np.sqrt(whole), joint, seeds)
+
+
+def _moments(values: Array) -> tuple[Array, Array, Counts]:
+    """Mean, variance and count over the last axis, of what is not NaN."""
+    known = np.isfinite(values)
+    count = known.sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(known, values, 0.0).sum(axis=-1) / np.where(count > 0, count, np.nan)
+        apart = np.where(known, values - mean[..., None], 0.0)
+        variance = np.square(apart).sum(axis=-1) / np.where(count > 1, count - 1, np.nan)
+    return mean, variance, count
+
+
+def t_interval(differences: ArrayLike, level: float = 0.95) -> tuple[Array, Array, Array]:
+    """Mean and Student's t interval over seeds: (..., n) -> mean, low, high (...). NaN ends with fewer than two."""
+    found = paired(differences)
+    return found.effect, *found.interval(level)
+
+
+def jackknife_variance(without: ArrayLike) -> Array:
+    """Variance of a statistic from its values with one of K clusters left out: (..., K) -> (...).
+
+    Clusters are what is independent: all images of one clip or patient together. NaN with fewer than two, or where a
+    value is NaN.
+
+    Source: Efron, "The Jackknife, the Bootstrap and Other Resampling Plans", 1982, chapter 3.
+    """
+    values = np.asarray(without, dtype=np.float64)
+    count = values.shape[-1]
+    if count < 2:
+        return np.full(values.shape[:-1], np.nan)
+    result: Array = (count - 1) * values.var(axis=-1)
+    return result
+
+
+# ---- many tests, and checks on few numbers
+
+
+def holm(p: ArrayLike) -> Array:
+    """Holm's adjusted p-values over the last axis.
+
+    Args:
+        p: (..., F). NaN: a comparison that was planned and gave no p-value; it counts, as one that shows nothing.
+
+    Returns:
+        (..., F): the smallest family-wise error rate at which each is rejected; NaN stays NaN.
+
+    Source: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979.
+
+    >>> holm([0.01, 0.04, 0.03])
+    array([0.03, 0.06, 0.06])
+    """
+    p = np.asarray(p, dtype=np.float64)
+    count = p.shape[-1]
+    filled = np.where(np.isnan(p), 1.0, p)
+    order = np.argsort(filled, axis=-1, kind="stable")
+    stepped = np.take_along_axis(filled, order, axis=-1) * (count - np.arange(count))
+    adjusted = np.empty_like(filled)
+    np.put_along_axis(adjusted, order, np.minimum(np.maximum.accumulate(stepped, axis=-1), 1.0), axis=-1)
+    return np.where(np.isnan(p), np.nan, adjusted)
+
+
+def benjamini_hochberg(p: ArrayLike, rate: float) -> Truth:
+    """Which of many p-values are discoveries at this false discovery rate; NaN never is.
+
+    Source: Benjamini and Hochberg, "Controlling the False Discovery Rate", 1995.
+    """
+    p = np.asarray(p, dtype=np.float64)
+    known = np.sort(p[np.isfinite(p)])
+    passed = np.flatnonzero(known <= rate * np.arange(1, len(known) + 1) / max(len(known), 1))
+    limit = known[passed[-1]] if len(passed) else -1.0
+    with np.errstate(invalid="ignore"):
+        result: Truth = p <= limit
+    return result
+
+
+def normal_tail(score: ArrayLike) -> Array:
+    """Probability of a standard normal score at least as high, one-sided; NaN stays NaN."""
+    result: Array = special.ndtr(-np.asarray(score, dtype=np.float64))
+    return result
+
+
+def sign_flip(differences: ArrayLike) -> float:
+    """Two-sided p-value of "no difference" by flipping signs: (n,) -> number. It needs no normal distribution.
+
+    Exact up to 14 differences, from 8192 random flips of a fixed seed beyond. NaN with fewer than
+    :data:`SIGN_FLIP_SEEDS`, where it cannot reach 5 %.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    d = d[np.isfinite(d)]
+    if len(d) < SIGN_FLIP_SEEDS:
+        return float("nan")
+    exact = len(d) <= _EXACT_FLIPS
+    if exact:
+        bits = (np.arange(1 << (len(d) - 1))[:, None] >> np.arange(len(d))) & 1  # the last sign may stay: two-sided
+    else:
+        bits = np.random.default_rng(0).integers(0, 2, size=(1 << (_EXACT_FLIPS - 1), len(d)))
+    sums = np.abs((1 - 2 * bits) @ d)
+    reached = sums >= abs(d.sum()) * (1 - 1e-12)  # the flip that changes nothing must count, whatever the rounding
+    return float(reached.mean() if exact else (1 + reached.sum()) / (1 + len(bits)))
+
+
+def skewed(differences: ArrayLike) -> Truth:
+    """Whether differences lean to one side more than normal ones do in 95 % of cases: (..., n) -> (...).
+
+    Student's t then errs more often than it says: up to 13 % instead of 5. Never with fewer than four.
+    """
+    d = np.asarray(differences, dtype=np.float64)
+    mean, variance, count = _moments(d)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cubes = np.where(np.isfinite(d), d - mean[..., None], 0.0) ** 3
+        skewness = cubes.sum(axis=-1) / count / (variance * (count - 1) / count) ** 1.5
+        error = np.sqrt(6 * (count - 2) / ((count + 1) * (count + 3)))
+        result: Truth = (count > 3) & (np.abs(skewness) > 1.96 * error)
     return result

@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "statistics": {"measures"},
     "rows": {"measures"},
     "provenance": set(),
-    "runfile": {"__init__", "errors", "measures", "rows"},
+    "runfile": {"__init__", "errors", "measures", "rows", "statistics"},
     "summary": {"errors", "measures", "rows", "runfile"},
     "plots": {"errors", "measures", "rows", "runfile", "summary", "verdict"},
     "probes": {"errors", "measures", "rows", "statistics"},
@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "trainers": {"audit", "errors", "measures", "probes", "rows", "updates"},
     "sinks": {"errors", "measures", "rows"},
     "integrations": {"attachment", "errors", "probes", "rows"},
-    "verdict": {"errors", "measures"},
+    "verdict": {"errors", "ledger", "measures", "runfile", "statistics"},
     "attachment": {"probes", "provenance", "rows", "runfile", "updates"},
     "cli": {
         "__init__",
@@ -47,6 +47,7 @@ MAY_IMPORT = {
         "provenance",
         "rows",
         "runfile",
+        "statistics",
         "summary",
         "trainers",
         "verdict",
@@ -118,6 +119,15 @@ def test_one_file_alone_imports_yolov5():
     assert users <= {"trainers/models/_import_yolov5.py"}
 
 
+def test_one_file_of_the_verdict_alone_reads_runs():
+    users = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in modules()
+        if room(path) == "verdict" and any(name.startswith("gradprobe.runfile") for name in imports(path))
+    }
+    assert users <= {"verdict/evidence.py"}
+
+
 def test_packages_of_others_are_imported_by_one_file_alone():
     for path in modules():
         for package in {name.split(".")[0] for name in imports(path)} & set(THEIR_OWN):
@@ -128,6 +138,8 @@ def test_what_is_exported():
     assert set(gradprobe.__all__) == {
         "GradientProbe",
         "GradprobeError",
+        "Ledger",
+        "ProbeLoader",
         "Run",
         "RunWriter",
         "Updates",

@@ -18,7 +18,7 @@ BATCHES = 4  # of one epoch
 
 @functools.cache
 def phantoms(n_train=8 * BATCHES):
-    return load_data("phantom", imgsz=64, seed=3, n_train=n_train, n_val=8)
+    return load_data("phantom", imgsz=64, seed=3, n_train=n_train, n_val=8, n_test=8)
 
 
 class Watcher(SimpleNamespace):

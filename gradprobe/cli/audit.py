@@ -157,14 +157,13 @@ def _bundled(request: Request) -> Any:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from gradprobe.cli.recording import make_plan
     from gradprobe.trainers import audited
-    from gradprobe.trainers.data import load_data
+    from gradprobe.trainers.problems import problem_of
 
     trainer = request.flags["trainer"] or (None if request.preset else "joint")
     audited.check(trainer)
     plan = make_plan(dataclasses.replace(request, flags={**request.flags, "trainer": trainer}))
     settings = audited.forced(plan.settings)
-    loaded = load_data(settings.data, imgsz=settings.imgsz, seed=settings.seed, skip_bad=settings.skip_bad)
-    return audited.factory(settings, loaded, plan.hyp)
+    return audited.factory(settings, problem_of(settings).load(settings), plan.hyp)
 
 
 def _progress() -> Any:

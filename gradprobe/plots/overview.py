@@ -6,15 +6,15 @@ from typing import Any
 
 from matplotlib.figure import Figure, SubFigure
 
-from gradprobe.plots import cosine, features, heatmap, layers, losses, metrics, norms, style, weights
+from gradprobe.plots import cosine, crowd, features, heatmap, layers, losses, matrix, metrics, norms, style, weights
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 
 PAIRS = 3
 """Pairs of tasks in the cosine panel; the layer panels show one."""
 
-ROOM = 33
-"""Layer names that fit."""
+ROOM, MATRIX_ROOM = 33, 44
+"""Names of layers, and of tasks, that fit."""
 
 
 def draw(run: Run, figure: Figure) -> dict[str, Table]:
@@ -64,9 +64,14 @@ def _layers(run: Run, row: SubFigure) -> dict[str, Table]:
     if reason := cosine.lacks(run):
         style.unavailable(row.subplots(), "Cosine and conflict by layer", reason)
         return {}
-    left, right = row.subplots(1, 2, width_ratios=(2.4, 1))
     pair = style.lowest_pairs(run, 1)[0]
-    tables = {
+    if crowd.many(run):
+        first, left, right = row.subplots(1, 3, width_ratios=(1.5, 1.5, 0.9))
+        tables = {"matrix": matrix.draw(run, first, MATRIX_ROOM, colorbar=False)}
+    else:
+        left, right = row.subplots(1, 2, width_ratios=(2.4, 1))
+        tables = {}
+    tables |= {
         "heatmap": heatmap.draw(run, left, pair, ROOM),
         "layers": layers.draw(run, right, pair, ROOM, named=False),
     }

@@ -100,7 +100,11 @@ class Accumulation:
         self._expected = expected if meter.keeps else False
         self._calls: list[Call] = []
         self._means: list[Gradients] = []
-        self._collecting = self._lent = False
+        self._collecting = self._lent = self._stopped = False
+
+    def stop(self) -> None:
+        """The first call stands for its step from here on: what is beside the probe looks at single calls."""
+        self._expected, self._stopped = False, True
 
     def due(self, first: bool, due: bool) -> bool:
         """Whether a call is measured.
@@ -114,7 +118,7 @@ class Accumulation:
             self._begin(due and self._expected is not False)
             return due
         if not self._calls:
-            self._expected = self._expected or (self._meter.keeps and self._more())
+            self._expected = self._expected or (self._meter.keeps and not self._stopped and self._more())
             return False
         if not self._more():  # what went before was dropped: a step that the scaler left out
             self.finish()

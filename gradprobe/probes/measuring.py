@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
@@ -26,10 +27,12 @@ from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import Level
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.micro import MicroBatches
+from gradprobe.probes.on_loader import OnLoader
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.release import release
 from gradprobe.probes.report import Reporter, status_of
 from gradprobe.probes.scaling import LossScale
+from gradprobe.probes.self_check import SELF_CHECKED, cosines_with_itself, fault
 from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import MEASURED, FeatureRow, Row
 from gradprobe.statistics import noise_part
@@ -43,9 +46,15 @@ class Due:
 
     rows: bool
     features: bool
+    loader: bool
+
+    @property
+    def here(self) -> bool:
+        """Whether anything of the training's own batch is."""
+        return self.rows or self.features
 
     def __bool__(self) -> bool:
-        return self.rows or self.features
+        return self.here or self.loader
 
 
 @dataclass
@@ -59,6 +68,8 @@ class Measuring:
         epoch: Of the rows to come.
         beside: Looks at what the optimizer makes of what was measured.
         calls: Of the present step, where gradients are accumulated.
+        loader: Measured besides.
+        self_checked: Whether the probe has looked at itself, see :mod:`gradprobe.probes.self_check`.
     """
 
     tasks: tuple[str, ...]
@@ -72,6 +83,8 @@ class Measuring:
     ranks: Alone
     epoch: int = 0
     beside: Beside | None = None
+    loader: OnLoader | None = None
+    self_checked: bool = False
 
     def __post_init__(self) -> None:
         several = True if self.clock.accumulate > 1 else None if self.optimizer is not None else False
@@ -106,16 +119,18 @@ class Measuring:
         micro: MicroBatches | None = None,
     ) -> None:
         """The joint backward of ``total``, with the measurement around and within it."""
+        if due.rows and not self._apart(micro):
+            self._look(losses, None)
         if self._apart(micro):
             self.record(losses, weights, due, batch_size, micro)
             total.backward()
             return
         watch, feature_watch = Stopwatch(total.device), Stopwatch(total.device)
-        scaled = self.scale.all(self._ordered(losses))
+        scaled = self.scale.all(self.ordered(losses))
         plan, status, entering = None, MEASURED, None
         if due.rows:
             with watch.running():
-                plan, status = self._guarded(lambda: self.meter.begin(self.find(losses), scaled, weights))
+                plan, status = self.guarded(lambda: self.meter.begin(self.find(losses), scaled, weights))
         if due.features:
             with feature_watch.running():
                 entering, _ = self._guarded_together(
@@ -133,8 +148,8 @@ class Measuring:
         if derived is not None:
             watch.seconds += derived.listener.seconds
             with watch.running():
-                plan, status = self._guarded(lambda: self.meter.finish(derived, scaled))
-                self._guarded(lambda: release(derived.graph))
+                plan, status = self.guarded(lambda: self.meter.finish(derived, scaled))
+                self.guarded(lambda: release(derived.graph))
         if entering is not None:
             feature_watch.seconds += entering.seconds
             with feature_watch.running():
@@ -149,11 +164,13 @@ class Measuring:
         self, losses: Losses, weights: Array, due: Due, batch_size: int, micro: MicroBatches | None = None
     ) -> None:
         """The measurement alone, by passes of its own."""
+        if due.rows:
+            self._look(losses, micro)
         if self._apart(micro):
             self._in_micro_batches(losses, weights, batch_size, micro)
             return
         watch, feature_watch = Stopwatch(_device(losses)), Stopwatch(_device(losses))
-        scaled = self.scale.all(self._ordered(losses))
+        scaled = self.scale.all(self.ordered(losses))
         if due.features:
             with feature_watch.running():
                 features, _ = self._guarded_together(lambda: self._find_features(losses))
@@ -162,17 +179,26 @@ class Measuring:
             self._emit_features(features or [], gram, feature_watch)
         if due.rows:
             with watch.running():
-                gram, status = self._guarded(lambda: self.meter.explicit(self.find(losses), scaled))
+                gram, status = self.guarded(lambda: self.meter.explicit(self.find(losses), scaled))
             self._emit(losses, weights, gram, status, watch, batch_size, self._noise(micro, gram))
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
+
+    def _look(self, losses: Losses, micro: MicroBatches | None) -> None:
+        """What stands beside may need gradients of its own, while the graphs are alive."""
+        if self.beside is not None:
+            self.guarded(lambda: self.find(losses))
+            pieces = micro.losses if micro is not None and self._apart(micro) else (losses,)
+            self.beside.looked([self.scale.all(self.ordered(one)) for one in pieces])
 
     def _in_micro_batches(self, losses: Losses, weights: Array, batch_size: int, micro: MicroBatches) -> None:
         watch = Stopwatch(_device(losses))
         with watch.running():
-            scaled = (self.scale.all(self._ordered(one)) for one in micro.losses)
-            found, status = self._guarded(
+            scaled = (self.scale.all(self.ordered(one)) for one in micro.losses)
+            found, status = self.guarded(
                 lambda: self.meter.in_micro_batches(self.find(losses), scaled, micro.shares, len(self.tasks))
             )
+            if found is not None:
+                self.check_self(micro.losses)
         gram, part = found if found is not None else (None, None)
         self._emit(losses, weights, gram, status, watch, batch_size, Noise(part, len(self.meter.shares)))
         self.clock.schedule.spent(watch.seconds)
@@ -191,6 +217,30 @@ class Measuring:
             return Noise(None, len(shares))
         return Noise(noise_part(gram, parts, shares), len(shares))
 
+    def on_loader(self) -> None:
+        """The measurement on the probe loader, which changes nothing."""
+        assert self.loader is not None
+        with self.ranks.equal_shares():
+            row = self.loader.measure(self)
+        if row is not None:
+            self.report.probe_loader(row)
+
+    def check_self(self, losses: Iterable[Losses]) -> None:
+        """Once: measure a task with its own copy and with its negative, on a few micro-batches."""
+        if self.self_checked:
+            return
+        self.self_checked = True
+
+        def check() -> tuple[float, float]:
+            few = self.ranks.together(lambda: list(itertools.islice(losses, SELF_CHECKED)))
+            return cosines_with_itself(self.meter, self.scale, self.tasks, few)
+
+        found, _ = self.guarded(check)
+        if found is not None:
+            self.report.annotate({"self_check": list(found)})
+            if wrong := fault(found):
+                self.report.warn(self.clock.step, wrong)
+
     def check_micro(self) -> None:
         """Whether it can be measured in micro-batches.
 
@@ -205,7 +255,7 @@ class Measuring:
 
     def note(self, losses: Losses, weights: Array, status: str, batch_size: int) -> None:
         """A row without a measurement."""
-        self._guarded(lambda: self.find(losses))
+        self.guarded(lambda: self.find(losses))
         self._emit(losses, weights, None, status, Stopwatch(_device(losses)), batch_size)
 
     def find(self, losses: Losses) -> SharedLayers:
@@ -305,9 +355,9 @@ class Measuring:
             elif status == MEASURED:
                 gram = self.meter.last_gram = self.scale.off(gram)
                 self.meter.check_reach(self.tasks, gram)
-                status = status_of(values, gram, header.reach, lambda: self.meter.reach_now(self._ordered(losses)))
+                status = status_of(values, gram, header.reach, lambda: self.meter.reach_now(self.ordered(losses)))
         if self.beside is not None:
-            self.beside.measured(self._ordered(losses), weights, gram, status)
+            self.beside.measured(self.ordered(losses), weights, gram, status)
         self.report.row(
             Row(
                 step=step,
@@ -330,7 +380,8 @@ class Measuring:
         return np.full_like(gram, np.nan) if noise.part is None else self.scale.off(noise.part)
 
     def _due(self, first: bool, due: bool) -> Due:
-        return Due(due, self.level.features and (first if self.level.parameters else due))
+        loader = first and self.loader is not None and self.loader.due(self.clock.step)
+        return Due(due, self.level.features and (first if self.level.parameters else due), loader)
 
     def _emit_features(self, features: Sequence[Feature], gram: Array | None, watch: Stopwatch) -> None:
         if gram is not None and self.features.names:
@@ -340,19 +391,21 @@ class Measuring:
 
     def _find_features(self, losses: Losses) -> list[Feature]:
         self.find(losses)  # a file begins with its layers
-        found = self.features.find(self._ordered(losses))
+        found = self.features.find(self.ordered(losses))
         if found:
             self.report.start_features([f.name for f in found], [f.size for f in found])
         return found
 
-    def _ordered(self, losses: Losses) -> list[Tensor]:
+    def ordered(self, losses: Losses) -> list[Tensor]:
+        """(T,) in the order of the tasks."""
         return [losses[task] for task in self.tasks]
 
-    def _guarded(self, measure: Callable[[], T]) -> tuple[T | None, str]:
+    def guarded(self, measure: Callable[[], T]) -> tuple[T | None, str]:
+        """The result and a row's status; a failure is a status, not an exception."""
         return self.report.guarded(self.clock.step, measure)
 
     def _guarded_together(self, measure: Callable[[], T]) -> tuple[T | None, str]:
-        return self._guarded(lambda: self.ranks.together(measure))
+        return self.guarded(lambda: self.ranks.together(measure))
 
     def now(self) -> float:
         """Seconds since recording started."""

@@ -95,7 +95,9 @@ class Meter:
             ProbeError: They are not made, or memory was to stay low.
         """
         if self._memory == "low" or self._ghostly:
-            raise ProbeError("updates= needs every task's gradients: leave memory='low' and products='ghost' out.")
+            raise ProbeError(
+                "updates= and ledger= need every task's gradients: leave memory='low' and products='ghost' out."
+            )
         self.kept = []
         if micro:
             self.kept_micro = []
@@ -124,6 +126,11 @@ class Meter:
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return next((p.device for p in self._model.parameters()), torch.device("cpu"))
+
+    @property
+    def ranks(self) -> Alone:
+        """The processes whose gradients are averaged."""
+        return self._ranks
 
     def find(self, losses: Losses) -> SharedLayers:
         """The shared layers; searched for once, and followed when their parameters are replaced.
@@ -164,7 +171,13 @@ class Meter:
             )
 
     def in_micro_batches(
-        self, shared: SharedLayers, losses: Iterable[Sequence[Tensor]], shares: Sequence[float], tasks: int
+        self,
+        shared: SharedLayers,
+        losses: Iterable[Sequence[Tensor]],
+        shares: Sequence[float],
+        tasks: int,
+        *,
+        aside: bool = False,
     ) -> tuple[Array, Array]:
         """The Gramians and their noise parts, (L, T, T) each, by passes of their own.
 
@@ -173,10 +186,11 @@ class Meter:
             losses: (m, T); asked for one micro-batch after the other, so that each may be made and let go of.
             shares: (m,) of this process's batch.
             tasks: T.
+            aside: It is no measurement of the training's own batch: nothing of it is kept.
         """
-        if self.kept_micro is not None:
+        if self.kept_micro is not None and not aside:
             self.kept_micro = []
-        total = MicroSum(self._model, shared, tasks, self._ranks, self.kept_micro)
+        total = MicroSum(self._model, shared, tasks, self._ranks, None if aside else self.kept_micro)
 
         def all_passes() -> None:
             for one, share in zip(losses, shares, strict=True):
@@ -184,6 +198,8 @@ class Meter:
 
         self._ranks.together(all_passes)
         gram, noise = total.result()
+        if aside:
+            return gram, noise
         self.shares = total.shares
         if self.kept is not None:
             self.kept[:] = total.means

@@ -15,21 +15,23 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
-from gradprobe.probes.beside import Beside
+from gradprobe.probes.beside import Beside, Joins
 from gradprobe.probes.binding import Groups, Selection, Shared
 from gradprobe.probes.checks import Losses, Weights, check_losses, task_names, weight_values
 from gradprobe.probes.clock import StepClock, bare
 from gradprobe.probes.feature_meter import FeatureMeter
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import level_called
+from gradprobe.probes.loader import ProbeLoader
 from gradprobe.probes.measuring import Measuring
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.micro import BatchSize, MicroBatches, check_mean, micro_batches
+from gradprobe.probes.on_loader import OnLoader
 from gradprobe.probes.ranks import replicas
 from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
 from gradprobe.probes.scaling import LossScale
-from gradprobe.probes.schedule import Led, make_schedule, whole
+from gradprobe.probes.schedule import Also, Led, make_schedule, whole
 from gradprobe.rows import Header, Provenance, Sink
 
 
@@ -63,6 +65,9 @@ class GradientProbe:
             DDP. The gradients that are measured are averaged likewise, losses too; ``batch_size`` is summed up. Every
             process calls its probe at every step, and the sinks of the first one get the rows.
         updates: A :class:`gradprobe.Updates`, which looks at what the optimizer makes of the gradients.
+        ledger: A :class:`gradprobe.Ledger`, which finds out what that did to the losses, at steps that it chooses.
+        probe_loader: A :class:`gradprobe.ProbeLoader`: what is also measured, on samples of its own, at steps of its
+            own, in the first call of a step. ``budget`` does not count it.
         provenance: Stored in the header.
 
     Raises:
@@ -88,7 +93,9 @@ class GradientProbe:
         memory: str = "normal",
         products: str = "direct",
         process_group: ProcessGroup | None = None,
-        updates: Beside | None = None,
+        updates: Joins | None = None,
+        ledger: Joins | None = None,
+        probe_loader: ProbeLoader | None = None,
         provenance: Provenance | None = None,
         _caller: FrameType | None = None,
         _open: Callable[[], Sink] | None = None,
@@ -101,6 +108,10 @@ class GradientProbe:
         schedule = make_schedule(every, budget, default=chosen.every)
         if budget is not None and ranks.size > 1:
             schedule = Led(schedule, ranks.first_says)
+        readers = [reader for reader in (updates, ledger) if reader is not None]
+        beside = readers[0].together(readers) if readers else None
+        if beside is not None:
+            schedule = Also(schedule, beside.wants)
         clock = StepClock(schedule, None, accumulate)
         scale = LossScale(scaler)
         selection = Selection(model, shared, layers, nothing=not chosen.parameters, divided=_divided)
@@ -111,14 +122,20 @@ class GradientProbe:
             report.warn(clock.step, reason)
 
         meter = Meter(model, selection, memory, products, warn, ranks)
-        if updates is not None:
-            updates.check(self.tasks, chosen, optimizer, meter)
-            how["updates"] = True
+        if beside is not None:
+            beside.check(self.tasks, chosen, optimizer, meter)
+            how |= {reader.name: reader.about for reader in readers}
+        if probe_loader is not None:
+            if not chosen.parameters:
+                raise ProbeError("probe_loader= measures gradients on parameters: leave level='features' out.")
+            meter.check_micro()
+            how["probe_loader"] = True
         # The last that can raise, so that what failed left nothing attached. The file is opened when the old probe of
         # the same variable, which may hold it, is closed.
         make_room(model, _caller or sys._getframe(1))
         sinks = [*((_open(),) if _open is not None else ()), *sinks] if ranks.first else []
-        report = Reporter(self.tasks, sinks, {**(provenance or {}), "probe": how})
+        about = {} if probe_loader is None else {"probe_loader": probe_loader.about}
+        report = Reporter(self.tasks, sinks, {**(provenance or {}), "probe": how, **about})
         self._measuring = Measuring(
             tasks=self.tasks,
             level=chosen,
@@ -129,17 +146,19 @@ class GradientProbe:
             scale=scale,
             optimizer=optimizer,
             ranks=ranks,
+            loader=OnLoader(probe_loader, model) if probe_loader is not None else None,
         )
         if optimizer is not None:
             clock.follow(optimizer)
             clock.around(optimizer, self._measuring.calls.finish, lambda *_: None)
-        if updates is not None:
-            updates.open(self._measuring, model)
-            self._measuring.beside = updates
+        if beside is not None:
+            beside.open(self._measuring, model)
+            self._measuring.beside = beside
+            self._measuring.calls.stop()
         self._model = model
         claim(model, self)
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
-        self._lost = weakref.finalize(self, _end, clock, report if _open is not None else None, "not closed")
+        self._lost = weakref.finalize(self, _end, clock, beside, report if _open is not None else None, "not closed")
         self._lost.atexit = False
         if (
             _open is not None
@@ -183,7 +202,9 @@ class GradientProbe:
         assert isinstance(total, Tensor)
         total = self._measuring.scale.apply(total)
         due = self._measuring.due()
-        if due:
+        if due.loader:
+            self._measuring.on_loader()
+        if due.here:
             check_mean(losses, parts)
             self._measuring.backward(losses, values, total, due, batch_size, parts)
         else:
@@ -205,7 +226,9 @@ class GradientProbe:
         losses, parts, batch_size = self._given(losses, micro, batch_size)
         values = weight_values(self.tasks, weights, self.step)
         due = self._measuring.due()
-        if due:
+        if due.loader:
+            self._measuring.on_loader()
+        if due.here:
             check_mean(losses, parts)
             self._measuring.record(losses, values, due, batch_size, parts)
         self._measuring.called()
@@ -317,7 +340,7 @@ class GradientProbe:
         if self._measuring.ranks.size == 1:  # others may be elsewhere, and not answer
             self._measuring.calls.finish()
         release(self._model, self)
-        _end(self._clock, self._measuring.report, end)
+        _end(self._clock, self._measuring.beside, self._measuring.report, end)
 
     def __enter__(self) -> GradientProbe:
         return self
@@ -358,7 +381,9 @@ class GradientProbe:
         return self._measuring.clock
 
 
-def _end(clock: StepClock, report: Reporter | None, end: str) -> None:
+def _end(clock: StepClock, beside: Beside | None, report: Reporter | None, end: str) -> None:
     clock.close()
+    if beside is not None:
+        beside.close()
     if report is not None:
         report.close(end)

@@ -7,7 +7,8 @@ multiplies the same averages: all of them know the same Gramians, and decide ali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -27,6 +28,7 @@ class Alone:
     """A single process: nothing to average, nobody to wait for."""
 
     size = 1
+    rank = 0
     first = True
     """Whether this is the process that hands rows to the sinks."""
 
@@ -60,6 +62,15 @@ class Alone:
         """The mean over the processes of some numbers; NaN where one has NaN."""
         return values
 
+    @contextmanager
+    def equal_shares(self) -> Iterator[None]:
+        """Within it, :attr:`share` is the same in all processes."""
+        share, self.share = self.share, 1 / self.size
+        try:
+            yield
+        finally:
+            self.share = share
+
     def shares(self, own: Sequence[float]) -> list[float]:
         """The shares of all processes' micro-batches in the batch of all; of those that have samples.
 
@@ -90,7 +101,8 @@ class Ranks(Alone):
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._group, self._device = group, device
         self.size = dist.get_world_size(group)
-        self.first = dist.get_rank(group) == 0
+        self.rank = dist.get_rank(group)
+        self.first = self.rank == 0
         self.share = 1 / self.size
 
     def together(self, part: Callable[[], T]) -> T:

@@ -23,6 +23,10 @@ from gradprobe.rows import (
     FeatureRow,
     FeatureSink,
     Header,
+    LedgerRow,
+    LedgerSink,
+    ProbeLoaderRow,
+    ProbeLoaderSink,
     Provenance,
     ResumableSink,
     Row,
@@ -55,7 +59,8 @@ class Reporter:
         self._warned: set[str] = set()
         self._closed = False
         self._last_feature_step = self._last_update_step = -1
-        self._updates_started = False
+        self._last_ledger_step = self._last_loader_step = -1
+        self._updates_started = self._ledger_started = self._loader_started = False
         self.header: Header | None = None
         self.feature_header: FeatureHeader | None = None
         self.last_step = -1
@@ -120,6 +125,39 @@ class Reporter:
             if isinstance(sink, UpdateSink):
                 self._hand(sink, row.step, sink.write_updates, row)
 
+    def ledger(self, row: LedgerRow) -> None:
+        """Hand on a row of the loss ledger, announced before the first; not a second one of the same step."""
+        if self.header is None or row.step <= self._last_ledger_step:
+            return
+        for sink in list(self._sinks) if not self._ledger_started else ():
+            if isinstance(sink, LedgerSink):
+                self._start(sink, sink.start_ledger, self.header)
+        self._ledger_started = True
+        self._last_ledger_step = row.step
+        self.overhead += row.overhead
+        for sink in self._sinks:
+            if isinstance(sink, LedgerSink):
+                self._hand(sink, row.step, sink.write_ledger, row)
+
+    def probe_loader(self, row: ProbeLoaderRow) -> None:
+        """Hand on a row of the probe loader, announced before the first; not a second one of the same step."""
+        if self.header is None or row.step <= self._last_loader_step:
+            return
+        for sink in list(self._sinks) if not self._loader_started else ():
+            if isinstance(sink, ProbeLoaderSink):
+                self._start(sink, sink.start_probe_loader, self.header)
+        self._loader_started = True
+        self._last_loader_step = row.step
+        self.overhead += row.overhead
+        for sink in self._sinks:
+            if isinstance(sink, ProbeLoaderSink):
+                self._hand(sink, row.step, sink.write_probe_loader, row)
+
+    def annotate(self, values: Provenance) -> None:
+        """Add to the provenance."""
+        for sink in self._sinks:
+            self._try(sink, partial(sink.annotate, values))
+
     def epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Hand on metrics of one epoch.
 
@@ -139,6 +177,8 @@ class Reporter:
         """The training goes on from ``step``, with metrics up to ``epoch``: sinks that can forget what came after."""
         self.last_step, self._last_feature_step = min(self.last_step, step - 1), min(self._last_feature_step, step - 1)
         self._last_update_step = min(self._last_update_step, step - 1)
+        self._last_ledger_step = min(self._last_ledger_step, step - 1)
+        self._last_loader_step = min(self._last_loader_step, step - 1)
         self.last_metrics = epoch
         for sink in self._sinks:
             if isinstance(sink, ResumableSink):

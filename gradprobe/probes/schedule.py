@@ -111,6 +111,26 @@ class Led:
         self._own.passed(now)
 
 
+class Also:
+    """A schedule, and steps that somebody else wants besides."""
+
+    def __init__(self, own: Schedule, wants: Callable[[int], bool]) -> None:
+        self._own, self._wants = own, wants
+
+    def due(self, step: int) -> bool:
+        """Whether either says so; both are asked."""
+        due, wanted = self._own.due(step), self._wants(step)
+        return due or wanted
+
+    def spent(self, seconds: float) -> None:
+        """Of the schedule."""
+        self._own.spent(seconds)
+
+    def passed(self, now: float) -> None:
+        """Of the schedule."""
+        self._own.passed(now)
+
+
 def make_schedule(every: int | None, budget: float | None, *, default: int = 10) -> Schedule:
     """The schedule that the two arguments ask for; every ``default``-th step where there is none.
 

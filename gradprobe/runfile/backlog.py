@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 
-from gradprobe.rows import FeatureRow, Row, UpdateRow
+from gradprobe.rows import FeatureRow, LedgerRow, ProbeLoaderRow, Row, UpdateRow
 
-AnyRow = Row | FeatureRow | UpdateRow
+AnyRow = Row | FeatureRow | UpdateRow | LedgerRow | ProbeLoaderRow
 
 ROW_OVERHEAD = 1000
 """Bytes of a row beyond its Gramian: objects, losses, weights."""
@@ -14,9 +14,11 @@ ROW_OVERHEAD = 1000
 
 def size(row: AnyRow) -> int:
     """About how many bytes of memory a row takes."""
+    if isinstance(row, LedgerRow):
+        return row.term.nbytes + ROW_OVERHEAD
     if isinstance(row, UpdateRow):
         return row.parts.nbytes + row.effect.nbytes + ROW_OVERHEAD
-    noise = row.gram_noise if isinstance(row, Row) else None
+    noise = None if isinstance(row, FeatureRow) else row.gram_noise
     return row.gram.nbytes + (0 if noise is None else noise.nbytes) + ROW_OVERHEAD
 
 

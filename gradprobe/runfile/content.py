@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe import __version__, measures
-from gradprobe.rows import EARLIER_SOURCES, MEASURED, FeatureRow, Header, Row, UpdateRow
-from gradprobe.runfile import schema
+from gradprobe.rows import EARLIER_SOURCES, MEASURED, FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, UpdateRow
+from gradprobe.runfile import clusters, schema
+
+GramRow = Row | FeatureRow | ProbeLoaderRow
 
 Columns = dict[str, NDArray[Any]]
 """One array per row field, all with the rows on the first axis."""
@@ -85,19 +87,40 @@ def update_columns(rows: Sequence[UpdateRow], header: Header, state: State) -> C
     return _stored(schema.UPDATES, rows, values, header)
 
 
+def ledger_columns(rows: Sequence[LedgerRow], header: Header, state: State) -> Columns:
+    """The same for rows of a loss ledger."""
+    return _stored(schema.LEDGER, rows, {"status": [state.status_code(row.status) for row in rows]}, header)
+
+
+def probe_loader_columns(rows: Sequence[ProbeLoaderRow], header: Header, state: State) -> Columns:
+    """The same for rows of the probe loader."""
+    gram = _gramians(rows, len(header.layers), len(header.tasks))
+    values = {
+        "grad_norm": measures.norm(gram),
+        "cosine": measures.pair_cosine(gram),
+        "status": [state.status_code(row.status) for row in rows],
+    }
+    return _stored(schema.PROBE_LOADER, rows, values, header)
+
+
 def tables(header: Header) -> list[schema.Table]:
     """The tables of a file with this header."""
-    features = [schema.FEATURES] if header.features is not None else []
-    return [schema.ROWS, *features, *([schema.UPDATES] if header.updates else [])]
+    there = {
+        schema.FEATURES: header.features is not None,
+        schema.UPDATES: header.updates,
+        schema.LEDGER: header.ledger,
+        schema.PROBE_LOADER: header.probe_loader,
+    }
+    return [schema.ROWS, *(table for table, held in there.items() if held)]
 
 
-def _gramians(rows: Sequence[Row] | Sequence[FeatureRow], places: int, tasks: int) -> measures.Array:
+def _gramians(rows: Sequence[GramRow], places: int, tasks: int) -> measures.Array:
     return np.array([row.gram for row in rows], dtype=np.float64).reshape(len(rows), places, tasks, tasks)
 
 
 def _stored(
     table: schema.Table,
-    rows: Sequence[Row] | Sequence[FeatureRow] | Sequence[UpdateRow],
+    rows: Sequence[GramRow] | Sequence[UpdateRow] | Sequence[LedgerRow],
     values: Mapping[str, Any],
     header: Header,
 ) -> Columns:
@@ -187,6 +210,8 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
     if header.features is not None:
         _attach(file, schema.FEATURES, schema.FEATURE_SIZE)
     _write_epochs(file, epochs)
+    if header.test is not None:
+        clusters.write(file, header.test)
     _write_provenance(file.create_group("provenance"), header.provenance)
     for table in tables(header):
         _write_rows(file, table, content.get(table.group, Stretch()).blocks, fields(table, header))
@@ -247,17 +272,18 @@ def _write_names(file: h5py.File, header: Header) -> None:
     }
     if header.features is not None:
         names[schema.FEATURES.path(schema.FEATURE)] = list(header.features.features)
-    if header.updates:
-        names[schema.UPDATES.path(schema.SOURCE)] = sources(header.tasks)
-    if header.noise:
+    for table in tables(header):
+        if table in (schema.UPDATES, schema.LEDGER):
+            names[table.path(schema.SOURCE)] = sources(header.tasks)
+    if header.noise or header.probe_loader:
         names[schema.OTHER_TASK] = list(header.tasks)
     for path, values in names.items():
         dataset = file.create_dataset(path, data=np.array(values, dtype=object), dtype=text, track_times=False)
         dataset.attrs["long_name"] = schema.MEANINGS[path.rpartition("/")[2]]
         _scale(file, path)
-    tables = {"layer_size": header.layer_size, "reach": header.reach}
+    columns_of = {"layer_size": header.layer_size, "reach": header.reach}
     for field_ in schema.HEADER_FIELDS:
-        _write_table(file, field_.name, field_, tables[field_.name], header)
+        _write_table(file, field_.name, field_, columns_of[field_.name], header)
     if header.features is not None:
         path = schema.FEATURES.path(schema.FEATURE_SIZE.name)
         _write_table(file, path, schema.FEATURE_SIZE, header.features.feature_size, header)

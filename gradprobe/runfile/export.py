@@ -110,10 +110,27 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
         yield "update_cosines", _tidy(run, schema.UPDATES, "cosine", stride)
         yield "update_shares", _tidy(run, schema.UPDATES, "share", stride)
         yield "update_effects", _tidy(run, schema.UPDATES, "effect", stride)
+    if schema.LEDGER.path(schema.STEP) in run:
+        blocks = run.blocks(run.count(schema.LEDGER), stride=stride, table=schema.LEDGER)
+        yield "ledger", (_rows(run, block, schema.LEDGER) for block in blocks)
+        yield "ledger_terms", _tidy(run, schema.LEDGER, "term", stride)
+        for name in ("left", "correction", "right"):
+            yield f"ledger_{name}", _tidy(run, schema.LEDGER, name, stride)
+    if (table := schema.PROBE_LOADER).path(schema.STEP) in run:
+        yield (
+            "probe_loader",
+            (_rows(run, block, table) for block in run.blocks(run.count(table), stride=stride, table=table)),
+        )
+        yield "probe_loader_layers", _tidy(run, table, "grad_norm", stride)
+        yield "probe_loader_cosines", _tidy(run, table, "cosine", stride)
+        yield "probe_loader_noise", _tidy(run, table, schema.GRAM_NOISE.name, stride)
     if (audit := run.audit) is not None:
         steps, doors = ("step", *audits.STEP_FIELDS), (*audits.DOOR_TEXTS, *audits.DOOR_NUMBERS)
         yield "audit_steps", iter([{name: audit[name] for name in steps}])
         yield "audit_doors", iter([{name: _cells(audit[name]) for name in doors}])
+    if found := run.test_clusters:
+        columns = {str(name): found["without"][:, i] for i, name in enumerate(found["metric"])}
+        yield "test_clusters", iter([{"cluster": found["cluster"], "size": found["size"], **columns}])
     reach = {f"reach.{task}": run.reach[:, i].astype(np.int8) for i, task in enumerate(run.tasks)}
     yield "layer_table", iter([{"layer": _text(run.layers), "parameters": run.layer_size, **reach}])
     yield "epochs", iter([run.epochs])
@@ -130,7 +147,7 @@ def _rows(run: Run, block: Table, of: schema.Table = schema.ROWS) -> Table:
             table["status"] = _text(run.status_names)[values]
         elif len(field.axes) == 1:
             table[field.name] = values
-        elif schema.LAYER not in field.axes:
+        elif schema.LAYER not in field.axes and len(field.axes) == 2:
             heads = frames.names(run, field.axes[1])
             table |= {f"{field.name}.{head}": values[:, i] for i, head in enumerate(heads)}
     return table

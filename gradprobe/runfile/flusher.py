@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 
-from gradprobe.rows import FeatureRow, Header, Row, UpdateRow
+from gradprobe.rows import FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, UpdateRow
 from gradprobe.runfile import content, schema
 from gradprobe.runfile.backlog import AnyRow, Backlog
 from gradprobe.runfile.store import Store
@@ -180,4 +180,10 @@ def _side_by_side(rows: list[AnyRow], header: Header, state: content.State) -> d
     if header.updates:
         updates = [row for row in rows if isinstance(row, UpdateRow)]
         found[schema.UPDATES.group] = content.update_columns(updates, header, state)
+    if header.ledger:
+        ledger = [row for row in rows if isinstance(row, LedgerRow)]
+        found[schema.LEDGER.group] = content.ledger_columns(ledger, header, state)
+    if header.probe_loader:
+        drawn = [row for row in rows if isinstance(row, ProbeLoaderRow)]
+        found[schema.PROBE_LOADER.group] = content.probe_loader_columns(drawn, header, state)
     return found

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import audits, schema
+from gradprobe.runfile import audits, clusters, schema
 from gradprobe.runfile.extras import optional
 
 if TYPE_CHECKING:
@@ -71,21 +71,30 @@ def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
     variables |= {f"{EPOCHS}.{name}": ((EPOCH_NUMBER,), values) for name, values in epochs.items()}
     coordinates: dict[str, Any] = {axis: np.array(names(run, axis), dtype=object) for axis in NAMED}
     coordinates |= {schema.STEP: run.read(schema.STEP, stride=stride), EPOCH_NUMBER: number}
-    if schema.GRAM_NOISE.name in run:
+    if schema.OTHER_TASK in run:
         coordinates[schema.OTHER_TASK] = np.array(run.tasks, dtype=object)
+    if schema.PROBE_LOADER.path(schema.STEP) in run:
+        steps = schema.PROBE_LOADER.path(schema.STEP)
+        coordinates[_axis(schema.PROBE_LOADER, schema.STEP)] = run.read(steps, stride=stride)
     if run.feature_names:
         steps = schema.FEATURES.path(schema.STEP)
         coordinates[schema.FEATURE] = np.array(run.feature_names, dtype=object)
         coordinates[_axis(schema.FEATURES, schema.STEP)] = run.read(steps, stride=stride)
-    if schema.UPDATES.path(schema.STEP) in run:
-        coordinates[schema.SOURCE] = np.array(run.sources, dtype=object)
-        coordinates[_axis(schema.UPDATES, schema.STEP)] = run.read(schema.UPDATES.path(schema.STEP), stride=stride)
+    for table in (schema.UPDATES, schema.LEDGER):
+        if (steps := table.path(schema.STEP)) in run:
+            coordinates[schema.SOURCE] = np.array(run.sources, dtype=object)
+            coordinates[_axis(table, schema.STEP)] = run.read(steps, stride=stride)
     if (audit := run.audit) is not None:
         fields_of = {"step": ("step", *audits.STEP_FIELDS), "door": (*audits.DOOR_TEXTS, *audits.DOOR_NUMBERS)}
         for axis, fields in fields_of.items():
             name = f"{schema.AUDIT}.{axis}"
             coordinates[name] = _column(audit[axis])
             variables |= {f"{schema.AUDIT}.{f}": ((name,), _column(audit[f])) for f in fields if f != axis}
+    if found := run.test_clusters:
+        coordinates |= {f"{schema.TEST}.{axis}": found[axis] for axis in clusters.AXES}
+        for name, (own, _, meaning) in clusters.FIELDS.items():
+            place = tuple(f"{schema.TEST}.{axis}" for axis in own)
+            variables[f"{schema.TEST}.{name}"] = (place, found[name], {"long_name": meaning})
     return xarray.Dataset(variables, coordinates, about_run(run))
 
 

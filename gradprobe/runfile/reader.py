@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import audits, schema, sessions, untrusted
+from gradprobe.runfile import audits, clusters, estimates, schema, sessions, untrusted
 from gradprobe.runfile.content import sources
 from gradprobe.runfile.pieces import Piece, open_pieces
 
 if TYPE_CHECKING:
     import pandas
     import xarray
+
+    from gradprobe.statistics import Estimate
 
 log = logging.getLogger("gradprobe")
 
@@ -231,6 +233,31 @@ class Run:
         name = schema.GRAM_NOISE.name
         return self.read(name, stride=stride).astype(np.float64) if name in self else None
 
+    def estimate(
+        self,
+        group: str | Sequence[str] | None = None,
+        window: tuple[int, int] | None = None,
+        source: str = "probe_loader",
+    ) -> Estimate:
+        """What a window of rows says of the true gradients on a group of layers, less the noise of their samples.
+
+        Args:
+            group: As for :meth:`norm`. A pair's cosine is over the layers that both tasks reach.
+            window: Steps from the first to before the second; None: all.
+            source: "probe_loader", which claims rest on; or "training": the training's own batches, which are drawn
+                without replacement and were trained on: for watching.
+
+        Returns:
+            Cosines, noise scales and noise correlations, with intervals of 95 % that say how well this run determines
+            them, and nothing of another seed. NaN where a gradient cannot be told from noise.
+
+        Raises:
+            RunFileError: Nothing was measured so in this run, or no layer is called so.
+
+        Source: docs/run-file.md, and :func:`gradprobe.statistics.pooled`.
+        """
+        return estimates.estimate(self, group, window, source)
+
     def layer_indices(self, group: str | Sequence[str] | None = None) -> NDArray[np.intp]:
         """Which layers belong to a group.
 
@@ -275,11 +302,34 @@ class Run:
         As docs/run-file.md describes ``update/``, and ``source``, the names of what an update comes from. Each by
         itself: ``run["update/shared_share"]``.
         """
-        table = schema.UPDATES
+        return self._by_source(schema.UPDATES)
+
+    @property
+    def ledger(self) -> dict[str, NDArray[Any]]:
+        """The loss ledger, by name; empty where none was kept.
+
+        As docs/run-file.md describes ``ledger/``, and ``source``, the names of what an update comes from. What it says
+        of a window of steps, and whether to believe it: :func:`gradprobe.ledger.windows.window`.
+        """
+        return self._by_source(schema.LEDGER)
+
+    def _by_source(self, table: schema.Table) -> dict[str, NDArray[Any]]:
         if table.path(schema.STEP) not in self:
             return {}
         found = {field.name: self.read(table.path(field.name)) for field in table.fields}
         return {**found, schema.SOURCE: np.array(self.sources, dtype=object)}
+
+    @property
+    def probe_loader(self) -> dict[str, NDArray[Any]]:
+        """Task gradients on independent samples, by name; empty where they were not measured.
+
+        As docs/run-file.md describes ``probe_loader/``. Each by itself: ``run["probe_loader/cosine"]``; pooled over
+        steps and layers, with an interval: :meth:`estimate`.
+        """
+        table = schema.PROBE_LOADER
+        if table.path(schema.STEP) not in self:
+            return {}
+        return {field.name: self.read(table.path(field.name)) for field in table.fields}
 
     @property
     def sources(self) -> Names:
@@ -294,6 +344,15 @@ class Run:
         ``state``, ``evidence``, ``how_to_shut``, ``contribution``, ``left_when_shut`` (D,).
         """
         return audits.read(self._files[0])
+
+    @property
+    def test_clusters(self) -> dict[str, NDArray[Any]]:
+        """Metrics of the test split with one cluster of images left out, by name; empty where there are none.
+
+        ``cluster`` (K,) names (a clip or patient, or an image alone), ``size`` (K,) images, ``metric`` (M,) names,
+        ``without`` (K, M). The values on the whole split are provenance ``test.*``.
+        """
+        return clusters.read(self._files[-1])
 
     @property
     def epochs(self) -> dict[str, NDArray[Any]]:

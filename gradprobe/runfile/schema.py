@@ -17,6 +17,9 @@ PARTS_SUFFIX = ".parts"
 AUDIT = "audit"
 """The group of what :mod:`gradprobe.runfile.audits` writes."""
 
+TEST = "test"
+"""The group of what :mod:`gradprobe.runfile.clusters` writes."""
+
 CHUNK_ROWS = 4096
 """Rows in a chunk, and in a piece of a run that is copied."""
 
@@ -93,6 +96,19 @@ MICRO_BATCHES = replace(
 
 NOISE_FIELDS: tuple[Field, ...] = (GRAM_NOISE, MICRO_BATCHES)
 """In files of runs that were measured in micro-batches."""
+
+PROBE_LOADER_FIELDS: tuple[Field, ...] = (
+    _field("step", "step", "<i8", "training step of the row, from 0; measured before the step's update"),
+    _field("epoch", "step", "<i4", "epoch of the row, from 0"),
+    _field("time", "step", "<f8", "time since recording started", "s"),
+    _field("loss", "step task", "<f4", "unweighted loss, mean over the samples; NaN: it was NaN"),
+    *(field for field in ROW_FIELDS if field.name in ("grad_norm", "cosine")),
+    GRAM_NOISE,
+    MICRO_BATCHES,
+    _field("batch_size", "step", "<i4", "samples of all micro-batches together, drawn with replacement"),
+    _field("overhead", "step", "<f4", "time spent measuring this row", "s"),
+    _field("status", "step", "|u1", "0: measured; else an index into the attribute status_names of /status"),
+)
 
 HEADER_FIELDS: tuple[Field, ...] = (
     _field("layer_size", "layer", "<i8", "number of parameters of the layer"),
@@ -211,6 +227,59 @@ class Holds(Protocol):
         """Whether it has a dataset."""
 
 
+LEDGER_FIELDS: tuple[Field, ...] = (
+    _field("step", "step", "<i8", "training step whose update this is, from 0"),
+    _field("epoch", "step", "<i4", "epoch of the row, from 0"),
+    _field("time", "step", "<f8", "time since recording started", "s"),
+    _field("burst", "step", "<i4", "of which burst of neighbouring steps the row is, from 0"),
+    _field(
+        "term",
+        "step layer task source",
+        "<f4",
+        "change of the task's unweighted loss by the source's part of the update of the layer: mean of both ends of "
+        "the step, corrected; NaN: the task does not reach the layer, or not known",
+        "loss",
+    ),
+    _field(
+        "left",
+        "step task source",
+        "<f4",
+        "the same over all layers, to first order at the left end as it was measured; NaN: not known",
+        "loss",
+    ),
+    _field(
+        "correction",
+        "step task source",
+        "<f4",
+        "what left lacks for sharing its batch with the update; NaN: not measured in micro-batches",
+        "loss",
+    ),
+    _field(
+        "right",
+        "step task source",
+        "<f4",
+        "the same as left at the right end, of another batch; NaN: no step was measured after",
+        "loss",
+    ),
+    _field(
+        "head",
+        "step task",
+        "<f4",
+        "change of the task's unweighted loss by the update of the parameters that it has for itself; NaN: not known",
+        "loss",
+    ),
+    _field(
+        "loss_change",
+        "step task",
+        "<f8",
+        "change of the task's unweighted loss on the fixed probe batch; NaN: not measured",
+        "loss",
+    ),
+    _field("overhead", "step", "<f4", "time spent on this row", "s"),
+    _field("status", "step", "|u1", "0: the row counts; else an index into the attribute status_names of /status"),
+)
+
+
 @dataclass(frozen=True)
 class Table:
     """Datasets along one step axis: those at the root, or those of a group that has steps of its own.
@@ -236,9 +305,10 @@ class Table:
 
 
 ROWS, FEATURES = Table("", ROW_FIELDS, NOISE_FIELDS), Table("features", FEATURE_FIELDS)
-UPDATES = Table("update", UPDATE_FIELDS)
+UPDATES, LEDGER = Table("update", UPDATE_FIELDS), Table("ledger", LEDGER_FIELDS)
+PROBE_LOADER = Table("probe_loader", PROBE_LOADER_FIELDS)
 
-TABLES = (ROWS, FEATURES, UPDATES)
+TABLES = (ROWS, FEATURES, UPDATES, LEDGER, PROBE_LOADER)
 """All there can be in a file; only the first is in every one."""
 
 

@@ -78,8 +78,10 @@ class Store:
             header = replace(
                 header,
                 features=_kept_features(old, step),
-                updates=_kept_updates(old, step),
+                updates=_kept(old, schema.UPDATES, step),
+                ledger=_kept(old, schema.LEDGER, step),
                 noise=schema.GRAM_NOISE.name in old,
+                probe_loader=_kept(old, schema.PROBE_LOADER, step),
             )
             kept = {e: v for e, v in old.epochs_by_number().items() if e <= epoch}
             self._number = self.state.merged_through = old.last_part
@@ -299,9 +301,8 @@ def _same_layers(path: Path, header: Header, old: Run, any_kept: bool) -> Header
     return header
 
 
-def _kept_updates(old: Run, step: int) -> bool:
-    """Whether rows on updates are kept."""
-    table = schema.UPDATES
+def _kept(old: Run, table: schema.Table, step: int) -> bool:
+    """Whether rows of a table are kept."""
     return bool(old.count(table)) and bool(any(old[table.path(schema.STEP)] < step))
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from h5py import h5a, h5d, h5g, h5o, h5s, h5t
 
 from gradprobe.rows import EARLIER_SOURCES
-from gradprobe.runfile import audits, schema
+from gradprobe.runfile import audits, clusters, schema
 from gradprobe.runfile.attributes import MAX_TEXT, NUMBERS, RefusedError, attribute, printable
 from gradprobe.runfile.sums import SummedFile
 
@@ -167,14 +167,22 @@ def _check_known(found: _Found, raw: SummedFile) -> None:
         _check_text(found, axis, raw)
     for field in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS):
         _check_field(found, field.name, field.dtype, tuple(lengths[axis] for axis in field.axes))
-    if any(f"/{field.name}" in found for field in schema.NOISE_FIELDS):
-        _check_noise(found, raw, lengths)
+    noise = any(f"/{field.name}" in found for field in schema.NOISE_FIELDS)
+    if noise or f"/{schema.PROBE_LOADER.group}" in found:
+        lengths = {**lengths, schema.OTHER_TASK: _other_tasks(found, raw, lengths)}
+    for field in schema.NOISE_FIELDS if noise else ():  # all of them or none
+        _check_field(found, field.name, field.dtype, tuple(lengths[axis] for axis in field.axes))
+    if f"/{schema.PROBE_LOADER.group}" in found:
+        _check_table(found, schema.PROBE_LOADER, lengths)
     if f"/{schema.FEATURES.group}" in found:
         _check_features(found, raw, lengths)
-    if f"/{schema.UPDATES.group}" in found:
-        _check_updates(found, raw, lengths)
+    for table in (schema.UPDATES, schema.LEDGER):
+        if f"/{table.group}" in found:
+            _check_by_source(found, raw, lengths, table)
     if f"/{schema.AUDIT}" in found:
         _check_audit(found, raw)
+    if f"/{schema.TEST}" in found:
+        _check_test(found, raw)
     for name in ("epochs", "provenance"):
         if not isinstance(found.get(f"/{name}"), h5py.Group):
             raise RefusedError(f"has no group {name!r}")
@@ -183,15 +191,20 @@ def _check_known(found: _Found, raw: SummedFile) -> None:
         _check_field(found, name, np.dtype("<i4" if name == f"epochs/{schema.EPOCH}" else "<f8"), shape)
 
 
-def _check_noise(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> None:
-    """What rows measured in micro-batches have: all of it or none."""
-    own = {schema.OTHER_TASK: _shape(found, schema.OTHER_TASK, 1)[0]}
+def _other_tasks(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> int:
+    """How many there are, which is how many tasks there are."""
+    count = _shape(found, schema.OTHER_TASK, 1)[0]
     _check_text(found, schema.OTHER_TASK, raw)
-    if own[schema.OTHER_TASK] != lengths[schema.TASK]:
-        raise RefusedError(f"has {own[schema.OTHER_TASK]} other tasks for {lengths[schema.TASK]} tasks")
-    for field in schema.NOISE_FIELDS:
-        shape = tuple({**lengths, **own}[axis] for axis in field.axes)
-        _check_field(found, field.name, field.dtype, shape)
+    if count != lengths[schema.TASK]:
+        raise RefusedError(f"has {count} other tasks for {lengths[schema.TASK]} tasks")
+    return count
+
+
+def _check_table(found: _Found, table: schema.Table, lengths: dict[str, int]) -> None:
+    """A table with steps of its own: all of it or none."""
+    lengths = {**lengths, schema.STEP: _shape(found, table.path(schema.STEP), 1)[0]}
+    for field in table.fields:
+        _check_field(found, table.path(field.name), field.dtype, tuple(lengths[axis] for axis in field.axes))
 
 
 def _check_features(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> None:
@@ -203,15 +216,15 @@ def _check_features(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> 
         _check_field(found, schema.FEATURES.path(field.name), field.dtype, shape)
 
 
-def _check_updates(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> None:
-    """The table `update/`: all of it or none."""
-    own = {axis: _shape(found, schema.UPDATES.path(axis), 1)[0] for axis in (schema.STEP, schema.SOURCE)}
-    _check_text(found, schema.UPDATES.path(schema.SOURCE), raw)
+def _check_by_source(found: _Found, raw: SummedFile, lengths: dict[str, int], table: schema.Table) -> None:
+    """The table `update/` or `ledger/`: all of it or none."""
+    own = {axis: _shape(found, table.path(axis), 1)[0] for axis in (schema.STEP, schema.SOURCE)}
+    _check_text(found, table.path(schema.SOURCE), raw)
     if own[schema.SOURCE] != lengths[schema.TASK] + len(EARLIER_SOURCES):
         raise RefusedError(f"has {own[schema.SOURCE]} parts of updates for {lengths[schema.TASK]} tasks")
-    for field in schema.UPDATES.fields:
+    for field in table.fields:
         shape = tuple({**lengths, **own}[axis] for axis in field.axes)
-        _check_field(found, schema.UPDATES.path(field.name), field.dtype, shape)
+        _check_field(found, table.path(field.name), field.dtype, shape)
 
 
 def _check_audit(found: _Found, raw: SummedFile) -> None:
@@ -225,6 +238,15 @@ def _check_audit(found: _Found, raw: SummedFile) -> None:
         if _shape(found, f"{schema.AUDIT}/{name}", 1) != doors:
             raise RefusedError(f"dataset '{schema.AUDIT}/{name}' is not as long as its doors")
         _check_text(found, f"{schema.AUDIT}/{name}", raw)
+
+
+def _check_test(found: _Found, raw: SummedFile) -> None:
+    """The group `test/`: all of it or none."""
+    lengths = {axis: _shape(found, f"{schema.TEST}/{axis}", 1)[0] for axis in clusters.AXES}
+    for axis in clusters.AXES:
+        _check_text(found, f"{schema.TEST}/{axis}", raw)
+    for name, (axes, dtype, _) in clusters.FIELDS.items():
+        _check_field(found, f"{schema.TEST}/{name}", dtype, tuple(lengths[axis] for axis in axes))
 
 
 def _shape(found: _Found, name: str, dimensions: int) -> tuple[int, ...]:

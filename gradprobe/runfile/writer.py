@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from gradprobe.errors import GradprobeError, RunFileError
-from gradprobe.rows import FeatureHeader, FeatureRow, Header, Row, UpdateRow
+from gradprobe.rows import FeatureHeader, FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, TestClusters, UpdateRow
 from gradprobe.runfile import parts, schema
+from gradprobe.runfile.backlog import AnyRow
 from gradprobe.runfile.files import Disk
 from gradprobe.runfile.flusher import Flusher
 from gradprobe.runfile.lock import Lock, acquire
@@ -108,16 +109,8 @@ class RunWriter:
     def write(self, row: Row) -> None:
         """Queue one row; returns at once."""
         if row.gram_noise is not None:
-            self._announce_noise()
+            self._announce("noise")
         self._queue(row)
-
-    def _announce_noise(self) -> None:
-        if self._foreign():
-            return
-        with self._flusher.lock:
-            header = self._flusher.header
-            if header is not None and not header.noise:
-                self._flusher.header = replace(header, noise=True)
 
     def start_features(self, header: FeatureHeader) -> None:
         """Announce the features; see :class:`gradprobe.rows.FeatureSink`.
@@ -145,18 +138,39 @@ class RunWriter:
 
     def start_updates(self, header: Header) -> None:
         """Announce rows on updates; see :class:`gradprobe.rows.UpdateSink`."""
-        if self._foreign():
-            return
-        with self._flusher.lock:
-            if self._flusher.header is not None:
-                self._flusher.header = replace(self._flusher.header, updates=True)
-                self._flusher.changed = True
+        self._announce("updates")
 
     def write_updates(self, row: UpdateRow) -> None:
         """Queue one row on an update; returns at once."""
         self._queue(row)
 
-    def _queue(self, row: Row | FeatureRow | UpdateRow) -> None:
+    def start_ledger(self, header: Header) -> None:
+        """Announce rows of a loss ledger; see :class:`gradprobe.rows.LedgerSink`."""
+        self._announce("ledger")
+
+    def write_ledger(self, row: LedgerRow) -> None:
+        """Queue one row of a loss ledger; returns at once."""
+        self._queue(row)
+
+    def start_probe_loader(self, header: Header) -> None:
+        """Announce rows of the probe loader; see :class:`gradprobe.rows.ProbeLoaderSink`."""
+        self._announce("probe_loader")
+
+    def write_probe_loader(self, row: ProbeLoaderRow) -> None:
+        """Queue one row of the probe loader; returns at once."""
+        self._queue(row)
+
+    def _announce(self, what: str) -> None:
+        """From here on the file has it: the name of a flag of the header."""
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            known = self._flusher.header
+            if known is not None and not getattr(known, what):
+                change: dict[str, Any] = {what: True}
+                self._flusher.header, self._flusher.changed = replace(known, **change), True
+
+    def _queue(self, row: AnyRow) -> None:
         if self._foreign():
             return
         with self._flusher.lock:
@@ -199,6 +213,15 @@ class RunWriter:
                     self._flusher.header, provenance={**self._flusher.header.provenance, **values}
                 )
             self._flusher.changed = True
+
+    def write_test(self, found: TestClusters | None) -> None:
+        """Metrics of the test split by cluster of images; None: there are none. Call it after :meth:`start`."""
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            if self._flusher.header is not None:
+                self._flusher.header = replace(self._flusher.header, test=found)
+                self._flusher.changed = True
 
     def rewind(self, step: int, epoch: int) -> None:
         """The training goes on from ``step``: rows from there on, and metrics of epochs after ``epoch``, are cut.

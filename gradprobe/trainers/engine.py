@@ -34,16 +34,27 @@ class Engine:
     scaler: torch.amp.GradScaler | None = None
     processes: OneProcess = field(default_factory=OneProcess)
 
-    def losses(self, model: Any, batch: Any) -> dict[str, Tensor]:
+    def losses(self, model: Any, batch: Any, share: float) -> dict[str, Tensor]:
         """This process's unweighted losses; their mean over the processes is that of the whole batch.
+
+        Args:
+            model: Knows the losses.
+            batch: What this process has of the batch.
+            share: How much that is.
+        """
+        # Where nothing wraps the model, its own forward: the audit puts a stand-in before it.
+        forward = model if self.processes.size == 1 else self.forward
+        return self.processes.share(self.own_losses(model, batch, forward), share)
+
+    def own_losses(self, model: Any, batch: Any, forward: Any = None) -> Mapping[str, Tensor]:
+        """The unweighted losses of a batch that is this process's alone.
 
         The forward computes in the type asked for, the losses in float32: they sum over many positions.
         """
         with self._autocast():
-            # Where nothing wraps the model, its own: the audit puts a stand-in before it.
-            outputs = model(batch.images) if self.processes.size == 1 else self.forward(batch.images)
-        losses = model.losses(_widened(outputs) if self.half is not None else outputs, batch)
-        return self.processes.share(losses, batch.share)
+            outputs = (forward or model)(batch.images)
+        losses: Mapping[str, Tensor] = model.losses(_widened(outputs) if self.half is not None else outputs, batch)
+        return losses
 
     def micro_batches(self, count: int) -> int:
         """Of ``count`` micro-batches of a whole batch, how many this process makes of its part."""

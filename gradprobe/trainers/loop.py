@@ -16,13 +16,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from gradprobe.errors import NonFiniteLossError
 from gradprobe.probes import GradientProbe
 from gradprobe.probes.micro import mean_losses, shares_of
-from gradprobe.rows import NONFINITE_LOSS
+from gradprobe.rows import NONFINITE_LOSS, TestClusters
 from gradprobe.trainers import checkpoint
 from gradprobe.trainers.balancer import Balancer, check_weights
+from gradprobe.trainers.batch_order import UNKNOWN, BatchOrder
 from gradprobe.trainers.data.loader import micro_batches
 from gradprobe.trainers.engine import Engine
-from gradprobe.trainers.evaluate import evaluate, recompute_batchnorm
-from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification
+from gradprobe.trainers.jackknife import leave_out
+from gradprobe.trainers.problems import Problem, Scores
+from gradprobe.trainers.running_statistics import recompute_batchnorm
 from gradprobe.trainers.settings import Settings
 
 
@@ -47,7 +49,8 @@ class Training:
     """All that a training consists of; made by :mod:`gradprobe.trainers.build`."""
 
     settings: Settings
-    model: YOLOv5WithClassification
+    problem: Problem
+    model: Any  # see Problem
     engine: Engine
     optimizer: Optimizer
     schedule: LRScheduler
@@ -61,14 +64,27 @@ class Training:
     watcher: Watcher
     epoch: int = 0
     best: float = -math.inf
+    batches: BatchOrder = field(default_factory=BatchOrder)
     origin: Mapping[str, Any] = field(default_factory=dict)  # what a resumed training is built from again
 
 
-def run(training: Training) -> dict[str, float]:
-    """Train to the end.
+@dataclass(frozen=True)
+class Outcome:
+    """What is known only in the end.
 
-    Returns:
-        Metrics on the test split, empty where there is none, and in processes other than the first.
+    Attributes:
+        test: Metrics on the test split; empty where there is none.
+        clusters: The same with one cluster of images left out.
+        batches: Which batches were trained on, see :class:`gradprobe.trainers.batch_order.BatchOrder`.
+    """
+
+    test: Mapping[str, float]
+    clusters: TestClusters | None
+    batches: Mapping[str, Any]
+
+
+def run(training: Training) -> Outcome:
+    """Train to the end; what it came to is known to the first process alone.
 
     Raises:
         NonFiniteLossError: A loss became NaN or infinite, unless ``keep_going``.
@@ -82,15 +98,18 @@ def run(training: Training) -> dict[str, float]:
             end_epoch(t)
         else:
             t.epoch += 1
+    if t.test_loader is None or not t.engine.processes.first:
+        return Outcome({}, None, t.batches.state_dict())
     t.watcher.phase("testing")
     # Once, with the last weights: val chose nothing here, so nothing was fitted to the test split.
-    return evaluate_on(t, t.test_loader) if t.test_loader is not None and t.engine.processes.first else {}
+    scores = evaluate_on(t, t.test_loader)
+    return Outcome(scores.metrics(), leave_out(scores, t.problem.cluster), t.batches.state_dict())
 
 
 def end_epoch(t: Training) -> None:
     """Metrics on val, and a state to go on from."""
     t.watcher.phase("evaluating")
-    metrics = evaluate_on(t, t.val_loader)
+    metrics = evaluate_on(t, t.val_loader).metrics()
     t.probe.log_metrics(t.epoch, **metrics)
     t.watcher.evaluated(t.epoch, metrics)
     t.epoch += 1
@@ -102,21 +121,20 @@ def train_epoch(t: Training) -> None:
     t.model.train()
     t.train_loader.set_epoch(t.epoch)
     for batch in t.train_loader:
+        t.batches.add(batch.names)
         train_step(t, batch.to(t.engine.device))
 
 
 def train_step(t: Training, batch: Any) -> None:
     """One update: forward, balancer, joint backward with the probe, optimizer."""
     losses, micro, sizes = forward(t, batch)
-    values = t.engine.values(losses)
-    size, step = batch.counted, t.probe.step
-    taken = True
+    values, size, step, taken = t.engine.values(losses), sum(sizes), t.probe.step, True
     if finite(t, losses, values, size):
         t.balancer.loss_scale = t.engine.loss_scale
         weights = t.engine.processes.agreed(t.balancer.step(losses))
         check_weights(weights, tuple(losses), step=step, signed=t.balancer.signed)
-        t.probe.share = batch.share
-        t.probe.backward(losses, weights, micro=micro, batch_size=sizes if micro and batch.share else size)
+        t.probe.share = t.train_loader.share
+        t.probe.backward(losses, weights, micro=micro, batch_size=sizes if micro and size else size)
         t.balancer.after_backward()
         taken = t.engine.update(t.optimizer, t.model.parameters(), t.settings.clip_norm)
     else:
@@ -128,21 +146,23 @@ def train_step(t: Training, batch: Any) -> None:
 
 
 def forward(t: Training, batch: Any) -> tuple[Mapping[str, Tensor], Sequence[Mapping[str, Tensor]] | None, list[int]]:
-    """The losses of a batch.
+    """The losses of a batch, or of this process's part of it.
 
     In micro-batches each part of it has a forward of its own, as noise can be told from independent parts only.
     BatchNorm and dropout see parts then: it is another training than with whole batches.
 
     Returns:
-        The losses that are trained; those of each micro-batch, None where the training has none; and their sizes.
+        The losses that are trained; those of each micro-batch, None where the training has none; and their sizes, which
+        are 0 where the batch only stands in for one.
     """
-    count = t.engine.micro_batches(t.settings.micro_batches)
+    count, share = t.engine.micro_batches(t.settings.micro_batches), t.train_loader.share
+    counted = 1 if share else 0
     if count == 1:
-        return t.engine.losses(t.model, batch), None, [len(batch)]
+        return t.engine.losses(t.model, batch, share), None, [len(batch.images) * counted]
     parts = micro_batches(batch, count)
-    micro = [t.engine.losses(t.model, part) for part in parts]
-    sizes = [len(part) for part in parts]
-    return mean_losses(micro, shares_of(sizes)), micro, sizes
+    micro = [t.engine.losses(t.model, part, share) for part in parts]
+    sizes = [len(part.images) for part in parts]
+    return mean_losses(micro, shares_of(sizes)), micro, [size * counted for size in sizes]
 
 
 def finite(t: Training, losses: Mapping[str, Tensor], values: Mapping[str, float], size: int) -> bool:
@@ -156,8 +176,8 @@ def finite(t: Training, losses: Mapping[str, Tensor], values: Mapping[str, float
     return True
 
 
-def evaluate_on(t: Training, loader: Iterable[Any]) -> dict[str, float]:
-    """Metrics on a split, with BatchNorm statistics that fit the present weights.
+def evaluate_on(t: Training, loader: Iterable[Any]) -> Scores:
+    """An evaluation on a split, with BatchNorm statistics that fit the present weights.
 
     YOLOv5's running statistics follow with a momentum of 0.03: in a short run they are those of weights long gone.
     Recomputing them changes nothing in the training, which uses the batch's own.
@@ -165,13 +185,7 @@ def evaluate_on(t: Training, loader: Iterable[Any]) -> dict[str, float]:
     if t.settings.bn_batches:
         t.whole_loader.set_epoch(0)
         recompute_batchnorm(t.model, t.whole_loader, batches=t.settings.bn_batches)
-    return evaluate(t.model, loader, device=t.engine.device)
-
-
-def fitness(metrics: Mapping[str, float]) -> float:
-    """What chooses the best epoch: YOLOv5's 0.1 mAP50 + 0.9 mAP50-95, and accuracy, half each; NaN counts as 0."""
-    parts = (0.1 * metrics["mAP50"], 0.9 * metrics["mAP50-95"], metrics["accuracy"])
-    return sum(part for part in parts if not math.isnan(part)) / 2
+    return t.problem.score(t.model, loader, device=t.engine.device)
 
 
 def save_state(t: Training, metrics: Mapping[str, float]) -> None:
@@ -180,8 +194,9 @@ def save_state(t: Training, metrics: Mapping[str, float]) -> None:
     A disk that takes no more ends no training: what could not be saved is said, and tried again after the next epoch.
     """
     saved(t, t.paths.last, t.model.state_dict())
-    if fitness(metrics) > t.best and saved(t, t.paths.best, t.model.state_dict()):
-        t.best = fitness(metrics)
+    fitness = t.problem.fitness(metrics)
+    if fitness > t.best and saved(t, t.paths.best, t.model.state_dict()):
+        t.best = fitness
     if t.probe.flush():  # a state that is ahead of the rows would leave a gap in the run that is resumed from it
         saved(t, t.paths.checkpoint, resumable(t))
 
@@ -209,6 +224,7 @@ def resumable(t: Training) -> dict[str, Any]:
         "balancer": t.balancer.state_dict(),
         "scaler": t.engine.scaler.state_dict() if t.engine.scaler is not None else {},
         "probe": t.probe.state_dict(),
+        "batches": t.batches.state_dict(),
         "rng": torch.get_rng_state(),
     }
 
@@ -223,4 +239,5 @@ def load_state(t: Training, state: Mapping[str, Any]) -> None:
     if t.engine.scaler is not None:
         t.engine.scaler.load_state_dict(state["scaler"])
     t.probe.load_state_dict(state["probe"])
+    t.batches.load_state_dict(state.get("batches", UNKNOWN))
     torch.set_rng_state(state["rng"].cpu())

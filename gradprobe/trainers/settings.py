@@ -11,8 +11,11 @@ from typing import Any
 
 from gradprobe.errors import UsageError
 from gradprobe.trainers import registry
+from gradprobe.trainers.problems import YOLOV5, kind_of
+from gradprobe.trainers.problems.dial_spec import parse
 
-TASKS = ("det", "cls")
+TASKS = YOLOV5.tasks
+"""Of the default data; those of others: :func:`gradprobe.trainers.problems.kind_of`."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """As Lightning names them. Parameters, losses and the optimizer are float32 in all; 16-mixed scales the losses."""
@@ -28,7 +31,7 @@ class Settings:
     trainer: str = "gradnorm"  # see gradprobe.trainers.registry
     task: str = ""  # for `single`
     from_run: str = ""  # name of the run file that --from read; what it gave is in the other settings
-    data: str = "phantom"  # or the path of a data.yaml
+    data: str = "phantom"  # or the path of a data.yaml, or dial:angle=120,ratio=10,noise=1
     cfg: str = "yolov5n.yaml"
     weights: str = ""  # a state_dict to start from; empty: random initial weights
     imgsz: int = 128  # pixels, multiple of 32
@@ -46,7 +49,7 @@ class Settings:
     weight_decay: float = 5e-4  # on weights of two and more dimensions only
     clip_norm: float = 0.0  # global gradient clipping; 0: none
 
-    task_weights: tuple[float, ...] = (1.0, 1.0)  # of det and cls; GradNorm starts from them
+    task_weights: tuple[float, ...] = (1.0, 1.0)  # of each task, det and cls; GradNorm starts from them
     gradnorm_alpha: float = 1.5
     gradnorm_lr: float = 0.025
     gradnorm_momentum: float = 0.9  # beta1 of the weights' own Adam
@@ -66,6 +69,9 @@ class Settings:
     every: int = 2  # steps between two measurements
     updates: bool = False  # what the optimizer makes of the gradients, at the same steps
     micro_batches: int = 1  # forwards per step, of equal parts of the batch; from 2 on the noise is measured too
+    probe_loader: str = ""  # also measure on samples drawn from this split; empty: not
+    probe_every: int = 20  # steps between two such measurements
+    probe_batches: int = 8  # micro-batches of one, each as large as those of the training
     bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
     skip_bad: bool = False
     keep_going: bool = False
@@ -110,35 +116,36 @@ def resolve(flags: Mapping[str, Any], *, preset: str = "", hyp: Mapping[str, flo
     return settings
 
 
-_HOW = "write det=1,cls=0.01, or equal"
-
-
-def parse_task_weights(text: str) -> tuple[float, ...]:
-    """``det=1,cls=0.01`` as numbers in the order of :data:`TASKS`; ``equal``: 1 each.
+def parse_task_weights(text: str, tasks: tuple[str, ...] = TASKS) -> tuple[float, ...]:
+    """``det=1,cls=0.01`` as numbers in the order of ``tasks``; ``equal``: 1 each.
 
     Raises:
         UsageError: A task is missing, unknown or given twice, or a weight is no finite number >= 0.
     """
     if text.strip() == "equal":
-        return (1.0,) * len(TASKS)
+        return (1.0,) * len(tasks)
+    how = f"write {tasks[0]}=1,{tasks[1]}=0.01, or equal"
     values: dict[str, float] = {}
     for item in text.split(","):
         task, _, number = (part.strip() for part in item.partition("="))
-        if task not in TASKS or task in values:
-            raise UsageError(f"--task-weights {text!r}: {task!r} is unknown or given twice; {_HOW}")
+        if task not in tasks or task in values:
+            raise UsageError(f"--task-weights {text!r}: {task!r} is unknown or given twice; {how}")
         try:
             values[task] = float(number)
         except ValueError:
-            raise UsageError(f"--task-weights {text!r}: {number!r} is not a number; {_HOW}") from None
-    missing = [task for task in TASKS if task not in values]
+            raise UsageError(f"--task-weights {text!r}: {number!r} is not a number; {how}") from None
+    missing = [task for task in tasks if task not in values]
     if missing:
-        raise UsageError(f"--task-weights {text!r}: no weight for {missing}; {_HOW}")
-    return tuple(values[task] for task in TASKS)
+        raise UsageError(f"--task-weights {text!r}: no weight for {missing}; {how}")
+    return tuple(values[task] for task in tasks)
 
 
 def _validate(s: Settings) -> None:
     registry.check(s.trainer)
-    _validate_trainer(s)
+    tasks = kind_of(s.data).tasks
+    if kind_of(s.data).name == "dial":
+        parse(s.data)
+    _validate_trainer(s, tasks)
     if s.optimizer not in ("AdamW", "SGD"):
         raise UsageError(_unknown("optimizer", s.optimizer, ("AdamW", "SGD")))
     if s.precision not in PRECISIONS:
@@ -148,9 +155,13 @@ def _validate(s: Settings) -> None:
     if s.imgsz < 32 or s.imgsz % 32:
         nearest = max(32, math.ceil(s.imgsz / 32) * 32)
         raise UsageError(f"--imgsz {s.imgsz}: must be a multiple of 32; the next one is {nearest}.")
-    for name in ("epochs", "batch_size", "every", "top_k", "micro_batches"):
+    for name in ("epochs", "batch_size", "every", "top_k", "micro_batches", "probe_every"):
         if getattr(s, name) < 1:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 1.")
+    if s.probe_loader not in ("", "train", "val"):
+        raise UsageError(_unknown("--probe-loader", s.probe_loader, ("train", "val")))
+    if s.probe_batches < 2:
+        raise UsageError(f"--probe-batches {s.probe_batches}: noise is told from at least 2; 8 are the default.")
     if s.micro_batches > s.batch_size:
         raise UsageError(f"--micro-batches {s.micro_batches}: a batch has no more than {s.batch_size} images.")
     for name in ("lr", "weight_sum", "gradnorm_lr", "dwa_temperature"):
@@ -180,9 +191,9 @@ def _validate(s: Settings) -> None:
         raise UsageError(f"--task-weights {s.task_weights}: weights must be finite, not negative, and not all 0.")
 
 
-def _validate_trainer(s: Settings) -> None:
-    if s.trainer == "single" and s.task not in TASKS:
-        raise UsageError(f"--trainer single: which task? --task {' or --task '.join(TASKS)}.")
+def _validate_trainer(s: Settings, tasks: tuple[str, ...]) -> None:
+    if s.trainer == "single" and s.task not in tasks:
+        raise UsageError(f"--trainer single: which task? --task {' or --task '.join(tasks)}.")
     if s.share_until and s.trainer != "dual":
         raise UsageError(f"--share-until {s.share_until} goes with --trainer dual.")
     if s.task and s.trainer != "single":

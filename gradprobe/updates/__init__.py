@@ -1,5 +1,6 @@
-"""What the optimizer makes of the gradients: clipping, momentum, preconditioning, skipped steps; by task."""
+"""What the optimizer makes of the gradients, by task, and what that does to the losses."""
 
+from gradprobe.updates.ledger import Ledger
 from gradprobe.updates.updates import Updates
 
-__all__ = ["Updates"]
+__all__ = ["Ledger", "Updates"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradprobe.ledger.update_parts import Moments, Rule, begin, first_moment, fit, rules, take_apart
+from gradprobe.ledger.terms import products
+from gradprobe.ledger.update_parts import Moments, Rule, begin, first_moment, fit, own_factor, rules, take_apart
 from gradprobe.measures import Array
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Gradients, combined
@@ -28,9 +29,6 @@ PLAIN = Rule(adam=False, lr=0.0, decay=0.0, decoupled=False, keep=0.0, take=1.0)
 
 IN_CACHE = 1 << 16
 """About so many numbers are handled together on a CPU: fewer cost calls, more the way to the memory and back."""
-
-TINY = 1e-30
-"""Squared lengths below are no longer exact in float32."""
 
 WHOLE = 1e-3
 """How much of an update its parts may leave out, over its length, beyond the rounding of the parameters."""
@@ -150,6 +148,21 @@ def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Some of an update's numbers by source.
+
+    Attributes:
+        places: Which of the shared parameters.
+        made: (S, n) by source; they sum to the update.
+        factor: (n,) or a number: by how much the step's own gradient entered it.
+    """
+
+    places: Places
+    made: Tensor
+    factor: Tensor | float
+
+
+@dataclass(frozen=True)
 class TakenApart:
     """An update.
 
@@ -158,12 +171,16 @@ class TakenApart:
         effect: (L, T, S) inner products of the unweighted task gradients with the parts; NaN: no path.
         missing: How much of the update the parts leave out, over its length.
         kept: Moments for the next one.
+        pieces: The parts themselves, where they were asked for.
+        scale: The given gradient over the weighted sum of the tasks' gradients.
     """
 
     parts: Array
     effect: Array
     missing: float
     kept: Kept
+    pieces: Sequence[Parts]
+    scale: float
 
 
 def look_after(
@@ -172,16 +189,20 @@ def look_after(
     before: Before,
     gradients: Sequence[Gradients],
     weights: Array,
+    *,
+    keep: bool = False,
 ) -> TakenApart:
-    """Take the update apart that was made since :func:`look_before`."""
+    """Take the update apart that was made since :func:`look_before`; ``keep`` its parts too, S copies."""
     tasks, parameters = len(weights), shared.parameters
     sources = tasks + len(EARLIER_SOURCES)
-    owner = [index for index, layer in enumerate(shared.layers) for _ in layer.parameters]
+    owner = owners(shared)
     gram = np.zeros((len(shared.layers), sources + tasks, sources + tasks))
     left = square = allowed = 0.0
+    pieces = []
     for group, moments in zip(before.groups, before.moments, strict=True):
         shares = _shares(group, weights, before.scale)
-        made = take_apart(group.rule, moments, shares, group.before, _second(optimizer, shared, group))
+        second = second_moment(optimizer, [parameters[i] for i in group.places], group.rule)
+        made = take_apart(group.rule, moments, shares, group.before, second)
         update = long([parameters[i] for i in group.places]).sub_(group.before)
         square += length(update) ** 2
         # Each parameter is rounded when the update is added to it.
@@ -189,8 +210,10 @@ def look_after(
         for part in made:
             update.sub_(part)
         left += length(update) ** 2
-        sizes = [parameters[i].numel() for i in group.places]
-        _add(gram, torch.stack([*made, *group.own]), [owner[i] for i in group.places], sizes)
+        sizes = by_layer(shared, group.places)
+        gram[list(sizes)] += products(torch.stack([*made, *group.own]), list(sizes.values()))
+        if keep:
+            pieces.append(Parts(group.places, torch.stack(made), own_factor(group.rule, second)))
     there = np.array(
         [[any(g[i] is not None for i, o in enumerate(owner) if o == layer) for g in gradients] for layer in set(owner)]
     ).reshape(len(shared.layers), tasks)
@@ -198,32 +221,31 @@ def look_after(
     missing = beyond / math.sqrt(square) if square else float(beyond > 0)
     kept = {group.places: moments for group, moments in zip(before.groups, before.moments, strict=True)}
     effect = np.where(there[:, :, None], gram[:, sources:, :sources], np.nan)
-    return TakenApart(gram[:, :sources, :sources], effect, missing, kept)
+    return TakenApart(gram[:, :sources, :sources], effect, missing, kept, pieces, before.scale)
+
+
+def owners(shared: SharedLayers) -> list[int]:
+    """The layer of each shared parameter."""
+    return [index for index, layer in enumerate(shared.layers) for _ in layer.parameters]
+
+
+def by_layer(shared: SharedLayers, places: Places) -> dict[int, int]:
+    """Layer -> how many numbers of these parameters are its own; parameters of a layer are neighbours."""
+    owner, parameters = owners(shared), shared.parameters
+    sizes: dict[int, int] = {}
+    for place in places:
+        sizes[owner[place]] = sizes.get(owner[place], 0) + parameters[place].numel()
+    return sizes
+
+
+def side_by_side(tasks: Sequence[Gradients], parameters: Sequence[nn.Parameter], places: Places) -> Tensor:
+    """(T, n): each task's gradient on these parameters as one vector; zeros where it has none."""
+    return torch.stack([long([_dense(task[i], parameters[i]) for i in places]) for task in tasks])
 
 
 def length(vector: Tensor) -> float:
     """Euclidean norm."""
     return float(torch.linalg.vector_norm(vector))
-
-
-def _add(gram: Array, rows: Tensor, layers: Sequence[int], sizes: Sequence[int]) -> None:
-    """Add inner products of the rows (K, n), layer by layer.
-
-    Args:
-        gram: (L, K, K), added to.
-        rows: Side by side the numbers of parameters.
-        layers, sizes: Of each parameter, its layer and how many numbers it has; parameters of a layer are neighbours.
-    """
-    places = dict.fromkeys(layers, 0)
-    for layer, size in zip(layers, sizes, strict=True):
-        places[layer] += size
-    found = torch.stack([piece @ piece.T for piece in rows.split(list(places.values()), dim=1)])
-    squares = torch.diagonal(found, dim1=1, dim2=2)
-    if rows.dtype != torch.float64 and bool(((squares < TINY) | ~squares.isfinite()).any()):
-        # Too small or large for products in the parameters' own type. Exact zeros come here too, and stay zero.
-        wide = torch.float32 if rows.device.type == "mps" else torch.float64
-        found = torch.stack([(p := piece.to(wide)) @ p.T for piece in rows.split(list(places.values()), dim=1)])
-    gram[list(places)] += found.cpu().double().numpy()
 
 
 def _shares(group: Group, weights: Array, scale: float) -> list[Tensor]:
@@ -238,8 +260,6 @@ def _shares(group: Group, weights: Array, scale: float) -> list[Tensor]:
     return shares
 
 
-def _second(optimizer: Optimizer, shared: SharedLayers, group: Group) -> Tensor | None:
-    """Adam's second moment after the step."""
-    if not group.rule.adam:
-        return None
-    return long([optimizer.state[shared.parameters[i]]["exp_avg_sq"] for i in group.places])
+def second_moment(optimizer: Optimizer, parameters: Sequence[nn.Parameter], rule: Rule) -> Tensor | None:
+    """Adam's second moment after the step, as one vector."""
+    return long([optimizer.state[p]["exp_avg_sq"] for p in parameters]) if rule.adam else None

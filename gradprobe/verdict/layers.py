@@ -7,13 +7,13 @@ dimension of a layer and the noise of the estimate.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from gradprobe.measures import Array, pair_index
+from gradprobe import statistics
+from gradprobe.measures import Array
 
 FALSE_DISCOVERIES = 0.10
 """Expected share of false ones among the layers called conflicting."""
@@ -57,7 +57,8 @@ def layer_scores(gram: ArrayLike, size: ArrayLike, noise: ArrayLike | None = Non
     gram = np.asarray(gram, dtype=np.float64)
     if noise is not None:
         gram = gram - np.asarray(noise, dtype=np.float64)
-    cosine, variance = pooled_cosine(gram)
+    pooled = statistics.pooled_cosine(gram)
+    cosine, variance = np.clip(pooled.mean, -1.0, 1.0), pooled.variance
     chance = 1.0 / np.asarray(size, dtype=np.float64)[:, None]
     score = -cosine / np.sqrt(chance + variance)
     half = 1.96 * np.sqrt(variance)
@@ -66,57 +67,5 @@ def layer_scores(gram: ArrayLike, size: ArrayLike, noise: ArrayLike | None = Non
         np.maximum(cosine - half, -1.0),
         np.minimum(cosine + half, 1.0),
         score,
-        discoveries(tail(score), FALSE_DISCOVERIES),
+        statistics.benjamini_hochberg(statistics.normal_tail(score), FALSE_DISCOVERIES),
     )
-
-
-def pooled_cosine(gram: ArrayLike) -> tuple[Array, Array]:
-    """The cosine over all rows, and its variance within the run.
-
-    Args:
-        gram: (n, ..., T, T); rows in which a pair has a NaN do not count for it.
-
-    Returns:
-        (..., P) each. The cosine is ``sum U_ij / sqrt(sum U_ii sum U_jj)``. The variance is that of a ratio of means,
-        from differences of neighbouring rows, so that a slow drift does not count as noise. NaN with fewer than three
-        rows, or where a noise-corrected square sums to 0 or less: a gradient that cannot be told from noise has no
-        angle.
-    """
-    gram = np.asarray(gram, dtype=np.float64)
-    first, second = pair_index(gram.shape[-1])
-    square = np.diagonal(gram, axis1=-2, axis2=-1)
-    parts = np.stack([gram[..., first, second], square[..., first], square[..., second]])
-    shape = parts.shape[2:]
-    found = [_one_pair(column) for column in parts.reshape(3, parts.shape[1], math.prod(shape)).transpose(2, 0, 1)]
-    values = np.array(found).reshape(*shape, 2)
-    return values[..., 0], values[..., 1]
-
-
-def _one_pair(parts: Array) -> tuple[float, float]:
-    """``parts``: (3, n), the inner products and the two squares."""
-    inner, one, other = parts[:, np.isfinite(parts).all(axis=0)]
-    count = len(inner)
-    if count < 3 or one.mean() <= 0 or other.mean() <= 0:
-        return math.nan, math.nan
-    length = math.sqrt(one.mean() * other.mean())
-    cosine = float(np.clip(inner.mean() / length, -1.0, 1.0))
-    psi = inner / length - cosine / 2 * (one / one.mean() + other / other.mean())
-    return cosine, float(np.mean(np.square(np.diff(psi))) / (2 * count))
-
-
-def tail(score: ArrayLike) -> Array:
-    """Probability of a score at least as high by chance, one-sided, normal; NaN stays NaN."""
-    flat = np.asarray(score, dtype=np.float64)
-    values = [0.5 * math.erfc(s / math.sqrt(2)) if np.isfinite(s) else math.nan for s in flat.ravel()]
-    return np.array(values).reshape(flat.shape)
-
-
-def discoveries(p: ArrayLike, rate: float) -> NDArray[np.bool_]:
-    """Benjamini and Hochberg's procedure: which of many p-values are discoveries at this false discovery rate."""
-    p = np.asarray(p, dtype=np.float64)
-    known = np.sort(p[np.isfinite(p)])
-    passed = np.flatnonzero(known <= rate * np.arange(1, len(known) + 1) / max(len(known), 1))
-    limit = known[passed[-1]] if len(passed) else -1.0
-    with np.errstate(invalid="ignore"):
-        result: NDArray[np.bool_] = p <= limit
-    return result

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,22 +22,16 @@ class Batch:
     boxes: torch.Tensor  # (boxes, 6), float32: index of the image, class, cx, cy, w, h in [0, 1]
     labels: torch.Tensor  # (batch,), int64: image class
     names: tuple[str, ...]  # file names
-    share: float = 1.0  # of the samples that all processes have of this batch; 0: these stand in for none
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def counted(self) -> int:
-        """How many of the images count."""
-        return len(self.names) if self.share else 0
 
     def part(self, start: int, stop: int) -> Batch:
         """The images from ``start`` to before ``stop``, with their targets."""
         inside = (self.boxes[:, 0] >= start) & (self.boxes[:, 0] < stop)
         boxes = self.boxes[inside]
         boxes[:, 0] -= start  # a copy: selecting by a mask makes one
-        return Batch(self.images[start:stop], boxes, self.labels[start:stop], self.names[start:stop], self.share)
+        return Batch(self.images[start:stop], boxes, self.labels[start:stop], self.names[start:stop])
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -76,22 +71,41 @@ def part_of(batch: Sequence[int], rank: int, processes: int) -> tuple[list[int],
     """
     size = len(batch)
     part = list(batch[size * rank // processes : size * (rank + 1) // processes])
-    return (part, len(part) / len(batch)) if part else ([batch[0]], 0.0)
+    return (part, len(part) / size) if part else ([batch[0]], 0.0)
 
 
 class Loader:
     """Iterates over a data set in batches; the last one may be smaller.
 
-    Of several processes each gets its part of every batch, so that together they see what one would.
+    Of several processes each can have its part of every batch, so that together they see what one would.
+
+    Attributes:
+        share: How much of the last batch this process has, of all its samples.
+
+    Args:
+        dataset: Has a length, and samples by index.
+        batch_size: Samples.
+        seed, shuffle: The order; without ``shuffle`` that of the data set.
+        collate: Makes a batch of samples.
     """
 
     def __init__(
-        self, dataset: ImageDataset, batch_size: int, seed: int, shuffle: bool, rank: int = 0, processes: int = 1
+        self,
+        dataset: Any,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        collate: Callable[[list[Any]], Any] = collate,
     ) -> None:
         if batch_size < 1:
             raise UsageError(f"the batch size is {batch_size}; it has to be 1 or greater (--batch-size)")
         self.dataset, self.batch_size = dataset, batch_size
-        self._seed, self._shuffle, self._epoch = seed, shuffle, 0
+        self._seed, self._shuffle, self._epoch, self.collate = seed, shuffle, 0, collate
+        self._rank, self._processes = 0, 1
+        self.share = 1.0
+
+    def divide(self, rank: int, processes: int) -> None:
+        """From now on give one process's part of every batch; ``batch_size`` is that of all together."""
         self._rank, self._processes = rank, processes
 
     def set_epoch(self, epoch: int) -> None:
@@ -111,17 +125,16 @@ class Loader:
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         order = self.order()
         for start in range(0, len(order), self.batch_size):
-            part, share = part_of(order[start : start + self.batch_size], self._rank, self._processes)
-            yield replace(collate([self.dataset[index] for index in part]), share=share)
+            whole = order[start : start + self.batch_size]
+            part, self.share = part_of(whole, self._rank, self._processes)
+            yield self.collate([self.dataset[index] for index in part])
 
 
-def make_loader(
-    dataset: ImageDataset, batch_size: int, seed: int = 0, shuffle: bool = True, *, rank: int = 0, processes: int = 1
-) -> Loader:
-    """Batches of a data set, or one process's parts of them; `batch_size` is that of all processes together.
+def make_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, shuffle: bool = True) -> Loader:
+    """Batches of a data set.
 
     Iterating twice in one epoch gives the same batches twice; call `set_epoch` before each epoch. The
     global random generators of torch, numpy and Python are neither read nor changed.
@@ -129,4 +142,4 @@ def make_loader(
     Raises:
         UsageError: the batch size is below 1.
     """
-    return Loader(dataset, batch_size, seed, shuffle, rank, processes)
+    return Loader(dataset, batch_size, seed, shuffle)

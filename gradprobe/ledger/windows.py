@@ -1,0 +1,244 @@
+"""What a window of a ledger says: sums, the part of its progress a task lost to another, and whether to believe it.
+
+Pure functions on what a run file holds. Nothing here is a mean of ratios: sums over the window first, ratios last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradprobe.measures import Array
+
+RESIDUAL_LIMIT = 0.10
+"""How much of the sum of |terms| the residual may be."""
+
+EARLIER_LIMIT = 0.01
+"""How much of the sum of |terms| momentum from before the burst may be."""
+
+RESOLVED = 1.96
+"""How many of its standard errors a task's own progress is to be above 0."""
+
+LEAST_ROWS = 8
+"""Rows without which a window has no standard errors, and says nothing."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One condition of believing a number.
+
+    Attributes:
+        name: "residual", "earlier momentum", "own progress" or "rows".
+        passed: Whether it holds; it does not where ``value`` is NaN.
+        value, limit: What was found, and what it may at most be ("own progress", "rows": at least).
+        sentence: For people.
+    """
+
+    name: str
+    passed: bool
+    value: float
+    limit: float
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sums of a ledger over the rows that count.
+
+    Attributes:
+        rows: (k,) which rows counted, by their place.
+        left_out: How many rows of the window did not: reason -> how many.
+        term: (T, S) change of each task's loss by each source's part of the updates of the layers, in units of loss.
+        head: (T,) by the updates of what is not shared.
+        change: (T,) as it was measured on the probe batch.
+        residual: (T,) sum of all terms minus ``change``.
+        size: (T,) sum of |terms|: what the residual is held against.
+        residual_error: (T,) standard error of ``residual`` from the rows' noise; NaN: too few rows. A residual of
+            less than two of them may be noise: longer windows, larger batches. One of more is none: curvature.
+        own: (T,) what each task's own part of the updates of the layers took off its loss.
+        own_error: (T,) its standard error.
+        interference: (T, T) C: the part of row i's own progress that column j cancelled (> 0) or added (< 0); -1 on
+            the diagonal. NaN where one of the task's gates is shut.
+        gates: (T) of each task, four each.
+    """
+
+    rows: NDArray[np.int64]
+    left_out: Mapping[str, int]
+    term: Array
+    head: Array
+    change: Array
+    residual: Array
+    size: Array
+    residual_error: Array
+    own: Array
+    own_error: Array
+    interference: Array
+    gates: Sequence[Sequence[Gate]]
+
+    def passed(self, task: int) -> bool:
+        """Whether what the window says of a task can be believed."""
+        return all(gate.passed for gate in self.gates[task])
+
+
+def window(
+    ledger: Mapping[str, NDArray[Any]],
+    tasks: Sequence[str],
+    *,
+    start: float = -math.inf,
+    stop: float = math.inf,
+    layers: Sequence[int] | None = None,
+) -> Window:
+    """The sums of a ledger, its measure C and the gates of both.
+
+    Args:
+        ledger: ``run.ledger``: ``step``, ``burst`` (n,), ``term`` (n, L, T, S), ``head``, ``loss_change`` (n, T) and
+            ``status`` (n,); 0 is a row that counts.
+        tasks: (T,) names.
+        start, stop: Steps ``start <= step < stop``.
+        layers: Over which C is; None: all. The residual is over all of them always, as the loss is.
+    """
+    term = np.asarray(ledger["term"], dtype=np.float64)
+    head, change = (np.asarray(ledger[name], dtype=np.float64) for name in ("head", "loss_change"))
+    step = np.asarray(ledger["step"])
+    inside = (step >= start) & (step < stop)
+    measured = np.asarray(ledger["status"]) == 0
+    known = _known(term, head, change)
+    whole = np.nansum(term, axis=1)
+    settled = _settled(whole, head, np.asarray(ledger["burst"]), inside & measured & known)
+    left_out = {
+        "not measured, or not to be counted": inside & ~measured,
+        "an end, the correction or the change of the loss is unknown": inside & measured & ~known,
+        "momentum from before the burst is in it": inside & measured & known & ~settled,
+    }
+    rows = np.flatnonzero(settled)
+    chosen = whole if layers is None else np.nansum(term[:, list(layers)], axis=1)
+    counts = {reason: int(which.sum()) for reason, which in left_out.items() if which.any()}
+    return _summed(whole[rows], chosen[rows], head[rows], change[rows], tasks, rows, counts)
+
+
+def _known(term: Array, head: Array, change: Array) -> NDArray[np.bool_]:
+    """(n,): a layer that a task does not reach is NaN in all rows, and no reason to leave any out."""
+    reached: NDArray[np.bool_] = np.any(np.isfinite(term), axis=(0, 3))  # (L, T)
+    there: NDArray[np.bool_] = np.all(np.isfinite(term) | ~reached[None, :, :, None], axis=(1, 2, 3))
+    any_term = bool(reached.any()) or not term.shape[1]  # where nothing is shared there are heads alone
+    found: NDArray[np.bool_] = there & np.isfinite(head).all(axis=1) & np.isfinite(change).all(axis=1)
+    return found & any_term
+
+
+def _settled(whole: Array, head: Array, burst: NDArray[Any], usable: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(n,): from that row of each burst on from which momentum from before it is small in the rest, for every task."""
+    found = np.zeros(len(whole), dtype=bool)
+    earlier = np.abs(whole[..., -1])
+    size = np.abs(whole).sum(axis=2) + np.abs(head)
+    for number in np.unique(burst[usable]):
+        places = np.flatnonzero((burst == number) & usable)
+        rest, rest_size = (_sums_to_the_end(values[places]) for values in (earlier, size))
+        small = (rest <= EARLIER_LIMIT * rest_size).all(axis=1)
+        if small.any():
+            found[places[int(np.argmax(small)) :]] = True
+    return found
+
+
+def _sums_to_the_end(values: Array) -> Array:
+    total: Array = values[::-1].cumsum(axis=0)[::-1]
+    return total
+
+
+def _summed(
+    whole: Array,
+    chosen: Array,
+    head: Array,
+    change: Array,
+    tasks: Sequence[str],
+    rows: NDArray[np.int64],
+    left_out: Mapping[str, int],
+) -> Window:
+    count = len(tasks)
+    term, heads, changed = whole.sum(axis=0), head.sum(axis=0), change.sum(axis=0)
+    rest = whole.sum(axis=2) + head - change  # (n, T)
+    size = np.abs(term).sum(axis=1) + np.abs(heads)
+    progress = -np.diagonal(chosen[..., :count], axis1=1, axis2=2)  # (n, T)
+    own, own_error = progress.sum(axis=0), standard_error(progress)
+    found = Window(
+        rows=rows,
+        left_out=left_out,
+        term=term,
+        head=heads,
+        change=changed,
+        residual=rest.sum(axis=0),
+        size=size,
+        residual_error=standard_error(rest),
+        own=own,
+        own_error=own_error,
+        interference=np.full((count, count), np.nan),
+        gates=(),
+    )
+    gates = [_gates(found, index, task) for index, task in enumerate(tasks)]
+    shut = np.array([not all(gate.passed for gate in each) for each in gates])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = chosen.sum(axis=0)[:, :count] / own[:, None]
+    return replace(found, interference=np.where(shut[:, None], np.nan, ratio), gates=gates)
+
+
+def _gates(w: Window, index: int, task: str) -> list[Gate]:
+    residual, error, size = abs(w.residual[index]), w.residual_error[index], w.size[index]
+    part = _over(residual, size)
+    kind = "more than the rows' noise" if residual > RESOLVED * error else "no more than the rows' noise"
+    earlier, own = _over(abs(w.term[index, -1]), size), _over(w.own[index], w.own_error[index])
+    return [
+        Gate(
+            "rows", len(w.rows) >= LEAST_ROWS, float(len(w.rows)), LEAST_ROWS, f"{len(w.rows)} rows of the ledger count"
+        ),
+        Gate(
+            "residual",
+            part <= RESIDUAL_LIMIT,
+            part,
+            RESIDUAL_LIMIT,
+            f"of {task}'s loss the terms leave {part:.0%} of their size unexplained, which is {kind}",
+        ),
+        Gate(
+            "earlier momentum",
+            earlier <= EARLIER_LIMIT,
+            earlier,
+            EARLIER_LIMIT,
+            f"momentum from before the burst is {earlier:.1%} of {task}'s terms",
+        ),
+        Gate(
+            "own progress",
+            own >= RESOLVED,
+            own,
+            RESOLVED,
+            f"{task}'s own progress is {own:.1f} of its standard errors above 0",
+        ),
+    ]
+
+
+def _over(a: float, b: float) -> float:
+    """NaN for 0 / 0, without a warning."""
+    return float(a / b) if b else (math.nan if not a else math.copysign(math.inf, a))
+
+
+def standard_error(rows: Array) -> Array:
+    """Standard error of the sum of consecutive rows: (n, ...) -> (...).
+
+    Neighbours share a gradient, and momentum spreads one over many: Newey and West's estimate with Bartlett weights,
+    over about sqrt(n) neighbours. NaN with too few rows.
+
+    Source: Newey and West, "A Simple, Positive Semi-Definite, Heteroskedasticity and Autocorrelation Consistent
+    Covariance Matrix", 1987.
+    """
+    count = len(rows)
+    if count < LEAST_ROWS:
+        return np.full(rows.shape[1:], np.nan)
+    apart = rows - rows.mean(axis=0)
+    reach = math.ceil(1.5 * math.sqrt(count))
+    total = np.square(apart).sum(axis=0)
+    for lag in range(1, min(reach, count - 1) + 1):
+        total = total + 2 * (1 - lag / (reach + 1)) * (apart[lag:] * apart[:-lag]).sum(axis=0)
+    result: Array = np.sqrt(np.maximum(total, 0.0))
+    return result

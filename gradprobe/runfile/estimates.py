@@ -1,0 +1,103 @@
+"""Rows of a run on their way to :func:`gradprobe.statistics.pooled`: from layers and steps to one Gramian a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradprobe import measures
+from gradprobe.errors import RunFileError
+from gradprobe.runfile import schema
+
+if TYPE_CHECKING:
+    from gradprobe.runfile.reader import Run
+    from gradprobe.statistics import Estimate
+
+SOURCES = {"probe_loader": schema.PROBE_LOADER, "training": schema.ROWS}
+
+_HOW = {
+    "probe_loader": "record with --probe-loader val, or give attach() a gradprobe.ProbeLoader",
+    "training": "record with --micro-batches 4, or give the probe micro=[losses, ...]",
+}
+
+
+def estimate(run: Run, group: str | Sequence[str] | None, window: tuple[int, int] | None, source: str) -> Estimate:
+    """Documented at :meth:`gradprobe.runfile.reader.Run.estimate`."""
+    from gradprobe.statistics import pooled
+
+    if source not in SOURCES:
+        raise RunFileError(f"{run.path}: no estimates from {source!r}; there are: {', '.join(SOURCES)}.")
+    table = SOURCES[source]
+    if table.path(schema.GRAM_NOISE.name) not in run:
+        raise RunFileError(
+            f"{run.path}: the noise of {source} rows was not measured, so nothing is told from it: {_HOW[source]}."
+        )
+    layers, rows = run.layer_indices(group), _rows(run, table, window)
+    reach = run.reach[layers]
+    gram = measures.from_norms(_read(run, table, "grad_norm", rows, layers), _read(run, table, "cosine", rows, layers))
+    noise = _read(run, table, schema.GRAM_NOISE.name, rows, layers)
+    size = run[table.path("batch_size")][rows].astype(np.float64)
+    size[size == 0] = np.nan  # unknown
+    whole = pooled(_summed(gram, reach), _summed(noise, reach), size)
+    if reach.all():
+        return whole
+    return _pair_by_pair(whole, gram, noise, reach, size)
+
+
+def _rows(run: Run, table: schema.Table, window: tuple[int, int] | None) -> NDArray[np.bool_]:
+    """Which rows count."""
+    step, measured = run[table.path(schema.STEP)], run[table.path("status")] == 0
+    if window is None:
+        return np.asarray(measured)
+    return np.asarray(measured & (step >= window[0]) & (step < window[1]))
+
+
+def _read(
+    run: Run, table: schema.Table, name: str, rows: NDArray[np.bool_], layers: NDArray[np.intp]
+) -> measures.Array:
+    """Some rows and layers; a single layer is read alone."""
+    path = table.path(name)
+    chosen = (
+        run.read(path, layers=slice(int(layers[0]), int(layers[0]) + 1)) if len(layers) == 1 else run[path][:, layers]
+    )
+    return chosen[rows].astype(np.float64)
+
+
+def _summed(gram: measures.Array, reach: NDArray[np.bool_]) -> measures.Array:
+    """(n, T, T) over the layers that are reached; NaN where none is, or one of them is unknown."""
+    both = reach[:, :, None] & reach[:, None, :]
+    return np.where(both.any(axis=0), measures.over_all(gram, reach), np.nan)
+
+
+def _pair_by_pair(
+    whole: Estimate, gram: measures.Array, noise: measures.Array, reach: NDArray[np.bool_], size: measures.Array
+) -> Estimate:
+    """The same where some tasks share some of the layers only: a pair's squares are of the layers that both reach."""
+    from gradprobe.statistics import pooled
+
+    first, second = measures.pair_index(reach.shape[1])
+    by_pair: dict[str, list[float]] = {name: [] for name in _OF_PAIRS}
+    for pair in zip(first, second, strict=True):
+        both, (rows, columns) = reach[:, pair].all(axis=1), np.ix_(pair, pair)
+        own = reach[both][:, pair]
+        found = pooled(
+            _summed(gram[:, both][:, :, rows, columns], own), _summed(noise[:, both][:, :, rows, columns], own), size
+        )
+        for name, values in by_pair.items():
+            values.append(getattr(found, name)[0])
+    return replace(whole, **{name: np.array(values) for name, values in by_pair.items()})
+
+
+_OF_PAIRS = (
+    "cosine",
+    "low",
+    "high",
+    "noise_correlation",
+    "noise_correlation_low",
+    "noise_correlation_high",
+    "rows",
+)

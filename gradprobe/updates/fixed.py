@@ -1,0 +1,101 @@
+"""The losses of one fixed probe batch, before and after a step, with nothing of the training changed by it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradprobe.errors import ProbeError
+from gradprobe.measures import Array
+from gradprobe.probes import walk
+from gradprobe.probes.passes import Gradients, state_kept
+from gradprobe.updates.heads import ByTask, Own, vector
+
+Losses = Mapping[str, Tensor]
+
+ProbeBatch = Callable[[], Losses | Iterable[Losses]]
+"""Makes the losses of the fixed probe batch: of all of it, or one micro-batch after the other, equally large."""
+
+SEED = 20_240_229
+"""Of what is drawn within (dropout): the same before and after a step."""
+
+
+@dataclass(frozen=True)
+class Valued:
+    """The probe batch at one point.
+
+    Attributes:
+        losses: (T,).
+        gradients: (T) on the shared parameters; None: not asked for.
+        private: (T) on what each task alone reaches, as one long vector each.
+    """
+
+    losses: Array
+    gradients: list[Gradients] | None = None
+    private: ByTask | None = None
+
+
+def value(
+    model: nn.Module,
+    tasks: Sequence[str],
+    batch: ProbeBatch,
+    shared: Sequence[nn.Parameter] | None = None,
+    private: Own = (),
+) -> Valued:
+    """The losses, and the gradients where ``shared`` parameters are given.
+
+    Parameters, ``.grad``, buffers, modes and random streams (of torch, numpy and Python) end as they were.
+
+    Raises:
+        ProbeError: A task has no loss, or there is no micro-batch.
+    """
+    total, count = np.zeros(len(tasks)), 0
+    parameters = [[*(shared or ()), *own] for own in private] if shared is not None else []
+    sums: list[Gradients] = [[None] * len(wanted) for wanted in parameters]
+    with _left_as_it_was(model), torch.set_grad_enabled(shared is not None):
+        made = batch()
+        for losses in [made] if isinstance(made, Mapping) else made:
+            if lacking := [task for task in tasks if task not in losses]:
+                raise ProbeError(f"ledger=: the probe batch gave no loss of {lacking}; it gave {list(losses)}.")
+            total += [float(losses[task].detach()) for task in tasks]
+            count += 1
+            for task, wanted, added in zip(tasks, parameters, sums, strict=False):
+                _add(added, torch.autograd.grad(losses[task], wanted, retain_graph=True, allow_unused=True))
+    if not count:
+        raise ProbeError("ledger=: the probe batch gave no losses.")
+    if shared is None:
+        return Valued(total / count)
+    means = [[None if g is None else g / count for g in task] for task in sums]
+    own = [vector(task[len(shared) :], of) for task, of in zip(means, private, strict=True)]
+    return Valued(total / count, [task[: len(shared)] for task in means], own)
+
+
+def _add(sums: Gradients, found: Sequence[Tensor | None]) -> None:
+    for index, gradient in enumerate(found):
+        if gradient is not None:
+            before = sums[index]
+            sums[index] = gradient if before is None else before + gradient
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in walk.modules(model)}
+    drawn, numbers = random.getstate(), np.random.get_state()  # what a user's code may draw from
+    # Graphs that saved a parameter must not think that it changed: nothing here writes to one.
+    with state_kept(model):
+        torch.default_generator.manual_seed(SEED)
+        for device in {p.device for p in walk.parameters(model) if p.device.type == "cuda"}:
+            torch.cuda.default_generators[device.index or 0].manual_seed(SEED)
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+            random.setstate(drawn)
+            np.random.set_state(numbers)

@@ -1,0 +1,393 @@
+"""Follows each measured step from the backward to what the optimizer makes of it, for all who read off that.
+
+One of these stands beside a probe. It keeps the probe's gradients until the optimizer's step, finds out what that was
+given, and takes the update apart once; its readers make rows of it: :class:`gradprobe.Updates` of what became of the
+gradients, :class:`gradprobe.Ledger` of what that did to the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradprobe.errors import ProbeError
+from gradprobe.ledger.update_parts import why_not
+from gradprobe.measures import Array
+from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.level import Level
+from gradprobe.probes.measuring import Measuring
+from gradprobe.probes.meter import Meter
+from gradprobe.probes.passes import Gradients
+from gradprobe.probes.stopwatch import Stopwatch
+from gradprobe.rows import EARLIER_SOURCES, MEASURED
+from gradprobe.updates.parameters import private
+from gradprobe.updates.taking_apart import WHOLE, Before, Kept, TakenApart, look_after, look_before
+
+T = TypeVar("T")
+
+NO_GRADIENT = "the optimizer was given no gradient, so the step changed nothing"
+SEVERAL_CALLS = "the update came from several calls of the probe: accumulated, or after a step that was skipped"
+FOREIGN_GRADIENT = "the optimizer's gradient is no multiple of the weighted sum of the tasks' gradients"
+FOREIGN_UPDATE = "the update is not the sum of its parts: something else than the optimizer's own rule made it"
+NOTHING_SHARED = "the tasks share no layer, so there is no update that both have a part in"
+NOT_KEPT = "the tasks' gradients of this step were not kept"
+CLOSURE = "the optimizer's step makes its own gradient (a closure), which cannot be seen before the step"
+SCALED_INSIDE = "a fused optimizer takes the loss scale off within its step, where it cannot be seen"
+
+
+@dataclass
+class Measured:
+    """A step that was measured, and whose update is to come.
+
+    Attributes:
+        step, epoch, time: Of its row.
+        status: Of its measurement; later why the update is not taken apart.
+        weights: (T,) in force.
+        gram: (L, T, T).
+        gradients: (T) of the unweighted tasks; None: not there.
+        micro: (m) of (T) of each micro-batch; empty: measured as a whole, or nobody wants them.
+        shares: (m,) of the micro-batches.
+        private: (T) parameters that a task alone reaches.
+        calls: Of the probe, for this update.
+        skipped: Steps so far that changed nothing.
+        failed: Name of a reader -> why its row says nothing.
+    """
+
+    step: int
+    epoch: int
+    time: float
+    status: str
+    weights: Array
+    gram: Array
+    gradients: list[Gradients] | None
+    micro: list[list[Gradients]]
+    shares: list[float]
+    private: list[list[nn.Parameter]]
+    failed: dict[str, str]
+    calls: int = 0
+    skipped: int = 0
+
+
+class Reader:
+    """Makes rows of what a :class:`Following` follows; what it does not care for it leaves as it is here.
+
+    Every method is called with the clock running and guarded: an exception makes its row say so.
+    """
+
+    name = ""
+    """Of the argument that it is given by."""
+
+    @property
+    def about(self) -> object:
+        """What the file says of it."""
+        return True
+
+    keeps = False
+    """Whether it wants the parts of an update themselves."""
+
+    seconds = 0.0
+    """Spent on the present step."""
+
+    def together(self, readers: Sequence[Reader]) -> Following:
+        """What is put beside a probe, for all of these."""
+        return Following(readers)
+
+    def check(self, tasks: Sequence[str], meter: Meter) -> None:
+        """Raise a ``ProbeError`` where it cannot belong to this probe."""
+
+    def open(self, following: Following, model: nn.Module) -> None:
+        """Belong to it; called once."""
+
+    def wants(self, step: int) -> bool:
+        """Whether a step is to be measured for its sake."""
+        return False
+
+    def looked(self, losses: Sequence[Sequence[Tensor]]) -> None:
+        """A step will be measured: (m) of (T,) scaled losses while their graphs are alive, one per micro-batch."""
+
+    def begun(self, at: Measured) -> None:
+        """It was measured."""
+
+    def given(self, at: Measured, before: Before | None) -> None:
+        """The optimizer is about to step; None: there is nothing to be taken apart."""
+
+    def made(self, at: Measured, taken: TakenApart | None) -> None:
+        """It has; None: the tasks share no layer. Not called where the update cannot be taken apart."""
+
+    def done(self, at: Measured, status: str) -> None:
+        """Nothing more will come of this step; ``status`` says how far it came."""
+
+    def close(self) -> None:
+        """Nothing more will come at all."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one stopped."""
+
+
+class Following:
+    """See the module.
+
+    Args:
+        readers: One or more; what all need is counted as the first one's time.
+    """
+
+    def __init__(self, readers: Sequence[Reader]) -> None:
+        self.readers = tuple(readers)
+        self._measuring: Measuring | None = None
+        self._at: Measured | None = None
+        self._failed: dict[str, str] = {}
+        self._before: Before | None = None
+        self._given = False
+        self._kept: Kept = {}
+        self._private: list[list[nn.Parameter]] | None = None
+        self._calls = self._skipped = 0
+        self._passed = 0  # updates since the last one that was taken apart
+        self._scale: float | None = None
+        self._closure = False
+
+    # ---- called by the probe
+
+    def check(self, tasks: Sequence[str], level: Level, optimizer: Optimizer | None, meter: Meter) -> None:
+        """Whether it can belong to a probe.
+
+        Raises:
+            ProbeError: What it needs is not there, or a reader belongs to another probe.
+        """
+        for reader in self.readers:
+            name = reader.name
+            if optimizer is None:
+                raise ProbeError(f"{name}= looks at what the optimizer does: pass optimizer= too.")
+            if not level.parameters:
+                raise ProbeError(f"{name}= needs gradients on parameters: attach with level='parameters' or 'both'.")
+            if clash := [source for source in EARLIER_SOURCES if source in tasks]:
+                raise ProbeError(f"{name}=: a task cannot be called {clash[0]!r}, as a part of an update is.")
+            reader.check(tasks, meter)
+
+    def open(self, measuring: Measuring, model: nn.Module) -> None:
+        """Belong to a probe."""
+        assert measuring.optimizer is not None
+        self._measuring, self.model, self.optimizer = measuring, model, measuring.optimizer
+        for reader in self.readers:
+            reader.open(self, model)
+        measuring.clock.around(self.optimizer, self._before_step, self._after_step)
+
+    def wants(self, step: int) -> bool:
+        """Whether a reader wants this step to be measured."""
+        return any(reader.wants(step) for reader in self.readers)
+
+    def looked(self, losses: Sequence[Sequence[Tensor]]) -> None:
+        """A step will be measured, with these scaled losses: (m) of (T,)."""
+        self._failed = {}
+        for reader in self.readers:
+            reader.seconds = 0.0
+        self._each(lambda reader: reader.looked(losses), self._failed)
+
+    def measured(self, losses: Sequence[Tensor], weights: Array, gram: Array, status: str) -> None:
+        """A step was measured: its update will be looked at."""
+        found, _ = self._common(lambda: self._begun(losses, weights, gram, status))
+        self._at = found
+        if found is not None:
+            self._each(lambda reader: reader.begun(found), found.failed)
+
+    def called(self) -> None:
+        """A call of the probe is over; a loss scale that has fallen since the last one tells of a skipped step."""
+        self._calls += 1
+        factor = self.now.scale.factor
+        if self._scale is not None and factor < self._scale:
+            self._skipped += 1
+        self._scale = factor
+
+    def close(self) -> None:
+        """The probe lets go of the training."""
+        if self._measuring is not None:
+            self._each(lambda reader: reader.close(), {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {
+            "skipped": self._skipped,
+            "passed": self._passed,
+            "kept": [[list(places), moments] for places, moments in self._kept.items()],
+            **{key: value for reader in self.readers for key, value in reader.state_dict().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one stopped."""
+        device = self.now.meter.device
+        self._skipped, self._passed = state["skipped"], state["passed"]
+        self._kept = {tuple(places): [m.to(device) for m in moments] for places, moments in state["kept"]}
+        for reader in self.readers:
+            reader.load_state_dict(state)
+        self._at = self._before = None
+        self._calls, self._scale = 0, None
+
+    # ---- what readers ask
+
+    @property
+    def now(self) -> Measuring:
+        """The probe's parts."""
+        assert self._measuring is not None, "what is beside a probe is used by the probe that it was given to"
+        return self._measuring
+
+    @property
+    def shared(self) -> SharedLayers:
+        """The shared layers; none before they are found."""
+        return self.now.meter.shared or SharedLayers((), ())
+
+    def private(self, losses: Sequence[Tensor]) -> list[list[nn.Parameter]]:
+        """(T): what each task alone reaches; looked for once."""
+        if self._private is None:
+            self._private = private(self.model, self.shared, losses)
+        return self._private
+
+    # ---- one step
+
+    def _begun(self, losses: Sequence[Tensor], weights: Array, gram: Array, status: str) -> Measured:
+        measuring = self.now
+        meter, factor = measuring.meter, measuring.scale.factor
+        kept = meter.kept if status == MEASURED else None
+        micro = (meter.kept_micro or []) if status == MEASURED else []
+        if kept:
+            meter.keep(micro=meter.kept_micro is not None)  # the lists are ours now
+        return Measured(
+            step=measuring.clock.step,
+            epoch=measuring.epoch,
+            time=measuring.now(),
+            status=status,
+            weights=weights,
+            gram=gram,
+            gradients=_unscaled(kept, factor) if kept else None,
+            micro=[_unscaled(tasks, factor) for tasks in micro],
+            shares=list(meter.shares),
+            private=self.private(losses) if status == MEASURED else self._private or [],
+            skipped=self._skipped,
+            failed=self._failed,
+        )
+
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+        self._closure = any(given is not None for given in (*args[1:2], options.get("closure")))
+        if self._closure:
+            return
+        idle, at = self._counted(), self._at
+        self._before, self._given = None, False
+        if at is None:
+            return
+        before, status = self._common(lambda: self._look(at, idle))
+        if status != MEASURED:
+            at.status = status
+        if at.status not in (MEASURED, NOTHING_SHARED):
+            return
+        self._given = True
+        self._each(lambda reader: reader.given(at, before), at.failed)
+        foreign = why_not(self.optimizer)
+        if foreign and at.status == MEASURED:
+            at.status, before = foreign, None
+        self._before = before
+
+    def _after_step(self, *_: Any) -> None:
+        if self._closure:  # by now it has been called, and with it the probe
+            self._counted()
+            self._given = False
+            if self._at is not None and self._at.status == MEASURED:
+                self._at.status = CLOSURE
+        at, before, given = self._at, self._before, self._given
+        self._at = self._before = None
+        if at is None:
+            return
+        taken = None
+        if before is not None:
+            taken, status = self._common(lambda: self._take_apart(at, before))
+            if status != MEASURED:
+                at.status = status
+        if given and at.status in (MEASURED, NOTHING_SHARED):
+            self._each(lambda reader: reader.made(at, taken), at.failed)
+        self._each(lambda reader: reader.done(at, at.failed.get(reader.name, at.status)), {})
+        self.now.clock.schedule.spent(sum(reader.seconds for reader in self.readers))
+
+    def _counted(self) -> bool:
+        """Count the step that is made; whether it has no gradient."""
+        idle = all(p.grad is None for group in self.optimizer.param_groups for p in group["params"])
+        self._skipped += idle
+        self._passed += not idle
+        calls, self._calls = self._calls, 0
+        if self._at is not None:
+            self._at.calls, self._at.skipped = calls, self._skipped
+        return idle
+
+    def _look(self, at: Measured, idle: bool) -> Before | None:
+        """At the gradient that the optimizer is given; ``at.status`` says why an update cannot be taken apart."""
+        at.status = self._reason(at, idle)
+        if at.status != MEASURED or at.gradients is None:
+            return None
+        foreign, parameters = why_not(self.optimizer), self.shared.parameters
+        before = look_before(
+            self.optimizer, parameters, at.gradients, at.weights, self._kept, self._passed - 1, foreign
+        )
+        if not before.unexplained <= WHOLE:
+            at.status = FOREIGN_GRADIENT
+            return None
+        return before
+
+    def _reason(self, at: Measured, idle: bool) -> str:
+        """Why a step's gradient is not looked at, or :data:`MEASURED`."""
+        if at.status != MEASURED:
+            return at.status
+        nothing = not self.shared.layers
+        if at.gradients is None and not nothing:
+            return NOT_KEPT
+        if idle:
+            return NO_GRADIENT
+        if at.calls > 1:
+            return SEVERAL_CALLS
+        if nothing:
+            return NOTHING_SHARED
+        return SCALED_INSIDE if getattr(self.optimizer, "grad_scale", None) is not None else MEASURED
+
+    def _take_apart(self, at: Measured, before: Before) -> TakenApart | None:
+        assert at.gradients is not None
+        keep = any(reader.keeps for reader in self.readers)
+        with torch.no_grad():
+            found = look_after(self.optimizer, self.shared, before, at.gradients, at.weights, keep=keep)
+        if not found.missing <= WHOLE:
+            self._kept, at.status = {}, FOREIGN_UPDATE
+            return None
+        self._kept, self._passed = found.kept, 0
+        return found
+
+    # ---- guarded and timed
+
+    def _common(self, work: Callable[[], T]) -> tuple[T | None, str]:
+        """What all readers need; a failure is a status."""
+        watch = Stopwatch(self.now.meter.device)
+        with watch.running():
+            found = self.now.report.guarded(self.now.clock.step, work)
+        self.readers[0].seconds += watch.seconds
+        return found
+
+    def _each(self, call: Callable[[Reader], None], failed: dict[str, str]) -> None:
+        """Every reader that has not failed at this step; why one does is kept."""
+        for reader in self.readers:
+            if reader.name in failed:
+                continue
+            watch = Stopwatch(self.now.meter.device)
+            with watch.running():
+                _, status = self.now.report.guarded(self.now.clock.step, partial(call, reader))
+            reader.seconds += watch.seconds
+            if status != MEASURED:
+                failed[reader.name] = status
+
+
+def _unscaled(tasks: Sequence[Gradients], factor: float) -> list[Gradients]:
+    if factor == 1:
+        return list(tasks)
+    return [[None if g is None else g / factor for g in task] for task in tasks]
