@@ -34,7 +34,7 @@ from gradprobe.probes.report import Reporter, status_of
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.self_check import SELF_CHECKED, cosines_with_itself, fault
 from gradprobe.probes.stopwatch import Stopwatch
-from gradprobe.rows import MEASURED, FeatureRow, Row
+from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, OVERFLOWED, FeatureRow, Row
 from gradprobe.statistics import noise_part
 
 T = TypeVar("T")
@@ -356,6 +356,7 @@ class Measuring:
                 gram = self.meter.last_gram = self.scale.off(gram)
                 self.meter.check_reach(self.tasks, gram)
                 status = status_of(values, gram, header.reach, lambda: self.meter.reach_now(self.ordered(losses)))
+                status = OVERFLOWED if status == NONFINITE_GRADIENT and self.scale.there else status
         if self.beside is not None:
             self.beside.measured(self.ordered(losses), weights, gram, status)
         self.report.row(

@@ -121,7 +121,7 @@ def train_epoch(t: Training) -> None:
     t.model.train()
     t.train_loader.set_epoch(t.epoch)
     for batch in t.train_loader:
-        t.batches.add(batch.names)
+        t.batches.add(t.train_loader.names)
         train_step(t, batch.to(t.engine.device))
 
 

@@ -81,6 +81,7 @@ class Loader:
 
     Attributes:
         share: How much of the last batch this process has, of all its samples.
+        names: Of all of them.
 
     Args:
         dataset: Has a length, and samples by index.
@@ -103,6 +104,7 @@ class Loader:
         self._seed, self._shuffle, self._epoch, self.collate = seed, shuffle, 0, collate
         self._rank, self._processes = 0, 1
         self.share = 1.0
+        self.names: tuple[str, ...] = ()
 
     def divide(self, rank: int, processes: int) -> None:
         """From now on give one process's part of every batch; ``batch_size`` is that of all together."""
@@ -129,6 +131,7 @@ class Loader:
         order = self.order()
         for start in range(0, len(order), self.batch_size):
             whole = order[start : start + self.batch_size]
+            self.names = tuple(self.dataset.names[index] for index in whole)
             part, self.share = part_of(whole, self._rank, self._processes)
             yield self.collate([self.dataset[index] for index in part])
 
