@@ -15,7 +15,7 @@ import torch
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
-from gradprobe.errors import UsageError
+from gradprobe.errors import TrainingError, UsageError
 from gradprobe.trainers import processes
 from gradprobe.trainers.settings import resolve
 
@@ -61,6 +61,7 @@ def of_rank(rank, run):
     raise AssertionError(f"no process of rank {rank}")
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_a_run_of_two_processes_is_stopped_killed_and_gone_on_with_until_it_is_done(tmp_path):
     """Ctrl-C under --processes; kill -9 of the second process under torchrun; and then to the end."""
@@ -151,7 +152,7 @@ def test_each_process_has_its_device():
     assert processes.own_device("0,1", TWO) == "1"
     assert processes.own_device("cpu", TWO) == "cpu"
     assert processes.own_device("0", {}) == "0"
-    assert processes.is_first({}) and processes.is_first({**TWO, "RANK": "0"}) and not processes.is_first(TWO)
+    assert [processes.is_first(e) for e in ({}, {**TWO, "RANK": "0"}, TWO)] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -172,5 +173,5 @@ def test_an_error_of_another_kind_is_not_taken_for_a_lost_process():
     several.rank, several.size = 0, 2
     with pytest.raises(RuntimeError, match="of the user"), several.losing_none():
         raise RuntimeError("of the user")
-    with pytest.raises(Exception, match="process 0 of 2 lost another one.*--resume"), several.losing_none():
+    with pytest.raises(TrainingError, match=r"process 0 of 2 lost another one.*--resume"), several.losing_none():
         raise RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
