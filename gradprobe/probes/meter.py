@@ -110,6 +110,11 @@ class Meter:
         if micro:
             self.kept_micro = []
 
+    @property
+    def keeps(self) -> bool:
+        """Whether every task's gradients are made as a whole, and could be kept."""
+        return self._memory != "low" and not self._ghostly
+
     def state_dict(self) -> dict[str, Any]:
         """What a later meter needs to measure as this one would have, to the last digit."""
         return {

@@ -49,7 +49,8 @@ class GradientProbe:
         sinks: Who gets the rows.
         every: Measure at steps 0, every, 2 every, ...; default 10, and 1 at ``level="features"``.
         budget: Instead of ``every``: the share of the time that measuring may take, above 0 and below 1.
-        optimizer: Where given, a training step is what its ``step()`` completes, and rows carry its learning rate.
+        optimizer: Where given, a training step is what its ``step()`` completes, and rows carry its learning rate. The
+            calls between two steps, of gradient accumulation, make one row: see :mod:`gradprobe.probes.accumulation`.
         scaler: Of mixed precision. :meth:`backward` scales the loss by it; :meth:`record` takes unscaled losses.
             Gradients are measured scaled, so that they do not vanish in float16, and stored unscaled.
         accumulate: Without an optimizer: how many calls make one step.
@@ -160,9 +161,11 @@ class GradientProbe:
         )
         if optimizer is not None:
             clock.follow(optimizer)
+            clock.around(optimizer, self._measuring.calls.finish, lambda *_: None)
         if beside is not None:
             beside.open(self._measuring, model)
             self._measuring.beside = beside
+            self._measuring.calls.stop()
         self._model = model
         claim(model, self)
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
@@ -281,6 +284,20 @@ class GradientProbe:
         return self._clock.step
 
     @property
+    def share(self) -> float:
+        """Under data parallelism: which share of the step's samples this process has.
+
+        To be set, before each call, by a loop whose processes have different numbers of samples, and which multiplies
+        each process's losses by its share times the number of processes, so that all samples count alike. It matters
+        to the estimate of the noise alone. 1 / processes where it was not set.
+        """
+        return self._measuring.ranks.share
+
+    @share.setter
+    def share(self, share: float) -> None:
+        self._measuring.ranks.share = share
+
+    @property
     def is_due(self) -> bool:
         """Whether a call now would measure. For a loop that makes its losses apart for the probe alone."""
         return bool(self._measuring.due_next())
@@ -331,6 +348,8 @@ class GradientProbe:
         if self._lost.detach() is None:
             return
         atexit.unregister(self._lost)
+        if self._measuring.ranks.size == 1:  # others may be elsewhere, and not answer
+            self._measuring.calls.finish()
         release(self._model, self)
         _end(self._clock, self._measuring.beside, self._measuring.report, end)
 

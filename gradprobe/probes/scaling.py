@@ -51,6 +51,11 @@ class LossScale:
             return 1.0
         return values(self.unread)[0] if self.unread else float(self._scaler.get_scale())
 
+    @property
+    def there(self) -> bool:
+        """Whether losses are scaled, so that a gradient may overflow which is finite by itself."""
+        return self._scaler is not None and self.factor != 1.0
+
     def off(self, gram: Array) -> Array:
         """Gramians of scaled gradients as those of unscaled ones."""
         return gram / self.factor**2
