@@ -146,7 +146,8 @@ def test_fewer_than_three_seeds_are_a_description(seeds):
     found = compare(study({"joint": BASE, "arm": BASE.but(cosine=0.5)}, range(seeds)))
     assert {a.verdict for a in found.answers} == {NO_VERDICT}
     one = answer(found, "direction", "det|cls")
-    assert f"{seeds} seeds are a description and no verdict" in one.reason
+    assert f"from {seeds} seed" in one.reason
+    assert "there is a description and no verdict" in one.reason
     assert np.isfinite(one.effect)
     assert found.headline[0].startswith("No conclusion about interference")
     assert found.open
@@ -291,6 +292,15 @@ def test_every_gate_closes_on_one_bad_run_of_many(name, change):
     assert closed.sentence in one.reason
     assert np.isnan(one.effect)
     assert found.open
+
+
+def test_a_ledger_on_a_fixed_probe_batch_needs_no_large_training_set():
+    few = [but(run, data__train_images=20) for run in study({"joint": BASE, "arm": BASE})]
+    assert answer(compare(few), "interference", "cls>det").verdict == UNDEFINED
+    for name in ("settings__ledger_ends", "ledger__ends"):
+        found = compare([but(run, **{name: "probe"}) for run in few])
+        assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
+        assert found.levels[1].low95 > 0.4
 
 
 def test_a_gate_of_one_task_does_not_close_the_others():

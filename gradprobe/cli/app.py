@@ -20,6 +20,7 @@ from gradprobe.cli.plot import plot
 from gradprobe.cli.record import record
 from gradprobe.cli.replay import replay
 from gradprobe.cli.report import report
+from gradprobe.cli.study import study
 from gradprobe.cli.summary import summary
 from gradprobe.cli.watch import watch
 from gradprobe.errors import GradprobeError
@@ -43,6 +44,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(record)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study)
 app.command()(plot)
 app.command()(summary)
 app.command()(watch)
@@ -72,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
         130 stopped by Ctrl-C.
     """
     try:
-        code = app(list(arguments), standalone_mode=False, prog_name="gradprobe")
+        code = app(list(arguments), standalone_mode=False, prog_name="gradprobe", obj=list(arguments))
         if code == INTERRUPTED:  # typer turned a Ctrl-C into this code
             print("gradprobe: stopped", file=sys.stderr)
         return code if isinstance(code, int) else 0

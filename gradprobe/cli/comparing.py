@@ -166,7 +166,7 @@ def tables(found: Comparison) -> Iterator[tuple[str, list[str], Rows]]:
     for question in QUESTIONS:
         answers = found.of(question)
         if answers:
-            columns = ["arm", "subject", "verdict", "arm - baseline", "95 %", "margin", "p (Holm)", "seeds"]
+            columns = ["arm", "subject", "verdict", "arm - baseline", "95 %", "margin", "p (Holm, one-sided)", "seeds"]
             yield question.capitalize(), columns, [_answer(a) for a in answers]
     if found.answers:
         yield "Why", ["arm", "question", "subject", "reason"], [_why(a) for a in found.answers]
