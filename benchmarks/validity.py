@@ -123,7 +123,7 @@ SECTIONS = (null, power, on_the_margin)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--studies", type=int, default=STUDIES)
-    parser.add_argument("--draws", type=int, default=200, help="of whole studies, for each planted effect")
+    parser.add_argument("--draws", type=int, default=100, help="of whole studies, for each planted effect")
     parser.add_argument("--write", action="store_true", help="into docs/validity.md")
     chosen = parser.parse_args()
     found = [titled(section, section(chosen.studies)) for section in SECTIONS]

@@ -22,6 +22,7 @@ from gradprobe.verdict.answers import (
     as_json,
 )
 from gradprobe.verdict.comparison import Options, compare
+from gradprobe.verdict.evidence import Scores
 
 BASE = Truth()
 CLAIMS = ("REDUCED", "REDUCED (size uncertain)", "INCREASED")
@@ -145,7 +146,8 @@ def test_fewer_than_three_seeds_are_a_description(seeds):
     found = compare(study({"joint": BASE, "arm": BASE.but(cosine=0.5)}, range(seeds)))
     assert {a.verdict for a in found.answers} == {NO_VERDICT}
     one = answer(found, "direction", "det|cls")
-    assert f"{seeds} seeds are a description and no verdict" in one.reason
+    assert f"from {seeds} seed" in one.reason
+    assert "there is a description and no verdict" in one.reason
     assert np.isfinite(one.effect)
     assert found.headline[0].startswith("No conclusion about interference")
     assert found.open
@@ -292,6 +294,15 @@ def test_every_gate_closes_on_one_bad_run_of_many(name, change):
     assert found.open
 
 
+def test_a_ledger_on_a_fixed_probe_batch_needs_no_large_training_set():
+    few = [but(run, data__train_images=20) for run in study({"joint": BASE, "arm": BASE})]
+    assert answer(compare(few), "interference", "cls>det").verdict == UNDEFINED
+    for name in ("settings__ledger_ends", "ledger__ends"):
+        found = compare([but(run, **{name: "probe"}) for run in few])
+        assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
+        assert found.levels[1].low95 > 0.4
+
+
 def test_a_gate_of_one_task_does_not_close_the_others():
     def change(run):
         return with_ledger(run, lambda table: table["loss_change"].__setitem__((slice(None), 0), 0.1))
@@ -314,7 +325,7 @@ def test_a_gradient_that_cannot_be_told_from_noise_leaves_direction_undefined():
 
 def test_a_run_made_twice_must_be_the_same_to_the_bit():
     runs = study({"joint": BASE, "arm": BASE})
-    twin = replace(runs[0], file="again.h5")
+    twin = replace(runs[0], file="again.h5", made="at another time")
     found = compare([*runs, twin])
     gate = next(g for g in answer(found, "direction", "det|cls").gates if g.name == "same run twice")
     assert gate.passed
@@ -323,6 +334,31 @@ def test_a_run_made_twice_must_be_the_same_to_the_bit():
     other = compare([*runs, replace(twin, content="another")])
     assert answer(other, "direction", "det|cls").verdict == UNDEFINED
     assert answer(other, "outcome", "accuracy").verdict == UNDEFINED
+
+
+def test_a_copy_of_a_file_is_no_second_run():
+    runs = study({"joint": BASE, "arm": BASE})
+    found = compare([*runs, replace(runs[0], file="copy.h5")])
+    gate = next(g for g in answer(found, "direction", "det|cls").gates if g.name == "same run twice")
+    assert gate.sentence.startswith("no run was made twice")
+    with pytest.raises(
+        UsageError, match=r"joint-0\.h5 and copy\.h5 of arm 'joint' hold the same numbers under two seeds"
+    ):
+        compare([*runs, replace(runs[0], file="copy.h5", seed=9)])
+
+
+def test_an_arm_that_mixes_settings_is_told():
+    runs = spoil(study({"joint": BASE, "arm": BASE}), lambda run: but(run, settings__gradnorm_alpha=0.1))
+    runs = [but(r, settings__gradnorm_alpha=1.5) if r.arm == "arm" and r.seed != 1 else r for r in runs]
+    assert "arm mixes settings: gradnorm_alpha is 1.5 in arm-0.h5 and 0.1 in arm-1.h5." in compare(runs).warnings
+
+
+def test_an_unknown_batch_size_gives_no_noise_scale():
+    def change(run):
+        return replace(run, probed=replace(run.probed, batch_size=0 * run.probed.batch_size))
+
+    one = answer(compare(spoil(study({"joint": BASE, "arm": BASE}), change)), "interference", "cls>det")
+    assert [gate.name for gate in one.gates if not gate.passed] == ["samples over noise scale"]
 
 
 def test_runs_without_micro_batches_or_a_ledger_say_how_to_record_them():
@@ -423,6 +459,9 @@ def test_arms_that_share_nothing_are_not_applicable_and_no_zero():
     one, other = (answer(x, "interference", "cls>det").p_zero_holm for x in (found, alone_))
     assert one == other
     assert found.common_layers == list(runs[0].layers)
+    only = compare([run for run in runs if run.arm != "arm" and run.arm != "detach"])
+    assert only.headline[0].startswith("No gradient can interfere: in dual det and cls share no layer")
+    assert not only.open
 
 
 def test_layers_are_looked_at_after_the_trunk_and_only_where_it_was_judged():
@@ -452,7 +491,9 @@ def test_the_direct_effect_of_weights_is_told_from_the_total_one():
     even = BASE.but(spread=0.0)
     same = compare(study({"joint": even, "arm": even}))
     assert answer(same, "interference", "cls>det").direct.effect == 0
-    assert "Both arms have the same weights" in answer(same, "interference", "cls>det").notes[0]
+    note = "Both arms have the same weights: no difference can come from weights."
+    assert note in answer(same, "interference", "cls>det").notes
+    assert note not in one.notes
 
 
 # ---- the plan, and what misleads
@@ -557,6 +598,18 @@ def test_an_outcome_is_a_deficit_against_the_task_alone():
     assert np.mean(one.baseline_values) == pytest.approx(0.1, abs=1e-2)
     assert np.mean(one.arm_values) == pytest.approx(0.05, abs=1e-2)
     assert answer(found, "outcome", "Delta-m").effect == pytest.approx(-0.5 * 0.05 / 0.9, rel=0.1)
+
+
+def test_a_run_without_a_test_split_is_named():
+    runs = study({"joint": BASE, "arm": BASE})
+    bare = [replace(run, tested=Scores({})) for run in runs]
+    one = compare(bare).of("outcome")[0]
+    assert (one.verdict, one.subject) == (NO_VERDICT, "test split")
+    found = compare([bare[k] if run.file == "arm-1.h5" else run for k, run in enumerate(runs)])
+    assert {a.verdict for a in found.of("outcome")} == {NO_VERDICT}
+    assert "arm-1.h5 holds no accuracy of the test split." in {a.reason for a in found.of("outcome")}
+    with pytest.raises(UsageError, match="--metrics speed: whose is it"):
+        compare(runs, Options(metrics=["speed"]))
 
 
 def test_clusters_of_the_test_split_widen_the_interval():

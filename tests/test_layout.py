@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "rows": {"measures"},
     "provenance": set(),
     "runfile": {"__init__", "errors", "measures", "rows", "statistics"},
+    "study": {"errors", "runfile", "trainers"},
     "summary": {"errors", "measures", "rows", "runfile"},
     "plots": {"errors", "measures", "rows", "runfile", "summary", "verdict"},
     "probes": {"errors", "measures", "rows", "statistics"},
@@ -37,6 +38,7 @@ MAY_IMPORT = {
     "integrations": {"attachment", "errors", "probes", "rows"},
     "verdict": {"errors", "ledger", "measures", "runfile", "statistics"},
     "attachment": {"probes", "provenance", "rows", "runfile", "updates"},
+    "report": {"__init__", "errors", "ledger", "measures", "runfile", "verdict"},
     "cli": {
         "__init__",
         "audit",
@@ -45,9 +47,11 @@ MAY_IMPORT = {
         "plots",
         "probes",
         "provenance",
+        "report",
         "rows",
         "runfile",
         "statistics",
+        "study",
         "summary",
         "trainers",
         "verdict",
@@ -61,7 +65,9 @@ MAY_NOT_IMPORT = {
     "runfile": {"torch", "matplotlib"},
     "summary": {"torch", "h5py", "matplotlib"},
     "verdict": {"torch", "h5py", "matplotlib"},
+    "study": {"torch", "h5py", "matplotlib"},
     "plots": {"torch", "h5py"},
+    "report": {"torch", "h5py", "matplotlib"},
     "probes": {"h5py", "yolov5", "matplotlib"},
     "audit": {"h5py", "yolov5", "matplotlib"},
     "ledger": {"h5py", "yolov5", "matplotlib"},
@@ -168,6 +174,11 @@ def test_help_imports_nothing_heavy():
     heavy = ("torch", "h5py", "matplotlib", "numpy", "scipy", "yolov5", "pandas")
     show = f"print([m for m in {heavy} if m in sys.modules])"
     assert python(f"import sys; from gradprobe.cli.app import run; run(['--help']); {show}").strip().endswith("[]")
+
+
+def test_a_comparison_needs_no_torch():
+    show = "print([m for m in ('torch', 'matplotlib', 'pandas') if m in sys.modules])"
+    assert python(f"import sys, gradprobe.verdict.comparison, gradprobe.verdict.bare; {show}").strip() == "[]"
 
 
 def test_the_two_doors_at_the_top_lead_into_the_package():

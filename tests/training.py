@@ -59,8 +59,11 @@ def batches(training, steps):
 
 
 def run(training, steps=20):
+    """Its batches by their images' names are then in ``.order``."""
     training.model.train()
+    training.order = []
     for batch in batches(training, steps):
+        training.order.append(batch.names)
         loop.train_step(training, batch)
     training.probe.close()
     return training

@@ -19,6 +19,8 @@ from gradprobe.cli.export import export
 from gradprobe.cli.plot import plot
 from gradprobe.cli.record import record
 from gradprobe.cli.replay import replay
+from gradprobe.cli.report import report
+from gradprobe.cli.study import study
 from gradprobe.cli.summary import summary
 from gradprobe.cli.watch import watch
 from gradprobe.errors import GradprobeError
@@ -42,12 +44,14 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(record)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(study)
 app.command()(plot)
 app.command()(summary)
 app.command()(watch)
 app.command()(replay)
 app.command()(advise)
 app.command()(compare)
+app.command()(report)
 app.command()(export)
 app.command()(check)
 app.command()(doctor)

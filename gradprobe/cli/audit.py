@@ -82,6 +82,9 @@ def audit(
         ),
     ] = None,
     cagrad_c: Annotated[float | None, Option(help=f"Of cagrad. [default: {D.cagrad_c}]")] = None,
+    micro_batches: Annotated[
+        int | None, Option(help=f"Forwards per step, of equal parts of the batch. [default: {D.micro_batches}]")
+    ] = None,
     skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad images out instead of refusing the data.")] = False,
 ) -> int:
     """Find how a task still changes the others when its weight is 0.

@@ -106,12 +106,34 @@ def record(
             help="Also take the optimizer's updates apart by task, and record clipping. [default: off]",
         ),
     ] = None,
+    ledger: Annotated[
+        bool | None,
+        Option(
+            "--ledger/--no-ledger",
+            help="Keep a loss ledger: what each task's part of every update did to each loss. [default: off]",
+        ),
+    ] = None,
+    ledger_burst: Annotated[
+        int | None, Option(help="Steps of a burst that the ledger measures. [default: 0, all steps]")
+    ] = None,
+    ledger_every: Annotated[int | None, Option(help="Steps from one such burst to the next. [default: 0]")] = None,
+    ledger_ends: Annotated[
+        str | None,
+        Option(
+            help="Whose gradients value an update: probe, of a fixed probe batch; or batch, the training's own, with "
+            f"--micro-batches. [default: {D.ledger_ends}]"
+        ),
+    ] = None,
+    ledger_images: Annotated[
+        int | None, Option(help=f"Of the fixed probe batch, from the training split. [default: {D.ledger_images}]")
+    ] = None,
     bn_batches: Annotated[
         int | None, Option(help=f"To recompute BatchNorm before evaluating. [default: {D.bn_batches}]")
     ] = None,
     plan: Annotated[
         Path | None, Option(help="What was fixed before the runs (a JSON file); kept in the file as plan.*.")
     ] = None,
+    arm: Annotated[str, Option(help="The arm of a study that the run belongs to. [default: its trainer]")] = "",
     skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad images out instead of refusing the data.")] = False,
     keep_going: Annotated[bool, Option("--keep-going", help="Go on after a loss that is not finite.")] = False,
     project: Annotated[Path | None, Option(help="Folder of the run, as YOLOv5 names it.")] = None,
@@ -143,6 +165,7 @@ def record(
             resume=resume,
             source=source,
             plan=plan,
+            arm=arm,
             arguments=click.get_current_context().obj or (),
         )
     )

@@ -29,7 +29,7 @@ from gradprobe.trainers.settings import Settings, parse_task_weights, resolve
 if TYPE_CHECKING:
     from gradprobe.rows import Sink
     from gradprobe.trainers.checkpoint import Paths
-    from gradprobe.trainers.hyp import DetectionHyp
+    from gradprobe.trainers.hyp import DetectionHyp, HypFile
     from gradprobe.trainers.loop import Outcome
     from gradprobe.trainers.problems import Data
     from gradprobe.trainers.processes import OneProcess
@@ -50,6 +50,7 @@ class Request:
     resume: Path | None = None
     source: Path | None = None
     plan: Path | None = None
+    arm: str = ""
     arguments: Sequence[str] = ()  # as they stand on the command line, for other processes
 
 
@@ -64,6 +65,7 @@ class Plan:
     overwrite: bool
     state: Mapping[str, Any] | None  # of the checkpoint to go on from
     study: Mapping[str, Any] = field(default_factory=dict)  # what was fixed before the runs of a study
+    arm: str = ""  # of the study that it belongs to
 
 
 def record_run(request: Request) -> int:
@@ -122,11 +124,7 @@ def make_plan(request: Request) -> Plan:
     if request.resume is not None:
         return _plan_to_resume(request)
     file = read_hyp(request.hyp) if request.hyp is not None else None
-    flags = dict(request.flags)
-    if request.task_weights is not None:
-        tasks = kind_of(flags.get("data") or Settings.data).tasks
-        flags["task_weights"] = parse_task_weights(request.task_weights, tasks)
-    settings = resolve(flags, preset=request.preset, hyp=file.optimizer if file else None)
+    settings = settings_of(request, file)
     if settings.trainer == "gradnorm-static" and request.task_weights is not None:
         raise UsageError("gradnorm-static takes its weights from --from; leave out --task-weights.")
     settings = dataclasses.replace(settings, **read_source(request.source, settings))
@@ -140,7 +138,17 @@ def make_plan(request: Request) -> Plan:
         overwrite=request.overwrite,
         state=None,
         study=read_plan(request.plan) if request.plan is not None else {},
+        arm=request.arm,
     )
+
+
+def settings_of(request: Request, file: HypFile | None = None) -> Settings:
+    """The settings that the flags give, without what ``--from`` adds."""
+    flags = dict(request.flags)
+    if request.task_weights is not None:
+        tasks = kind_of(flags.get("data") or Settings.data).tasks
+        flags["task_weights"] = parse_task_weights(request.task_weights, tasks)
+    return resolve(flags, preset=request.preset, hyp=file.optimizer if file else None)
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -180,7 +188,7 @@ def _plan_to_resume(request: Request) -> Plan:
     given = [name for name, value in request.flags.items() if value is not None]
     others = (
         *(request.task_weights, request.preset, request.hyp, request.out, request.overwrite, request.source),
-        request.plan,
+        *(request.plan, request.arm),
     )
     if given or any(others) or request.project is not None or request.name is not None:
         raise UsageError("--resume goes on with the settings of that run; give no other flags with it.")
@@ -203,6 +211,7 @@ def _plan_to_resume(request: Request) -> Plan:
         overwrite=False,
         state=state,
         study=state.get("plan", {}),
+        arm=state.get("arm", ""),
     )
 
 
@@ -253,6 +262,7 @@ def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: On
             "argv": argv(),
             "ignored_hyp": list(plan.ignored_hyp),
             **({"plan": plan.study} if plan.study else {}),
+            **({"arm": plan.arm} if plan.arm else {}),
             **environment(),
         },
     )
@@ -262,6 +272,7 @@ def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: On
         "ignored_hyp": list(plan.ignored_hyp),
         "data_fingerprint": data.fingerprint,
         "plan": dict(plan.study),
+        "arm": plan.arm,
     }
     if plan.state is not None:
         _check_same_data(plan, data)

@@ -29,14 +29,14 @@ def order(run: Run) -> NDArray[np.intp]:
     return crowd.clustered(_medians(run))
 
 
-def draw(run: Run, ax: Axes, room: int = 50, colorbar: bool = True) -> Table:
+def draw(run: Run, ax: Axes, room: int = 50, square: bool = True) -> Table:
     """The median cosine of every two tasks, the tasks in clustered order.
 
     Args:
         run: The run.
         ax: Where to draw.
         room: How many names fit along an axis.
-        colorbar: Whether to take space from ``ax`` for the scale.
+        square: Whether cells are, with the scale beside them; else they fill ``ax``, beside a heatmap with a scale.
 
     Returns:
         pair; cosine (median), stochastic_conflict_rate, steps (measured). All pairs.
@@ -44,17 +44,17 @@ def draw(run: Run, ax: Axes, room: int = 50, colorbar: bool = True) -> Table:
     values, places = _medians(run), order(run)
     shown = values[np.ix_(places, places)]
     count = len(places)
-    ax.imshow(shown, cmap=MAP, vmin=-1, vmax=1, interpolation="nearest", aspect="equal")
+    ax.imshow(shown, cmap=MAP, vmin=-1, vmax=1, interpolation="nearest", aspect="equal" if square else "auto")
     _mark_missing(ax, shown)
     names, every = style.short([run.tasks[i] for i in places], 18), max(1, -(-count // max(room, 1)))
     ticks = list(range(0, count, every))
-    size = 8 if count <= 12 else max(4.5, min(7.5, 250 / count))
+    size = 8 if count <= 12 else max(4.5, min(7.5, 220 / count))
     ax.set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=size)
     ax.set_yticks(ticks, [names[i] for i in ticks], fontsize=size)
     ax.grid(False)
     if count <= WRITTEN:
         _write(ax, shown)
-    if colorbar:
+    if square:
         add_colorbar([ax])
     some = "" if every == 1 else f"; every {every}. named"
     style.titled(ax, TITLE, f"{len(run.pairs)} pairs of {count} tasks, ordered by average linkage{some}")

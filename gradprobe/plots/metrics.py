@@ -105,10 +105,9 @@ def _panel(run: Run, ax: Axes, names: list[str], shown: list[str], title: str, s
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set(xlabel="epoch", ylabel="score, 0 to 1" if scores else "value")
     absent = [name for name, v in table.items() if len(v) and not np.isfinite(v).any()]
-    fewer = (
-        f"{len(shown)} of {len(names)} named: those that ended highest and lowest" if len(shown) < len(names) else ""
-    )
-    style.titled(ax, title, f"no values: {', '.join(absent[:ROOM])}" if absent else fewer)
+    fewer = f"named: the {len(shown)} of {len(names)} that ended highest and lowest"
+    note = f"no values: {', '.join(absent[:ROOM])}" if absent else fewer * (len(shown) < len(names))
+    style.titled(ax, title, note)
 
 
 def _table(run: Run, names: list[str]) -> Table:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
+from gradprobe.probes import transfer
 from gradprobe.probes.accumulation import Accumulation, Call, Noise, status_of_calls
 from gradprobe.probes.beside import Beside
 from gradprobe.probes.checks import Losses
@@ -134,16 +135,14 @@ class Measuring:
             total.backward()
             return
         watch, feature_watch = Stopwatch(total.device), Stopwatch(total.device)
-        scaled = self.scale.all(self.ordered(losses))
+        scaled = self._scaled(losses)
         plan, status, entering = None, MEASURED, None
         if due.rows:
             with watch.running():
                 plan, status = self.guarded(lambda: self.meter.begin(self.find(losses), scaled, weights))
         if due.features:
             with feature_watch.running():
-                entering, _ = self._guarded_together(
-                    lambda: JointFeatures(self._find_features(losses), weights * self.scale.factor)
-                )
+                entering, _ = self._guarded_together(lambda: JointFeatures(self._find_features(losses), weights))
         derived = plan if isinstance(plan, DerivedMeasurement) else None
         with ExitStack() as hooks:
             if derived is not None:
@@ -154,12 +153,12 @@ class Measuring:
             # The graph is kept until the result is checked: an explicit pass may have to replace it.
             total.backward(retain_graph=derived is not None)
         if derived is not None:
-            watch.seconds += derived.listener.seconds
+            watch.add(derived.listener.seconds)
             with watch.running():
                 plan, status = self.guarded(lambda: self.meter.finish(derived, scaled))
                 self.guarded(lambda: release(derived.graph))
         if entering is not None:
-            feature_watch.seconds += entering.seconds
+            feature_watch.add(entering.seconds)
             with feature_watch.running():
                 gram, _ = self._guarded_together(entering.result)
             self._emit_features(entering.features, gram, feature_watch)
@@ -178,11 +177,11 @@ class Measuring:
             self._in_micro_batches(losses, weights, batch_size, micro)
             return
         watch, feature_watch = Stopwatch(_device(losses)), Stopwatch(_device(losses))
-        scaled = self.scale.all(self.ordered(losses))
+        scaled = self._scaled(losses)
         if due.features:
             with feature_watch.running():
                 features, _ = self._guarded_together(lambda: self._find_features(losses))
-                factors = np.full(len(self.tasks), self.scale.factor)
+                factors = np.ones(len(self.tasks))
                 gram, _ = self._guarded_together(lambda: self.features.explicit(features or [], scaled, factors))
             self._emit_features(features or [], gram, feature_watch)
         if due.rows:
@@ -202,6 +201,7 @@ class Measuring:
         watch = Stopwatch(_device(losses))
         with watch.running():
             scaled = (self.scale.all(self.ordered(one)) for one in micro.losses)
+            transfer.take_along(self.ordered(losses))
             found, status = self.guarded(
                 lambda: self.meter.in_micro_batches(self.find(losses), scaled, micro.shares, len(self.tasks))
             )
@@ -321,14 +321,20 @@ class Measuring:
     def _emit_calls(self, calls: Sequence[Call], gram: Array | None, noise: Noise | None) -> None:
         """Hand on the row of a step, and of all processes: the mean of their losses, and all their samples."""
         last, watch = calls[-1], Stopwatch(_device(calls[-1].losses))
-        watch.seconds = sum(call.seconds for call in calls)
+        watch.add(sum(call.seconds for call in calls))
         own = [*np.mean([call.values for call in calls], axis=0), sum(call.batch_size for call in calls)]
         *values, size = self.ranks.mean(np.array(own))
         total, status = round(size * self.ranks.size), status_of_calls(calls)
         self._hand_on(last.losses, np.array(values), last.weights, gram, status, watch, total, noise, last.step)
 
     def _values(self, losses: Losses) -> Array:
-        return np.array([float(losses[t].detach()) for t in self.tasks])
+        return np.array(transfer.values(self.ordered(losses)))
+
+    def _scaled(self, losses: Losses) -> list[Tensor]:
+        """The losses as they are measured; their values come over with the first products."""
+        scaled = self.scale.all(self.ordered(losses))
+        transfer.take_along([*self.ordered(losses), *self.scale.unread])
+        return scaled
 
     def _hand_on(
         self,
@@ -396,7 +402,7 @@ class Measuring:
     def _emit_features(self, features: Sequence[Feature], gram: Array | None, watch: Stopwatch) -> None:
         if gram is not None and self.features.names:
             # The gradient of a mean over processes, at features that each process has for itself.
-            gram = self.ranks.mean(self.features.arranged(features, gram)) / self.ranks.size
+            gram = self.ranks.mean(self.features.arranged(features, self.scale.off(gram))) / self.ranks.size
             self.report.features(FeatureRow(self.clock.step, self.epoch, self.now(), gram, overhead=watch.seconds))
 
     def _find_features(self, losses: Losses) -> list[Feature]:

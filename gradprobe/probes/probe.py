@@ -32,6 +32,7 @@ from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.schedule import Also, Led, make_schedule, whole
+from gradprobe.probes.sketch import size_of
 from gradprobe.rows import Header, Provenance, Sink
 
 
@@ -61,6 +62,10 @@ class GradientProbe:
         memory: "normal": at most T - 1 copies of the shared parameters, one pass saved; or "low": block by block.
         products: "direct": of the gradients; "ghost": those of weights on few samples and positions without making
             their gradients, see :mod:`gradprobe.probes.ghost`: cheaper, and as exact as float32 products.
+        sketch: For large models: of each task's gradient on a layer only so many numbers are kept (4096, say), or so
+            many and a seed, ``(4096, 1)``: a random linear sketch, drawn anew for each row. Gradients are sketched one
+            by one as they arrive, so that never a whole one is alive. Cosines are right to about (1 - c^2)/sqrt(k) a
+            row, without bias, and exact on layers that are no larger; see :mod:`gradprobe.probes.sketch`.
         process_group: Of a data-parallel training that averages gradients over it; found by itself where ``model`` is
             DDP. The gradients that are measured are averaged likewise, losses too; ``batch_size`` is summed up. Every
             process calls its probe at every step, and the sinks of the first one get the rows.
@@ -92,6 +97,7 @@ class GradientProbe:
         features: Iterable[str] | None = None,
         memory: str = "normal",
         products: str = "direct",
+        sketch: int | tuple[int, int] | None = None,
         process_group: ProcessGroup | None = None,
         updates: Joins | None = None,
         ledger: Joins | None = None,
@@ -121,7 +127,12 @@ class GradientProbe:
         def warn(reason: str) -> None:
             report.warn(clock.step, reason)
 
-        meter = Meter(model, selection, memory, products, warn, ranks)
+        size = size_of(sketch)
+        if size is not None:
+            if not chosen.parameters:
+                raise ProbeError("sketch= is of gradients on parameters: leave it out, or level='features'.")
+            how |= {"sketch": size.numbers, "sketch_seed": size.seed}
+        meter = Meter(model, selection, memory, products, warn, ranks, size)
         if beside is not None:
             beside.check(self.tasks, chosen, optimizer, meter)
             how |= {reader.name: reader.about for reader in readers}
@@ -196,7 +207,7 @@ class GradientProbe:
                 parameter is gone, or ``losses`` are not the mean of ``micro``.
         """
         losses, parts, batch_size = self._given(losses, micro, batch_size)
-        values = weight_values(self.tasks, weights, self.step)
+        values = weight_values(self.tasks, weights, self.step, lambda: self.is_due)
         applied = weights if weights is not None else dict.fromkeys(self.tasks, 1.0)
         total = sum(applied[task] * losses[task] for task in losses)
         assert isinstance(total, Tensor)
@@ -224,7 +235,7 @@ class GradientProbe:
         Arguments and errors as for :meth:`backward`. Features cost a pass through each head here.
         """
         losses, parts, batch_size = self._given(losses, micro, batch_size)
-        values = weight_values(self.tasks, weights, self.step)
+        values = weight_values(self.tasks, weights, self.step, lambda: self.is_due)
         due = self._measuring.due()
         if due.loader:
             self._measuring.on_loader()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gradprobe.summary import crowd, updates
+from gradprobe.summary import crowd, estimated, updates
 
 CAUTION = (
     "These are single minibatches: mostly noise. They do not show whether interference is there, or whether "
@@ -17,6 +17,7 @@ CAUTION = (
 )
 
 PAIRS_IN_WORDS = 3
+METRICS_IN_WORDS = 16
 
 
 def sentences(summary: dict[str, Any]) -> list[str]:
@@ -31,8 +32,15 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     if summary["level"] == "features":
         gradients.append("Gradients on parameters were not measured (level='features').")
     elif summary["layers"]:
-        gradients = [*_cosines(summary), *_first_order(summary), *updates.sentences(summary["updates"]), *gradients]
+        gradients = [
+            *_sketched(summary),
+            *_cosines(summary),
+            *_first_order(summary),
+            *updates.sentences(summary["updates"]),
+            *gradients,
+        ]
     said += [*gradients, CAUTION] if gradients else []
+    said += estimated.sentences(summary["probe_loader"])
     if summary["level"] != "features" and not summary["layers"]:
         said.append(
             "The tasks share no layer, so no cosine between their gradients is defined: interference is not "
@@ -132,6 +140,17 @@ def _cosines(summary: dict[str, Any]) -> list[str]:
     return said + [_cosine(name, pairs[name]) for name in known]
 
 
+def _sketched(summary: dict[str, Any]) -> list[str]:
+    kept = summary["sketch"]
+    if kept is None:
+        return []
+    error = kept**-0.5
+    return [
+        f"Gradients were sketched to {kept:,} numbers per layer and task: on larger layers a cosine near 0 is right to "
+        f"about {error:.1g} a row (standard deviation), without bias, and a norm to {error / 2**0.5:.1%}."
+    ]
+
+
 def _cosine(name: str, values: dict[str, Any]) -> str:
     cosine = values["cosine"]
     return (
@@ -183,7 +202,9 @@ def _metric_words(summary: dict[str, Any]) -> list[str]:
         for name, m in summary["metrics"].items()
         if m["first"]
     ]
-    return [f"Metrics from the first to the last epoch (counted from 0): {'; '.join(parts)}."] if parts else []
+    more = [f"{len(parts) - METRICS_IN_WORDS} more (all: summary --json)"] if len(parts) > METRICS_IN_WORDS else []
+    text = "; ".join([*parts[:METRICS_IN_WORDS], *more])
+    return [f"Metrics from the first to the last epoch (counted from 0): {text}."] if parts else []
 
 
 def _overhead_words(summary: dict[str, Any]) -> list[str]:

@@ -16,6 +16,7 @@ from gradprobe.rows import Sink
 from gradprobe.trainers import checkpoint, loop, registry
 from gradprobe.trainers.balancer import Balancer, Setup
 from gradprobe.trainers.engine import Engine, make_engine
+from gradprobe.trainers.fixed_batch import make_ledger
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models.size import size_of
 from gradprobe.trainers.optim import make_optimizer, make_schedule
@@ -70,6 +71,7 @@ def build(
         optimizer=optimizer,
         scaler=engine.scaler,
         updates=Updates() if settings.updates else None,
+        ledger=make_ledger(model, engine, problem, data.train, settings),
         probe_loader=make_probe_loader(settings, problem, data, model, engine),
         provenance={
             "trainer": settings.trainer,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +11,8 @@ from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes import walk
-from gradprobe.probes.passes import Gradients, state_kept
+from gradprobe.probes.loader import sow, undisturbed
+from gradprobe.probes.passes import Gradients
 from gradprobe.updates.heads import ByTask, Own, vector
 
 Losses = Mapping[str, Tensor]
@@ -58,7 +56,8 @@ def value(
     total, count = np.zeros(len(tasks)), 0
     parameters = [[*(shared or ()), *own] for own in private] if shared is not None else []
     sums: list[Gradients] = [[None] * len(wanted) for wanted in parameters]
-    with _left_as_it_was(model), torch.set_grad_enabled(shared is not None):
+    with undisturbed(model), torch.set_grad_enabled(shared is not None):
+        sow(SEED)
         made = batch()
         for losses in [made] if isinstance(made, Mapping) else made:
             if lacking := [task for task in tasks if task not in losses]:
@@ -81,21 +80,3 @@ def _add(sums: Gradients, found: Sequence[Tensor | None]) -> None:
         if gradient is not None:
             before = sums[index]
             sums[index] = gradient if before is None else before + gradient
-
-
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in walk.modules(model)}
-    drawn, numbers = random.getstate(), np.random.get_state()  # what a user's code may draw from
-    # Graphs that saved a parameter must not think that it changed: nothing here writes to one.
-    with state_kept(model):
-        torch.default_generator.manual_seed(SEED)
-        for device in {p.device for p in walk.parameters(model) if p.device.type == "cuda"}:
-            torch.cuda.default_generators[device.index or 0].manual_seed(SEED)
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
-            random.setstate(drawn)
-            np.random.set_state(numbers)

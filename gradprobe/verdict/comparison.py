@@ -328,8 +328,8 @@ def _with_reason(answer: Answer) -> Answer:
         reason = words.of_rule(answer)
     elif answer.n < decision.MIN_SEEDS:
         reason = (
-            f"{answer.n} seeds are a description and no verdict; at least {decision.MIN_SEEDS} are needed, and 5 to 8 "
-            "give an answer."
+            f"from {answer.n} {'seed' if answer.n == 1 else 'seeds'} there is a description and no verdict; at least "
+            f"{decision.MIN_SEEDS} are needed, and 5 to 8 give an answer."
         )
     else:
         reason = "a number of it is not known, so there is no interval."
@@ -340,4 +340,6 @@ def _warnings(
     baseline: Group | None, arms: Sequence[Group], evidence: Sequence[Evidence], chosen: _Resolved
 ) -> list[str]:
     found = [said for arm in arms if baseline for said in conditions.cautions(baseline, arm, chosen.paired)]
-    return [*found, *misleading.of_runs(baseline, arms, evidence)]
+    groups = [baseline, *arms] if baseline else list(arms)
+    within = [said for group in groups for said in conditions.mixed(group)]
+    return [*found, *within, *misleading.of_runs(baseline, arms, evidence)]

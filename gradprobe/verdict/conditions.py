@@ -56,7 +56,10 @@ def _arm(name: str, runs: list[Evidence]) -> Group:
     by_seed: dict[int, list[Evidence]] = {}
     for run in runs:
         assert run.seed is not None
-        by_seed.setdefault(run.seed, []).append(run)
+        same = by_seed.setdefault(run.seed, [])
+        if not any(run.made == other.made and _what_it_is(run) == _what_it_is(other) for other in same):
+            same.append(run)  # a copy of a file is no second run
+    _refuse_copies(name, by_seed)
     again = [same for same in by_seed.values() if len(same) > 1]
     for same in again:
         other = next((run for run in same[1:] if _what_it_is(run) != _what_it_is(same[0])), None)
@@ -66,6 +69,22 @@ def _arm(name: str, runs: list[Evidence]) -> Group:
                 f"settings. Name the arms apart: --arm {name}=GLOB --arm other=GLOB."
             )
     return Group(name, {seed: by_seed[seed][0] for seed in sorted(by_seed)}, again, ordered)
+
+
+def _refuse_copies(name: str, by_seed: Mapping[int, Sequence[Evidence]]) -> None:
+    """Two seeds with the same numbers are one run, and would make any interval too narrow.
+
+    Raises:
+        UsageError: There are such.
+    """
+    seen: dict[str, Evidence] = {}
+    for run in (same[0] for same in by_seed.values()):
+        other = seen.setdefault(run.content, run)
+        if other is not run and len(run.step):
+            raise UsageError(
+                f"{other.file} and {run.file} of arm {name!r} hold the same numbers under two seeds: they are one run. "
+                "Leave one of them out."
+            )
 
 
 def _what_it_is(run: Evidence) -> tuple[str, ...]:
@@ -128,6 +147,23 @@ def refusal(baseline: Group, arm: Group, paired: bool | None) -> str:
                 "both arms belong together in their order, say so: --paired; else: --unpaired."
             )
     return ""
+
+
+PER_SEED = ("seed", "from_run", "task_weights", "double", "double_sizes")
+"""Settings that may differ from seed to seed: some trainers take theirs from a run of the same seed."""
+
+
+def mixed(group: Group) -> Iterator[str]:
+    """Settings that differ within an arm."""
+    runs = list(group.runs.values())
+    for name in runs[0].setting:
+        if name not in PER_SEED:
+            other = next((run for run in runs if not _equal(run.setting.get(name), runs[0].setting[name])), None)
+            if other is not None:
+                yield (
+                    f"{group.name} mixes settings: {name} is {_short(runs[0].setting[name])} in {runs[0].file} and "
+                    f"{_short(other.setting.get(name))} in {other.file}."
+                )
 
 
 def cautions(baseline: Group, arm: Group, paired: bool | None) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Scores:
     """The test split.
 
     Attributes:
@@ -87,6 +87,7 @@ class Evidence:
         loss, weight: (n, T) of those rows.
         batch_size: (n,) of those rows; 0: unknown.
         content: A hash of what those rows hold: equal for the same run made twice.
+        made: A hash of when they were measured: equal for copies of one file.
         training: Those rows' Gramians; None: their noise part was not recorded.
         probed: Rows on independent batches at frozen parameters; None: not recorded.
         ledger: The loss ledger by name, as ``run.ledger``; empty: not recorded.
@@ -109,10 +110,11 @@ class Evidence:
     weight: Array
     batch_size: NDArray[np.int64]
     content: str
+    made: str
     training: Rows | None = None
     probed: Rows | None = None
     ledger: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    tested: Tested = field(default_factory=lambda: Tested({}))
+    tested: Scores = field(default_factory=lambda: Scores({}))
 
     def condition(self, name: str) -> dict[str, Any]:
         """What the file says of one of :data:`CONDITIONS`; empty: nothing."""
@@ -141,6 +143,12 @@ class Evidence:
     def plain_descent(self) -> bool:
         """Whether it is known to be trained by SGD, whose first steps are as any others."""
         return str(self.setting.get("optimizer", "")).upper() == "SGD"
+
+    @property
+    def ledger_on_probe_batch(self) -> bool:
+        """Whether the ledger values updates by the gradients of its fixed probe batch, and not by the training's."""
+        said = self.provenance
+        return str(said.get("ledger.ends", said.get("settings.ledger_ends", ""))) == "probe"
 
     def weights_at(self, steps: NDArray[np.int64]) -> Array:
         """(k, T) weights in force at these steps: of the newest row up to each, or of the first one."""
@@ -181,10 +189,11 @@ def read(path: Path, arm: str = "") -> Evidence:
             loss=run["loss"].astype(np.float64),
             weight=run["weight"].astype(np.float64),
             batch_size=run["batch_size"],
-            content=_content(run),
+            content=_hash(run, ("step", "loss", "weight", "grad_norm", "cosine")),
+            made=_hash(run, ("time", "overhead")),
             training=_training(run),
             probed=_probed(run),
-            ledger=getattr(run, "ledger", {}),
+            ledger=run.ledger,
             tested=_tested(run),
         )
 
@@ -194,22 +203,20 @@ def _seed(said: Mapping[str, Any]) -> int | None:
     return None if found is None or isinstance(found, str) else int(found)
 
 
-def _content(run: Run) -> str:
-    digest = hashlib.sha256()
-    for name in ("step", "loss", "weight", "grad_norm", "cosine"):
+def _hash(run: Run, names: Sequence[str]) -> str:
+    digest = hashlib.sha256(str(run.file_time).encode() if not len(run) else b"")
+    for name in names:
         digest.update(np.ascontiguousarray(run[name]).tobytes())
     return digest.hexdigest()
 
 
 def _training(run: Run) -> Rows | None:
-    noise = run.gram_noise() if hasattr(run, "gram_noise") else None
-    if noise is None:
-        return None
-    return Rows(run["step"], run.gram(), np.asarray(noise, dtype=np.float64), run["batch_size"])
+    noise = run.gram_noise()
+    return None if noise is None else Rows(run["step"], run.gram(), noise, run["batch_size"])
 
 
 def _probed(run: Run) -> Rows | None:
-    table = getattr(run, "probe_loader", {})
+    table = run.probe_loader
     if not table:
         return None
     good = np.asarray(table["status"]) == 0
@@ -218,15 +225,15 @@ def _probed(run: Run) -> Rows | None:
     return Rows(table["step"][good], gram, noise, table["batch_size"][good])
 
 
-def _tested(run: Run) -> Tested:
+def _tested(run: Run) -> Scores:
     values = {
         key.removeprefix("test."): float(value)
         for key, value in run.provenance.items()
         if key.startswith("test.") and isinstance(value, (int, float, np.number))
     }
-    table = getattr(run, "test_clusters", {})
+    table = run.test_clusters
     if not table:
-        return Tested(values)
+        return Scores(values)
     without = np.asarray(table["without"], dtype=np.float64)
     columns = {str(name): without[:, m] for m, name in enumerate(table["metric"])}
-    return Tested(values, tuple(map(str, table["cluster"])), columns)
+    return Scores(values, tuple(map(str, table["cluster"])), columns)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradprobe.errors import UsageError
 from gradprobe.measures import Array
 from gradprobe.statistics import Contrast, jackknife_variance, paired, welch, widened
 from gradprobe.verdict.evidence import Evidence
@@ -47,18 +48,28 @@ def task_of(metric: str, tasks: Sequence[str]) -> str:
 
 
 def metrics(runs: Sequence[Evidence], tasks: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, str]:
-    """The metrics to look at, and whose each is; those asked for, else those that all runs of several tasks have."""
+    """The metrics to look at, and whose each is: those asked for, else the main ones of the runs of several tasks.
+
+    Raises:
+        UsageError: It is not known whose metric one is.
+    """
     together = [run for run in runs if not run.single]
-    names = wanted or [
-        name
-        for name in (together[0].tested.values if together else ())
-        if (name in KNOWN or name.rpartition("_")[2] in tasks) and not is_loss(name)
-    ]
-    return {
-        name: task_of(name, tasks)
-        for name in names
-        if task_of(name, tasks) and all(name in r.tested.values for r in together)
-    }
+    named = dict.fromkeys(name for run in together for name in run.tested.values)
+    main = [name for name in named if (name in KNOWN or name.rpartition("_")[2] in tasks) and not is_loss(name)]
+    found = {name: task_of(name, tasks) for name in (wanted or main)}
+    unknown = next((name for name, task in found.items() if not task), None)
+    if unknown is not None:
+        raise UsageError(f"--metrics {unknown}: whose is it? Its name holds none of the tasks {', '.join(tasks)}.")
+    return found
+
+
+def untested(runs: Sequence[Evidence], chosen: Mapping[str, str]) -> str:
+    """The first file that lacks one of its metrics; empty: none does."""
+    for run in runs:
+        for metric, task in chosen.items():
+            if metric not in run.tested.values and run.single in ("", task):
+                return f"{run.file} holds no {metric} of the test split"
+    return ""
 
 
 @dataclass(frozen=True)

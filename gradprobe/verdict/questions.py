@@ -186,7 +186,7 @@ def _direction(s: Sides, tasks: Sequence[str]) -> Item:
     layers = s.layers(tasks)
     found = [
         gates.resolved(s.runs, layers, tasks, s.span),
-        *(gates.enough_samples(s.runs, layers, task, s.span, probed=True) for task in tasks),
+        *(gates.enough_samples(s.runs, layers, task, s.span) for task in tasks),
         gates.self_check(s.runs),
         *s.common_gates(),
     ]
@@ -230,7 +230,7 @@ def dominance(s: Sides) -> list[Item]:
     layers = s.layers(tasks)
     found = [
         gates.resolved(s.runs, layers, tasks, s.span),
-        *(gates.enough_samples(s.runs, layers, task, s.span, probed=True) for task in tasks),
+        *(gates.enough_samples(s.runs, layers, task, s.span) for task in tasks),
         *s.common_gates(),
     ]
     notes = [*_layer_note(s, layers), *_largest(s, layers), words.NOTES[DOMINANCE]]
@@ -269,13 +269,11 @@ def _interference(s: Sides, pair: Pair) -> Item:
         return _without(blank, NOT_APPLICABLE, reason)
     silent = next((run for run in s.runs if not run.ledger), None)
     if silent is not None:
-        return _without(
-            blank, NO_VERDICT, f"{silent.file} holds no ledger; record with --ledger --micro-batches 4 ({DEARER})."
-        )
+        return _without(blank, NO_VERDICT, f"{silent.file} holds no ledger; record with --ledger ({DEARER}).")
     layers = s.layers(tasks)
     found = [
         *gates.of_the_ledger(s.runs, layers, pair, s.span),
-        gates.enough_samples(s.runs, layers, pair.task, s.span, probed=False),
+        gates.enough_samples(s.runs, layers, pair.task, s.span, of_ledger=True),
         gates.self_check(s.runs),
         *s.common_gates(),
     ]
@@ -347,6 +345,11 @@ def outcomes(s: Sides, controls: Mapping[str, Group], chosen: Mapping[str, str])
         controls: Task -> its runs alone.
         chosen: Metric -> task.
     """
+    if not chosen:
+        blank = Item(OUTCOME, s.arm, "test split", "what the tasks lose on the test split", _seeds(s.treated))
+        return [
+            _without(blank, NO_VERDICT, "no file holds metrics of a test split, so nothing is said of the outcome.")
+        ]
     items = [_outcome(s, controls, metric, {metric: task}, task) for metric, task in chosen.items()]
     if set(chosen.values()) >= set(s.baseline[0].tasks):
         items.append(_outcome(s, controls, outcome.DELTA_M, chosen, ""))
@@ -366,6 +369,9 @@ def _outcome(s: Sides, controls: Mapping[str, Group], subject: str, chosen: Mapp
             f"--task {missing[0]}.",
         )
     runs = {t: dict(controls[t].runs) for t in chosen.values()}
+    lacking = outcome.untested([*s.runs, *(one for t in runs.values() for one in t.values())], chosen)
+    if lacking:
+        return _without(blank, NO_VERDICT, f"{lacking}.")
     found = {
         name: outcome.deficits(side, runs, chosen, same_seed=s.same_seed)
         for name, side in (("baseline", s.baseline), ("arm", s.treated))

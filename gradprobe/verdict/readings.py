@@ -82,7 +82,8 @@ def _estimate(
     if rows is None:
         return None
     gram, noise, chosen = _over(run, rows, layers, tasks, span, apart)
-    return pooled(gram, noise, rows.batch_size[chosen].astype(np.float64))
+    size = rows.batch_size[chosen].astype(np.float64)
+    return pooled(gram, noise, np.where(size > 0, size, math.nan))
 
 
 def _over(

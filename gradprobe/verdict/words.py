@@ -88,6 +88,8 @@ def _first(answers: Sequence[Answer], refusals: Sequence[str], baseline: str) ->
     if not baseline or not found:
         why = refusals[0] if refusals else "there is nothing to compare."
         return f"No conclusion about interference: {why}"
+    if not judged:
+        return f"No gradient can interfere: {found[0].reason}"
     if not settled:
         why = next((answer.reason for answer in judged), "no arm shares a layer with the baseline.")
         return f"No conclusion about interference: {why}"

@@ -14,15 +14,7 @@ from gradprobe.trainers.data import phantom
 from gradprobe.trainers.data.check import CheckedImage, CheckResult, check_data
 from gradprobe.trainers.data.dataset import ImageDataset, ImageStore, Item
 from gradprobe.trainers.data.findings import Finding, errors, warnings
-
-N_TRAIN = 384
-"""Phantoms to train on, where nothing else is asked for."""
-
-N_VAL = 96
-"""Phantoms held out, where nothing else is asked for."""
-
-N_TEST = 96
-"""Phantoms of the test split, where nothing else is asked for."""
+from gradprobe.trainers.data.phantom import N_TEST, N_TRAIN, N_VAL
 
 STRIDE = 32
 """Image sizes are multiples of this: the coarsest grid of YOLOv5."""

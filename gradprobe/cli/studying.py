@@ -1,0 +1,296 @@
+"""What ``gradprobe study`` does, from its flags to the last run."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from gradprobe.cli.progress import Lines, make_watcher
+from gradprobe.cli.recording import Request, interruptible, settings_of
+from gradprobe.errors import GradprobeError, UsageError
+from gradprobe.study import agreement, commands, folder, measuring, plan
+from gradprobe.study.arms import Arm, Planned, check_baseline, make_arms, make_runs, parse_seeds
+from gradprobe.study.budget import steps_of
+from gradprobe.study.folder import FINISHED, Folder
+from gradprobe.study.runner import DONE, FAILED, SKIPPED, Entry, Launcher, Study, subprocesses
+from gradprobe.trainers.problems import kind_of
+from gradprobe.trainers.settings import Settings
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A whole study by one name."""
+
+    trainers: str
+    seeds: str
+    record: tuple[str, ...]
+
+
+PRESETS = {
+    "quick": Preset("single,joint,gradnorm,dual", "3", ("--data", "phantom", "--epochs", "8", "--imgsz", "64")),
+}
+
+OURS = ("seed", "trainer", "task", "out", "resume", "overwrite", "project", "name", "plan", "arm", "list_trainers")
+"""Flags of ``gradprobe record`` that the study gives itself."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for on the command line; ``record``: flags for every run."""
+
+    out: Path
+    trainers: str | None = None
+    arms: Sequence[str] = ()
+    seeds: str | None = None
+    baseline: str = "joint"
+    jobs: int = 1
+    preset: str = ""
+    window: str = ""
+    pairs: str = ""
+    margin: float = 0.1
+    outcome_margin: float = 0.02
+    record: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What will be done; the plan is written."""
+
+    where: Folder
+    plan: Mapping[str, Any]
+    runs: tuple[Planned, ...]
+    common: tuple[str, ...]
+    jobs: int
+    notes: tuple[str, ...] = field(default=())
+
+
+def prepare(asked: Asked, *, check_extras: bool = True) -> Prepared:
+    """Fix everything, find what is wrong before hours of training, and write the plan.
+
+    Args:
+        asked: The flags.
+        check_extras: Also whether the packages that the trainers need are installed, which imports torch.
+
+    Raises:
+        UsageError: Something cannot be meant; or the folder was begun with another plan.
+    """
+    preset = _preset(asked.preset)
+    if asked.jobs < 1:
+        raise UsageError(f"--jobs {asked.jobs}: must be at least 1.")
+    for name, value in (("margin", asked.margin), ("outcome-margin", asked.outcome_margin)):
+        if not 0 < value < math.inf:
+            raise UsageError(f"--{name} {value}: must be a positive number.")
+    words = [*(preset.record if preset else ()), *asked.record]
+    data = _request(words).flags["data"] or Settings.data
+    tasks = kind_of(data).tasks
+    trainers = asked.trainers if asked.trainers is not None else preset.trainers if preset else ""
+    arms = make_arms([t.strip() for t in trainers.split(",") if t.strip()], asked.arms, tasks)
+    baseline = check_baseline(arms, asked.baseline)
+    seeds = parse_seeds(asked.seeds or (preset.seeds if preset else "5"))
+    given = {name for name, value in _request(words).flags.items() if value is not None}
+    common = (*words, *measuring.flags(given))
+    settings = {arm.name: _settings(_request([*common, *arm.flags], arm)) for arm in arms}
+    if check_extras:
+        _check_trainers(settings.values())
+    fixed = _plan(asked, arms, baseline, seeds, common, settings)
+    where = Folder(asked.out)
+    plan.write(where.path, fixed)
+    notes = () if len(seeds) >= 3 else (f"{len(seeds)} seeds give a description and no verdict; take 3 or more.",)
+    return Prepared(where, fixed, make_runs(arms, seeds, baseline), common, asked.jobs, notes)
+
+
+def _preset(name: str) -> Preset | None:
+    if name and name not in PRESETS:
+        raise UsageError(f"--preset {name}: there is no such preset of a study (there are: {', '.join(PRESETS)}).")
+    return PRESETS.get(name)
+
+
+def _request(words: Sequence[str], arm: Arm | None = None) -> Request:
+    """What ``gradprobe record`` would be asked for with these flags.
+
+    Raises:
+        UsageError: A flag is the study's own to give.
+        click.UsageError: There is no such flag.
+    """
+    values = _parsed([word for word in words if word != "--"])
+    own = [name for name in OURS if values.get(name) and not (arm and name == "task")]
+    if own:
+        flag = own[0].replace("_", "-")
+        better = {"seed": "--seeds", "trainer": "--trainers or --arm", "task": "the trainer single"}.get(own[0])
+        raise UsageError(f"--{flag} is given to each run by the study" + (f"; use {better}." if better else "."))
+    flags = {name: value for name, value in values.items() if name in Settings.__dataclass_fields__}
+    flags["skip_bad"], flags["keep_going"] = flags["skip_bad"] or None, flags["keep_going"] or None
+    flags["task_weights"] = None
+    if arm is not None:
+        flags["trainer"] = arm.trainer
+    return Request(flags=flags, task_weights=values["task_weights"], preset=values["preset"], hyp=values["hyp"])
+
+
+def _settings(request: Request) -> Settings:
+    from gradprobe.trainers.hyp import read_hyp
+
+    return settings_of(request, read_hyp(request.hyp) if request.hyp is not None else None)
+
+
+def _parsed(words: Sequence[str]) -> dict[str, Any]:
+    from gradprobe.cli.record import record
+
+    app = typer.Typer(add_completion=False)
+    app.command()(record)
+    parser = typer.main.get_command(app)
+    with parser.make_context("record", list(words)) as context:
+        return dict(context.params)
+
+
+def _check_trainers(settings: Any) -> None:
+    from gradprobe.trainers import registry
+
+    for each in settings:
+        registry.find(each.trainer).require(each)
+
+
+def _plan(
+    asked: Asked,
+    arms: Sequence[Arm],
+    baseline: Arm,
+    seeds: Sequence[int],
+    common: Sequence[str],
+    settings: Mapping[str, Settings],
+) -> dict[str, Any]:
+    own = settings[baseline.name]
+    window = plan.parse_window(asked.window, own, steps_of(own))
+    split = getattr(own, "probe_loader", "")
+    return {
+        "measure": "C",
+        **({"window": list(window)} if window else {}),
+        "pairs": plan.parse_pairs(asked.pairs, kind_of(own.data).tasks),
+        "margin": asked.margin,
+        "outcome_margin": asked.outcome_margin,
+        "baseline": baseline.name,
+        "arms": [arm.name for arm in arms],
+        "recorded_with": plan.arm_flags(arms),
+        "seeds": list(seeds),
+        **({"probe_loader": {"split": split}} if split else {}),
+        "record": " ".join(map(plan.without_folder, common)),
+        "settings": plan.common(list(settings.values())),
+    }
+
+
+# ---- running
+
+
+def show(prepared: Prepared) -> None:
+    """Print the command of every run that is not finished, for a cluster.
+
+    A run that another one is made from comes before it.
+    """
+    left = 0
+    for run in prepared.runs:
+        state = folder.state(prepared.where.run(run))
+        if state == FINISHED:
+            continue
+        left += 1
+        state = folder.RESUMABLE if state == folder.RECORDING else state
+        words = commands.record(prepared.where, run, prepared.common, state)
+        print(shlex.join(["gradprobe", *words]))
+    say = f"{left} of {len(prepared.runs)} runs are left; the plan is in {prepared.where.plan}"
+    print(say, file=sys.stderr)
+
+
+def run(prepared: Prepared, launch: Launcher | None = None) -> bool:
+    """Run what is left, write what became of it, and say what to do next.
+
+    Args:
+        prepared: What to run.
+        launch: How; a process each, where None.
+
+    Returns:
+        Whether no run failed.
+    """
+    watcher = make_watcher(len(prepared.runs))
+    for note in prepared.notes:
+        watcher.say(f"note: {note}")
+    watcher.say(f"{len(prepared.runs)} runs, {prepared.jobs} at a time; the plan is in {prepared.where.plan}")
+    study = Study(prepared.runs, prepared.where, prepared.common, prepared.jobs, launch or subprocesses(prepared.jobs))
+    with interruptible(), watcher:
+        entries = study.run(watcher)
+    found = results(prepared, entries)
+    prepared.where.results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    _tell(watcher, prepared, found)
+    return not found["failed"]
+
+
+def results(prepared: Prepared, entries: Sequence[Entry]) -> dict[str, Any]:
+    """What became of every run, whether the first one repeats bit for bit, and whether arms had equal conditions."""
+    where = prepared.where
+    good = [entry.run for entry in entries if entry.state in (DONE, SKIPPED)]
+    runs = [
+        {
+            "file": where.run(entry.run).name,
+            "arm": entry.run.arm.name,
+            "seed": entry.run.seed,
+            "state": entry.state,
+            "seconds": round(entry.seconds, 1),
+            **({"reason": entry.reason} if entry.reason else {}),
+        }
+        for entry in entries
+    ]
+    return {
+        "runs": runs,
+        "failed": [where.run(entry.run).name for entry in entries if entry.state == FAILED],
+        "again": _again(where, good),
+        "unequal": _unequal(where, good),
+    }
+
+
+def _again(where: Folder, good: Sequence[Planned]) -> dict[str, Any] | None:
+    """The run that was made twice, bit for bit; None where one of the two is missing."""
+    second = next((run for run in good if run.again), None)
+    first = next((run for run in good if second and run.arm == second.arm and run.seed == second.seed), None)
+    if first is None or second is None or first is second:
+        return None
+    one, other = where.run(first), where.run(second)
+    try:
+        found = agreement.differing(one, other)
+    except GradprobeError as error:
+        return {"files": [one.name, other.name], "identical": False, "differs": [str(error)]}
+    return {"files": [one.name, other.name], "identical": not found, "differs": found}
+
+
+def _unequal(where: Folder, good: Sequence[Planned]) -> dict[str, list[str]]:
+    """Seed -> conditions in which its runs differ."""
+    found = {}
+    for seed in dict.fromkeys(run.seed for run in good):
+        names = agreement.unequal([where.run(run) for run in good if run.seed == seed])
+        if names:
+            found[str(seed)] = names
+    return found
+
+
+def _tell(watcher: Lines, prepared: Prepared, found: Mapping[str, Any]) -> None:
+    for each in found["runs"]:
+        if each["state"] == FAILED:
+            log = prepared.where.path / "logs" / f"{Path(each['file']).stem}.log"
+            watcher.say(f"failed: {each['file']}: {each['reason']} (log: {log})")
+    again = found["again"]
+    if again is not None and again["identical"]:
+        watcher.say(f"the same run twice: {again['files'][0]} and {again['files'][1]} are identical, bit for bit")
+    elif again is not None:
+        names = ", ".join(again["differs"][:6])
+        watcher.say(f"warning: the same run twice differs in {names}: an effect of that size means nothing")
+    for seed, names in found["unequal"].items():
+        watcher.say(f"warning: the arms of seed {seed} differ in {', '.join(names)}; compare will refuse to pair them")
+    if found["failed"]:
+        watcher.say(f"{len(found['failed'])} of {len(found['runs'])} runs failed; the same command tries them again")
+    path = prepared.where.path
+    files = f"{shlex.quote(str(path))}/*.h5"
+    print(f"next:     gradprobe compare {files} --baseline {shlex.quote(prepared.plan['baseline'])}")
+    print(f"          gradprobe report {shlex.quote(str(path))} --out report.html")

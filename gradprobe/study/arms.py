@@ -1,0 +1,158 @@
+"""What a study consists of: its arms, and one run for each of them and each seed. Pure functions."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from gradprobe.errors import UsageError
+
+SINGLE = "single"
+
+MADE_FROM = {"gradnorm-static": "gradnorm", "split": "joint"}
+"""Trainers that need an earlier run (``--from``), and of which trainer."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        name: In file names and answers.
+        trainer: As ``gradprobe record --trainer`` takes it.
+        flags: What else this arm is recorded with.
+        source: The arm of whose run of the same seed it is made; empty: of none.
+    """
+
+    name: str
+    trainer: str
+    flags: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run.
+
+    Attributes:
+        arm, seed: Which.
+        again: It is the second run of its arm and seed: what differs from the first is no effect of anything.
+    """
+
+    arm: Arm
+    seed: int
+    again: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its file, without suffix."""
+        return f"{self.arm.name}-s{self.seed}" + ("-again" if self.again else "")
+
+    @property
+    def source(self) -> str:
+        """Name of the run that it is made from; empty: none."""
+        return f"{self.arm.source}-s{self.seed}" if self.arm.source else ""
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """``5``: 0 to 4; ``3,7``: those two.
+
+    Raises:
+        UsageError: No whole numbers from 0 on, none, or one twice.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words or not all(word.isdecimal() for word in words):
+        raise UsageError(f"--seeds {text!r}: write how many (5), or which (0,1,2).")
+    seeds = tuple(map(int, words)) if "," in text else tuple(range(int(words[0])))
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {text!r}: names {'none' if not seeds else 'one twice'}.")
+    return seeds
+
+
+def make_arms(trainers: Sequence[str], more: Sequence[str], tasks: Sequence[str]) -> tuple[Arm, ...]:
+    """The arms, in order.
+
+    Args:
+        trainers: As on the command line; ``single`` stands for one arm per task.
+        more: Arms with flags of their own, as ``NAME=TRAINER --flag value ...``.
+        tasks: Of the data.
+
+    Raises:
+        UsageError: Two arms of one name, a malformed arm, or one that needs a run that no arm gives.
+    """
+    arms: list[Arm] = []
+    for trainer in trainers:
+        if trainer == SINGLE:
+            arms += [Arm(f"{SINGLE}-{task}", SINGLE, ("--task", task)) for task in tasks]
+        else:
+            arms.append(Arm(_name(trainer), trainer))
+    arms += [_parse(text) for text in more]
+    names = [arm.name for arm in arms]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UsageError(f"arm {twice[0]!r} is there twice; give one of them another name: --arm NAME=TRAINER.")
+    if not arms:
+        raise UsageError("no arm: name at least one in --trainers, such as --trainers single,joint,gradnorm,dual.")
+    return tuple(_with_source(arm, arms) for arm in arms)
+
+
+def _name(trainer: str) -> str:
+    """Of a user's ``my_module:MyBalancer``: the class."""
+    return trainer.rpartition(":")[2]
+
+
+def _parse(text: str) -> Arm:
+    name, _, rest = text.partition("=")
+    try:
+        words = shlex.split(rest)
+    except ValueError as error:
+        raise UsageError(f"--arm {text!r}: {error}.") from None
+    if not words or not name or not all(c.isalnum() or c in "-_." for c in name) or name[0] in "-.":
+        raise UsageError(
+            f"--arm {text!r}: write NAME=TRAINER, with flags of this arm behind it: "
+            "--arm 'light=joint --task-weights det=1,cls=0.1'. A name has letters, digits, -, _ and dots."
+        )
+    return Arm(name, words[0], tuple(words[1:]))
+
+
+def _with_source(arm: Arm, arms: Sequence[Arm]) -> Arm:
+    needed = MADE_FROM.get(arm.trainer)
+    if needed is None or "--from" in arm.flags:
+        return arm
+    source = next((other.name for other in arms if other.trainer == needed), None)
+    if source is None:
+        raise UsageError(
+            f"arm {arm.name!r}: {arm.trainer} is made from a run of {needed} with the same seed, and no arm has that. "
+            f"Add {needed} to --trainers."
+        )
+    return Arm(arm.name, arm.trainer, arm.flags, source)
+
+
+def check_baseline(arms: Sequence[Arm], baseline: str) -> Arm:
+    """The arm that others are compared with.
+
+    Raises:
+        UsageError: There is no such arm.
+    """
+    by_name: Mapping[str, Arm] = {arm.name: arm for arm in arms}
+    if baseline not in by_name:
+        near = get_close_matches(baseline, by_name, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"--baseline {baseline!r}: no arm is called so (there are: {', '.join(by_name)}).{hint}")
+    return by_name[baseline]
+
+
+def make_runs(arms: Sequence[Arm], seeds: Sequence[int], baseline: Arm) -> tuple[Planned, ...]:
+    """Every arm with every seed, a seed at a time, so that a study that is cut short has whole seeds.
+
+    The baseline's first seed is there twice, last of that seed. A run comes behind the one that it is made from.
+    """
+    runs: list[Planned] = []
+    for seed in seeds:
+        own = [Planned(arm, seed) for arm in arms]
+        runs += [run for run in own if not run.source] + [run for run in own if run.source]
+        if seed == seeds[0]:
+            runs.append(Planned(baseline, seed, again=True))
+    return tuple(runs)
