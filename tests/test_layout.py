@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "integrations": {"attachment", "errors", "probes", "rows"},
     "verdict": {"errors", "ledger", "measures", "runfile", "statistics"},
     "attachment": {"probes", "provenance", "rows", "runfile", "updates"},
+    "report": {"__init__", "errors", "ledger", "measures", "runfile", "verdict"},
     "cli": {
         "__init__",
         "audit",
@@ -45,6 +46,7 @@ MAY_IMPORT = {
         "plots",
         "probes",
         "provenance",
+        "report",
         "rows",
         "runfile",
         "statistics",
@@ -62,6 +64,7 @@ MAY_NOT_IMPORT = {
     "summary": {"torch", "h5py", "matplotlib"},
     "verdict": {"torch", "h5py", "matplotlib"},
     "plots": {"torch", "h5py"},
+    "report": {"torch", "h5py", "matplotlib"},
     "probes": {"h5py", "yolov5", "matplotlib"},
     "audit": {"h5py", "yolov5", "matplotlib"},
     "ledger": {"h5py", "yolov5", "matplotlib"},
