@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "integrations": {"attachment", "errors", "probes", "rows"},
     "verdict": {"errors", "ledger", "measures", "runfile", "statistics"},
     "attachment": {"probes", "provenance", "rows", "runfile", "updates"},
+    "report": {"__init__", "errors", "ledger", "measures", "runfile", "verdict"},
     "cli": {
         "__init__",
         "audit",
@@ -46,6 +47,7 @@ MAY_IMPORT = {
         "plots",
         "probes",
         "provenance",
+        "report",
         "rows",
         "runfile",
         "statistics",
@@ -65,6 +67,7 @@ MAY_NOT_IMPORT = {
     "verdict": {"torch", "h5py", "matplotlib"},
     "study": {"torch", "h5py", "matplotlib"},
     "plots": {"torch", "h5py"},
+    "report": {"torch", "h5py", "matplotlib"},
     "probes": {"h5py", "yolov5", "matplotlib"},
     "audit": {"h5py", "yolov5", "matplotlib"},
     "ledger": {"h5py", "yolov5", "matplotlib"},

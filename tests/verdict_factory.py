@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gradprobe.rows import Header, Row
+from gradprobe.rows import Header, LedgerRow, ProbeLoaderRow, Row, TestClusters
 from gradprobe.runfile import RunWriter
 from gradprobe.statistics import noise_part
 from gradprobe.verdict.evidence import Evidence, Rows, Scores
@@ -179,19 +179,52 @@ def study(
     return found
 
 
-def write(folder: Path, run: Evidence, *, end: str = "finished") -> Path:
+def write(folder: Path, run: Evidence) -> Path:
     """A run file that holds what the evidence does."""
-    rows = run.probed or run.training
     header = Header(run.tasks, run.layers, run.layer_size, run.reach, run.provenance)
     path = folder / run.file
     writer = RunWriter(path, overwrite=True)
     writer.start(header)
+    nothing = np.full((len(run.layers), len(run.tasks), len(run.tasks)), np.nan)
     for k, step in enumerate(run.step):
-        known = rows is not None
-        gram = rows.gram[k] if known else np.full((len(run.layers), len(run.tasks), len(run.tasks)), np.nan)
-        noise = rows.noise[k] if known else None
-        size = int(run.batch_size[k])
-        writer.write(Row(int(step), 0, float(k), run.loss[k], run.weight[k], gram, batch_size=size, gram_noise=noise))
+        row = Row(int(step), 0, float(k), run.loss[k], run.weight[k], nothing, batch_size=int(run.batch_size[k]))
+        if run.training is not None:
+            row = replace(row, gram=run.training.gram[k], gram_noise=run.training.noise[k], micro_batches=len(MICRO))
+        writer.write(row)
+    if run.probed is not None:
+        writer.start_probe_loader(header)
+        for row in probed_rows(run):
+            writer.write_probe_loader(row)
+    if run.ledger:
+        writer.start_ledger(header)
+        for row in ledger_rows(run):
+            writer.write_ledger(row)
     writer.annotate({"test": dict(run.tested.values)})
-    writer.close(end)
+    writer.write_test(clusters(run))
+    writer.close("finished")
     return path
+
+
+def clusters(run: Evidence) -> TestClusters | None:
+    split = run.tested
+    if not split.clusters:
+        return None
+    names = list(split.without)
+    size = np.ones(len(split.clusters), np.int64)
+    return TestClusters(split.clusters, size, names, np.stack([split.without[name] for name in names], axis=1))
+
+
+def probed_rows(run: Evidence) -> Iterator[ProbeLoaderRow]:
+    rows = run.probed
+    assert rows is not None
+    for k, step in enumerate(rows.step):
+        size = int(rows.batch_size[k])
+        yield ProbeLoaderRow(int(step), 0, float(k), np.ones(2), rows.gram[k], rows.noise[k], len(MICRO), size)
+
+
+def ledger_rows(run: Evidence) -> Iterator[LedgerRow]:
+    table = run.ledger
+    for k, step in enumerate(table["step"]):
+        whole = table["term"][k].sum(axis=0)
+        ends = (whole, 0 * whole, whole)
+        yield LedgerRow(int(step), 0, float(k), 0, table["term"][k], *ends, table["head"][k], table["loss_change"][k])

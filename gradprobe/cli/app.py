@@ -19,6 +19,7 @@ from gradprobe.cli.export import export
 from gradprobe.cli.plot import plot
 from gradprobe.cli.record import record
 from gradprobe.cli.replay import replay
+from gradprobe.cli.report import report
 from gradprobe.cli.study import study
 from gradprobe.cli.summary import summary
 from gradprobe.cli.watch import watch
@@ -50,6 +51,7 @@ app.command()(watch)
 app.command()(replay)
 app.command()(advise)
 app.command()(compare)
+app.command()(report)
 app.command()(export)
 app.command()(check)
 app.command()(doctor)

@@ -47,7 +47,12 @@ def parse_window(text: str) -> tuple[int, int] | None:
 
 
 def gather(files: Sequence[Path], arms: Sequence[str]) -> list[Evidence]:
-    """The evidence of all files, in their order, each read once.
+    """The evidence of all files, in their order, each read once; arguments and errors as of :func:`named`."""
+    return [read(path, arm) for path, arm in named(files, arms).items()]
+
+
+def named(files: Sequence[Path], arms: Sequence[str]) -> dict[Path, str]:
+    """All files in their order, and the arm that the command line gives each; empty: as recorded.
 
     Args:
         files: Run files, or folders of them; their arms are as recorded.
@@ -57,22 +62,22 @@ def gather(files: Sequence[Path], arms: Sequence[str]) -> list[Evidence]:
         UsageError: Nothing to compare, or a pattern without files.
         RunFileError: A file is missing or unreadable.
     """
-    named: dict[Path, str] = {}
+    given: dict[Path, str] = {}
     for text in arms:
         name, equals, pattern = text.partition("=")
         found = sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 - a pattern may be absolute
         if not (equals and name and found):
             raise UsageError(f"--arm {text!r}: " + ("no file matches." if equals and name else "write NAME=GLOB."))
         for path in found:
-            if Path(path) in named:
-                raise UsageError(f"--arm {text!r}: {path} is in arm {named[Path(path)]!r} already.")
-            named[Path(path)] = name
-    listed = [path for file in files for path in _files(file)] + list(named)
+            if Path(path) in given:
+                raise UsageError(f"--arm {text!r}: {path} is in arm {given[Path(path)]!r} already.")
+            given[Path(path)] = name
+    listed = [path for file in files for path in _files(file)] + list(given)
     every = {path.resolve(): path for path in reversed(listed)}
     if not every:
         raise UsageError("no run files. Name some, or --arm NAME=GLOB, or --csv with a bare table.")
-    arm_of = {path.resolve(): name for path, name in named.items()}
-    return [read(path, arm_of.get(place, "")) for place, path in reversed(every.items())]
+    arm_of = {path.resolve(): name for path, name in given.items()}
+    return {path: arm_of.get(place, "") for place, path in reversed(every.items())}
 
 
 def _files(path: Path) -> list[Path]:
@@ -161,7 +166,7 @@ def tables(found: Comparison) -> Iterator[tuple[str, list[str], Rows]]:
     for question in QUESTIONS:
         answers = found.of(question)
         if answers:
-            columns = ["arm", "subject", "verdict", "arm - baseline", "95 %", "margin", "p (Holm)", "seeds"]
+            columns = ["arm", "subject", "verdict", "arm - baseline", "95 %", "margin", "p (Holm, one-sided)", "seeds"]
             yield question.capitalize(), columns, [_answer(a) for a in answers]
     if found.answers:
         yield "Why", ["arm", "question", "subject", "reason"], [_why(a) for a in found.answers]

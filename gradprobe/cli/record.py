@@ -99,6 +99,27 @@ def record(
             help="Also take the optimizer's updates apart by task, and record clipping. [default: off]",
         ),
     ] = None,
+    ledger: Annotated[
+        bool | None,
+        Option(
+            "--ledger/--no-ledger",
+            help="Keep a loss ledger: what each task's part of every update did to each loss. [default: off]",
+        ),
+    ] = None,
+    ledger_burst: Annotated[
+        int | None, Option(help="Steps of a burst that the ledger measures. [default: 0, all steps]")
+    ] = None,
+    ledger_every: Annotated[int | None, Option(help="Steps from one such burst to the next. [default: 0]")] = None,
+    ledger_ends: Annotated[
+        str | None,
+        Option(
+            help="Whose gradients value an update: probe, of a fixed probe batch; or batch, the training's own, with "
+            f"--micro-batches. [default: {D.ledger_ends}]"
+        ),
+    ] = None,
+    ledger_images: Annotated[
+        int | None, Option(help=f"Of the fixed probe batch, from the training split. [default: {D.ledger_images}]")
+    ] = None,
     bn_batches: Annotated[
         int | None, Option(help=f"To recompute BatchNorm before evaluating. [default: {D.bn_batches}]")
     ] = None,

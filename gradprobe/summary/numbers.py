@@ -12,7 +12,7 @@ from gradprobe import measures
 from gradprobe.measures import Array
 from gradprobe.rows import MEASURED
 from gradprobe.runfile import Run, schema, thin
-from gradprobe.summary import updates, words
+from gradprobe.summary import estimated, updates, words
 
 LOWEST_LAYERS = 3
 SUMMED = 1 << 23
@@ -116,6 +116,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "features": _features(seen),
         "interference": _interference(seen, measures.interference(gram, weight)),
         "updates": updates.summarise(run, seen, updates.gradient_share(gram, weight)),
+        "probe_loader": estimated.summarise(run),
         "audit": _audit(run),
         "metrics": _metrics(run),
         "overhead": _overhead(run),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gradprobe.summary import crowd, updates
+from gradprobe.summary import crowd, estimated, updates
 
 CAUTION = (
     "These are single minibatches: mostly noise. They do not show whether interference is there, or whether "
@@ -34,6 +34,7 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     elif summary["layers"]:
         gradients = [*_cosines(summary), *_first_order(summary), *updates.sentences(summary["updates"]), *gradients]
     said += [*gradients, CAUTION] if gradients else []
+    said += estimated.sentences(summary["probe_loader"])
     if summary["level"] != "features" and not summary["layers"]:
         said.append(
             "The tasks share no layer, so no cosine between their gradients is defined: interference is not "

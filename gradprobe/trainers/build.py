@@ -15,6 +15,7 @@ from gradprobe.probes.loader import ProbeLoader
 from gradprobe.rows import Sink
 from gradprobe.trainers import checkpoint, loop, registry
 from gradprobe.trainers.balancer import Balancer, Setup
+from gradprobe.trainers.fixed_batch import make_ledger
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models.size import size_of
 from gradprobe.trainers.optim import make_optimizer, make_schedule
@@ -61,6 +62,7 @@ def build(
         every=settings.every,
         optimizer=optimizer,
         updates=Updates() if settings.updates else None,
+        ledger=make_ledger(model, problem, data.train, settings),
         probe_loader=make_probe_loader(settings, problem, data, model, device),
         provenance={
             "trainer": settings.trainer,

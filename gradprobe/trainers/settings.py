@@ -17,6 +17,8 @@ from gradprobe.trainers.problems.dial_spec import parse
 TASKS = YOLOV5.tasks
 """Of the default data; those of others: :func:`gradprobe.trainers.problems.kind_of`."""
 
+LEDGER_ENDS = ("probe", "batch")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -67,6 +69,11 @@ class Settings:
     probe_loader: str = ""  # also measure on samples drawn from this split; empty: not
     probe_every: int = 20  # steps between two such measurements
     probe_batches: int = 8  # micro-batches of one, each as large as those of the training
+    ledger: bool = False  # what each update did to the losses, at all steps unless in bursts
+    ledger_burst: int = 0  # steps of a burst; 0: all steps
+    ledger_every: int = 0  # steps from the beginning of a burst to that of the next
+    ledger_ends: str = "probe"  # whose gradients value an update: those of the fixed "probe" batch, or the "batch"'s
+    ledger_images: int = 128  # of the fixed probe batch, drawn once from those that are trained on
     bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
     skip_bad: bool = False
     keep_going: bool = False
@@ -155,6 +162,7 @@ def _validate(s: Settings) -> None:
         raise UsageError(f"--probe-batches {s.probe_batches}: noise is told from at least 2; 8 are the default.")
     if s.micro_batches > s.batch_size:
         raise UsageError(f"--micro-batches {s.micro_batches}: a batch has no more than {s.batch_size} images.")
+    _validate_ledger(s)
     for name in ("lr", "weight_sum", "gradnorm_lr", "dwa_temperature"):
         if not 0 < getattr(s, name) < math.inf:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be a positive number.")
@@ -180,6 +188,24 @@ def _validate(s: Settings) -> None:
     bad = [w for w in s.task_weights if not 0 <= w < math.inf]
     if bad or not any(s.task_weights):
         raise UsageError(f"--task-weights {s.task_weights}: weights must be finite, not negative, and not all 0.")
+
+
+def _validate_ledger(s: Settings) -> None:
+    if s.ledger_ends not in LEDGER_ENDS:
+        raise UsageError(_unknown("--ledger-ends", s.ledger_ends, LEDGER_ENDS))
+    for name in ("ledger_burst", "ledger_every"):
+        if getattr(s, name) < 0:
+            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must not be negative.")
+    if bool(s.ledger_burst) != bool(s.ledger_every):
+        raise UsageError("--ledger-burst and --ledger-every go together: so many steps of every so many.")
+    if s.ledger_burst > s.ledger_every:
+        raise UsageError(f"--ledger-burst {s.ledger_burst}: longer than --ledger-every {s.ledger_every}.")
+    if s.ledger_images < 1:
+        raise UsageError(f"--ledger-images {s.ledger_images}: must be at least 1.")
+    if s.ledger and s.ledger_ends == "batch" and s.micro_batches < 2:
+        raise UsageError(
+            "--ledger-ends batch needs --micro-batches 4: a batch's own noise is known from its parts only."
+        )
 
 
 def _validate_trainer(s: Settings, tasks: tuple[str, ...]) -> None:

@@ -328,8 +328,8 @@ def _with_reason(answer: Answer) -> Answer:
         reason = words.of_rule(answer)
     elif answer.n < decision.MIN_SEEDS:
         reason = (
-            f"{answer.n} seeds are a description and no verdict; at least {decision.MIN_SEEDS} are needed, and 5 to 8 "
-            "give an answer."
+            f"from {answer.n} {'seed' if answer.n == 1 else 'seeds'} there is a description and no verdict; at least "
+            f"{decision.MIN_SEEDS} are needed, and 5 to 8 give an answer."
         )
     else:
         reason = "a number of it is not known, so there is no interval."

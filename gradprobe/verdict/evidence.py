@@ -187,7 +187,7 @@ def read(path: Path, arm: str = "") -> Evidence:
             made=_hash(run, ("time", "overhead")),
             training=_training(run),
             probed=_probed(run),
-            ledger=getattr(run, "ledger", {}),
+            ledger=run.ledger,
             tested=_tested(run),
         )
 
@@ -205,14 +205,12 @@ def _hash(run: Run, names: Sequence[str]) -> str:
 
 
 def _training(run: Run) -> Rows | None:
-    noise = run.gram_noise() if hasattr(run, "gram_noise") else None
-    if noise is None:
-        return None
-    return Rows(run["step"], run.gram(), np.asarray(noise, dtype=np.float64), run["batch_size"])
+    noise = run.gram_noise()
+    return None if noise is None else Rows(run["step"], run.gram(), noise, run["batch_size"])
 
 
 def _probed(run: Run) -> Rows | None:
-    table = getattr(run, "probe_loader", {})
+    table = run.probe_loader
     if not table:
         return None
     good = np.asarray(table["status"]) == 0
@@ -227,7 +225,7 @@ def _tested(run: Run) -> Scores:
         for key, value in run.provenance.items()
         if key.startswith("test.") and isinstance(value, (int, float, np.number))
     }
-    table = getattr(run, "test_clusters", {})
+    table = run.test_clusters
     if not table:
         return Scores(values)
     without = np.asarray(table["without"], dtype=np.float64)
