@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "rows": {"measures"},
     "provenance": set(),
     "runfile": {"__init__", "errors", "measures", "rows", "statistics"},
-    "summary": {"errors", "measures", "rows", "runfile"},
+    "summary": {"errors", "ledger", "measures", "rows", "runfile"},
     "plots": {"errors", "measures", "rows", "runfile", "summary", "verdict"},
     "probes": {"errors", "measures", "rows", "statistics"},
     "audit": {"errors"},

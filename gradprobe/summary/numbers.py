@@ -12,7 +12,7 @@ from gradprobe import measures
 from gradprobe.measures import Array
 from gradprobe.rows import MEASURED
 from gradprobe.runfile import Run, schema, thin
-from gradprobe.summary import updates, words
+from gradprobe.summary import ledger, updates, words
 
 LOWEST_LAYERS = 3
 LOWER_IS_BETTER = ("loss", "error", "rmse", "mae")
@@ -113,6 +113,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "features": _features(seen),
         "interference": _interference(seen, measures.interference(gram, weight)),
         "updates": updates.summarise(run, seen, updates.gradient_share(gram, weight)),
+        "ledger": ledger.summarise(run),
         "audit": _audit(run),
         "metrics": _metrics(run),
         "overhead": _overhead(run),
@@ -268,6 +269,7 @@ def _overhead(run: Run) -> dict[str, float | None]:
         seconds += float(np.nansum(run["features/overhead"], dtype=np.float64))
     if schema.UPDATES.path("overhead") in run:
         seconds += float(np.nansum(run["update/overhead"], dtype=np.float64))
+    seconds += ledger.overhead(run)
     elapsed = float(np.max(run["time"], initial=0.0))
     return {"seconds": seconds, "share": measures.known(seconds / elapsed) if elapsed > 0 else None}
 

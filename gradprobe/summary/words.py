@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gradprobe.summary import updates
+from gradprobe.summary import ledger, updates
 
 CAUTION = (
     "These are single minibatches: mostly noise. They do not show whether interference is there, or whether "
@@ -32,6 +32,7 @@ def sentences(summary: dict[str, Any]) -> list[str]:
         gradients.append("Gradients on parameters were not measured (level='features').")
     elif summary["layers"]:
         gradients = [*_cosines(summary), *_first_order(summary), *updates.sentences(summary["updates"]), *gradients]
+        gradients += ledger.sentences(summary["ledger"])
     said += [*gradients, CAUTION] if gradients else []
     if summary["level"] != "features" and not summary["layers"]:
         said.append(
