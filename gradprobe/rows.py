@@ -43,6 +43,25 @@ class FeatureHeader:
 
 
 @dataclass(frozen=True)
+class TestClusters:
+    """Metrics of a test split with one cluster of samples left out: what a jackknife needs.
+
+    Attributes:
+        clusters: (K,) names: a clip or patient, or a sample alone; several where there were too many to try each.
+        size: (K,) samples of each.
+        metrics: (M,) names.
+        without: (K, M) each metric over the samples of all other clusters; NaN where it is undefined.
+    """
+
+    __test__ = False  # no test, whatever pytest makes of the name
+
+    clusters: Sequence[str]
+    size: NDArray[np.int64]
+    metrics: Sequence[str]
+    without: Array
+
+
+@dataclass(frozen=True)
 class Header:
     """What holds for all rows of a run.
 
@@ -55,6 +74,7 @@ class Header:
         features: None until, or unless, features are measured; they are announced by ``start_features``.
         updates: Whether there are rows on what the optimizer made of the gradients; announced by ``start_updates``.
         ledger: The same for rows of a loss ledger; announced by ``start_ledger``.
+        test: Metrics of the test split by cluster; known only when a run has ended.
         noise: Whether rows tell the noise of their Gramians; known from the first row that does.
         probe_loader: Whether there are rows of the probe loader; announced by ``start_probe_loader``.
     """
@@ -67,6 +87,7 @@ class Header:
     features: FeatureHeader | None = None
     updates: bool = False
     ledger: bool = False
+    test: TestClusters | None = None
     noise: bool = False
     probe_loader: bool = False
 
@@ -169,40 +190,6 @@ class UpdateRow:
 
 
 @dataclass(frozen=True)
-class ProbeLoaderRow:
-    """One measurement on independent samples, with the parameters as they are at a step.
-
-    Attributes:
-        step, epoch, time, overhead, status: As in :class:`Row`.
-        loss: (T,) unweighted, means over the samples.
-        gram, gram_noise: (L, T, T), as in :class:`Row`.
-        micro_batches, batch_size: In how many it was measured, and of how many samples together.
-    """
-
-    step: int
-    epoch: int
-    time: float
-    loss: Array
-    gram: Array
-    gram_noise: Array
-    micro_batches: int
-    batch_size: int
-    overhead: float = 0.0
-    status: str = MEASURED
-
-
-@runtime_checkable
-class ProbeLoaderSink(Protocol):
-    """What a :class:`Sink` has besides, where it takes rows of the probe loader. Others are not asked to."""
-
-    def start_probe_loader(self, header: Header) -> None:
-        """Called once, after ``start`` and before the first such row, with the same header."""
-
-    def write_probe_loader(self, row: ProbeLoaderRow) -> None:
-        """Called once per step that was measured so, steps increasing."""
-
-
-@dataclass(frozen=True)
 class LedgerRow:
     """What one update did to the losses, by the S sources that :class:`UpdateRow` has too. What is not known is NaN.
 
@@ -235,6 +222,29 @@ class LedgerRow:
     status: str = MEASURED
 
 
+@dataclass(frozen=True)
+class ProbeLoaderRow:
+    """One measurement on independent samples, with the parameters as they are at a step.
+
+    Attributes:
+        step, epoch, time, overhead, status: As in :class:`Row`.
+        loss: (T,) unweighted, means over the samples.
+        gram, gram_noise: (L, T, T), as in :class:`Row`.
+        micro_batches, batch_size: In how many it was measured, and of how many samples together.
+    """
+
+    step: int
+    epoch: int
+    time: float
+    loss: Array
+    gram: Array
+    gram_noise: Array
+    micro_batches: int
+    batch_size: int
+    overhead: float = 0.0
+    status: str = MEASURED
+
+
 @runtime_checkable
 class LedgerSink(Protocol):
     """What a :class:`Sink` has besides, where it takes rows of a loss ledger. Others are not asked to."""
@@ -244,6 +254,17 @@ class LedgerSink(Protocol):
 
     def write_ledger(self, row: LedgerRow) -> None:
         """Called once per step of the ledger, steps increasing, when its right end is known."""
+
+
+@runtime_checkable
+class ProbeLoaderSink(Protocol):
+    """What a :class:`Sink` has besides, where it takes rows of the probe loader. Others are not asked to."""
+
+    def start_probe_loader(self, header: Header) -> None:
+        """Called once, after ``start`` and before the first such row, with the same header."""
+
+    def write_probe_loader(self, row: ProbeLoaderRow) -> None:
+        """Called once per step that was measured so, steps increasing."""
 
 
 @runtime_checkable

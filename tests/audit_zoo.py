@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +30,8 @@ class Net(nn.Module):
 class Training:
     """One step after another, with the doors in ``doors`` open and no other.
 
-    The doors: dropout, loader, zero, scaler, nonfinite, buffers, batch, clip, renormalised, mean, schedule, best, stop,
-    accumulation, data.
+    The doors: dropout, loader, python, numpy, zero, scaler, nonfinite, buffers, batch, clip, renormalised, mean,
+    schedule, best, stop, accumulation, data.
     """
 
     def __init__(self, doors: set[str], *, optimizer: str = "sgd", seed: int = 0, norm: bool = False) -> None:
@@ -106,12 +109,13 @@ class Training:
 
     def forward(self, batch, weights) -> dict[str, Tensor]:
         net, losses = self.net, {}
-        x, only = batch["x"], batch.get("only")
+        x, only = batch["x"] * self.drawn(), batch.get("only")  # augmentation
         both = {"det", "cls"} <= set(weights) and "batch" in self.doors
         z = net.trunk(torch.cat([x, 3 * batch["other"] + 1]))[: len(x)] if both else net.trunk(x)
         if "cls" in weights and only != "det":
             features = net.trunk(3 * batch["other"] + 1) if "buffers" in self.doors else z
             features = net.cls_dropout(features) if "dropout" in self.doors else features
+            features = features * self.drawn()
             labels = (batch["other"][: len(features)].sum(1) > 0).long()
             losses["cls"] = nn.functional.cross_entropy(net.cls(features), labels)
             if {"nonfinite", "scaler"} & self.doors and self.made == 3:
@@ -120,6 +124,12 @@ class Training:
             losses["det"] = nn.functional.mse_loss(net.det(z)[:, 0], x.sum(1) / 3)
         self.kept = z
         return losses
+
+    def drawn(self) -> float:
+        """From a global stream that is not torch's."""
+        if "python" in self.doors:
+            return 0.5 + random.random()
+        return 0.5 + float(np.random.rand()) if "numpy" in self.doors else 1.0
 
     def total(self, losses, weights, batch):
         used = {task: weights[task] for task in losses}

@@ -157,7 +157,8 @@ def train(options: Options) -> Made:
         parts = torch.stack([flat(piece[s] for piece in pieces) for s in range(4)])
         update = flat(p - b for p, b in zip(shared, before[: len(shared)], strict=True))
         rounding = torch.finfo(o.dtype).eps * float(flat(before[: len(shared)]).norm())
-        made.apart.append(max(float((parts.sum(dim=0) - update).norm()) - rounding, 0.0) / (float(update.norm()) or 1.0))
+        left_over = max(float((parts.sum(dim=0) - update).norm()) - rounding, 0.0)
+        made.apart.append(left_over / float(update.norm()) if left_over else 0.0)  # a network that died does not move
         moved = [
             flat(p - b for p, b in zip(everything, before, strict=True) if any(p is q for q in heads[t]))
             for t in (0, 1)

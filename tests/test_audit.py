@@ -24,6 +24,8 @@ from gradprobe.errors import UsageError
 DOORS = {
     "dropout": ("random stream", "material"),
     "loader": ("random stream", "material"),
+    "python": ("random stream", "material"),
+    "numpy": ("random stream", "material"),
     "zero": ("zero gradient", "material"),
     "scaler": ("scaler", "material"),
     "nonfinite": ("non-finite", "non-finite"),

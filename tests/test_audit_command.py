@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import h5py
@@ -13,6 +14,8 @@ from gradprobe.audit import Options, audit, in_force
 from gradprobe.audit.pair import setting
 from gradprobe.audit.report import section
 from gradprobe.cli.app import run
+from gradprobe.cli.audit import audit as audit_command
+from gradprobe.cli.record import record
 from gradprobe.errors import MissingExtraError, RunFileError, UsageError
 from gradprobe.plots import divergence
 from gradprobe.runfile import open_run
@@ -203,10 +206,18 @@ def test_a_trainer_that_begins_above_0_says_with_which_flag(bundled, capsys):
     assert "--weight 1" in capsys.readouterr().err
 
 
+def test_every_flag_of_record_that_changes_the_training_is_one_of_the_audit():
+    flags, own = (set(inspect.signature(one).parameters) for one in (record, audit_command))
+    of_the_file = {"list_trainers", "name", "overwrite", "project", "resume"}
+    of_measuring = {"bn_batches", "every", "keep_going", "updates"}  # the training is the same bit for bit
+    assert flags - own == of_the_file | of_measuring
+
+
 def test_flags_of_record_reach_the_audited_training(bundled, monkeypatch):
     seen = []
     monkeypatch.setattr(audited, "factory", lambda settings, *_: seen.append(settings) or (_ for _ in ()).throw(Stop))
     flags = ["--epochs", "3", "--lrf", "0.5", "--task-weights", "det=1,cls=0.25", "--gradnorm-momentum", "0.5"]
+    flags += ["--micro-batches", "2"]
     flags += ["--max-weight", "4", "--weight-sum", "3", "--gradnorm-layer", "model.9.cv2", "--preset", "report"]
     with pytest.raises(Stop):
         run([*bundled, *flags])
@@ -215,6 +226,7 @@ def test_flags_of_record_reach_the_audited_training(bundled, monkeypatch):
     assert (settings.task_weights, settings.max_weight, settings.weight_sum) == ((1.0, 0.25), 4, 3)
     assert settings.gradnorm_layer == "model.9.cv2"
     assert settings.keep_going
+    assert settings.micro_batches == 2
 
 
 class Stop(Exception):  # noqa: N818 - no error

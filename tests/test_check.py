@@ -14,7 +14,7 @@ from run_factory import make_header, make_rows, make_run
 
 from gradprobe.cli.app import run as command
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.runfile import RunWriter, live, open_run, schema
+from gradprobe.runfile import RunWriter, files, live, open_run, schema
 from gradprobe.runfile.check import check
 from gradprobe.runfile.repair import REPAIRED, repair
 
@@ -78,6 +78,43 @@ def test_a_killed_run_is_incomplete_but_not_damaged(tmp_path):
     assert [f.kind for f in report.findings] == ["incomplete"]
     assert "killed" in report.findings[0].what
     assert (report.rows, len(report.files)) == (30, 4)
+
+
+def ended_in_pieces(path: Path) -> Path:
+    """As a kill between the last rows and the last merge leaves a run, or a disk without room for the merge."""
+    header, writer = make_header(4), RunWriter(path, flush_rows=10, flush_seconds=1000)
+    writer._store.merge = lambda *_: (_ for _ in ()).throw(OSError("no room"))
+    writer.start(header)
+    for row in make_rows(header, 30):
+        writer.write(row)
+        writer.flush()
+    writer.close()
+    return path
+
+
+def test_a_run_that_ended_is_whole_in_pieces_too_and_with_parts_that_are_merged_already(tmp_path, monkeypatch, capsys):
+    path = ended_in_pieces(tmp_path / "run.h5")
+    assert findings(path) == "note: run.h5 is in pieces, of which none is missing: keep run.h5.parts/ with the file"
+    assert command(["check", str(path)]) == 0
+    assert f"{path} is whole: 30 rows in " in capsys.readouterr().out
+    assert command(["check", str(path), "--repair", str(tmp_path / "one.h5")]) == 0
+    assert findings(tmp_path / "one.h5") == ""
+    assert_same(path, tmp_path / "one.h5")
+    parts(path)[-1].unlink()  # the part that says how it ended
+    assert not check(path).whole
+    shutil.rmtree(tmp_path / "run.h5.parts")
+    path.unlink()
+    monkeypatch.setattr(files.Disk, "unlink", lambda *_: None)  # cut off behind the merge
+    left = killed(path)
+    writer = RunWriter(left, resume=True)
+    writer.rewind(300, 0)
+    writer.start(make_header(4))
+    writer.close()
+    assert parts(path)
+    report = check(path)
+    assert report.whole
+    assert report.rows == 30
+    assert {f.what for f in report.findings} == {"is in the main file already; a kill came before it was removed"}
 
 
 @pytest.mark.skipif(not live.LOCKS.exists(), reason="needs Linux's list of locks")

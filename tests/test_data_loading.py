@@ -142,16 +142,18 @@ def test_a_painted_rectangle_is_found_where_its_box_says(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def phantoms() -> LoadedData:
-    return load_data("phantom", imgsz=64, seed=1, n_train=10, n_val=4)
+    return load_data("phantom", imgsz=64, seed=1, n_train=10, n_val=4, n_test=3)
 
 
 def test_phantoms_come_from_memory(phantoms: LoadedData) -> None:
     assert phantoms.name == "phantom"
     assert phantoms.box_names == ("AR", "MR", "PR", "TR")
     assert phantoms.image_names == ("PSAX", "PLAX", "A4C")
-    assert (len(phantoms.train), len(phantoms.val), phantoms.test) == (10, 4, None)
+    assert phantoms.test is not None
+    assert (len(phantoms.train), len(phantoms.val), len(phantoms.test)) == (10, 4, 3)
     assert phantoms.skipped == phantoms.warnings == ()
-    assert not set(phantoms.train.names) & set(phantoms.val.names)
+    names = [*phantoms.train.names, *phantoms.val.names, *phantoms.test.names]
+    assert len(set(names)) == len(names)
     sample = phantoms.train[0]
     assert sample.image.shape == (3, 64, 64)
     assert sample.image.dtype == torch.uint8
@@ -170,8 +172,8 @@ def test_phantoms_in_memory_are_those_written_to_disk(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path: Path, phantoms: LoadedData) -> None:
-    again = load_data("phantom", imgsz=32, seed=1, n_train=10, n_val=4)
-    other = load_data("phantom", imgsz=32, seed=2, n_train=10, n_val=4)
+    again = load_data("phantom", imgsz=32, seed=1, n_train=10, n_val=4, n_test=3)
+    other = load_data("phantom", imgsz=32, seed=2, n_train=10, n_val=4, n_test=3)
     assert again.fingerprint == phantoms.fingerprint
     assert other.fingerprint != phantoms.fingerprint
     assert len(phantoms.fingerprint) == 64
@@ -361,7 +363,7 @@ def global_states() -> tuple[object, ...]:
 def test_the_global_random_generators_are_left_alone(phantoms: LoadedData) -> None:
     before = global_states()
     order(phantoms, 3, 2)
-    load_data("phantom", imgsz=32, n_train=1, n_val=1)
+    load_data("phantom", imgsz=32, n_train=1, n_val=1, n_test=1)
     after = global_states()
     assert before == after
 

@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader
 
 from gradprobe.errors import DataError, UsageError
 from gradprobe.trainers.detection_metrics import box_iou, detection_scores, true_positives
-from gradprobe.trainers.evaluate import METRICS, evaluate, recompute_batchnorm
+from gradprobe.trainers.evaluate import METRICS, evaluate
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models import _import_yolov5
 from gradprobe.trainers.models.yolov5 import build_model
+from gradprobe.trainers.running_statistics import recompute_batchnorm
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def test_the_overview_csv_is_long_and_holds_every_panel(run, tmp_path):
     _, path = plots.write(run, "overview", tmp_path / "o.png")
     frame = pd.read_csv(path, low_memory=False)
     assert list(frame.columns) == ["panel", "step", "epoch", "layer", "series", "quantity", "value"]
-    assert set(frame.panel) == set(SINGLE) - {"features", "updates"}
+    assert set(frame.panel) == set(SINGLE) - {"features", "updates", "matrix"}
     loss = frame[(frame.panel == "losses") & (frame.quantity == "loss") & (frame.series == "cls")]
     np.testing.assert_array_equal(loss.value.to_numpy(np.float32), run["loss"][:, 1])
     rate = frame[frame.quantity == "stochastic_conflict_rate"]

@@ -66,6 +66,41 @@ def test_two_processes_record_what_one_does_with_all_samples(way, dtype, folder,
     assert two[1]["status"].tolist() == [0] * STEPS
 
 
+def test_micro_batches_of_two_processes_are_those_of_one(folder, tmp_path):
+    """Each process's count, with their shares in the batch of all."""
+    sizes = [size for one in two_ranks.SIZES for size in one]
+    two_ranks.in_micro_batches(two_ranks.make(torch.float64), tmp_path / "one.h5", sizes, range(4))
+    with gradprobe.open_run(tmp_path / "one.h5") as one, gradprobe.open_run(folder / "micro.h5") as two:
+        for name in ("grad_norm", "cosine", "gram_noise", "loss"):
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-5, atol=1e-7)
+        assert np.isfinite(two.gram_noise()[:, 0]).all()
+        assert two["micro_batches"].tolist() == one["micro_batches"].tolist() == [4] * STEPS
+        assert two["batch_size"].tolist() == one["batch_size"].tolist() == [BATCH] * STEPS
+
+
+def test_each_process_draws_samples_of_its_own(folder):
+    model = two_ranks.make(torch.float64)
+    loader, data = two_ranks.drawn(model), batch_of_the_loader()
+    expected = []
+    for step in (0, 2, 4):
+        micro = [two_ranks.losses(model, data[p]) for rank in range(2) for p in loader.indices(step, rank)]
+        expected.append([np.mean([float(one[t].detach()) for one in micro]) for t in TASKS])
+        found = [torch.autograd.grad(one["a"], model.first.weight)[0].flatten() for one in micro]
+        expected[-1].append(float(sum(found).norm() / 4))
+    with gradprobe.open_run(folder / "micro.h5") as run:
+        table = run.probe_loader
+        assert table["step"].tolist() == [0, 2, 4]
+        assert table["micro_batches"].tolist() == [4] * 3
+        assert table["batch_size"].tolist() == [16] * 3
+        np.testing.assert_allclose(table["loss"], [e[:3] for e in expected], rtol=1e-6)
+        assert (table["grad_norm"][:, 0, 0] >= [e[3] * (1 - 1e-6) for e in expected]).all()  # and a bias of the layer
+        assert run.provenance["self_check"] == pytest.approx([1, -1], abs=1e-6)
+
+
+def batch_of_the_loader():
+    return two_ranks.batch(99, torch.float64)
+
+
 def test_updates_of_two_processes_are_those_of_one(folder, tmp_path):
     two_ranks.updated(two_ranks.make(torch.float32), tmp_path / "one.h5", lambda x: x)
     with gradprobe.open_run(tmp_path / "one.h5") as one, gradprobe.open_run(folder / "updates.h5") as two:

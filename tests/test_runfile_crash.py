@@ -17,6 +17,7 @@ from writing import assert_rows, row, write
 
 from gradprobe import errors, open_run
 from gradprobe.runfile import RunWriter, files, parts
+from gradprobe.runfile.check import check as verify
 
 FIRST, CUT, LAST = 22, 17, 27
 NEVER = {"flush_rows": 10**9, "flush_seconds": 1e9}
@@ -62,6 +63,7 @@ def check(folder, world):
         assert_rows(run, range(rows))
         assert rows >= world.rows
         assert run.end != "finished" or rows == LAST
+        assert not run.end or verify(run.path).whole  # in pieces or with parts too many, nothing is missing
     return rows
 
 

@@ -332,7 +332,7 @@ def test_gradprobe_record_goes_on_where_its_weights_find_no_room(small_disk):
     arguments = [str(word) for pair in small.items() for word in pair]
     code = (
         "import sys, gradprobe.trainers.data as data; real = data.load_data\n"
-        "data.load_data = lambda *a, **k: real(*a, **k, n_train=24, n_val=8)\n"
+        "data.load_data = lambda *a, **k: real(*a, **k, n_train=24, n_val=8, n_test=8)\n"
         "from gradprobe.cli.app import run; sys.exit(run(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "record", *arguments, "--out", str(small_disk / "run.h5")]

@@ -197,3 +197,15 @@ def test_the_recorded_weights_are_those_in_force_at_their_own_step():
         expected = measures.match_norm(gram.numpy(), torchjd.MGDAWeighting()(gram / gram.trace() * 2).numpy(), [1, 1])
         np.testing.assert_allclose(row.weight, expected, rtol=1e-4)
     assert len({tuple(row.weight) for row in run.rows}) == 4
+
+
+def test_the_flags_of_record_reach_the_method():
+    """--no-match-norm: the method's own weights; --cagrad-c: another step."""
+    first = {}
+    for c in (0.1, 0.9):
+        (row,) = training.run(training.make("cagrad", match_norm=False, cagrad_c=c), 1).rows
+        gram = torch.from_numpy(measures.over_all(row.gram[None], np.ones((len(row.gram), 2), bool))[0])
+        theirs = torchjd.CAGradWeighting(c=c)(gram / gram.trace() * 2).numpy()
+        np.testing.assert_allclose(row.weight, theirs, rtol=1e-4)
+        first[c] = row.weight
+    assert np.abs(first[0.1] - first[0.9]).max() > 0.01

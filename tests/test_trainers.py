@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -31,9 +32,21 @@ OPTIONS = {
 TRAINERS = list(registry.TRAINERS)
 
 
+@pytest.fixture(scope="module")
+def joint():
+    """What every arm is to have seen of the same seed: its batches in order, and the losses it begins with."""
+    made = training.make("joint")
+    order = [batch.names for batch in training.batches(made, 20)]
+    return order, training.run(made, 1).watcher.losses[0]
+
+
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_twenty_steps_on_the_phantom_lower_a_loss(trainer):
+def test_twenty_steps_on_the_phantom_lower_a_loss(trainer, joint):
     run = training.run(training.make(trainer, every=5, **OPTIONS.get(trainer, {})), 20)
+    order, first = joint
+    assert len(set(order)) > 4  # epochs are shuffled
+    assert run.order == order
+    assert run.watcher.losses[0] == first  # to the last bit: one model, one batch
     losses = {task: [step[task] for step in run.watcher.losses] for task in ("det", "cls")}
     falls = {task: np.mean(values[-4:]) / np.mean(values[:4]) for task, values in losses.items()}
     assert min(falls.values()) < 0.95, falls  # the first and the last epoch hold the same images
@@ -91,6 +104,22 @@ def test_the_docs_name_every_trainer(name):
     assert {trainer for trainer in TRAINERS if f"`{trainer}`" not in text} == set()
     if name.startswith("docs"):
         assert all(trainer.what in text and trainer.source in text for trainer in registry.TRAINERS.values())
+
+
+def test_the_table_of_all_trainers_has_a_row_for_every_one_and_is_made_by_the_committed_script(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    script = importlib.import_module("interventions")
+    arms = {arm.name: arm.trainer for arm in script.arms()}
+    assert set(arms.values()) == set(TRAINERS)
+    head, _, rows = script.DOCS.read_text(encoding="utf-8").partition(script.BEGIN)[2].partition("|---")
+    assert head.strip().splitlines()[-1] == f"| {' | '.join(script.HEAD)} |"
+    assert "3 seed(s)" in head
+    found = [line.split("|") for line in rows.partition(script.END)[0].splitlines()[1:] if line]
+    assert [cells[1].strip() for cells in found] == [*sorted(arms, key=lambda name: name in LAST)]
+    assert all(float(cells[2]) > 0 for cells in found)  # what a step costs
+
+
+LAST = ("gradnorm-static", "split, 5 layers")  # made from runs of the others
 
 
 # ---- single and detach

@@ -18,7 +18,7 @@ BATCHES = 4  # of one epoch
 
 @functools.cache
 def phantoms():
-    return load_data("phantom", imgsz=64, seed=3, n_train=8 * BATCHES, n_val=8)
+    return load_data("phantom", imgsz=64, seed=3, n_train=8 * BATCHES, n_val=8, n_test=8)
 
 
 class Watcher(SimpleNamespace):
@@ -57,8 +57,11 @@ def batches(training, steps):
 
 
 def run(training, steps=20):
+    """Its batches by their images' names are then in ``.order``."""
     training.model.train()
+    training.order = []
     for batch in batches(training, steps):
+        training.order.append(batch.names)
         loop.train_step(training, batch)
     training.probe.close()
     return training

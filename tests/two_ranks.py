@@ -119,6 +119,25 @@ def updated(model, path, share):
             optimizer.zero_grad()
 
 
+SIZES = ([2, 4], [3, 3])
+"""Of the micro-batches in each process."""
+
+
+def in_micro_batches(model, path, sizes, parts, group=None, loader=None):
+    """Some steps in micro-batches, this process's among them; ``parts`` says which slices of the batch they are."""
+    with gradprobe.attach(model, TASKS, path, every=1, process_group=group, probe_loader=loader) as probe:
+        for step in range(STEPS):
+            pieces = batch(step, torch.float64).split([size for one in SIZES for size in one])
+            micro = [losses(model, pieces[i]) for i in parts]
+            probe.backward(weights=WEIGHTS, micro=micro, batch_size=sizes)
+
+
+def drawn(model):
+    """A probe loader on the samples of one batch."""
+    data = batch(99, torch.float64)
+    return gradprobe.ProbeLoader(data, lambda x: losses(model, x), batch_size=4, batches=2, every=2)
+
+
 def main(folder, rank):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 
@@ -135,6 +154,9 @@ def main(folder, rank):
     out["bare"] = train(DistributedDataParallel(make(torch.float32)), mine, "backward", torch.float32)
     if find_spec("torchjd"):
         out["surgery"] = operated(DistributedDataParallel(make(torch.float64)), mine, torch.float64)
+    model = make(torch.float64)
+    places = [2 * rank, 2 * rank + 1]
+    in_micro_batches(model, folder / "micro.h5", SIZES[rank], places, dist.group.WORLD, drawn(model))
     out["failing"] = failing(folder, rank, mine)
     out["budget"] = budgeted(rank, mine)
     out["different"] = different(rank)

@@ -12,12 +12,14 @@ from gradprobe import __version__
 from gradprobe.cli.advise import advise
 from gradprobe.cli.audit import audit
 from gradprobe.cli.check import check
+from gradprobe.cli.compare import compare
 from gradprobe.cli.data import app as data_app
 from gradprobe.cli.doctor import doctor
 from gradprobe.cli.export import export
 from gradprobe.cli.plot import plot
 from gradprobe.cli.record import record
 from gradprobe.cli.replay import replay
+from gradprobe.cli.report import report
 from gradprobe.cli.summary import summary
 from gradprobe.cli.watch import watch
 from gradprobe.errors import GradprobeError
@@ -46,6 +48,8 @@ app.command()(summary)
 app.command()(watch)
 app.command()(replay)
 app.command()(advise)
+app.command()(compare)
+app.command()(report)
 app.command()(export)
 app.command()(check)
 app.command()(doctor)
@@ -64,8 +68,8 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command.
 
     Returns:
-        0 done, 1 failed, 2 wrong usage, 3 file unreadable or incomplete, 10 a gate asked for tripped, 130 stopped by
-        Ctrl-C.
+        0 done, 1 failed, 2 wrong usage, 3 file unreadable or incomplete, 10 a gate asked for tripped, 11 inconclusive,
+        130 stopped by Ctrl-C.
     """
     try:
         code = app(list(arguments), standalone_mode=False, prog_name="gradprobe")

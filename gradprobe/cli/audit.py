@@ -82,6 +82,9 @@ def audit(
         ),
     ] = None,
     cagrad_c: Annotated[float | None, Option(help=f"Of cagrad. [default: {D.cagrad_c}]")] = None,
+    micro_batches: Annotated[
+        int | None, Option(help=f"Forwards per step, of equal parts of the batch. [default: {D.micro_batches}]")
+    ] = None,
     skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad images out instead of refusing the data.")] = False,
 ) -> int:
     """Find how a task still changes the others when its weight is 0.
@@ -157,14 +160,13 @@ def _bundled(request: Request) -> Any:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from gradprobe.cli.recording import make_plan
     from gradprobe.trainers import audited
-    from gradprobe.trainers.data import load_data
+    from gradprobe.trainers.problems import problem_of
 
     trainer = request.flags["trainer"] or (None if request.preset else "joint")
     audited.check(trainer)
     plan = make_plan(dataclasses.replace(request, flags={**request.flags, "trainer": trainer}))
     settings = audited.forced(plan.settings)
-    loaded = load_data(settings.data, imgsz=settings.imgsz, seed=settings.seed, skip_bad=settings.skip_bad)
-    return audited.factory(settings, loaded, plan.hyp)
+    return audited.factory(settings, problem_of(settings).load(settings), plan.hyp)
 
 
 def _progress() -> Any:

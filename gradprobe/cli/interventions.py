@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradprobe.errors import RunFileError, UsageError
+from gradprobe.trainers.problems import kind_of
 from gradprobe.trainers.registry import TRAINERS
-from gradprobe.trainers.settings import TASKS, Settings
+from gradprobe.trainers.settings import Settings
 
 if TYPE_CHECKING:
     from gradprobe.measures import Array
@@ -70,8 +71,9 @@ def average_weights(source: Path, settings: Settings) -> Mapping[str, Any]:
         trainer = run.provenance.get("trainer")
         if trainer != "gradnorm":
             raise UsageError(f"--from {source}: was recorded with --trainer {trainer}; gradnorm-static needs gradnorm.")
-        if run.tasks != TASKS:
-            raise UsageError(f"--from {source}: its tasks are {', '.join(run.tasks)}, not {', '.join(TASKS)}.")
+        tasks = kind_of(settings.data).tasks
+        if run.tasks != tasks:
+            raise UsageError(f"--from {source}: its tasks are {', '.join(run.tasks)}, not {', '.join(tasks)}.")
         weight = run["weight"].astype(float)
     if not len(weight):
         raise RunFileError(f"{source}: has no rows, so there are no weights to average.")

@@ -18,9 +18,8 @@ from rich.table import Table
 from gradprobe import measures
 from gradprobe.cli.sparks import sparkline
 from gradprobe.rows import Header, Row
-from gradprobe.trainers.settings import TASKS, Settings
-
-SHOWN_METRICS = ("mAP50", "mAP50-95", "precision", "recall", "f1", "accuracy", "macro_f1", "auroc")
+from gradprobe.trainers.problems import kind_of
+from gradprobe.trainers.settings import Settings
 
 
 class Display:
@@ -34,6 +33,9 @@ class Display:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        kind = kind_of(settings.data)
+        self.tasks = kind.tasks
+        self.shown = tuple(metric.name for metric in kind.metrics if metric.higher_is_better)
         self.messages = Console(stderr=True, highlight=False, soft_wrap=True)
         self.epochs, self.steps_per_epoch, self.first_step = settings.epochs, 0, 0
         self.losses: dict[str, float] = {}
@@ -121,13 +123,13 @@ class Display:
         fresh = max(done - self.first_step, 1)
         left = (time.monotonic() - self._begun) / fresh * (total - done)
         parts = [f"epoch {epoch + 1}/{self.epochs} step {done}/{total}", f"{_minutes(left)} left"]
-        parts += [f"{t}: loss {_number(self.losses.get(t))} weight {_number(self.weights.get(t))}" for t in TASKS]
+        parts += [f"{t}: loss {_number(self.losses.get(t))} weight {_number(self.weights.get(t))}" for t in self.tasks]
         parts += [f"cos({pair}) {_number(values[-1])}" for pair, values in self.cosines.items()]
         self.say("  ".join(parts))
 
     def epoch_line(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """The metrics of an epoch, in one line."""
-        shown = "  ".join(f"{name} {_number(metrics[name])}" for name in SHOWN_METRICS if name in metrics)
+        shown = "  ".join(f"{name} {_number(metrics[name])}" for name in self.shown if name in metrics)
         self.say(f"epoch {epoch + 1}/{self.epochs} on val: {shown}")
 
     def __enter__(self) -> Display:
@@ -199,7 +201,7 @@ class LiveDisplay(Display):
         table.add_column("cosine")
         with self._lock:
             lines = [f"{pair} {values[-1]:+.2f} {sparkline(values)}" for pair, values in self.cosines.items()]
-        for index, task in enumerate(TASKS):
+        for index, task in enumerate(self.tasks):
             table.add_row(
                 task,
                 _number(self.losses.get(task)),
@@ -214,10 +216,10 @@ class LiveDisplay(Display):
             return []
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         table.add_column("epoch", justify="right")
-        for name in SHOWN_METRICS:
+        for name in self.shown:
             table.add_column(name, justify="right")
         for epoch, metrics in self.metrics[-6:]:
-            table.add_row(str(epoch + 1), *(_number(metrics.get(name)) for name in SHOWN_METRICS))
+            table.add_row(str(epoch + 1), *(_number(metrics.get(name)) for name in self.shown))
         return [table]
 
     def __enter__(self) -> Display:

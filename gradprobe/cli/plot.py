@@ -12,7 +12,9 @@ def plot(
     file: Annotated[Path, typer.Argument(help="The run file, finished or still being written.")],
     what: Annotated[
         str,
-        typer.Option(help="overview, losses, weights, norms, cosine, heatmap, layers, features, updates or metrics."),
+        typer.Option(
+            help="overview, losses, weights, norms, cosine, matrix, heatmap, layers, features, updates or metrics."
+        ),
     ] = "overview",
     format: Annotated[
         str | None, typer.Option(help="png, svg or pdf.", show_default="png, or the suffix of --out")

@@ -21,7 +21,9 @@ def record(
     list_trainers: Annotated[
         bool, Option("--list-trainers", help="Say what each trainer does and costs, and leave.")
     ] = False,
-    task: Annotated[str | None, Option(help=f"The one that `single` trains: {' or '.join(TASKS)}.")] = None,
+    task: Annotated[
+        str | None, Option(help=f"The one that `single` trains: {', '.join(TASKS)}; of dial: a, b.")
+    ] = None,
     source: Annotated[
         Path | None, Option("--from", help="An earlier run, for the trainers that are made from one.")
     ] = None,
@@ -29,7 +31,7 @@ def record(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace a run that is there.")] = False,
     resume: Annotated[Path | None, Option(help="Go on with this run from its last whole epoch.")] = None,
     preset: Annotated[str, Option(help=f"A named configuration: {', '.join(PRESETS)}.")] = "",
-    data: Annotated[str | None, Option(help=f"data.yaml, or phantom. [default: {D.data}]")] = None,
+    data: Annotated[str | None, Option(help=f"data.yaml, phantom, or dial:angle=120,... [default: {D.data}]")] = None,
     cfg: Annotated[str | None, Option(help=f"YOLOv5 model. [default: {D.cfg}]")] = None,
     weights: Annotated[str | None, Option(help="Start from this state_dict (a .pt file).")] = None,
     hyp: Annotated[Path | None, Option(help="A YOLOv5 hyp yaml: loss gains and optimizer.")] = None,
@@ -121,6 +123,9 @@ def record(
     bn_batches: Annotated[
         int | None, Option(help=f"To recompute BatchNorm before evaluating. [default: {D.bn_batches}]")
     ] = None,
+    plan: Annotated[
+        Path | None, Option(help="What was fixed before the runs (a JSON file); kept in the file as plan.*.")
+    ] = None,
     skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad images out instead of refusing the data.")] = False,
     keep_going: Annotated[bool, Option("--keep-going", help="Go on after a loss that is not finite.")] = False,
     project: Annotated[Path | None, Option(help="Folder of the run, as YOLOv5 names it.")] = None,
@@ -151,5 +156,6 @@ def record(
             overwrite=overwrite,
             resume=resume,
             source=source,
+            plan=plan,
         )
     )

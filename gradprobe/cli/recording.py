@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import os
 import shlex
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,15 @@ from gradprobe.cli.live import Display, make_display
 from gradprobe.errors import DataError, RunFileError, UsageError
 from gradprobe.provenance import argv, environment
 from gradprobe.runfile import RunWriter, open_run
+from gradprobe.trainers.problems import kind_of
 from gradprobe.trainers.settings import Settings, parse_task_weights, resolve
 
 if TYPE_CHECKING:
     from gradprobe.rows import Sink
     from gradprobe.trainers.checkpoint import Paths
-    from gradprobe.trainers.data import LoadedData
     from gradprobe.trainers.hyp import DetectionHyp
+    from gradprobe.trainers.loop import Outcome
+    from gradprobe.trainers.problems import Data
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Request:
     overwrite: bool = False
     resume: Path | None = None
     source: Path | None = None
+    plan: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Plan:
     out: Path
     overwrite: bool
     state: Mapping[str, Any] | None  # of the checkpoint to go on from
+    study: Mapping[str, Any] = field(default_factory=dict)  # what was fixed before the runs of a study
 
 
 def record_run(request: Request) -> None:
@@ -71,7 +76,7 @@ def record_run(request: Request) -> None:
     with interruptible():
         try:
             with display:
-                test = train(plan, writer, display)
+                outcome = train(plan, writer, display)
         except BaseException as error:
             with uninterrupted():
                 writer.close(_end(error))
@@ -80,8 +85,8 @@ def record_run(request: Request) -> None:
             _say_where(display, plan, writer, stopped=True)
             raise
         with uninterrupted():
-            if test:
-                writer.annotate({"test": test})
+            writer.annotate({"batches": outcome.batches, **({"test": outcome.test} if outcome.test else {})})
+            writer.write_test(outcome.clusters)
             writer.close("finished")
             _paths(plan.out).checkpoint.unlink(missing_ok=True)  # only now: a kill before must leave something
     _say_where(display, plan, writer, stopped=False)
@@ -97,7 +102,8 @@ def make_plan(request: Request) -> Plan:
     file = read_hyp(request.hyp) if request.hyp is not None else None
     flags = dict(request.flags)
     if request.task_weights is not None:
-        flags["task_weights"] = parse_task_weights(request.task_weights)
+        tasks = kind_of(flags.get("data") or Settings.data).tasks
+        flags["task_weights"] = parse_task_weights(request.task_weights, tasks)
     settings = resolve(flags, preset=request.preset, hyp=file.optimizer if file else None)
     if settings.trainer == "gradnorm-static" and request.task_weights is not None:
         raise UsageError("gradnorm-static takes its weights from --from; leave out --task-weights.")
@@ -110,7 +116,25 @@ def make_plan(request: Request) -> Plan:
         out=output_path(request),
         overwrite=request.overwrite,
         state=None,
+        study=read_plan(request.plan) if request.plan is not None else {},
     )
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """What was fixed before the runs, from a JSON file that ``gradprobe study`` wrote, or anyone.
+
+    Raises:
+        UsageError: It cannot be read, or is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--plan {path}: cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise UsageError(f"--plan {path}: is not JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"--plan {path}: holds no JSON object, but a {type(found).__name__}.")
+    return found
 
 
 def output_path(request: Request) -> Path:
@@ -130,7 +154,10 @@ def _plan_to_resume(request: Request) -> Plan:
 
     assert request.resume is not None
     given = [name for name, value in request.flags.items() if value is not None]
-    others = (request.task_weights, request.preset, request.hyp, request.out, request.overwrite, request.source)
+    others = (
+        *(request.task_weights, request.preset, request.hyp, request.out, request.overwrite, request.source),
+        request.plan,
+    )
     if given or any(others) or request.project is not None or request.name is not None:
         raise UsageError("--resume goes on with the settings of that run; give no other flags with it.")
     with open_run(request.resume) as run:
@@ -151,18 +178,19 @@ def _plan_to_resume(request: Request) -> Plan:
         out=request.resume,
         overwrite=False,
         state=state,
+        study=state.get("plan", {}),
     )
 
 
-def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
-    """Build the training and run it to its end; returns metrics on the test split."""
+def train(plan: Plan, writer: RunWriter, display: Display) -> Outcome:
+    """Build the training and run it to its end."""
     from gradprobe.trainers import loop
     from gradprobe.trainers.build import build
-    from gradprobe.trainers.data import load_data
+    from gradprobe.trainers.problems import problem_of
 
     settings = plan.settings
     display.phase("loading data")
-    data = load_data(settings.data, imgsz=settings.imgsz, seed=settings.seed, skip_bad=settings.skip_bad)
+    data = problem_of(settings).load(settings)
     for note in _notes(plan, data):
         display.note(note)
     display.phase("building the model")
@@ -179,13 +207,19 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> dict[str, float]:
         display,
         out=plan.out,
         hyp=plan.hyp,
-        provenance={"argv": argv(), "ignored_hyp": list(plan.ignored_hyp), **environment()},
+        provenance={
+            "argv": argv(),
+            "ignored_hyp": list(plan.ignored_hyp),
+            **({"plan": plan.study} if plan.study else {}),
+            **environment(),
+        },
     )
     training.origin = {
         "settings": dataclasses.asdict(settings),
         "hyp": dataclasses.asdict(plan.hyp),
         "ignored_hyp": list(plan.ignored_hyp),
         "data_fingerprint": data.fingerprint,
+        "plan": dict(plan.study),
     }
     if plan.state is not None:
         _check_same_data(plan, data)
@@ -203,7 +237,7 @@ def _paths(out: Path) -> Paths:
     return Paths(out)
 
 
-def _check_same_data(plan: Plan, data: LoadedData) -> None:
+def _check_same_data(plan: Plan, data: Data) -> None:
     assert plan.state is not None
     if plan.state["data_fingerprint"] != data.fingerprint:
         raise DataError(
@@ -212,7 +246,7 @@ def _check_same_data(plan: Plan, data: LoadedData) -> None:
         )
 
 
-def _notes(plan: Plan, data: LoadedData) -> Iterator[str]:
+def _notes(plan: Plan, data: Data) -> Iterator[str]:
     if plan.ignored_hyp:
         yield (
             f"ignored in --hyp: {', '.join(plan.ignored_hyp)}. gradprobe trains without augmentation and warm-up, "

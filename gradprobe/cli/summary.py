@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 
@@ -40,7 +41,7 @@ def summary(
         console.print(text, markup=False, soft_wrap=True)
 
 
-def _tables(found: dict[str, Any]) -> Iterator[Table]:
+def _tables(found: dict[str, Any]) -> Iterator[RenderableType]:
     if found["tasks"]:
         yield _table(
             "Tasks (medians; losses over the first and the last tenth of the rows)",
@@ -48,11 +49,7 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
             [_task_row(name, task) for name, task in found["tasks"].items()],
         )
     if found["pairs"]:
-        yield _table(
-            "Pairs (cosine over all shared layers, single minibatches)",
-            ["pair", "steps", "median", "25 %", "75 %", "stochastic conflict rate", "lowest layers (median)"],
-            [_pair_row(name, pair) for name, pair in found["pairs"].items()],
-        )
+        yield from _pairs(found)
     if found["updates"]:
         yield _table(
             "Updates (medians; after clipping, momentum and preconditioning)",
@@ -65,6 +62,32 @@ def _tables(found: dict[str, Any]) -> Iterator[Table]:
             ["metric", "first", "last", "best", "in epoch", "best is"],
             [_metric_row(name, metric) for name, metric in found["metrics"].items()],
         )
+
+
+def _pairs(found: dict[str, Any]) -> Iterator[RenderableType]:
+    """All pairs, or of many tasks the lowest ones after a matrix of all."""
+    from rich.console import Group
+
+    from gradprobe.cli import matrix
+    from gradprobe.summary import crowd
+
+    pairs, title = found["pairs"], "Pairs (cosine over all shared layers, single minibatches)"
+    if crowd.many(found["tasks"]):
+        medians = {name: pair["cosine"]["median"] for name, pair in pairs.items()}
+        lowest = crowd.lowest(medians)
+        title = f"The lowest {len(lowest)} of {len(pairs)} pairs (all: --json)"
+        if len(found["tasks"]) <= matrix.WIDEST:
+            names, lines = matrix.ordered(list(found["tasks"]), medians)
+            width = max(map(len, names))
+            yield "Median cosine over all shared layers, task by task"
+            yield Group(*(matrix.named(name, width, line) for name, line in zip(names, lines, strict=True)))
+            yield matrix.LEGEND
+        pairs = {name: pairs[name] for name in lowest}
+    yield _table(
+        title,
+        ["pair", "steps", "median", "25 %", "75 %", "stochastic conflict rate", "lowest layers (median)"],
+        [_pair_row(name, pair) for name, pair in pairs.items()],
+    )
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:

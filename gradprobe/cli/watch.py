@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -138,8 +138,12 @@ def _json(seen: dict[str, Any]) -> None:
 
 def line(seen: dict[str, Any]) -> str:
     """One plain line."""
+    from gradprobe.summary import crowd
+
     if seen["step"] is None:
         return f"{_state(seen)}: no row yet"
+    if crowd.many(seen["tasks"]):
+        return "; ".join([f"{_state(seen)}: {_where(seen)}", *_in_few_words(seen)])
     tasks = [
         f"{name}: loss {_text(t['loss'])}, weight {_text(t['weight'])}, gradient norm {_text(t['grad_norm'])}"
         for name, t in seen["tasks"].items()
@@ -153,9 +157,11 @@ def render(seen: dict[str, Any]) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
+    from gradprobe.summary import crowd
+
     parts: list[RenderableType] = [Text(f"{seen['file']}  {_state(seen)}  {_where(seen)}")]
     if seen["step"] is not None:
-        parts += [_tasks(seen), _pairs(seen)]
+        parts += _many(seen) if crowd.many(seen["tasks"]) else [_tasks(seen), _pairs(seen)]
     if seen["step"] is not None and seen["pairs"]:
         parts.append(Text(NOISE, style="dim"))
     if seen["metrics"]:
@@ -174,9 +180,44 @@ def _tasks(seen: dict[str, Any]) -> RenderableType:
     return table
 
 
-def _pairs(seen: dict[str, Any]) -> RenderableType:
+def _many(seen: dict[str, Any]) -> list[RenderableType]:
+    """Many tasks: a line each, which has its row of the task x task matrix, and the lowest pairs."""
+    from rich.text import Text
+
+    from gradprobe.cli import matrix
+
+    medians = {name: pair["median"] for name, pair in seen["pairs"].items()}
+    table = _table("task", "loss", "gradient norm", "median cosine with each task")
+    names, lines = matrix.ordered(list(seen["tasks"]), medians)
+    for name, line in zip(names, lines, strict=True):
+        task = seen["tasks"][name]
+        drawn = line if len(names) <= matrix.WIDEST else Text()
+        table.add_row(_plain(name), _text(task["loss"]), _text(task["grad_norm"]), drawn)
+    return [table, Text(matrix.LEGEND, style="dim"), _pairs(seen, _lowest(seen))]
+
+
+def _in_few_words(seen: dict[str, Any]) -> list[str]:
+    from gradprobe.summary import crowd
+
+    said = []
+    for what, called in (("loss", "loss"), ("weight", "weight"), ("grad_norm", "gradient norm")):
+        values = {name: task[what] for name, task in seen["tasks"].items()}
+        said += [f"{called} of {len(values)} tasks: {text}"] if (text := crowd.spread(values, _text)) else []
+    pairs = [f"{name} {_text(seen['pairs'][name]['median'])}" for name in _lowest(seen)]
+    return [*said, f"lowest median cosines of {len(seen['pairs'])} pairs: {', '.join(pairs)}"] if pairs else said
+
+
+def _lowest(seen: dict[str, Any]) -> list[str]:
+    """The pairs that are shown of many tasks."""
+    from gradprobe.summary import crowd
+
+    return crowd.lowest({name: pair["median"] for name, pair in seen["pairs"].items()}, crowd.NAMED)
+
+
+def _pairs(seen: dict[str, Any], shown: Iterable[str] | None = None) -> RenderableType:
     table = _table("pair", "cosine", "-1 to 1", "median", "stochastic conflict rate")
-    for name, pair in seen["pairs"].items():
+    for name in seen["pairs"] if shown is None else shown:
+        pair = seen["pairs"][name]
         cells = [name, _text(pair["cosine"]), sparkline(pair["recent"][-24:]), _text(pair["median"]), _rate(pair)]
         table.add_row(*map(_plain, cells))
     return table

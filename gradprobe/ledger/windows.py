@@ -99,13 +99,14 @@ def window(
 
     Args:
         ledger: ``run.ledger``: ``step``, ``burst`` (n,), ``term`` (n, L, T, S), ``head``, ``loss_change``, ``drift``
-            (n, T) and ``status`` (n,); 0 is a row that counts.
+            (n, T; where it is missing nothing drifts) and ``status`` (n,); 0 is a row that counts.
         tasks: (T,) names.
         start, stop: Steps ``start <= step < stop``.
         layers: Over which C is; None: all. The residual is over all of them always, as the loss is.
     """
     term = np.asarray(ledger["term"], dtype=np.float64)
-    head, change, drift = (np.asarray(ledger[name], dtype=np.float64) for name in ("head", "loss_change", "drift"))
+    head, change = (np.asarray(ledger[name], dtype=np.float64) for name in ("head", "loss_change"))
+    drift = np.asarray(ledger["drift"], dtype=np.float64) if "drift" in ledger else np.zeros_like(change)
     step = np.asarray(ledger["step"])
     inside = (step >= start) & (step < stop)
     measured = np.asarray(ledger["status"]) == 0

@@ -14,6 +14,9 @@ from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run, thin
 from gradprobe.summary import conflict_rate, median
 
+WIDE = 45
+"""Names of so many letters do not fit beside each other."""
+
 LIMITS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -56,7 +59,8 @@ def draw(run: Run, ax: Axes, pairs: Sequence[int] = (0,)) -> Table:
     ax.set_ylabel("cosine")
     style.titled(ax, _title(run, pairs), _note(run, pairs))
     if len(pairs) > 1:
-        ax.legend(loc="upper right", ncols=len(pairs), fontsize=7.5, handlelength=1.2, columnspacing=1)
+        wide = sum(len(run.pairs[pair]) for pair in pairs) > WIDE
+        ax.legend(loc="upper right", ncols=1 if wide else len(pairs), fontsize=7.5, handlelength=1.2, columnspacing=1)
     return stack(tables)
 
 

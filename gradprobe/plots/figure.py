@@ -15,10 +15,12 @@ from matplotlib.figure import Figure
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.plots import (
     cosine,
+    crowd,
     features,
     heatmap,
     layers,
     losses,
+    matrix,
     metrics,
     norms,
     overview,
@@ -43,11 +45,26 @@ class TaskPanel(Protocol):
         """Draw, and return the numbers drawn."""
 
 
-WHAT = ("overview", "losses", "weights", "norms", "cosine", "heatmap", "layers", "features", "updates", "metrics")
+WHAT = (
+    "overview",
+    "losses",
+    "weights",
+    "norms",
+    "cosine",
+    "matrix",
+    "heatmap",
+    "layers",
+    "features",
+    "updates",
+    "metrics",
+)
 FORMATS = ("png", "svg", "pdf")
 
 DPI = 150
 BY_TASK: dict[str, TaskPanel] = {"losses": losses, "weights": weights, "norms": norms}
+MANY_PANELS = 6
+"""Of the pairs of many tasks, so many get a panel; all of them are in the matrix."""
+
 PAIR_TITLES = {
     "cosine": "cosine over all shared layers",
     "heatmap": "cosine by layer",
@@ -147,6 +164,8 @@ def _single(run: Run, figure: Figure, what: str) -> Table:
         return BY_TASK[what].draw(run, figure.add_subplot())
     if what == "features":
         return features.draw(run, figure.add_subplot())
+    if what == "matrix" or (what == "cosine" and crowd.many(run)):
+        return _tasks_by_tasks(run, figure, what)
     if what == "updates":
         return updates.draw(run, figure)
     if what == "metrics":
@@ -155,9 +174,24 @@ def _single(run: Run, figure: Figure, what: str) -> Table:
     return _pair_panels(run, figure, what)
 
 
+def _tasks_by_tasks(run: Run, figure: Figure, what: str) -> Table:
+    """All pairs as one matrix; beside it, where cosines were asked for, those of the lowest pairs over steps."""
+    side = min(16.0, max(6.0, 0.16 * len(run.tasks) + 2))
+    figure.set_size_inches(side + (8 if what == "cosine" else 1), side)
+    room = int((side - 2) / 0.085)
+    if what == "matrix":
+        return matrix.draw(run, figure.add_subplot(), room)
+    left, right = figure.subplots(1, 2, width_ratios=(side, 7))
+    table = matrix.draw(run, left, room)
+    cosine.draw(run, right, style.lowest_pairs(run, len(style.PAIR_COLOURS)))
+    return table
+
+
 def _pair_panels(run: Run, figure: Figure, what: str) -> Table:
-    """One panel per pair of tasks, all on the same scales."""
-    count = len(run.pairs)
+    """One panel per pair of tasks, all on the same scales; of many tasks, of those with the lowest cosines."""
+    many = crowd.many(run)
+    shown = style.lowest_pairs(run, MANY_PANELS) if many else list(range(len(run.pairs)))
+    count = len(shown)
     across = count if count <= 3 else math.ceil(math.sqrt(count))
     down = math.ceil(count / across)
     tall = _height(run, what, down)
@@ -165,21 +199,23 @@ def _pair_panels(run: Run, figure: Figure, what: str) -> Table:
     axes = figure.subplots(down, across, squeeze=False, sharey=what != "cosine")
     room = int((tall - 1.3) / 0.125)
     tables = []
-    for pair, ax in enumerate(axes.flat):
-        if pair >= count:
+    for place, ax in enumerate(axes.flat):
+        if place >= count:
             ax.remove()
             continue
+        pair = shown[place]
         tables.append(_pair_panel(run, ax, what, pair, room))
         if count > 1:
             ax.set_title(f"{style.pair_title(run, pair)}\n")
-        if pair % across and what != "cosine":
+        if place % across and what != "cosine":
             ax.set_ylabel("")
     if what == "cosine":
         figure.supxlabel(series.reading(run), fontsize=8, color=style.GREY)
     if count > 1:
         if what == "heatmap":
             heatmap.add_colorbar(figure.axes)
-        style.head(figure, run, f"{PAIR_TITLES[what]} of {count} pairs", tasks=False)
+        of = f"lowest {count} of {len(run.pairs)}" if many else f"{count}"
+        style.head(figure, run, f"{PAIR_TITLES[what]} of {of} pairs", tasks=False)
     return stack(tables)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.axes import Axes
 
-from gradprobe.plots import series, style
+from gradprobe.plots import crowd, series, style
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 
@@ -29,11 +29,8 @@ def draw(run: Run, ax: Axes) -> Table:
     """
     loss, steps = run["loss"], run["step"]
     series.scale(ax, loss)
-    spreads = [
-        series.trace(ax, steps, loss[:, i], style.task_colour(run.tasks, task), task)
-        for i, task in enumerate(run.tasks)
-    ]
+    spreads = series.every_task(run, ax, loss) if not crowd.many(run) else crowd.trace(run, ax, loss)
     series.finish(ax, steps, loss)
     ax.set_ylabel("loss" + (" (log)" if ax.get_yscale() == "log" else ""))
-    style.titled(ax, TITLE, series.silent(run.tasks, loss) or series.reading(run))
+    style.titled(ax, TITLE, series.silent(run.tasks, loss) or (crowd if crowd.many(run) else series).reading(run))
     return series.per_task(run, "loss", loss, spreads)

@@ -14,6 +14,9 @@ from gradprobe.plots import series, style
 from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run
 
+ROOM = 12
+"""Up to so many metrics are drawn and named each; of more, a quarter of that at either end are, the others grey."""
+
 MARKERS = "os^Dv<>p*"
 MARKER_TEXT = "●■▲◆▼◀▶⬟★"
 
@@ -60,20 +63,34 @@ def draw(run: Run, axes: Sequence[Axes], gap: float = 0.07) -> Table:
         named[1] = ("Losses on the evaluation set per epoch", others)
     filled = [(title, names) for title, names in named if names]
     for ax, (title, names) in zip(axes, filled, strict=True):
-        _panel(run, ax, names, title, names is scores)
-        _name_ends(run, ax, names, gap)
+        shown = outermost(run, names)
+        _panel(run, ax, names, shown, title, names is scores)
+        _name_ends(run, ax, shown, gap)
     return _table(run, [*scores, *others])
 
 
-def _panel(run: Run, ax: Axes, names: list[str], title: str, scores: bool) -> None:
+def outermost(run: Run, names: list[str]) -> list[str]:
+    """All names, or of more than :data:`ROOM` those whose last values are the highest and the lowest."""
+    if len(names) <= ROOM:
+        return names
+    order = sorted(names, key=lambda name: _last(run.epochs["epoch"], run.epochs[name])[1])
+    kept = {*order[: ROOM // 4], *order[-ROOM // 4 :]}
+    return [name for name in names if name in kept]
+
+
+def _panel(run: Run, ax: Axes, names: list[str], shown: list[str], title: str, scores: bool) -> None:
     table = run.epochs
     epoch, values = table["epoch"], np.stack([table[name] for name in names])
     if not scores:
         series.scale(ax, values)
-    for i, name in enumerate(names):
+    for name, value in zip(names, values, strict=True):
+        if name not in shown:
+            ax.plot(epoch, np.where(np.isfinite(value), value, np.nan), color="#BBBBBB", linewidth=0.6, gid=name)
+    for i, name in enumerate(shown):
+        value = values[names.index(name)]
         ax.plot(
             epoch,
-            np.where(np.isfinite(values[i]), values[i], np.nan),
+            np.where(np.isfinite(value), value, np.nan),
             color=style.metric_colour(run.tasks, name),
             marker=MARKERS[i % len(MARKERS)],
             markersize=4.5,
@@ -88,7 +105,9 @@ def _panel(run: Run, ax: Axes, names: list[str], title: str, scores: bool) -> No
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.set(xlabel="epoch", ylabel="score, 0 to 1" if scores else "value")
     absent = [name for name, v in table.items() if len(v) and not np.isfinite(v).any()]
-    style.titled(ax, title, f"no values: {', '.join(absent)}" if absent else "")
+    fewer = f"named: the {len(shown)} of {len(names)} that ended highest and lowest"
+    note = f"no values: {', '.join(absent[:ROOM])}" if absent else fewer * (len(shown) < len(names))
+    style.titled(ax, title, note)
 
 
 def _table(run: Run, names: list[str]) -> Table:

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
-from gradprobe.plots import series, style
+from gradprobe.plots import crowd, series, style
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 
@@ -35,13 +35,11 @@ def draw(run: Run, ax: Axes) -> Table:
     """
     norm, steps = run["shared_grad_norm"], run["step"]
     ax.set_yscale("log")
-    spreads = [
-        series.trace(ax, steps, norm[:, i], style.task_colour(run.tasks, task), task)
-        for i, task in enumerate(run.tasks)
-    ]
+    spreads = series.every_task(run, ax, norm) if not crowd.many(run) else crowd.trace(run, ax, norm)
     series.finish(ax, steps, norm)
     ax.set_ylabel("norm (log)\nin loss per unit of parameter", fontsize=8)
-    note = series.silent(run.tasks, norm) or _zeros(run.tasks, norm) or series.reading(run)
+    reading = (crowd if crowd.many(run) else series).reading(run)
+    note = series.silent(run.tasks, norm) or _zeros(run.tasks, norm) or reading
     style.titled(ax, TITLE, note)
     return series.per_task(run, "grad_norm", norm, spreads)
 

@@ -6,15 +6,15 @@ from typing import Any
 
 from matplotlib.figure import Figure, SubFigure
 
-from gradprobe.plots import cosine, features, heatmap, layers, losses, metrics, norms, style, weights
+from gradprobe.plots import cosine, crowd, features, heatmap, layers, losses, matrix, metrics, norms, style, weights
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 
 PAIRS = 3
 """Pairs of tasks in the cosine panel; the layer panels show one."""
 
-ROOM = 33
-"""Layer names that fit."""
+ROOM, MATRIX_ROOM = 33, 44
+"""Names of layers, and of tasks, that fit."""
 
 
 def draw(run: Run, figure: Figure) -> dict[str, Table]:
@@ -23,10 +23,11 @@ def draw(run: Run, figure: Figure) -> dict[str, Table]:
     Returns:
         The table of each panel that has data, by name.
     """
-    figure.set_size_inches(14, 10)
+    many = crowd.many(run)  # their names need room
+    figure.set_size_inches(14, 12.5 if many else 10)
     style.head(figure, run)
     # A row is a figure of its own, so that long layer names squeeze no other row.
-    rows: Any = figure.subfigures(3, 1, height_ratios=(1, 1, 1.9))
+    rows: Any = figure.subfigures(3, 1, height_ratios=(1, 1, 2.9 if many else 1.9))
     top, middle, bottom = rows
     return {**_tasks(run, top), **_cosine_and_metrics(run, middle), **_layers(run, bottom)}
 
@@ -64,12 +65,19 @@ def _layers(run: Run, row: SubFigure) -> dict[str, Table]:
     if reason := cosine.lacks(run):
         style.unavailable(row.subplots(), "Cosine and conflict by layer", reason)
         return {}
-    left, right = row.subplots(1, 2, width_ratios=(2.4, 1))
     pair = style.lowest_pairs(run, 1)[0]
-    tables = {
+    if crowd.many(run):
+        first, left, right = row.subplots(1, 3, width_ratios=(1.5, 1.5, 0.9))
+        tables = {"matrix": matrix.draw(run, first, MATRIX_ROOM, square=False)}
+    else:
+        left, right = row.subplots(1, 2, width_ratios=(2.4, 1))
+        tables = {}
+    tables |= {
         "heatmap": heatmap.draw(run, left, pair, ROOM),
         "layers": layers.draw(run, right, pair, ROOM, named=False),
     }
+    if crowd.many(run):
+        right.set_title("Stochastic conflict rate of that pair\n")
     if len(run.pairs) > 1:
         left.set_title(f"Cosine by layer, {style.pair_title(run, pair)} (lowest of {len(run.pairs)} pairs)\n")
     return tables

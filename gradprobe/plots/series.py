@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from gradprobe.plots.style import legend_text, log_axis
+from gradprobe.plots.style import legend_text, log_axis, task_colour
 from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run, thin
 from gradprobe.summary import quantiles
@@ -64,6 +64,13 @@ def trace(ax: Axes, steps: NDArray[Any], values: NDArray[Any], colour: str, labe
     ax.fill_between(steps, _drawable(low, positive), _drawable(high, positive), color=colour, alpha=0.18, linewidth=0)
     ax.plot(steps, _drawable(middle, positive), color=colour, linewidth=1.6, label=legend_text(label))
     return spread
+
+
+def every_task(run: Run, ax: Axes, values: NDArray[Any]) -> list[NDArray[np.float32]]:
+    """:func:`trace` for every task in its colour: (n, T) values, T spreads."""
+    return [
+        trace(ax, run["step"], values[:, i], task_colour(run.tasks, task), task) for i, task in enumerate(run.tasks)
+    ]
 
 
 def _drawable(values: NDArray[Any], positive: bool) -> NDArray[Any]:

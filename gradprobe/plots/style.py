@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullFormatter
 
 from gradprobe.runfile import Run, thin
-from gradprobe.summary import measures_parameters, median, not_measured
+from gradprobe.summary import crowd, measures_parameters, median, not_measured
 
 # Okabe & Ito's colour-blind-safe palette; its yellow is darkened, as it is hard to see on white.
 TASK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A6A00", "#000000")
@@ -113,7 +113,7 @@ def head(figure: Figure, run: Run, what: str = "", tasks: bool = True) -> None:
     """Title at the upper left, and the tasks with their colours at the upper right."""
     title = f"{headline(run)}  ·  {what}" if what else headline(run)
     figure.suptitle(title, x=0.008, ha="left", fontsize=12, fontweight="bold")
-    if tasks and run.tasks:
+    if tasks and run.tasks and not crowd.many(run.tasks):  # many tasks are named in their panels
         handles = [Line2D([], [], color=task_colour(run.tasks, t), lw=3) for t in run.tasks]
         figure.legend(
             handles,

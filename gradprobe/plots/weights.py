@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
-from gradprobe.plots import series, style
+from gradprobe.plots import crowd, series, style
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 
@@ -32,9 +35,22 @@ def draw(run: Run, ax: Axes) -> Table:
     """
     weight, steps = run["weight"], run["step"]
     series.scale(ax, weight)
+    if crowd.many(run):
+        crowd.trace(run, ax, weight)
+    else:
+        _lines(run, ax, weight)
+    if ax.get_yscale() == "linear":
+        ax.set_ylim(bottom=min(0.0, float(np.nanmin(weight[np.isfinite(weight)]))))
+    series.finish(ax, steps, weight)
+    ax.set_ylabel("weight" + (" (log)" if ax.get_yscale() == "log" else ""))
+    style.titled(ax, TITLE, series.silent(run.tasks, weight) or "they do not enter any cosine")
+    return series.per_task(run, "weight", weight, [])
+
+
+def _lines(run: Run, ax: Axes, weight: NDArray[Any]) -> None:
     for i, task in enumerate(run.tasks):
         ax.plot(
-            steps,
+            run["step"],
             np.where(np.isfinite(weight[:, i]), weight[:, i], np.nan),
             color=style.task_colour(run.tasks, task),
             # The first ones are wider, so that they show beneath those with the same weights.
@@ -42,9 +58,3 @@ def draw(run: Run, ax: Axes) -> Table:
             marker="o" if len(run) == 1 else None,
             label=style.legend_text(task),
         )
-    if ax.get_yscale() == "linear":
-        ax.set_ylim(bottom=min(0.0, float(np.nanmin(weight[np.isfinite(weight)]))))
-    series.finish(ax, steps, weight)
-    ax.set_ylabel("weight" + (" (log)" if ax.get_yscale() == "log" else ""))
-    style.titled(ax, TITLE, series.silent(run.tasks, weight) or "they do not enter any cosine")
-    return series.per_task(run, "weight", weight, [])

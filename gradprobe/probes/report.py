@@ -58,8 +58,9 @@ class Reporter:
         self._tasks, self._sinks, self._provenance = tuple(tasks), list(sinks), dict(provenance or {})
         self._warned: set[str] = set()
         self._closed = False
-        self._last_feature_step = self._last_update_step = self._last_loader_step = self._last_ledger_step = -1
-        self._updates_started = self._loader_started = self._ledger_started = False
+        self._last_feature_step = self._last_update_step = -1
+        self._last_ledger_step = self._last_loader_step = -1
+        self._updates_started = self._ledger_started = self._loader_started = False
         self.header: Header | None = None
         self.feature_header: FeatureHeader | None = None
         self.last_step = -1
@@ -176,8 +177,8 @@ class Reporter:
         """The training goes on from ``step``, with metrics up to ``epoch``: sinks that can forget what came after."""
         self.last_step, self._last_feature_step = min(self.last_step, step - 1), min(self._last_feature_step, step - 1)
         self._last_update_step = min(self._last_update_step, step - 1)
-        self._last_loader_step = min(self._last_loader_step, step - 1)
         self._last_ledger_step = min(self._last_ledger_step, step - 1)
+        self._last_loader_step = min(self._last_loader_step, step - 1)
         self.last_metrics = epoch
         for sink in self._sinks:
             if isinstance(sink, ResumableSink):

@@ -6,7 +6,7 @@ from collections import deque
 
 from gradprobe.rows import FeatureRow, LedgerRow, ProbeLoaderRow, Row, UpdateRow
 
-AnyRow = Row | FeatureRow | UpdateRow | ProbeLoaderRow | LedgerRow
+AnyRow = Row | FeatureRow | UpdateRow | LedgerRow | ProbeLoaderRow
 
 ROW_OVERHEAD = 1000
 """Bytes of a row beyond its Gramian: objects, losses, weights."""

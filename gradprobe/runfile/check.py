@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import live, parts, schema
+from gradprobe.runfile import clusters, live, parts, schema
 from gradprobe.runfile.pieces import Piece, span_of
 
 DAMAGED, INCOMPLETE, NOTE = "damaged", "incomplete", "note"
@@ -169,7 +169,7 @@ def _check_end(path: Path, last: Piece, report: Report) -> None:
     elif not last.end:
         report.add(path, INCOMPLETE, "its recording was killed, or goes on: it does not say how it ended")
     elif last.span[1]:
-        report.add(path, INCOMPLETE, "has parts that were not merged")
+        report.add(path, NOTE, f"is in pieces, of which none is missing: keep {parts.folder(path).name}/ with the file")
     if last.rows_dropped:
         report.add(path, NOTE, f"{last.rows_dropped} rows were dropped while the disk took none")
 
@@ -198,6 +198,7 @@ def _check_values(piece: Piece, report: Report, last: dict[str, int]) -> None:
         for what, (often, first) in wrong.items():
             report.add(piece.path, DAMAGED, f"{what} in {often} rows, first in row {first}")
     _check_epochs(piece, report)
+    _check_clusters(piece, report)
 
 
 def _readable(piece: Piece, table: schema.Table, report: Report) -> Iterator[tuple[int, str, NDArray[Any]]]:
@@ -234,6 +235,18 @@ def _count(wrong: dict[str, tuple[int, int]], what: str, where: NDArray[np.bool_
     if where.any():
         often, first = wrong.get(what, (0, math.inf))
         wrong[what] = often + int(where.sum()), int(min(first, start + int(np.argmax(where))))
+
+
+def _check_clusters(piece: Piece, report: Report) -> None:
+    try:
+        found = clusters.read(piece)
+    except RunFileError as error:
+        report.add(piece.path, DAMAGED, str(error).removeprefix(f"{piece.path}: "))
+        return
+    if found and np.any(found["size"] < 1):
+        report.add(piece.path, DAMAGED, "test/size holds a cluster without images")
+    if found and np.any(np.isinf(found["without"])):
+        report.add(piece.path, DAMAGED, "test/without is infinite")
 
 
 def _check_epochs(piece: Piece, report: Report) -> None:

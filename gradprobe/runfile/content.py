@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradprobe import __version__, measures
 from gradprobe.rows import EARLIER_SOURCES, MEASURED, FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, UpdateRow
-from gradprobe.runfile import schema
+from gradprobe.runfile import clusters, schema
 
 GramRow = Row | FeatureRow | ProbeLoaderRow
 
@@ -87,6 +87,11 @@ def update_columns(rows: Sequence[UpdateRow], header: Header, state: State) -> C
     return _stored(schema.UPDATES, rows, values, header)
 
 
+def ledger_columns(rows: Sequence[LedgerRow], header: Header, state: State) -> Columns:
+    """The same for rows of a loss ledger."""
+    return _stored(schema.LEDGER, rows, {"status": [state.status_code(row.status) for row in rows]}, header)
+
+
 def probe_loader_columns(rows: Sequence[ProbeLoaderRow], header: Header, state: State) -> Columns:
     """The same for rows of the probe loader."""
     gram = _gramians(rows, len(header.layers), len(header.tasks))
@@ -96,11 +101,6 @@ def probe_loader_columns(rows: Sequence[ProbeLoaderRow], header: Header, state: 
         "status": [state.status_code(row.status) for row in rows],
     }
     return _stored(schema.PROBE_LOADER, rows, values, header)
-
-
-def ledger_columns(rows: Sequence[LedgerRow], header: Header, state: State) -> Columns:
-    """The same for rows of a loss ledger."""
-    return _stored(schema.LEDGER, rows, {"status": [state.status_code(row.status) for row in rows]}, header)
 
 
 def tables(header: Header) -> list[schema.Table]:
@@ -210,6 +210,8 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
     if header.features is not None:
         _attach(file, schema.FEATURES, schema.FEATURE_SIZE)
     _write_epochs(file, epochs)
+    if header.test is not None:
+        clusters.write(file, header.test)
     _write_provenance(file.create_group("provenance"), header.provenance)
     for table in tables(header):
         _write_rows(file, table, content.get(table.group, Stretch()).blocks, fields(table, header))
@@ -270,8 +272,8 @@ def _write_names(file: h5py.File, header: Header) -> None:
     }
     if header.features is not None:
         names[schema.FEATURES.path(schema.FEATURE)] = list(header.features.features)
-    for table, there in ((schema.UPDATES, header.updates), (schema.LEDGER, header.ledger)):
-        if there:
+    for table in tables(header):
+        if table in (schema.UPDATES, schema.LEDGER):
             names[table.path(schema.SOURCE)] = sources(header.tasks)
     if header.noise or header.probe_loader:
         names[schema.OTHER_TASK] = list(header.tasks)
@@ -279,9 +281,9 @@ def _write_names(file: h5py.File, header: Header) -> None:
         dataset = file.create_dataset(path, data=np.array(values, dtype=object), dtype=text, track_times=False)
         dataset.attrs["long_name"] = schema.MEANINGS[path.rpartition("/")[2]]
         _scale(file, path)
-    tables = {"layer_size": header.layer_size, "reach": header.reach}
+    columns_of = {"layer_size": header.layer_size, "reach": header.reach}
     for field_ in schema.HEADER_FIELDS:
-        _write_table(file, field_.name, field_, tables[field_.name], header)
+        _write_table(file, field_.name, field_, columns_of[field_.name], header)
     if header.features is not None:
         path = schema.FEATURES.path(schema.FEATURE_SIZE.name)
         _write_table(file, path, schema.FEATURE_SIZE, header.features.feature_size, header)

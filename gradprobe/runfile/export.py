@@ -128,6 +128,9 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
         steps, doors = ("step", *audits.STEP_FIELDS), (*audits.DOOR_TEXTS, *audits.DOOR_NUMBERS)
         yield "audit_steps", iter([{name: audit[name] for name in steps}])
         yield "audit_doors", iter([{name: _cells(audit[name]) for name in doors}])
+    if found := run.test_clusters:
+        columns = {str(name): found["without"][:, i] for i, name in enumerate(found["metric"])}
+        yield "test_clusters", iter([{"cluster": found["cluster"], "size": found["size"], **columns}])
     reach = {f"reach.{task}": run.reach[:, i].astype(np.int8) for i, task in enumerate(run.tasks)}
     yield "layer_table", iter([{"layer": _text(run.layers), "parameters": run.layer_size, **reach}])
     yield "epochs", iter([run.epochs])

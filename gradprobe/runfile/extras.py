@@ -8,8 +8,8 @@ from typing import Any
 from gradprobe.errors import MissingExtraError
 
 
-def optional(module: str, why: str) -> Any:
-    """Import a module of the extra ``export``.
+def optional(module: str, why: str, extra: str = "export") -> Any:
+    """Import a module of an extra.
 
     Raises:
         MissingExtraError: Its package is not installed; says the pip line.
@@ -20,4 +20,4 @@ def optional(module: str, why: str) -> Any:
         package = module.split(".")[0]
         if (error.name or "").split(".")[0] != package:
             raise
-        raise MissingExtraError(package, "export", why) from error
+        raise MissingExtraError(package, extra, why) from error

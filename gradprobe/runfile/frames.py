@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import audits, schema
+from gradprobe.runfile import audits, clusters, schema
 from gradprobe.runfile.extras import optional
 
 if TYPE_CHECKING:
@@ -90,6 +90,11 @@ def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
             name = f"{schema.AUDIT}.{axis}"
             coordinates[name] = _column(audit[axis])
             variables |= {f"{schema.AUDIT}.{f}": ((name,), _column(audit[f])) for f in fields if f != axis}
+    if found := run.test_clusters:
+        coordinates |= {f"{schema.TEST}.{axis}": found[axis] for axis in clusters.AXES}
+        for name, (own, _, meaning) in clusters.FIELDS.items():
+            place = tuple(f"{schema.TEST}.{axis}" for axis in own)
+            variables[f"{schema.TEST}.{name}"] = (place, found[name], {"long_name": meaning})
     return xarray.Dataset(variables, coordinates, about_run(run))
 
 

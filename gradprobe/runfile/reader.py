@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import audits, estimates, schema, sessions, untrusted
+from gradprobe.runfile import audits, clusters, estimates, schema, sessions, untrusted
 from gradprobe.runfile.content import sources
 from gradprobe.runfile.pieces import Piece, open_pieces
 
@@ -239,7 +239,7 @@ class Run:
         window: tuple[int, int] | None = None,
         source: str = "probe_loader",
     ) -> Estimate:
-        """What a window of rows says of the tasks' true gradients on a group of layers, less the noise of their samples.
+        """What a window of rows says of the true gradients on a group of layers, less the noise of their samples.
 
         Args:
             group: As for :meth:`norm`. A pair's cosine is over the layers that both tasks reach.
@@ -344,6 +344,15 @@ class Run:
         ``state``, ``evidence``, ``how_to_shut``, ``contribution``, ``left_when_shut`` (D,).
         """
         return audits.read(self._files[0])
+
+    @property
+    def test_clusters(self) -> dict[str, NDArray[Any]]:
+        """Metrics of the test split with one cluster of images left out, by name; empty where there are none.
+
+        ``cluster`` (K,) names (a clip or patient, or an image alone), ``size`` (K,) images, ``metric`` (M,) names,
+        ``without`` (K, M). The values on the whole split are provenance ``test.*``.
+        """
+        return clusters.read(self._files[-1])
 
     @property
     def epochs(self) -> dict[str, NDArray[Any]]:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.rows import FeatureHeader, Header
-from gradprobe.runfile import content, live, schema
+from gradprobe.rows import FeatureHeader, Header, TestClusters
+from gradprobe.runfile import clusters, content, live, schema
 from gradprobe.runfile.check import DAMAGED, NOTE, Report, open_readable
 from gradprobe.runfile.files import Disk, write_whole
 from gradprobe.runfile.pieces import Piece
@@ -81,6 +81,7 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         _features(pieces, report),
         updates=any(schema.UPDATES.path(schema.STEP) in piece for piece in pieces),
         ledger=any(schema.LEDGER.path(schema.STEP) in piece for piece in pieces),
+        test=_clusters(pieces, report),
         noise=any(schema.GRAM_NOISE.name in piece for piece in pieces),
         probe_loader=any(schema.PROBE_LOADER.path(schema.STEP) in piece for piece in pieces),
     )
@@ -240,10 +241,20 @@ _KNOWN = {
         schema.FEATURES.group,
         schema.UPDATES.group,
         schema.LEDGER.group,
+        schema.TEST,
         "epochs",
         "provenance",
     ),
 }
+
+
+def _clusters(pieces: list[Piece], report: Report) -> TestClusters | None:
+    """Metrics of the test split by cluster, of the last file, where they can be read."""
+    try:
+        return clusters.load(pieces[-1])
+    except RunFileError:
+        report.add(pieces[-1].path, DAMAGED, "its metrics of the test split by cluster cannot be read")
+        return None
 
 
 def _epochs(pieces: list[Piece], report: Report) -> dict[int, dict[str, float]]:

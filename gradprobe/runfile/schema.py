@@ -17,6 +17,9 @@ PARTS_SUFFIX = ".parts"
 AUDIT = "audit"
 """The group of what :mod:`gradprobe.runfile.audits` writes."""
 
+TEST = "test"
+"""The group of what :mod:`gradprobe.runfile.clusters` writes."""
+
 CHUNK_ROWS = 4096
 """Rows in a chunk, and in a piece of a run that is copied."""
 
@@ -313,7 +316,7 @@ ROWS, FEATURES = Table("", ROW_FIELDS, NOISE_FIELDS), Table("features", FEATURE_
 UPDATES, LEDGER = Table("update", UPDATE_FIELDS), Table("ledger", LEDGER_FIELDS)
 PROBE_LOADER = Table("probe_loader", PROBE_LOADER_FIELDS)
 
-TABLES = (ROWS, FEATURES, UPDATES, PROBE_LOADER, LEDGER)
+TABLES = (ROWS, FEATURES, UPDATES, LEDGER, PROBE_LOADER)
 """All there can be in a file; only the first is in every one."""
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from h5py import h5a, h5d, h5g, h5o, h5s, h5t
 
 from gradprobe.rows import EARLIER_SOURCES
-from gradprobe.runfile import audits, schema
+from gradprobe.runfile import audits, clusters, schema
 from gradprobe.runfile.attributes import MAX_TEXT, NUMBERS, RefusedError, attribute, printable
 from gradprobe.runfile.sums import SummedFile
 
@@ -181,6 +181,8 @@ def _check_known(found: _Found, raw: SummedFile) -> None:
             _check_by_source(found, raw, lengths, table)
     if f"/{schema.AUDIT}" in found:
         _check_audit(found, raw)
+    if f"/{schema.TEST}" in found:
+        _check_test(found, raw)
     for name in ("epochs", "provenance"):
         if not isinstance(found.get(f"/{name}"), h5py.Group):
             raise RefusedError(f"has no group {name!r}")
@@ -236,6 +238,15 @@ def _check_audit(found: _Found, raw: SummedFile) -> None:
         if _shape(found, f"{schema.AUDIT}/{name}", 1) != doors:
             raise RefusedError(f"dataset '{schema.AUDIT}/{name}' is not as long as its doors")
         _check_text(found, f"{schema.AUDIT}/{name}", raw)
+
+
+def _check_test(found: _Found, raw: SummedFile) -> None:
+    """The group `test/`: all of it or none."""
+    lengths = {axis: _shape(found, f"{schema.TEST}/{axis}", 1)[0] for axis in clusters.AXES}
+    for axis in clusters.AXES:
+        _check_text(found, f"{schema.TEST}/{axis}", raw)
+    for name, (axes, dtype, _) in clusters.FIELDS.items():
+        _check_field(found, f"{schema.TEST}/{name}", dtype, tuple(lengths[axis] for axis in axes))
 
 
 def _shape(found: _Found, name: str, dimensions: int) -> tuple[int, ...]:

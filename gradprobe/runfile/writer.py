@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gradprobe.errors import GradprobeError, RunFileError
-from gradprobe.rows import FeatureHeader, FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, UpdateRow
+from gradprobe.rows import FeatureHeader, FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, TestClusters, UpdateRow
 from gradprobe.runfile import parts, schema
 from gradprobe.runfile.backlog import AnyRow
 from gradprobe.runfile.files import Disk
@@ -213,6 +213,15 @@ class RunWriter:
                     self._flusher.header, provenance={**self._flusher.header.provenance, **values}
                 )
             self._flusher.changed = True
+
+    def write_test(self, found: TestClusters | None) -> None:
+        """Metrics of the test split by cluster of images; None: there are none. Call it after :meth:`start`."""
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            if self._flusher.header is not None:
+                self._flusher.header = replace(self._flusher.header, test=found)
+                self._flusher.changed = True
 
     def rewind(self, step: int, epoch: int) -> None:
         """The training goes on from ``step``: rows from there on, and metrics of epochs after ``epoch``, are cut.

@@ -12,9 +12,11 @@ from gradprobe import measures
 from gradprobe.measures import Array
 from gradprobe.rows import MEASURED
 from gradprobe.runfile import Run, schema, thin
-from gradprobe.summary import ledger, updates, words
+from gradprobe.summary import estimated, ledger, updates, words
 
 LOWEST_LAYERS = 3
+SUMMED = 1 << 23
+"""Entries of Gramians in memory at a time, where they have to be made from norms and cosines."""
 LOWER_IS_BETTER = ("loss", "error", "rmse", "mae")
 
 
@@ -76,7 +78,8 @@ def shared_gram(run: Run) -> Array:
         return measures.from_norms(run.norm(), run.cosine())
     both = run.reach[:, :, None] & run.reach[:, None, :]
     pieces = [np.zeros((0, len(run.tasks), len(run.tasks)))]
-    for block in run.blocks(len(run)):
+    rows = max(1, SUMMED // max(both.size, 1))
+    for block in run.blocks(len(run), rows):
         gram = measures.from_norms(block["grad_norm"], block["cosine"])
         pieces.append(np.where(both.any(axis=0), np.where(both, gram, 0.0).sum(axis=1), np.nan))
     return np.concatenate(pieces)
@@ -114,6 +117,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "interference": _interference(seen, measures.interference(gram, weight)),
         "updates": updates.summarise(run, seen, updates.gradient_share(gram, weight)),
         "ledger": ledger.summarise(run),
+        "probe_loader": estimated.summarise(run),
         "audit": _audit(run),
         "metrics": _metrics(run),
         "overhead": _overhead(run),

@@ -10,6 +10,7 @@ from gradprobe import measures
 from gradprobe.measures import Array
 from gradprobe.rows import MEASURED
 from gradprobe.runfile import Run, schema, thin
+from gradprobe.summary import crowd
 
 CLIPPED = 1 - 1e-4
 """A scale below is no rounding."""
@@ -85,6 +86,7 @@ def sentences(found: dict[str, Any] | None) -> list[str]:
     clip, bn = found["clipping"], found["batchnorm"]
     if clip["clipped"]:
         parts = ", ".join(f"{task} {_percent(v)}" for task, v in clip["share"].items() if v is not None)
+        parts = crowd.spread(clip["share"], _percent) if crowd.many(clip["share"]) else parts
         said.append(
             f"The gradient was scaled down before {clip['clipped']} of {clip['rows']} updates, to "
             f"{clip['scale']['min']:.2g} at the least; parts in its squared norm, median: {parts}."
@@ -113,6 +115,8 @@ def _compared(found: dict[str, Any]) -> list[str]:
         return []
     text = ", ".join(f"{name} {_percent(value)}" for name, value in shares.items())
     gradient = ", ".join(f"{n} {_percent(v)}" for n, v in found["gradient_share"].items() if v is not None)
+    if crowd.many(found["gradient_share"]):
+        text, gradient = crowd.spread(shares, _percent), crowd.spread(found["gradient_share"], _percent)
     said = [f"Share of the update (after momentum and preconditioning, median): {text}; of the gradient: {gradient}."]
     pairs = {pair: value for pair, value in found["cosine"].items() if value is not None}
     if pairs and len(pairs) <= 3:

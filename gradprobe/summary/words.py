@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gradprobe.summary import ledger, updates
+from gradprobe.summary import crowd, estimated, ledger, updates
 
 CAUTION = (
     "These are single minibatches: mostly noise. They do not show whether interference is there, or whether "
@@ -17,6 +17,7 @@ CAUTION = (
 )
 
 PAIRS_IN_WORDS = 3
+METRICS_IN_WORDS = 16
 
 
 def sentences(summary: dict[str, Any]) -> list[str]:
@@ -34,6 +35,7 @@ def sentences(summary: dict[str, Any]) -> list[str]:
         gradients = [*_cosines(summary), *_first_order(summary), *updates.sentences(summary["updates"]), *gradients]
         gradients += ledger.sentences(summary["ledger"])
     said += [*gradients, CAUTION] if gradients else []
+    said += estimated.sentences(summary["probe_loader"])
     if summary["level"] != "features" and not summary["layers"]:
         said.append(
             "The tasks share no layer, so no cosine between their gradients is defined: interference is not "
@@ -51,7 +53,9 @@ def _what_it_is(summary: dict[str, Any]) -> str:
     where = f"{_count(summary['layers'], 'shared layer')} with {summary['parameters']:,} parameters"
     if summary["level"] == "features":
         where = _count(len(summary["features"]), "feature")
-    return f"{summary['file']}: {rows}, tasks {_and(summary['tasks'])}, {where}{trainer}; {state}."
+    names = list(summary["tasks"])
+    tasks = crowd.counted(names) if crowd.many(names) else f"tasks {_and(names)}"
+    return f"{summary['file']}: {rows}, {tasks}, {where}{trainer}; {state}."
 
 
 def _audited(audit: dict[str, Any]) -> list[str]:
@@ -98,6 +102,9 @@ def _losses_and_weights(summary: dict[str, Any]) -> list[str]:
 
 def _changes(summary: dict[str, Any], what: str) -> str:
     parts = []
+    if crowd.many(summary["tasks"]):
+        ends = {task: (values[what]["first"], values[what]["last"]) for task, values in summary["tasks"].items()}
+        return crowd.moved(ends) if any(None not in pair for pair in ends.values()) else ""
     for task, values in summary["tasks"].items():
         first, last = values[what]["first"], values[what]["last"]
         if first is None or last is None:
@@ -114,6 +121,7 @@ def _changes(summary: dict[str, Any], what: str) -> str:
 def _norms(summary: dict[str, Any]) -> list[str]:
     known = {t: v["grad_norm"]["median"] for t, v in summary["tasks"].items()}
     text = ", ".join(f"{task} {value:.3g}" for task, value in known.items() if value is not None)
+    text = crowd.spread(known) if crowd.many(known) else text
     return [f"Gradient norm over its shared layers, median, in loss per unit of parameter: {text}."] if text else []
 
 
@@ -159,6 +167,7 @@ def _at_features(summary: dict[str, Any]) -> list[str]:
 def _first_order(summary: dict[str, Any]) -> list[str]:
     shares = {t: v["dominance"]["median"] for t, v in summary["tasks"].items()}
     text = ", ".join(f"{task} {_percent(value)}" for task, value in shares.items() if value is not None)
+    text = crowd.spread(shares, _percent) if crowd.many(shares) else text
     said = [f"Dominance (share of the squared weighted gradient, median): {text}."] if text else []
     effects = [e for e in summary["interference"] if e["median"] is not None]
     if effects and len(summary["tasks"]) <= 3:
@@ -177,7 +186,9 @@ def _metric_words(summary: dict[str, Any]) -> list[str]:
         for name, m in summary["metrics"].items()
         if m["first"]
     ]
-    return [f"Metrics from the first to the last epoch (counted from 0): {'; '.join(parts)}."] if parts else []
+    more = [f"{len(parts) - METRICS_IN_WORDS} more (all: summary --json)"] if len(parts) > METRICS_IN_WORDS else []
+    text = "; ".join([*parts[:METRICS_IN_WORDS], *more])
+    return [f"Metrics from the first to the last epoch (counted from 0): {text}."] if parts else []
 
 
 def _overhead_words(summary: dict[str, Any]) -> list[str]:

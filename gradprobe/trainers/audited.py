@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,15 +16,11 @@ from gradprobe.errors import UsageError
 from gradprobe.trainers import checkpoint, loop, registry
 from gradprobe.trainers.balancer import Balancer, Setup
 from gradprobe.trainers.build import check_device, make_balancer
-from gradprobe.trainers.evaluate import evaluate
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.joint import Joint
-from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification, build_model
 from gradprobe.trainers.optim import make_optimizer, make_schedule
-from gradprobe.trainers.settings import TASKS, Settings
-
-if TYPE_CHECKING:
-    from gradprobe.trainers.data import LoadedData
+from gradprobe.trainers.problems import Data, Scores, problem_of
+from gradprobe.trainers.settings import Settings
 
 EVALUATED_BATCHES = 2
 
@@ -33,11 +29,8 @@ REFUSED = {
 }
 """Trainers of which there is nothing to audit, and why."""
 
-METRICS = {"det": ("mAP50", "mAP50-95"), "cls": ("accuracy",)}
-"""What is evaluated of each task besides its loss."""
 
-
-def factory(settings: Settings, data: LoadedData, hyp: DetectionHyp | None = None) -> Callable[[], Experiment]:
+def factory(settings: Settings, data: Data, hyp: DetectionHyp | None = None) -> Callable[[], Experiment]:
     """Makes the training that ``gradprobe record`` makes with these settings, without a probe and a file.
 
     Raises:
@@ -60,7 +53,7 @@ def check(trainer: str | None) -> None:
 class Present:
     """The model, of which only some tasks have a loss."""
 
-    def __init__(self, model: YOLOv5WithClassification, tasks: Sequence[str]) -> None:
+    def __init__(self, model: Any, tasks: Sequence[str]) -> None:
         self._model, self._tasks = model, tuple(tasks)
 
     def __call__(self, images: Tensor) -> Any:
@@ -73,7 +66,7 @@ class Present:
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """All of the model's."""
-        return self._model.parameters()
+        yield from self._model.parameters()
 
 
 class TracedBackward:
@@ -108,27 +101,20 @@ class Silent:
 
 
 class _Audited:
-    def __init__(self, settings: Settings, data: LoadedData, hyp: DetectionHyp) -> None:
-        from gradprobe.trainers.data import make_loader
-
+    def __init__(self, settings: Settings, data: Data, hyp: DetectionHyp) -> None:
         self._settings = settings
+        self._problem = problem_of(settings)
+        self._tasks = self._problem.kind.tasks
         self._kind = registry.find(settings.trainer)
-        reference = build_model(
-            settings.cfg,
-            box_classes=len(data.box_names),
-            image_classes=len(data.image_names),
-            imgsz=settings.imgsz,
-            hyp=hyp,
-            seed=settings.seed,
-        ).to(check_device(settings.device))
+        reference = self._problem.build_model(settings, data, hyp).to(check_device(settings.device))
         if settings.weights:
             checkpoint.load_weights(reference, settings.weights, settings.device)
-        self._loader = make_loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
-        setup = Setup(settings, TASKS, len(self._loader))
-        self._model = cast(YOLOv5WithClassification, self._kind.prepare(reference, setup))
+        self._loader = self._problem.loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
+        setup = Setup(settings, self._tasks, len(self._loader))
+        self._model: Any = self._kind.prepare(reference, setup)
         self._model.train()
         self._optimizer = make_optimizer(self._model, settings)
-        self._val = make_loader(data.val, settings.batch_size, shuffle=False)
+        self._val = self._problem.loader(data.val, settings.batch_size, shuffle=False)
         self._schedule = make_schedule(self._optimizer, settings, settings.epochs * len(self._loader))
         self._probe = TracedBackward()
         self._training: loop.Training | None = None
@@ -140,7 +126,7 @@ class _Audited:
             optimizer=self._optimizer,
             batches=self._batches,
             step=self._step,
-            weights=dict(zip(TASKS, self._settings.task_weights, strict=True)),
+            weights=dict(zip(self._tasks, self._settings.task_weights, strict=True)),
             schedule=self._schedule,
             evaluate=self._evaluate,
         )
@@ -160,6 +146,7 @@ class _Audited:
         """The loop's own record; what a step does not touch is left out."""
         return loop.Training(
             settings=self._settings,
+            problem=self._problem,
             model=cast(Any, Present(self._model, tuple(weights))),
             optimizer=self._optimizer,
             schedule=self._schedule,
@@ -173,7 +160,7 @@ class _Audited:
         )
 
     def _evaluate(self, tasks: Sequence[str]) -> dict[str, float]:
-        """Losses on the first validation batches, and in evaluation mode the metrics of :data:`METRICS`."""
+        """Losses on the first validation batches, and in evaluation mode the main metrics of each task."""
         batches = list(itertools.islice(self._val, EVALUATED_BATCHES))
         total = dict.fromkeys(tasks, 0.0)
         for batch in batches:
@@ -183,14 +170,15 @@ class _Audited:
                 total[task] += float(losses[task]) / len(batches)
         if self._model.training:
             return total
-        found = evaluate(self._model, batches, device=self._settings.device)
-        return total | {f"{task}/{name}": found[name] for task in tasks for name in METRICS[task]}
+        scores: Scores = self._problem.score(self._model, batches, device=self._settings.device)
+        found, main = scores.metrics(), self._problem.kind.main()
+        return total | {f"{task}/{name}": found[name] for task in tasks for name in main[task]}
 
 
 def balancer(
     kind: type[Balancer],
     settings: Settings,
-    model: YOLOv5WithClassification,
+    model: Any,
     weights: Mapping[str, float],
     steps_per_epoch: int,
 ) -> Balancer:
@@ -211,7 +199,7 @@ def balancer(
     present = dataclasses.replace(
         settings,
         task_weights=tuple(weights.values()),
-        weight_sum=settings.weight_sum * len(weights) / len(TASKS),
+        weight_sum=settings.weight_sum * len(weights) / len(settings.task_weights),
     )
     return make_balancer(kind, model, Setup(present, tuple(weights), steps_per_epoch))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,19 +18,16 @@ from gradprobe.trainers.balancer import Balancer, Setup
 from gradprobe.trainers.fixed_batch import make_ledger
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models.size import size_of
-from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification, build_model
 from gradprobe.trainers.optim import make_optimizer, make_schedule
+from gradprobe.trainers.problems import Data, Kind, Problem, problem_of
 from gradprobe.trainers.registry import TRAINERS
-from gradprobe.trainers.settings import TASKS, Settings, as_provenance
+from gradprobe.trainers.settings import Settings, as_provenance
 from gradprobe.updates import Updates
-
-if TYPE_CHECKING:
-    from gradprobe.trainers.data import LoadedData
 
 
 def build(
     settings: Settings,
-    data: LoadedData,
+    data: Data,
     sinks: Sequence[Sink],
     watcher: loop.Watcher,
     *,
@@ -43,44 +40,38 @@ def build(
     Raises:
         UsageError: A cfg, device or layer that does not exist, or weights that do not fit.
     """
-    from gradprobe.trainers.data import make_loader
-
     hyp = hyp or DetectionHyp()
+    problem = problem_of(settings)
+    tasks = problem.kind.tasks
     device = check_device(settings.device)
     kind = registry.find(settings.trainer)
-    reference = build_model(
-        settings.cfg,
-        box_classes=len(data.box_names),
-        image_classes=len(data.image_names),
-        imgsz=settings.imgsz,
-        hyp=hyp,
-        seed=settings.seed,
-    ).to(device)
+    reference = problem.build_model(settings, data, hyp).to(device)
     if settings.weights:
         checkpoint.load_weights(reference, settings.weights, settings.device)
     reference_weights = checkpoint.fingerprint(reference)
-    train_loader = make_loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
-    setup = Setup(settings, TASKS, len(train_loader))
-    model = cast(YOLOv5WithClassification, kind.prepare(reference, setup))
+    train_loader = problem.loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
+    setup = Setup(settings, tasks, len(train_loader))
+    model: Any = kind.prepare(reference, setup)
     balancer = make_balancer(kind, model, setup)
     optimizer = make_optimizer(model, settings)
     schedule = make_schedule(optimizer, settings, settings.epochs * len(train_loader))
     probe = GradientProbe(
         model,
-        TASKS,
+        tasks,
         sinks,
         every=settings.every,
         optimizer=optimizer,
         updates=Updates() if settings.updates else None,
-        ledger=make_ledger(model, data.train, settings),
-        probe_loader=make_probe_loader(settings, data, model, device),
+        ledger=make_ledger(model, problem, data.train, settings),
+        probe_loader=make_probe_loader(settings, problem, data, model, device),
         provenance={
             "trainer": settings.trainer,
             "settings": as_provenance(settings),
             "hyp": dict(model.scaled_hyp),
-            "data": describe(data),
+            "data": problem.describe(data),
+            "metrics": describe_metrics(problem.kind),
             "model": {
-                **size_of(model, settings.imgsz),
+                **size_of(model, problem.example(settings, data)),
                 "reference": reference_weights,
                 "initial_weights": checkpoint.fingerprint(model),
                 "trunk": list(model.trunk),
@@ -94,40 +85,42 @@ def build(
     )
     return loop.Training(
         settings=settings,
+        problem=problem,
         model=model,
         optimizer=optimizer,
         schedule=schedule,
         balancer=balancer,
         probe=probe,
         train_loader=train_loader,
-        val_loader=make_loader(data.val, settings.batch_size, shuffle=False),
-        test_loader=(make_loader(data.test, settings.batch_size, shuffle=False) if data.test is not None else None),
+        val_loader=problem.loader(data.val, settings.batch_size, shuffle=False),
+        test_loader=(problem.loader(data.test, settings.batch_size, shuffle=False) if data.test is not None else None),
         paths=checkpoint.Paths(out),
         watcher=watcher,
     )
 
 
 def make_probe_loader(
-    settings: Settings, data: LoadedData, model: YOLOv5WithClassification, device: torch.device
+    settings: Settings, problem: Problem, data: Data, model: Any, device: torch.device
 ) -> ProbeLoader | None:
     """What ``--probe-loader`` asks for; None: nothing."""
-    from gradprobe.trainers.data.loader import Batch, collate
-
     if not settings.probe_loader:
         return None
 
-    def losses(batch: Batch) -> dict[str, torch.Tensor]:
+    def losses(batch: Any) -> dict[str, torch.Tensor]:
         moved = batch.to(device)
-        return model.losses(model(moved.images), moved)
+        found: dict[str, torch.Tensor] = model.losses(model(moved.images), moved)
+        return found
 
+    size = max(settings.batch_size // settings.micro_batches, 1)
+    drawn_from = problem.loader(data.train if settings.probe_loader == "train" else data.val, size, shuffle=False)
     return ProbeLoader(
-        data.train if settings.probe_loader == "train" else data.val,
+        drawn_from.dataset,
         losses,
-        batch_size=max(settings.batch_size // settings.micro_batches, 1),
+        batch_size=size,
         batches=settings.probe_batches,
         every=settings.probe_every,
         split=settings.probe_loader,
-        collate=collate,
+        collate=drawn_from.collate,
         seed=settings.seed,
     )
 
@@ -165,15 +158,10 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def describe(data: LoadedData) -> dict[str, Any]:
-    """The data set as it is stored in a run file: its own name and content, no folder."""
+def describe_metrics(kind: Kind) -> dict[str, list[Any]]:
+    """Which task each metric judges, and whether higher is better, as lists of one length."""
     return {
-        "name": data.name,
-        "fingerprint": data.fingerprint,
-        "box_names": list(data.box_names),
-        "image_names": list(data.image_names),
-        "train_images": len(data.train),
-        "val_images": len(data.val),
-        "test_images": len(data.test) if data.test is not None else 0,
-        "skipped_images": len(data.skipped),
+        "name": [metric.name for metric in kind.metrics],
+        "task": [metric.task for metric in kind.metrics],
+        "higher_is_better": [metric.higher_is_better for metric in kind.metrics],
     }

@@ -5,13 +5,14 @@ What it costs is parameters and operations, which the run file holds (`model.par
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from gradprobe.errors import UsageError
 from gradprobe.trainers.balancer import Setup
 from gradprobe.trainers.joint import Joint
+from gradprobe.trainers.models.names import after, at_or_below
 from gradprobe.trainers.settings import Settings
 
 
@@ -26,10 +27,8 @@ class Dual(Joint):
     @classmethod
     def prepare(cls, model: Any, setup: Setup) -> nn.Module:
         """The divided model; both copies start from the reference."""
-        from gradprobe.trainers.models.divided import DividedModel, after, trunk_layers
-
-        layers = trunk_layers(model, setup.settings.imgsz)
-        return DividedModel(model, after(layers, setup.settings.share_until))
+        layers = model.trunk_layers(setup.settings.imgsz)
+        return cast(nn.Module, model.divide(after(layers, setup.settings.share_until)))
 
 
 class Split(Joint):
@@ -46,10 +45,8 @@ class Split(Joint):
         Raises:
             UsageError: A layer is not there, or has another size than in the run.
         """
-        from gradprobe.trainers.models.divided import DividedModel, at_or_below, trunk_layers
-
-        layers = trunk_layers(model, setup.settings.imgsz)
         s = setup.settings
+        layers = model.trunk_layers(s.imgsz)
         chosen = at_or_below(layers, s.double, f"--from {s.from_run}: layer")
         for name, recorded in zip(s.double, s.double_sizes, strict=False):  # none in runs that are gone on with
             size = sum(parameter.numel() for parameter in model.get_submodule(name).parameters(recurse=False))
@@ -58,4 +55,4 @@ class Split(Joint):
                     f"--from {s.from_run}: was recorded from another architecture: its layer {name} has {recorded:,} "
                     f"parameters, this model's {size:,}. Record a joint run of this one first."
                 )
-        return DividedModel(model, chosen)
+        return cast(nn.Module, model.divide(chosen))

@@ -1,37 +1,24 @@
-"""Scores a detection + classification model on a held-out split, and readies its BatchNorm for that."""
+"""Scores a detection + classification model on a held-out split."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch import Tensor
 
-from gradprobe.errors import DataError, UsageError
 from gradprobe.trainers.detection_metrics import detection_scores, true_positives
 from gradprobe.trainers.models.detections import boxes_in_pixels
 from gradprobe.trainers.models.protocols import BatchLike, DetectorClassifier
+from gradprobe.trainers.problems import YOLOV5
+from gradprobe.trainers.running_statistics import left_as_it_was
 
 Detections = dict[str, Tensor]
 
-METRICS = (
-    "mAP50",
-    "mAP50-95",
-    "precision",
-    "recall",
-    "f1",
-    "accuracy",
-    "macro_f1",
-    "auroc",
-    "loss_det",
-    "loss_cls",
-)
+METRICS = tuple(metric.name for metric in YOLOV5.metrics)
 """The keys of what `evaluate` returns, in order. The first eight are in [0, 1], higher is better."""
 
 
@@ -55,76 +42,71 @@ def evaluate(
         macro_f1 is the mean over image classes present; auroc that of one class against the rest.
         Losses are unweighted means over the images.
     """
+    return score(model, loader, device=device).metrics()
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """An evaluation image by image; see :class:`gradprobe.trainers.problems.Scores`.
+
+    Attributes:
+        names: (N,) file names; numbers where the batches have none.
+        found, truth: (N,) boxes.
+        probabilities: (N, classes), float64, rows that sum to 1.
+        labels: (N,).
+        losses: Images, "det" and "cls" of each batch.
+    """
+
+    names: tuple[str, ...]
+    found: list[Detections]
+    truth: list[Detections]
+    probabilities: Tensor
+    labels: Tensor
+    losses: list[tuple[int, float, float]]
+
+    def metrics(self, keep: Sequence[int] | None = None) -> dict[str, float]:
+        """Every metric of `METRICS` over all images or some.
+
+        The losses are NaN over some: YOLOv5's is one of a batch, and not a mean over its images.
+        """
+        chosen = range(len(self.found)) if keep is None else keep
+        if not len(chosen):
+            return dict.fromkeys(METRICS, math.nan)
+        found, truth = [self.found[i] for i in chosen], [self.truth[i] for i in chosen]
+        rows = torch.tensor(list(chosen))
+        values = (
+            *_average_precision(found, truth),
+            *_precision_recall_f1(found, truth),
+            *_classification(self.probabilities[rows], self.labels[rows]),
+            *(_mean_losses(self.losses) if keep is None else (math.nan, math.nan)),
+        )
+        return dict(zip(METRICS, values, strict=True))
+
+
+def score(model: DetectorClassifier, loader: Iterable[BatchLike], *, device: str | torch.device = "cpu") -> ImageScores:
+    """All that `evaluate` sums up, which see."""
+    names: list[str] = []
     found: list[Detections] = []
     truth: list[Detections] = []
-    probabilities: list[Tensor] = []
-    labels: list[Tensor] = []
+    probabilities: list[Tensor] = [torch.zeros(0, 1, dtype=torch.float64)]
+    labels: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     losses: list[tuple[int, float, float]] = []
-    with _left_as_it_was(model, loader), torch.no_grad():
+    with left_as_it_was(model, loader), torch.no_grad():
         model.eval()
         for batch in loader:
             batch = batch.to(device)
             outputs = model(batch.images)
             loss = model.losses(outputs, batch)
             losses.append((len(batch.images), float(loss["det"]), float(loss["cls"])))
+            names += getattr(batch, "names", map(str, range(len(found), len(found) + len(batch.images))))
             found += [_on_cpu(image) for image in model.detections(outputs)]
             truth += [_on_cpu(image) for image in _true_boxes(batch)]
             # float64: in float32 a confident model's probabilities saturate, and AUROC would see ties
             probabilities.append(outputs.logits.double().softmax(dim=1).cpu())
             labels.append(batch.labels.cpu())
-    if not found:
-        return dict.fromkeys(METRICS, math.nan)
-    values = (
-        *_average_precision(found, truth),
-        *_precision_recall_f1(found, truth),
-        *_classification(torch.cat(probabilities), torch.cat(labels)),
-        *_mean_losses(losses),
-    )
-    return dict(zip(METRICS, values, strict=True))
-
-
-def recompute_batchnorm(model: nn.Module, loader: Iterable[BatchLike], *, batches: int | None) -> None:
-    """Replace BatchNorm's running statistics by those of the present weights.
-
-    A short run ends with running statistics that lag behind its weights, and evaluation mode then measures
-    the lag. This takes the plain average over batches, in training mode and without gradients. Parameters,
-    gradients, momenta, modes and random streams are left as they were.
-
-    Args:
-        model: Its parameters say to which device batches go.
-        loader: Training batches.
-        batches: How many of the first to use; None for all.
-
-    Raises:
-        UsageError: `batches` is below 1.
-        DataError: The loader gives no batch; the statistics are unchanged.
-    """
-    if batches is not None and batches < 1:
-        raise UsageError(f"batches={batches}: recomputing BatchNorm statistics takes at least one batch.")
-    device = next(model.parameters()).device
-    with _left_as_it_was(model, loader):
-        images = (batch.to(device).images for batch in itertools.islice(loader, batches))
-        first = next(images, None)
-        if first is None:
-            raise DataError("there is no batch to recompute BatchNorm statistics from; is the training split empty?")
-        update_bn(itertools.chain((first,), images), model)
-
-
-@contextmanager
-def _left_as_it_was(model: Any, loader: object) -> Iterator[None]:
-    """Put back the mode of every module and the random streams, those of PyTorch and the loader's own."""
-    modes = {module: module.training for module in model.modules()}
-    device = next(iter(model.parameters())).device
-    generator = getattr(loader, "generator", None)
-    drawn = generator.get_state() if isinstance(generator, torch.Generator) else None
-    try:
-        with torch.random.fork_rng(devices=(device,) if device.type == "cuda" else ()):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        if drawn is not None:
-            cast(torch.Generator, generator).set_state(drawn)
+    if found:
+        del probabilities[0]  # of another number of classes
+    return ImageScores(tuple(names), found, truth, torch.cat(probabilities), torch.cat(labels), losses)
 
 
 def _true_boxes(batch: BatchLike) -> Iterator[Detections]:

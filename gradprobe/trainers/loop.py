@@ -16,12 +16,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from gradprobe.errors import NonFiniteLossError
 from gradprobe.probes import GradientProbe
 from gradprobe.probes.micro import mean_losses, shares_of
-from gradprobe.rows import NONFINITE_LOSS
+from gradprobe.rows import NONFINITE_LOSS, TestClusters
 from gradprobe.trainers import checkpoint
 from gradprobe.trainers.balancer import Balancer, check_weights
+from gradprobe.trainers.batch_order import UNKNOWN, BatchOrder
 from gradprobe.trainers.data.loader import micro_batches
-from gradprobe.trainers.evaluate import evaluate, recompute_batchnorm
-from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification
+from gradprobe.trainers.jackknife import leave_out
+from gradprobe.trainers.problems import Problem, Scores
+from gradprobe.trainers.running_statistics import recompute_batchnorm
 from gradprobe.trainers.settings import Settings
 
 
@@ -46,7 +48,8 @@ class Training:
     """All that a training consists of; made by :mod:`gradprobe.trainers.build`."""
 
     settings: Settings
-    model: YOLOv5WithClassification
+    problem: Problem
+    model: Any  # see Problem
     optimizer: Optimizer
     schedule: LRScheduler
     balancer: Balancer
@@ -58,14 +61,27 @@ class Training:
     watcher: Watcher
     epoch: int = 0
     best: float = -math.inf
+    batches: BatchOrder = field(default_factory=BatchOrder)
     origin: Mapping[str, Any] = field(default_factory=dict)  # what a resumed training is built from again
 
 
-def run(training: Training) -> dict[str, float]:
-    """Train to the end.
+@dataclass(frozen=True)
+class Outcome:
+    """What is known only in the end.
 
-    Returns:
-        Metrics on the test split, empty where there is none.
+    Attributes:
+        test: Metrics on the test split; empty where there is none.
+        clusters: The same with one cluster of images left out.
+        batches: Which batches were trained on, see :class:`gradprobe.trainers.batch_order.BatchOrder`.
+    """
+
+    test: Mapping[str, float]
+    clusters: TestClusters | None
+    batches: Mapping[str, Any]
+
+
+def run(training: Training) -> Outcome:
+    """Train to the end.
 
     Raises:
         NonFiniteLossError: A loss became NaN or infinite, unless ``keep_going``.
@@ -76,14 +92,17 @@ def run(training: Training) -> dict[str, float]:
         t.watcher.phase("training")
         train_epoch(t)
         t.watcher.phase("evaluating")
-        metrics = evaluate_on(t, t.val_loader)
+        metrics = evaluate_on(t, t.val_loader).metrics()
         t.probe.log_metrics(t.epoch, **metrics)
         t.watcher.evaluated(t.epoch, metrics)
         t.epoch += 1
         save_state(t, metrics)
+    if t.test_loader is None:
+        return Outcome({}, None, t.batches.state_dict())
     t.watcher.phase("testing")
     # Once, with the last weights: val chose nothing here, so nothing was fitted to the test split.
-    return evaluate_on(t, t.test_loader) if t.test_loader is not None else {}
+    scores = evaluate_on(t, t.test_loader)
+    return Outcome(scores.metrics(), leave_out(scores, t.problem.cluster), t.batches.state_dict())
 
 
 def train_epoch(t: Training) -> None:
@@ -91,6 +110,7 @@ def train_epoch(t: Training) -> None:
     t.model.train()
     t.train_loader.set_epoch(t.epoch)
     for batch in t.train_loader:
+        t.batches.add(batch.names)
         train_step(t, batch.to(t.settings.device))
 
 
@@ -140,8 +160,8 @@ def finite(t: Training, losses: Mapping[str, Tensor], size: int) -> bool:
     return True
 
 
-def evaluate_on(t: Training, loader: Iterable[Any]) -> dict[str, float]:
-    """Metrics on a split, with BatchNorm statistics that fit the present weights.
+def evaluate_on(t: Training, loader: Iterable[Any]) -> Scores:
+    """An evaluation on a split, with BatchNorm statistics that fit the present weights.
 
     YOLOv5's running statistics follow with a momentum of 0.03: in a short run they are those of weights long gone.
     Recomputing them changes nothing in the training, which uses the batch's own.
@@ -149,13 +169,7 @@ def evaluate_on(t: Training, loader: Iterable[Any]) -> dict[str, float]:
     if t.settings.bn_batches:
         t.train_loader.set_epoch(0)
         recompute_batchnorm(t.model, t.train_loader, batches=t.settings.bn_batches)
-    return evaluate(t.model, loader, device=t.settings.device)
-
-
-def fitness(metrics: Mapping[str, float]) -> float:
-    """What chooses the best epoch: YOLOv5's 0.1 mAP50 + 0.9 mAP50-95, and accuracy, half each; NaN counts as 0."""
-    parts = (0.1 * metrics["mAP50"], 0.9 * metrics["mAP50-95"], metrics["accuracy"])
-    return sum(part for part in parts if not math.isnan(part)) / 2
+    return t.problem.score(t.model, loader, device=t.settings.device)
 
 
 def save_state(t: Training, metrics: Mapping[str, float]) -> None:
@@ -164,8 +178,9 @@ def save_state(t: Training, metrics: Mapping[str, float]) -> None:
     A disk that takes no more ends no training: what could not be saved is said, and tried again after the next epoch.
     """
     saved(t, t.paths.last, t.model.state_dict())
-    if fitness(metrics) > t.best and saved(t, t.paths.best, t.model.state_dict()):
-        t.best = fitness(metrics)
+    fitness = t.problem.fitness(metrics)
+    if fitness > t.best and saved(t, t.paths.best, t.model.state_dict()):
+        t.best = fitness
     if t.probe.flush():  # a state that is ahead of the rows would leave a gap in the run that is resumed from it
         saved(t, t.paths.checkpoint, resumable(t))
 
@@ -192,6 +207,7 @@ def resumable(t: Training) -> dict[str, Any]:
         "schedule": t.schedule.state_dict(),
         "balancer": t.balancer.state_dict(),
         "probe": t.probe.state_dict(),
+        "batches": t.batches.state_dict(),
         "rng": torch.get_rng_state(),
     }
 
@@ -204,4 +220,5 @@ def load_state(t: Training, state: Mapping[str, Any]) -> None:
     t.schedule.load_state_dict(state["schedule"])
     t.balancer.load_state_dict(state["balancer"])
     t.probe.load_state_dict(state["probe"])
+    t.batches.load_state_dict(state.get("batches", UNKNOWN))
     torch.set_rng_state(state["rng"].cpu())

@@ -11,8 +11,11 @@ from typing import Any
 
 from gradprobe.errors import UsageError
 from gradprobe.trainers import registry
+from gradprobe.trainers.problems import YOLOV5, kind_of
+from gradprobe.trainers.problems.dial_spec import parse
 
-TASKS = ("det", "cls")
+TASKS = YOLOV5.tasks
+"""Of the default data; those of others: :func:`gradprobe.trainers.problems.kind_of`."""
 
 LEDGER_ENDS = ("probe", "batch")
 
@@ -27,7 +30,7 @@ class Settings:
     trainer: str = "gradnorm"  # see gradprobe.trainers.registry
     task: str = ""  # for `single`
     from_run: str = ""  # name of the run file that --from read; what it gave is in the other settings
-    data: str = "phantom"  # or the path of a data.yaml
+    data: str = "phantom"  # or the path of a data.yaml, or dial:angle=120,ratio=10,noise=1
     cfg: str = "yolov5n.yaml"
     weights: str = ""  # a state_dict to start from; empty: random initial weights
     imgsz: int = 128  # pixels, multiple of 32
@@ -43,7 +46,7 @@ class Settings:
     weight_decay: float = 5e-4  # on weights of two and more dimensions only
     clip_norm: float = 0.0  # global gradient clipping; 0: none
 
-    task_weights: tuple[float, ...] = (1.0, 1.0)  # of det and cls; GradNorm starts from them
+    task_weights: tuple[float, ...] = (1.0, 1.0)  # of each task, det and cls; GradNorm starts from them
     gradnorm_alpha: float = 1.5
     gradnorm_lr: float = 0.025
     gradnorm_momentum: float = 0.9  # beta1 of the weights' own Adam
@@ -115,35 +118,36 @@ def resolve(flags: Mapping[str, Any], *, preset: str = "", hyp: Mapping[str, flo
     return settings
 
 
-_HOW = "write det=1,cls=0.01, or equal"
-
-
-def parse_task_weights(text: str) -> tuple[float, ...]:
-    """``det=1,cls=0.01`` as numbers in the order of :data:`TASKS`; ``equal``: 1 each.
+def parse_task_weights(text: str, tasks: tuple[str, ...] = TASKS) -> tuple[float, ...]:
+    """``det=1,cls=0.01`` as numbers in the order of ``tasks``; ``equal``: 1 each.
 
     Raises:
         UsageError: A task is missing, unknown or given twice, or a weight is no finite number >= 0.
     """
     if text.strip() == "equal":
-        return (1.0,) * len(TASKS)
+        return (1.0,) * len(tasks)
+    how = f"write {tasks[0]}=1,{tasks[1]}=0.01, or equal"
     values: dict[str, float] = {}
     for item in text.split(","):
         task, _, number = (part.strip() for part in item.partition("="))
-        if task not in TASKS or task in values:
-            raise UsageError(f"--task-weights {text!r}: {task!r} is unknown or given twice; {_HOW}")
+        if task not in tasks or task in values:
+            raise UsageError(f"--task-weights {text!r}: {task!r} is unknown or given twice; {how}")
         try:
             values[task] = float(number)
         except ValueError:
-            raise UsageError(f"--task-weights {text!r}: {number!r} is not a number; {_HOW}") from None
-    missing = [task for task in TASKS if task not in values]
+            raise UsageError(f"--task-weights {text!r}: {number!r} is not a number; {how}") from None
+    missing = [task for task in tasks if task not in values]
     if missing:
-        raise UsageError(f"--task-weights {text!r}: no weight for {missing}; {_HOW}")
-    return tuple(values[task] for task in TASKS)
+        raise UsageError(f"--task-weights {text!r}: no weight for {missing}; {how}")
+    return tuple(values[task] for task in tasks)
 
 
 def _validate(s: Settings) -> None:
     registry.check(s.trainer)
-    _validate_trainer(s)
+    tasks = kind_of(s.data).tasks
+    if kind_of(s.data).name == "dial":
+        parse(s.data)
+    _validate_trainer(s, tasks)
     if s.optimizer not in ("AdamW", "SGD"):
         raise UsageError(_unknown("optimizer", s.optimizer, ("AdamW", "SGD")))
     if s.imgsz < 32 or s.imgsz % 32:
@@ -204,9 +208,9 @@ def _validate_ledger(s: Settings) -> None:
         )
 
 
-def _validate_trainer(s: Settings) -> None:
-    if s.trainer == "single" and s.task not in TASKS:
-        raise UsageError(f"--trainer single: which task? --task {' or --task '.join(TASKS)}.")
+def _validate_trainer(s: Settings, tasks: tuple[str, ...]) -> None:
+    if s.trainer == "single" and s.task not in tasks:
+        raise UsageError(f"--trainer single: which task? --task {' or --task '.join(tasks)}.")
     if s.share_until and s.trainer != "dual":
         raise UsageError(f"--share-until {s.share_until} goes with --trainer dual.")
     if s.task and s.trainer != "single":

@@ -137,13 +137,36 @@ class Arm:
         name: As on the command line, or from the files.
         role: "baseline", "control" (a task alone), or "arm".
         files: Names of its files, in the order of ``seeds``.
-        seeds: NaN-free; from the file, or its place among the arm's files where it says none.
+        seeds: From the files; where one says none, their places in the order of the arm's files.
     """
 
     name: str
     role: str
     files: Sequence[str]
     seeds: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Level:
+    """How large a quantity is in one arm, over its seeds: whether there is anything to reduce.
+
+    Attributes:
+        question, arm, subject, quantity: As in :class:`Answer`.
+        mean, low95, high95: Over seeds.
+        values, seeds: Per run; NaN: a gate is closed there.
+        sentence: In words.
+    """
+
+    question: str
+    arm: str
+    subject: str
+    quantity: str
+    mean: float
+    low95: float
+    high95: float
+    values: Sequence[float]
+    seeds: Sequence[int]
+    sentence: str
 
 
 @dataclass(frozen=True)
@@ -182,9 +205,11 @@ class Comparison:
         paired: Whether seeds were compared one by one.
         window: Steps of training that count, from the first up to before the second; None: all.
         plan: What was fixed before the runs, as stored in the files; empty: nothing was.
-        common_layers: Shared in every arm that shares any; all measures are over these.
-        left_out_layers: Shared in some, and left out for that.
+        common_layers: Shared by all tasks in every arm that shares any. An answer is over the layers that its arm has
+            in common with the baseline.
+        left_out_layers: Shared in some of those arms only.
         answers: One per question, arm and subject.
+        levels: How large each quantity is in each arm, the baseline first.
         layers: Exploratory.
         refusals: What was asked for and is not given, and why.
         warnings: What in the files misleads.
@@ -202,6 +227,7 @@ class Comparison:
     common_layers: Sequence[str] = ()
     left_out_layers: Sequence[str] = ()
     answers: Sequence[Answer] = ()
+    levels: Sequence[Level] = ()
     layers: Sequence[LayerAnswer] = ()
     refusals: Sequence[str] = ()
     warnings: Sequence[str] = ()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,13 +64,27 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
 
 
 class Loader:
-    """Iterates over a data set in batches; the last one may be smaller."""
+    """Iterates over a data set in batches; the last one may be smaller.
 
-    def __init__(self, dataset: ImageDataset, batch_size: int, seed: int, shuffle: bool) -> None:
+    Args:
+        dataset: Has a length, and samples by index.
+        batch_size: Samples.
+        seed, shuffle: The order; without ``shuffle`` that of the data set.
+        collate: Makes a batch of samples.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        seed: int,
+        shuffle: bool,
+        collate: Callable[[list[Any]], Any] = collate,
+    ) -> None:
         if batch_size < 1:
             raise UsageError(f"the batch size is {batch_size}; it has to be 1 or greater (--batch-size)")
         self.dataset, self.batch_size = dataset, batch_size
-        self._seed, self._shuffle, self._epoch = seed, shuffle, 0
+        self._seed, self._shuffle, self._epoch, self.collate = seed, shuffle, 0, collate
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
@@ -88,10 +103,10 @@ class Loader:
     def __len__(self) -> int:
         return -(-len(self.dataset) // self.batch_size)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         order = self.order()
         for start in range(0, len(order), self.batch_size):
-            yield collate([self.dataset[index] for index in order[start : start + self.batch_size]])
+            yield self.collate([self.dataset[index] for index in order[start : start + self.batch_size]])
 
 
 def make_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, shuffle: bool = True) -> Loader:

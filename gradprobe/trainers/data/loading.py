@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,9 @@ N_TRAIN = 384
 
 N_VAL = 96
 """Phantoms held out, where nothing else is asked for."""
+
+N_TEST = 96
+"""Phantoms of the test split, where nothing else is asked for."""
 
 STRIDE = 32
 """Image sizes are multiples of this: the coarsest grid of YOLOv5."""
@@ -49,6 +52,7 @@ def load_data(
     skip_bad: bool = False,
     n_train: int | None = None,
     n_val: int | None = None,
+    n_test: int | None = None,
 ) -> LoadedData:
     """Load a data set for training.
 
@@ -61,19 +65,21 @@ def load_data(
         skip_bad: Leave out images that are unreadable or wrongly labelled, instead of refusing the data set.
         n_train: Number of phantoms to train on; N_TRAIN where None.
         n_val: Number of phantoms held out; N_VAL where None.
+        n_test: Number of phantoms of the test split; N_TEST where None.
 
     Raises:
         UsageError: imgsz is no multiple of 32; a count is below 1, or given for a data.yaml.
         DataError: the data set has errors; says which, and what to do.
     """
     check_imgsz(imgsz)
-    for name, count in (("n_train", n_train), ("n_val", n_val)):
+    for name, count in (("n_train", n_train), ("n_val", n_val), ("n_test", n_test)):
         if count is not None and count < 1:
             raise UsageError(f"{name} is {count}; it has to be 1 or greater")
         if count is not None and source != "phantom":
             raise UsageError(f"{name} counts phantoms; a data.yaml says itself which images it has")
     if source == "phantom":
-        return _load_phantoms(imgsz, seed, n_train or N_TRAIN, n_val or N_VAL)
+        counts = {"train": n_train or N_TRAIN, "val": n_val or N_VAL, "test": n_test or N_TEST}
+        return _load_phantoms(imgsz, seed, counts)
     return _load_yaml(Path(source), imgsz, skip_bad)
 
 
@@ -84,11 +90,11 @@ def check_imgsz(imgsz: int) -> None:
         raise UsageError(f"imgsz {imgsz} is not a multiple of {STRIDE}; the next one is --imgsz {suitable}")
 
 
-def _load_phantoms(imgsz: int, seed: int, n_train: int, n_val: int) -> LoadedData:
+def _load_phantoms(imgsz: int, seed: int, counts: Mapping[str, int]) -> LoadedData:
     store = ImageStore(imgsz)
     datasets = {}
     entries = []
-    for split, count in (("train", n_train), ("val", n_val)):
+    for split, count in counts.items():
         items = []
         for index in range(count):
             drawn = phantom.draw_phantom(seed, split, index)
@@ -103,7 +109,7 @@ def _load_phantoms(imgsz: int, seed: int, n_train: int, n_val: int) -> LoadedDat
         image_names=phantom.IMAGE_NAMES,
         train=datasets["train"],
         val=datasets["val"],
-        test=None,
+        test=datasets["test"],
         skipped=(),
         warnings=(),
         fingerprint=fingerprint(phantom.BOX_NAMES, phantom.IMAGE_NAMES, entries),

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def size_of(model: nn.Module, imgsz: int) -> dict[str, int]:
+def size_of(model: nn.Module, image: Tensor) -> dict[str, int]:
     """Parameters, each counted once, and floating-point operations of one image's forward.
 
     A multiplication and an addition are two operations; convolutions and matrix products are counted. The model is left
     as it was.
+
+    Args:
+        model: Any.
+        image: One, as the model takes it, of batch size 1.
     """
     modes = {module: module.training for module in model.modules()}
-    image = torch.zeros(1, 3, imgsz, imgsz, device=next(model.parameters()).device)
+    image = image.to(next(model.parameters()).device)
     model.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:

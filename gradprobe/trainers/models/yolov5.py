@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -103,6 +103,18 @@ class YOLOv5WithClassification(nn.Module):
         """Logits of the image classes, (B, image classes), from the trunk's output."""
         pooled = features.mean(dim=(2, 3))
         return cast(Tensor, self.classifier(pooled.detach() if self.detached else pooled))
+
+    def trunk_layers(self, imgsz: int) -> tuple[str, ...]:
+        """The layers of the trunk that have parameters, in the order in which the forward runs them."""
+        from gradprobe.trainers.models.divided import trunk_layers
+
+        return trunk_layers(self, imgsz)
+
+    def divide(self, doubled: Collection[str]) -> YOLOv5WithClassification:
+        """This model with a second copy of some layers for classification."""
+        from gradprobe.trainers.models.divided import DividedModel
+
+        return DividedModel(self, doubled)
 
     def losses(self, outputs: Outputs, batch: BatchLike) -> dict[str, Tensor]:
         """The unweighted loss of each task, in training and in evaluation mode.

@@ -1,0 +1,1 @@
+"""One kind of figure a file: pure functions from arrays to the dicts that plotly.js draws."""

@@ -1,0 +1,108 @@
+"""The cosine between two tasks' gradients by layer and time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gradprobe.report.bins import Array, quietly
+from gradprobe.report.chart import Chart, Figure, Table, numbers
+from gradprobe.report.look import DIVERGING, axis, figure
+from gradprobe.report.material import ArmData, Floats
+from gradprobe.report.names import in_short
+from gradprobe.report.words import Words
+
+ROWS = 120
+"""Rows of cells at most; of more layers, so many neighbours stand for one another by their median."""
+
+TABLE_ROWS = 160
+LOWEST = 3
+
+
+def fold(layers: tuple[str, ...], values: Floats) -> tuple[list[str], Floats]:
+    """At most :data:`ROWS` rows of (L, B) values, with their names: neighbouring layers are put together."""
+    per_row = max(1, math.ceil(len(layers) / ROWS))
+    if per_row == 1:
+        return list(layers), values
+    starts = range(0, len(layers), per_row)
+    names = [f"{layers[i]} … {layers[min(i + per_row, len(layers)) - 1]}" for i in starts]
+    return names, np.stack([quietly(np.nanmedian, values[i : i + per_row]) for i in starts]).astype(np.float32)
+
+
+def draw(layers: tuple[str, ...], values: Floats, steps: Array, words: Words) -> Figure:
+    """(L, B) cosines as cells, the first layer on top, on [-1, 1]."""
+    names, cells = fold(layers, values)
+    short = in_short(names, 16)
+    height = int(np.clip(8 * len(names) + 70, 170, 620))
+    every = max(1, math.ceil(len(names) * 12 / (height - 60)))
+    data = [
+        {
+            "type": "heatmap",
+            "x": numbers(steps, 6),
+            "y": list(range(len(names))),
+            "z": numbers(cells, 3),
+            "customdata": [[name] * len(steps) for name in names],
+            "zmin": -1,
+            "zmax": 1,
+            "colorscale": DIVERGING,
+            "showscale": False,
+            "hoverongaps": False,
+            "xgap": 0,
+            "hovertemplate": "%{customdata}<br>"
+            + words("heat.hover", step="%{x:.0f}", cosine="%{z:.3f}")
+            + "<extra></extra>",
+        }
+    ]
+    ticks = list(range(0, len(names), every))
+    y = axis(
+        "",
+        autorange="reversed",
+        tickvals=ticks,
+        ticktext=[short[i] for i in ticks],
+        tickfont={"size": 10},
+        showgrid=False,
+        zeroline=False,
+    )
+    x = axis(words("axis.step"), showgrid=False, zeroline=False, nticks=6)
+    return figure(data, x, y, height, hovermode="closest", plot_bgcolor="@surface")
+
+
+def chart(title: str, arm: ArmData, pair: int, steps: Array, words: Words) -> Chart:
+    """One arm's heatmap of one pair, with its lowest and highest layers in words."""
+    values = arm.heat[pair]
+    middle = quietly(np.nanmedian, values.T)
+    order = [i for i in np.argsort(middle, kind="stable") if np.isfinite(middle[i])]
+    if not order:
+        text = words("heat.alt_empty", title=title)
+    else:
+        low, high = order[0], order[-1]
+        text = words(
+            "heat.alt",
+            title=title,
+            layers=len(arm.layers),
+            low=arm.layers[low],
+            low_value=words.signed(middle[low]),
+            high=arm.layers[high],
+            high_value=words.signed(middle[high]),
+        )
+    return Chart(title, draw(arm.layers, values, steps, words), text)
+
+
+def table(caption: str, arms: list[ArmData], pairs: tuple[str, ...], words: Words) -> Table:
+    """Per arm, pair and layer the median of the first and last third and of all; long ones in part, the lowest."""
+    rows = []
+    for arm in arms:
+        for p, pair in enumerate(pairs):
+            thirds = np.array_split(arm.heat[p], 3, axis=1) if arm.heat.shape[2] >= 3 else [arm.heat[p]] * 3
+            parts = [quietly(np.nanmedian, part.T) for part in (arm.heat[p], thirds[0], thirds[2])]
+            for i, layer in enumerate(arm.layers):
+                if np.isfinite(parts[0][i]):
+                    rows.append((parts[0][i], [arm.name, pair, layer, *(words.signed(v[i]) for v in parts)]))
+    note = ""
+    if len(rows) > TABLE_ROWS:
+        note = words("table.cut", shown=TABLE_ROWS, of=len(rows))
+        rows = sorted(rows, key=lambda row: row[0])[:TABLE_ROWS]
+    columns = ["arm", "pair", "layer", "median", "first_third", "last_third"]
+    titles = [words(f"column.{name}") for name in columns]
+    return Table(caption, titles, [cells for _, cells in rows], text=3, note=note)

@@ -1,0 +1,62 @@
+"""How large a quantity is in each arm, before any comparison: whether there is anything to reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradprobe.report.chart import Chart, Table
+from gradprobe.report.figures.forest import Row, draw
+from gradprobe.report.figures.verdicts import TOLD, label
+from gradprobe.report.look import Styles
+from gradprobe.report.names import clean
+from gradprobe.report.words import Words
+from gradprobe.verdict.answers import Level
+
+
+def row(level: Level, styles: Styles, words: Words) -> Row:
+    """The level as a row in the colour of its arm."""
+    arm = clean(level.arm)
+    return Row(
+        label(level.arm, level.subject, words),
+        words.number(level.mean),
+        arm,
+        styles.colour(arm),
+        styles.symbol(arm),
+        level.mean,
+        level.low95,
+        level.high95,
+        seeds=list(level.values),
+    )
+
+
+def chart(title: str, levels: Sequence[Level], styles: Styles, words: Words, x_title: str) -> Chart:
+    """The figure, and its rows in words."""
+    said = [
+        words(
+            "levels.alt_row",
+            what=label(one.arm, one.subject, words),
+            mean=words.number(one.mean),
+            span=words.span(one.low95, one.high95),
+        )
+        for one in levels[:TOLD]
+    ]
+    if len(levels) > TOLD:
+        said.append(words("forest.alt_rest", n=len(levels) - TOLD))
+    figure = draw([row(level, styles, words) for level in levels], words, x_title)
+    return Chart(title, figure, words("forest.alt", title=title, said=words.join(said)))
+
+
+def table(caption: str, levels: Sequence[Level], words: Words) -> Table:
+    """Mean, interval and number of runs of each."""
+    rows = [
+        [
+            clean(one.arm),
+            words.subject(one.subject),
+            words.number(one.mean),
+            words.span(one.low95, one.high95),
+            str(len(one.values)),
+        ]
+        for one in levels
+    ]
+    columns = [words(f"column.{name}") for name in ("arm", "subject", "mean", "ci95", "n")]
+    return Table(caption, columns, rows, text=2)

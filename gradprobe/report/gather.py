@@ -1,0 +1,276 @@
+"""Reads run files into a :class:`~gradprobe.report.material.Material`; one file at a time is open."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradprobe import measures
+from gradprobe.ledger.windows import window
+from gradprobe.report import bins
+from gradprobe.report.bins import Array
+from gradprobe.report.material import ArmData, Floats, Ledger, Material, RunData
+from gradprobe.report.names import clean, distinct
+from gradprobe.runfile import Run, thin
+from gradprobe.verdict.readings import FIRST_STEPS_OF_ADAM
+
+ARMS, TASKS, PAIRS = 24, 6, 3
+"""Drawn at most; what is left out is counted."""
+
+CELLS = 300_000
+"""Cells of all heatmaps together, at most."""
+
+FACTS = ("trainer", "argv", "machine", "system", "steps_per_epoch", "level")
+GROUPS = ("settings", "data", "model", "probe", "probe_loader", "versions", "batches", "plan", "hyp", "test")
+LONGEST_FACT = 300
+
+
+@dataclass(frozen=True)
+class ArmFiles:
+    """What belongs to an arm: its files, and the seed of each, in the same order."""
+
+    name: str
+    files: Sequence[Path]
+    seeds: Sequence[object]
+
+
+def gather(
+    arms: Sequence[ArmFiles],
+    baseline: str | None = None,
+    controls: Sequence[str] = (),
+    targets: Mapping[str, float] | None = None,
+    span: tuple[int, int] | None = None,
+) -> Material:
+    """Everything a report draws.
+
+    Args:
+        arms: At least one with a file.
+        baseline: The arm that the others are compared with; drawn first.
+        controls: Arms of single tasks.
+        targets: Metric -> value to reach.
+        span: Steps of the ledger that count, from the first to before the second; None: all.
+
+    Raises:
+        RunFileError: One cannot be read.
+    """
+    ordered = sorted(arms, key=lambda arm: (arm.name != baseline, arm.name in controls))
+    shown = ordered[:ARMS]
+    tasks, pairs, borders = _frame(shown)
+    kept_tasks = tasks[:TASKS]
+    kept_pairs = _telling(shown, pairs)
+    widest = max(_width(arm) for arm in shown)
+    maps = len(shown) * max(len(kept_pairs), 1) * max(widest, 1)
+    count = int(np.clip(CELLS // maps, 12, len(borders) - 1)) if maps else len(borders) - 1
+    borders = np.linspace(borders[0], borders[-1], min(count, len(borders) - 1) + 1)
+    left = {"arms": len(ordered) - len(shown), "tasks": len(tasks) - len(kept_tasks)}
+    left["pairs"] = len(pairs) - len(kept_pairs)
+    data = [_arm(arm, kept_tasks, kept_pairs, borders, span) for arm in shown]
+    return Material(
+        data,
+        clean(baseline) if baseline is not None else None,
+        [clean(name) for name in controls],
+        tuple(clean(t) for t in kept_tasks),
+        tuple(clean(p.replace("|", " | ")) for p in kept_pairs),
+        borders,
+        {name: number for name, number in left.items() if number},
+        dict(targets or {}),
+    )
+
+
+def _frame(arms: Sequence[ArmFiles]) -> tuple[list[str], list[str], Array]:
+    """The tasks and pairs of all runs, in the order of the first, and the bins that hold all their steps."""
+    tasks: dict[str, None] = {}
+    pairs: dict[str, None] = {}
+    first, last, rows = 0, 0, 1
+    for arm in arms:
+        for path in arm.files:
+            with Run(path) as run:
+                tasks |= dict.fromkeys(run.tasks)
+                pairs |= dict.fromkeys(run.pairs)
+                if len(run):
+                    steps = run["step"]
+                    first, last = min(first, int(steps.min())), max(last, int(steps.max()))
+                    rows = max(rows, len(run))
+    return list(tasks), list(pairs), bins.edges(first, last, rows)
+
+
+def _width(arm: ArmFiles) -> int:
+    with Run(arm.files[0]) as run:
+        return len(run.layers)
+
+
+def _telling(arms: Sequence[ArmFiles], pairs: list[str]) -> list[str]:
+    """The pairs with the lowest median cosine in the first arm's first run, where there are too many."""
+    if len(pairs) <= PAIRS:
+        return pairs
+    with Run(arms[0].files[0]) as whole:
+        run = thin.thin(whole)
+        middle = dict(zip(run.pairs, bins.quietly(np.nanmedian, run.cosine()), strict=True)) if len(run) else {}
+    order = sorted(pairs, key=lambda pair: (not np.isfinite(middle.get(pair, np.nan)), middle.get(pair, np.nan)))
+    return order[:PAIRS]
+
+
+def _arm(arm: ArmFiles, tasks: list[str], pairs: list[str], borders: Array, span: tuple[int, int] | None) -> ArmData:
+    read = [
+        _run(arm.name, path, seed, tasks, pairs, borders, span) for path, seed in zip(arm.files, arm.seeds, strict=True)
+    ]
+    common = [layer for layer in read[0][1] if all(layer in layers for _, layers, _, _ in read)]
+    heats = []
+    for _, layers, heat, _ in read:
+        heats.append(heat[:, [layers.index(layer) for layer in common]])
+    heat = bins.quietly(np.nanmedian, np.stack(heats)).astype(np.float32)
+    return ArmData(
+        clean(arm.name),
+        [data for data, _, _, _ in read],
+        tuple(distinct(common)),
+        heat,
+        all(corrected for _, _, _, corrected in read),
+    )
+
+
+def _run(
+    arm: str,
+    path: Path,
+    seed: object,
+    tasks: list[str],
+    pairs: list[str],
+    borders: Array,
+    span: tuple[int, int] | None,
+) -> tuple[RunData, list[str], Floats, bool]:
+    """One run; the names of its layers; (P, L, B) cosines; whether these are corrected for noise."""
+    with Run(path) as whole:
+        run = thin.thin(whole)
+        place, count = bins.places(run["step"], borders), len(borders) - 1
+        heat, corrected = _heat(run, pairs, place, count)
+        data = RunData(
+            clean(arm),
+            clean(seed),
+            clean(path.name),
+            len(whole),
+            int(np.count_nonzero(whole["status"])),
+            thin.every(run),
+            whole.complete,
+            clean(whole.end),
+            _columns(bins.medians(run["loss"], place, count), run.tasks, tasks),
+            _columns(bins.medians(run["weight"], place, count), run.tasks, tasks),
+            _columns(bins.medians(run["shared_cosine"], place, count), run.pairs, pairs),
+            _epochs(whole),
+            _test(whole.provenance),
+            _ledger(whole, tasks, span),
+            _probe(whole, pairs),
+            _facts(whole.provenance),
+        )
+        return data, list(run.layers), heat, corrected
+
+
+def _columns(values: NDArray[Any], have: Sequence[str], want: Sequence[str]) -> Floats:
+    """(B, have) -> (B, want); NaN for what the run does not have."""
+    result = np.full((len(values), len(want)), np.nan, np.float32)
+    for i, name in enumerate(want):
+        if name in have:
+            result[:, i] = values[:, list(have).index(name)]
+    return result
+
+
+def _heat(run: Run, pairs: Sequence[str], place: NDArray[np.intp], count: int) -> tuple[Floats, bool]:
+    """(P, L, B): where the noise is known, ratios of sums of corrected products; else the median of each bin."""
+    heat = np.full((len(pairs), len(run.layers), count), np.nan, np.float32)
+    held = [(i, run.pairs.index(pair)) for i, pair in enumerate(pairs) if pair in run.pairs]
+    if not run.layers or not held:
+        return heat, False
+    if "gram_noise" in run:
+        product = bins.sums(run.gram() - run["gram_noise"], place, count)  # (B, L, T, T)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            square = np.diagonal(product, axis1=-2, axis2=-1)
+            length = np.sqrt(np.where(square > 0, square, np.nan))  # not resolved: no angle, never a small number
+            cosine = product / (length[..., :, None] * length[..., None, :])
+        first, second = measures.pair_index(len(run.tasks))
+        for i, j in held:
+            heat[i] = np.clip(cosine[..., first[j], second[j]], -1, 1).T
+        return heat, True
+    chosen = bins.medians(run["cosine"][:, :, [j for _, j in held]], place, count)  # (B, L, held)
+    for k, (i, _) in enumerate(held):
+        heat[i] = chosen[..., k].T
+    return heat, False
+
+
+def _epochs(run: Run) -> dict[str, Array]:
+    table = dict(run.epochs)
+    epoch = table.pop("epoch").astype(np.float64)
+    known = {clean(name): np.stack([epoch, v], axis=1)[np.isfinite(v)] for name, v in table.items()}
+    return {name: _spaced(values) for name, values in known.items() if len(values)}
+
+
+def _spaced(values: Array) -> Array:
+    """At most :data:`bins.BINS` of the rows, the last one among them."""
+    if len(values) <= bins.BINS:
+        return values
+    kept: Array = values[np.unique(np.linspace(0, len(values) - 1, bins.BINS).round().astype(int))]
+    return kept
+
+
+def _test(provenance: Mapping[str, Any]) -> dict[str, float]:
+    found = {}
+    for name, value in provenance.items():
+        if name.startswith("test.") and isinstance(value, (int, float, np.number)) and np.isfinite(value):
+            found[clean(name.removeprefix("test."))] = float(value)
+    return found
+
+
+def _ledger(run: Run, tasks: Sequence[str], span: tuple[int, int] | None) -> Ledger | None:
+    """Sums over the rows that a verdict counts."""
+    table = run.ledger
+    if not table or not len(table["step"]):
+        return None
+    start, stop = span if span is not None else (0, math.inf)
+    if str(run.provenance.get("settings.optimizer", "")).upper() != "SGD":
+        start = max(start, FIRST_STEPS_OF_ADAM)
+    found = window(table, run.tasks, start=start, stop=stop)
+    if not len(found.rows):
+        return None
+    term, head, change = (_row(values, run.tasks, tasks) for values in (found.term, found.head, found.change))
+    names = tuple(clean(source) for source in run.sources)
+    return Ledger(names, term, head, change, len(found.rows), len(found.rows) + sum(found.left_out.values()))
+
+
+def _row(values: Array, have: Sequence[str], want: Sequence[str]) -> Array:
+    """(have, ...) -> (want, ...); NaN for tasks that the run does not have."""
+    result = np.full((len(want), *values.shape[1:]), np.nan)
+    for i, name in enumerate(want):
+        if name in have:
+            result[i] = values[list(have).index(name)]
+    return result
+
+
+def _probe(run: Run, pairs: Sequence[str]) -> Array | None:
+    """Steps and pooled cosines on the probe loader."""
+    table = run.probe_loader
+    if not table or not len(table["step"]):
+        return None
+    gram = measures.from_norms(table["grad_norm"], table["cosine"])
+    product = measures.over_all(gram - table["gram_noise"], run.reach)
+    steps, where = np.unique(table["step"], return_inverse=True)
+    pooled = bins.sums(product, where, len(steps))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        square = np.diagonal(pooled, axis1=-2, axis2=-1)
+        length = np.sqrt(np.where(square > 0, square, np.nan))
+        cosine = np.clip(pooled / (length[..., :, None] * length[..., None, :]), -1, 1)
+    first, second = measures.pair_index(len(run.tasks))
+    values = _columns(cosine[..., first, second], run.pairs, pairs)
+    return _spaced(np.concatenate([steps[:, None].astype(np.float64), values], axis=1))
+
+
+def _facts(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """What the file says of where it is from, as text; personal names and folders are not in it."""
+    found = {}
+    for name, value in provenance.items():
+        if name in FACTS or name.split(".")[0] in GROUPS:
+            text = " ".join(map(str, value)) if isinstance(value, (list, tuple, np.ndarray)) else str(value)
+            found[clean(name)] = clean(text, LONGEST_FACT)
+    return found

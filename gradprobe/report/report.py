@@ -1,0 +1,85 @@
+"""From run files and a comparison to one HTML file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from gradprobe.errors import RunFileError
+from gradprobe.report import page
+from gradprobe.report.chart import Section
+from gradprobe.report.gather import ArmFiles, gather
+from gradprobe.report.look import Styles
+from gradprobe.report.material import Material
+from gradprobe.report.sections import course, evidence, front, ledger, limits, outcome, provenance, validity, where
+from gradprobe.report.sections.common import Context
+from gradprobe.report.words import Words
+from gradprobe.verdict.answers import Comparison
+
+SECTIONS: tuple[Callable[[Context], Section], ...] = (
+    evidence.section,
+    limits.section,
+    where.section,
+    ledger.section,
+    outcome.section,
+    course.section,
+    validity.section,
+    provenance.section,
+)
+"""In the order of the page; what it does not show stands right behind the evidence."""
+
+
+def build(material: Material, comparison: Comparison, words: Words) -> page.Report:
+    """The report as data, ready to be put on a page."""
+    styles = Styles([arm.name for arm in material.arms], material.baseline, material.controls)
+    context = Context(material, comparison, words, styles)
+    first, rest = front.headline(context)
+    return page.Report(
+        words("page.title", headline=first),
+        first,
+        rest,
+        front.notices(context),
+        front.meta(context),
+        front.cards(context),
+        [make(context) for make in SECTIONS],
+    )
+
+
+def html(
+    comparison: Comparison, arms: Sequence[ArmFiles], lang: str = "en", targets: Mapping[str, float] | None = None
+) -> str:
+    """The whole page.
+
+    Args:
+        comparison: What was found.
+        arms: The files of each arm.
+        lang: "en" or "zh-TW".
+        targets: Metric -> value to reach.
+
+    Raises:
+        UsageError: There is no such language.
+        RunFileError: A file cannot be read.
+        MissingExtraError: plotly or jinja2 is not installed.
+    """
+    words = Words(lang)
+    material = gather(arms, comparison.baseline or None, comparison.controls, targets, comparison.window)
+    return page.render(build(material, comparison, words), words)
+
+
+def write(text: str, out: Path) -> None:
+    """Replace ``out`` in one step, so that nobody ever sees half of it.
+
+    Raises:
+        RunFileError: It cannot be written.
+    """
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(out)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise RunFileError(f"{out}: cannot be written ({error}). Choose another place with --out.") from error

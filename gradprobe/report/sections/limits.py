@@ -1,0 +1,32 @@
+"""What this does not show: said once, for every report, and once more for what these files lack."""
+
+from __future__ import annotations
+
+from gradprobe.report.chart import Prose, Section
+from gradprobe.report.sections.common import Context
+
+ALWAYS = ("loss", "reweighting", "one_setting", "first_order", "seeds", "cause")
+
+
+def section(context: Context) -> Section:
+    """Points that always hold, and those that hold here."""
+    words = context.words
+    points = [words(f"limits.{name}") for name in (*here(context), *ALWAYS)]
+    return Section("limits", words("limits.title"), words("limits.lead"), [Prose(points, points=True)])
+
+
+def here(context: Context) -> list[str]:
+    """The keys of the limits that these files have."""
+    material, comparison = context.material, context.comparison
+    fewest = min(len(arm.runs) for arm in material.arms)
+    found = {
+        "no_control": not comparison.controls,
+        "one_arm": len(material.arms) < 2,
+        "few_seeds": fewest < 3,
+        "naive": any(arm.layers and not arm.corrected for arm in material.arms),
+        "no_ledger": not material.any("ledger"),
+        "no_probe": not material.any("probe"),
+        "no_test": bool(material.runs) and not all(run.test for run in material.runs),
+        "unfinished": not all(run.complete for run in material.runs),
+    }
+    return [name for name, holds in found.items() if holds]

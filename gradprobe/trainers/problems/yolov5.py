@@ -1,0 +1,76 @@
+"""Images with boxes and an image class, for YOLOv5 with a classification head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradprobe.trainers import data as datasets
+from gradprobe.trainers.data import LoadedData, Loader
+from gradprobe.trainers.data.dataset import ImageDataset
+from gradprobe.trainers.data.leakage import clip_of
+from gradprobe.trainers.evaluate import ImageScores, score
+from gradprobe.trainers.hyp import DetectionHyp
+from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification, build_model
+from gradprobe.trainers.problems import YOLOV5
+from gradprobe.trainers.settings import Settings
+
+
+class YOLOv5:
+    """See :class:`gradprobe.trainers.problems.Problem`."""
+
+    kind = YOLOV5
+
+    def load(self, settings: Settings) -> LoadedData:
+        """The phantoms, or what a data.yaml names."""
+        return datasets.load_data(settings.data, imgsz=settings.imgsz, seed=settings.seed, skip_bad=settings.skip_bad)
+
+    def describe(self, data: LoadedData) -> dict[str, Any]:
+        """Names and numbers."""
+        return {
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "box_names": list(data.box_names),
+            "image_names": list(data.image_names),
+            "train_images": len(data.train),
+            "val_images": len(data.val),
+            "test_images": len(data.test) if data.test is not None else 0,
+            "skipped_images": len(data.skipped),
+        }
+
+    def build_model(self, settings: Settings, data: LoadedData, hyp: DetectionHyp) -> YOLOv5WithClassification:
+        """As ``--cfg`` says."""
+        return build_model(
+            settings.cfg,
+            box_classes=len(data.box_names),
+            image_classes=len(data.image_names),
+            imgsz=settings.imgsz,
+            hyp=hyp,
+            seed=settings.seed,
+        )
+
+    def loader(self, split: ImageDataset, batch_size: int, *, seed: int = 0, shuffle: bool = True) -> Loader:
+        """See :func:`gradprobe.trainers.data.make_loader`."""
+        return datasets.make_loader(split, batch_size, seed=seed, shuffle=shuffle)
+
+    def example(self, settings: Settings, data: LoadedData) -> Tensor:
+        """A black image."""
+        return torch.zeros(1, 3, settings.imgsz, settings.imgsz)
+
+    def score(self, model: Any, loader: Iterable[Any], *, device: Any) -> ImageScores:
+        """See :func:`gradprobe.trainers.evaluate.score`."""
+        return score(model, loader, device=device)
+
+    def fitness(self, metrics: Mapping[str, float]) -> float:
+        """YOLOv5's 0.1 mAP50 + 0.9 mAP50-95, and accuracy, half each."""
+        parts = (0.1 * metrics["mAP50"], 0.9 * metrics["mAP50-95"], metrics["accuracy"])
+        return sum(part for part in parts if not math.isnan(part)) / 2
+
+    def cluster(self, name: str) -> str:
+        """The clip or patient that the file name tells."""
+        return clip_of(Path(name).stem) or name

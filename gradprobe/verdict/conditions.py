@@ -1,0 +1,263 @@
+"""Which runs belong together, whether they may be compared, and where they differ from what was planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gradprobe.errors import UsageError
+from gradprobe.verdict.evidence import CONDITIONS, SHOULD_BE_EQUAL, Evidence
+
+NEEDED_FOR_PAIRS = ("data", "initial weights", "batches")
+"""What files have to show before seeds are compared one by one."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one arm.
+
+    Attributes:
+        name: Of the arm.
+        runs: Seed -> run, in order of seeds.
+        again: Runs that were made twice or more: groups of files of one seed and the same settings.
+        ordered: Whether seeds are places in the order of the files, since a file says none.
+    """
+
+    name: str
+    runs: Mapping[int, Evidence]
+    again: Sequence[Sequence[Evidence]] = ()
+    ordered: bool = False
+
+    @property
+    def single(self) -> str:
+        """The task that it trains alone; empty: several."""
+        return next(iter(self.runs.values())).single
+
+
+def group(evidence: Sequence[Evidence]) -> dict[str, Group]:
+    """Runs by arm.
+
+    Raises:
+        UsageError: Two files of one arm and seed have other settings.
+    """
+    by_arm: dict[str, list[Evidence]] = {}
+    for run in evidence:
+        by_arm.setdefault(run.arm, []).append(run)
+    return {name: _arm(name, runs) for name, runs in by_arm.items()}
+
+
+def _arm(name: str, runs: list[Evidence]) -> Group:
+    ordered = any(run.seed is None for run in runs)
+    if ordered:
+        runs = [replace(run, seed=place) for place, run in enumerate(runs)]
+    by_seed: dict[int, list[Evidence]] = {}
+    for run in runs:
+        assert run.seed is not None
+        same = by_seed.setdefault(run.seed, [])
+        if not any(run.made == other.made and _what_it_is(run) == _what_it_is(other) for other in same):
+            same.append(run)  # a copy of a file is no second run
+    _refuse_copies(name, by_seed)
+    again = [same for same in by_seed.values() if len(same) > 1]
+    for same in again:
+        other = next((run for run in same[1:] if _what_it_is(run) != _what_it_is(same[0])), None)
+        if other is not None:
+            raise UsageError(
+                f"{same[0].file} and {other.file} are both of arm {name!r} and seed {other.seed}, and have other "
+                f"settings. Name the arms apart: --arm {name}=GLOB --arm other=GLOB."
+            )
+    return Group(name, {seed: by_seed[seed][0] for seed in sorted(by_seed)}, again, ordered)
+
+
+def _refuse_copies(name: str, by_seed: Mapping[int, Sequence[Evidence]]) -> None:
+    """Two seeds with the same numbers are one run, and would make any interval too narrow.
+
+    Raises:
+        UsageError: There are such.
+    """
+    seen: dict[str, Evidence] = {}
+    for run in (same[0] for same in by_seed.values()):
+        other = seen.setdefault(run.content, run)
+        if other is not run and len(run.step):
+            raise UsageError(
+                f"{other.file} and {run.file} of arm {name!r} hold the same numbers under two seeds: they are one run. "
+                "Leave one of them out."
+            )
+
+
+def _what_it_is(run: Evidence) -> tuple[str, ...]:
+    """Settings and conditions, for telling a repeated run from another one."""
+    said = {**run.setting, **{key: value for name in CONDITIONS for key, value in run.condition(name).items()}}
+    return (run.trainer, *(f"{key}={np.ravel(value).tolist()}" for key, value in sorted(said.items())))
+
+
+# ---- whether two runs may be compared
+
+
+def differences(one: Evidence, other: Evidence) -> list[str]:
+    """Conditions that are known to differ, each with both values."""
+    found = [
+        f"{name} ({key} {_short(mine[key])} and {_short(theirs[key])})"
+        for name in CONDITIONS
+        for mine, theirs in [(one.condition(name), other.condition(name))]
+        for key in mine
+        if key in theirs and not _equal(mine[key], theirs[key])
+    ]
+    return found if one.finished == other.finished else [*found, "budget (one of them did not come to its end)"]
+
+
+def not_shown(one: Evidence, other: Evidence) -> list[str]:
+    """Conditions of a pair that the files do not show."""
+    return [name for name in NEEDED_FOR_PAIRS if not (one.condition(name) and other.condition(name))]
+
+
+def refusal(baseline: Group, arm: Group, paired: bool | None) -> str:
+    """Why an arm is not compared with the baseline; empty: it may be.
+
+    Args:
+        baseline, arm: The runs.
+        paired: True: the user says that runs of one seed belong together; False: that they do not; None: the files
+            have to show it.
+    """
+    if paired is False:
+        return ""
+    common = [seed for seed in arm.runs if seed in baseline.runs]
+    if not common:
+        return f"{arm.name} and {baseline.name} have no seed in common; --unpaired compares them as independent runs."
+    for seed in common:
+        one, other = baseline.runs[seed], arm.runs[seed]
+        found = differences(one, other)
+        if found:
+            return (
+                f"{other.file} and {one.file} (seed {seed}) differ in {'; '.join(found)}. A difference between them "
+                "could come from that. Record them alike (gradprobe study does), or take them as independent: "
+                "--unpaired."
+            )
+        missing = not_shown(one, other)
+        if missing and paired is None:
+            return (
+                f"{other.file} and {one.file} do not show that they had the same {', '.join(missing)}. If runs of one "
+                "seed did, say so: --paired; else --unpaired compares them as independent runs."
+            )
+        if (baseline.ordered or arm.ordered) and paired is None:
+            return (
+                f"the files of {arm.name if arm.ordered else baseline.name} do not name their seeds. If the files of "
+                "both arms belong together in their order, say so: --paired; else: --unpaired."
+            )
+    return ""
+
+
+PER_SEED = ("seed", "from_run", "task_weights", "double", "double_sizes")
+"""Settings that may differ from seed to seed: some trainers take theirs from a run of the same seed."""
+
+
+def mixed(group: Group) -> Iterator[str]:
+    """Settings that differ within an arm."""
+    runs = list(group.runs.values())
+    for name in runs[0].setting:
+        if name not in PER_SEED:
+            other = next((run for run in runs if not _equal(run.setting.get(name), runs[0].setting[name])), None)
+            if other is not None:
+                yield (
+                    f"{group.name} mixes settings: {name} is {_short(runs[0].setting[name])} in {runs[0].file} and "
+                    f"{_short(other.setting.get(name))} in {other.file}."
+                )
+
+
+def cautions(baseline: Group, arm: Group, paired: bool | None) -> Iterator[str]:
+    """What does not forbid a comparison, and has to be known."""
+    pairs = [(baseline.runs[s], run) for s, run in arm.runs.items() if s in baseline.runs]
+    if paired is False and pairs:
+        found = differences(*pairs[0])
+        if found:
+            yield f"{arm.name} and {baseline.name} differ in {'; '.join(found)}, and are compared all the same."
+    else:
+        apart = sorted(set(baseline.runs) ^ set(arm.runs))
+        if apart:
+            yield f"{arm.name} and {baseline.name}: seeds {apart} are in one of them only, and left out."
+    if pairs:
+        one, other = pairs[0]
+        unequal = [
+            f"{name} {_short(one.setting[name])} and {_short(other.setting[name])}"
+            for name in SHOULD_BE_EQUAL
+            if name in one.setting and name in other.setting and not _equal(one.setting[name], other.setting[name])
+        ]
+        if unequal:
+            also = "; ".join(unequal)
+            yield f"{arm.name} differs from {baseline.name} also in {also}: a difference may come from that."
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return bool(np.array_equal(np.ravel(one), np.ravel(other)))
+
+
+def _short(value: Any) -> str:
+    text = ", ".join(map(str, np.ravel(value).tolist()))
+    return text if len(text) <= 16 else text[:12] + "..."
+
+
+# ---- the plan
+
+
+def plan_of(evidence: Sequence[Evidence]) -> dict[str, Any]:
+    """What was fixed before the runs, as the first file that holds a plan says it."""
+    return next((run.plan for run in evidence if run.plan), {})
+
+
+def disagreements(
+    evidence: Sequence[Evidence], groups: Mapping[str, Group], plan: Mapping[str, Any], now: Mapping[str, Any]
+) -> list[str]:
+    """Where files, or this comparison, differ from the plan.
+
+    Args:
+        evidence: All runs.
+        groups: The same by arm.
+        plan: See :func:`plan_of`.
+        now: What this comparison goes by, under the plan's names.
+    """
+    if not plan:
+        return []
+    return [
+        *_of_this_comparison(plan, now),
+        *_of_seeds(groups, plan),
+        *(said for run in evidence for said in _of_a_file(run, plan)),
+    ]
+
+
+def _of_this_comparison(plan: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in now.items():
+        if name in plan and not _equal(plan[name], value):
+            yield f"{name} was planned as {_short(plan[name])}, and this comparison goes by {_short(value)}."
+
+
+def _of_seeds(groups: Mapping[str, Group], plan: Mapping[str, Any]) -> Iterator[str]:
+    planned = {int(seed) for seed in np.ravel(plan.get("seeds", []))}
+    for name, found in groups.items():
+        missing, more = sorted(planned - set(found.runs)), sorted(set(found.runs) - planned)
+        if planned and missing:
+            yield f"{name}: seeds {missing} were planned and are not there."
+        if planned and more:
+            yield f"{name}: seeds {more} were not planned."
+    arms = [str(name) for name in np.ravel(plan.get("arms", []))]
+    for name in arms:
+        if name not in groups:
+            yield f"arm {name} was planned and is not there."
+    for name in groups:
+        if arms and name not in arms:
+            yield f"arm {name} was not planned."
+
+
+def _of_a_file(run: Evidence, plan: Mapping[str, Any]) -> Iterator[str]:
+    if not run.plan:
+        yield f"{run.file} holds no plan, and others do."
+        return
+    for name in sorted(set(plan) | set(run.plan)):
+        if name not in run.plan or name not in plan or not _equal(run.plan[name], plan[name]):
+            yield f"{run.file} was recorded under another plan: {name} is not the same."
+    for name, value in run.plan.items():
+        if name in run.provenance and not _equal(run.provenance[name], value):
+            yield f"{run.file}: {name} was planned as {_short(value)}, and was {_short(run.provenance[name])}."
+    if not run.finished:
+        yield f"{run.file} did not come to its end."

@@ -1,0 +1,106 @@
+"""How large each quantity is in each arm: whether there is anything to reduce."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from gradprobe.statistics import t_interval
+from gradprobe.verdict import gates, questions, readings, words
+from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, Gate, Level
+from gradprobe.verdict.conditions import Group
+from gradprobe.verdict.evidence import Evidence
+from gradprobe.verdict.readings import Pair, Span
+
+
+def levels(
+    baseline: Group | None,
+    arms: Sequence[Group],
+    layers: Sequence[str],
+    pairs: Sequence[Pair],
+    span: Span,
+    margin: float,
+) -> list[Level]:
+    """Mean and interval over seeds of every quantity that was measured, the baseline's first.
+
+    Args:
+        baseline, arms: The runs.
+        layers: Over which; those that all tasks share in every arm that shares any.
+        pairs: Ordered ones.
+        span: Steps that count.
+        margin: What a level is called large by.
+    """
+    if not layers:
+        return []
+    found = [
+        level for group in ([baseline] if baseline else []) + list(arms) for level in _of(group, layers, pairs, span)
+    ]
+    return [Level(**{**vars(level), "sentence": words.of_level(level, margin)}) for level in found]
+
+
+def _of(group: Group, layers: Sequence[str], pairs: Sequence[Pair], span: Span) -> Iterator[Level]:
+    runs = list(group.runs.values())
+    if not all(set(layers) <= readings.shared_layers(run, run.tasks) for run in runs):
+        return
+    if all(readings.stream(run) is not None for run in runs):
+        for pair in {frozenset((p.task, p.by)): p for p in reversed(pairs)}.values():
+            yield _direction(group, runs, layers, pair, span)
+    if all(run.ledger for run in runs):
+        for pair in pairs:
+            yield _interference(group, runs, layers, pair, span)
+    if all(readings.stream(run) is not None for run in runs):
+        yield _dominance(group, runs, layers, span)
+
+
+def _direction(group: Group, runs: list[Evidence], layers: Sequence[str], pair: Pair, span: Span) -> Level:
+    tasks = sorted((pair.task, pair.by), key=runs[0].tasks.index)
+
+    def read(run: Evidence) -> float:
+        found = readings.estimate(run, layers, tasks, span)
+        return math.nan if found is None else -float(found.cosine[0])
+
+    def closing(run: Evidence) -> list[Gate]:
+        samples = (gates.enough_samples([run], layers, task, span, probed=True) for task in tasks)
+        return [gates.self_check([run]), *samples]
+
+    return _level(group, DIRECTION, "|".join(tasks), words.quantity(DIRECTION, *tasks), runs, read, closing)
+
+
+def _interference(group: Group, runs: list[Evidence], layers: Sequence[str], pair: Pair, span: Span) -> Level:
+    def read(run: Evidence) -> float:
+        found = questions.cancelled(run, layers, pair, span)
+        return math.nan if found is None else found
+
+    def closing(run: Evidence) -> list[Gate]:
+        return [gates.self_check([run]), gates.enough_samples([run], layers, pair.task, span, probed=False)]
+
+    what = words.quantity(INTERFERENCE, pair.task, pair.by)
+    return _level(group, INTERFERENCE, pair.name, what, runs, read, closing)
+
+
+def _dominance(group: Group, runs: list[Evidence], layers: Sequence[str], span: Span) -> Level:
+    def read(run: Evidence) -> float:
+        found = readings.dominance(run, layers, span)
+        return math.nan if found is None else found.largest
+
+    return _level(group, DOMINANCE, "largest share", words.quantity(DOMINANCE), runs, read, lambda run: [])
+
+
+def _level(
+    group: Group,
+    question: str,
+    subject: str,
+    quantity: str,
+    runs: list[Evidence],
+    read: Callable[[Evidence], float],
+    closing: Callable[[Evidence], Sequence[Gate]],
+) -> Level:
+    values = np.array([read(run) if gates.passed(closing(run)) else math.nan for run in runs])
+    # Runs without a number are no random ones: an interval over the others would be of a selection.
+    mean, low, high = t_interval(values) if np.isfinite(values).all() else (math.nan, math.nan, math.nan)
+    seeds = list(group.runs)
+    return Level(
+        question, group.name, subject, quantity, float(mean), float(low), float(high), values.tolist(), seeds, ""
+    )

@@ -1,0 +1,641 @@
+"""A comparison of runs whose truth is planted: the right answer, not the others, and everything that it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from verdict_factory import TASKS, Truth, alone, make, study
+
+from gradprobe.errors import UsageError
+from gradprobe.verdict import gates
+from gradprobe.verdict.answers import (
+    EQUIVALENT,
+    INCREASED,
+    NO_VERDICT,
+    NOT_APPLICABLE,
+    QUESTIONS,
+    REDUCED,
+    UNDEFINED,
+    as_json,
+)
+from gradprobe.verdict.comparison import Options, compare
+from gradprobe.verdict.evidence import Scores
+
+BASE = Truth()
+CLAIMS = ("REDUCED", "REDUCED (size uncertain)", "INCREASED")
+
+
+def answer(found, question, subject, arm="arm"):
+    (one,) = (a for a in found.answers if (a.question, a.subject, a.arm) == (question, subject, arm))
+    return one
+
+
+def claimed(found, arm="arm"):
+    """Question and subject of everything that is said to have fallen or risen."""
+    return {(a.question, a.subject): a.verdict for a in found.answers if a.arm == arm and a.verdict in CLAIMS}
+
+
+def but(run, **said):
+    """The run with entries of its provenance replaced; None takes one away."""
+    merged = {**run.provenance, **{name.replace("__", "."): value for name, value in said.items()}}
+    return replace(run, provenance={name: value for name, value in merged.items() if value is not None})
+
+
+METRIC_UP = {"mAP50": 0.7, "mAP50-95": 0.45, "accuracy": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("planted", "expected"),
+    [
+        ({}, {}),
+        ({"cosine": 0.3}, {("direction", "det|cls"): REDUCED}),
+        ({"cosine": -0.7}, {("direction", "det|cls"): INCREASED}),
+        ({"cancelled": {"cls>det": 0.1, "det>cls": 0.2}}, {("interference", "cls>det"): REDUCED}),
+        ({"cancelled": {"cls>det": 0.5, "det>cls": 0.6}}, {("interference", "det>cls"): INCREASED}),
+        ({"weight": (3.0, 1.0)}, {("dominance", "largest share"): INCREASED}),
+        (
+            {"metrics": METRIC_UP},
+            {("outcome", "mAP50"): REDUCED, ("outcome", "mAP50-95"): REDUCED, ("outcome", "Delta-m"): REDUCED},
+        ),
+    ],
+    ids=["nothing", "direction", "worse direction", "interference", "the other pair", "dominance", "outcome"],
+)
+def test_a_planted_effect_is_attributed_to_the_right_answer_and_to_no_other(planted, expected):
+    # Three seeds of each arm more than needed, so that it is not the luck of a draw that decides.
+    base = BASE.but(spread=0.01)
+    found = compare(study({"joint": base, "arm": base.but(**planted)}, range(8)))
+    assert claimed(found) == expected
+    assert {a.question for a in found.answers} == set(QUESTIONS)
+    assert not found.refusals
+
+
+def test_the_numbers_are_those_that_were_planted():
+    base = BASE.but(spread=0.01)
+    found = compare(study({"joint": base, "arm": base.but(cosine=0.1, cancelled={"cls>det": 0.2, "det>cls": 0.2})}))
+    assert answer(found, "direction", "det|cls").effect == pytest.approx(-0.4, abs=0.05)
+    one = answer(found, "interference", "cls>det")
+    assert one.effect == pytest.approx(-0.3, abs=0.03)
+    assert one.effect == pytest.approx(np.mean(np.subtract(one.arm_values, one.baseline_values)))
+    level = next(x for x in found.levels if (x.arm, x.subject) == ("joint", "cls>det"))
+    assert level.low95 < np.mean(one.baseline_values) < level.high95
+    assert "gradnorm" not in found.headline[0]
+    assert found.headline[0].startswith("arm: interference against joint is REDUCED (cls>det), EQUIVALENT (det>cls).")
+    assert "cls cancels (C) is 0." in found.headline[1]
+
+
+def test_what_is_worse_than_the_baseline_is_listed():
+    base = BASE.but(spread=0.01)
+    found = compare(study({"joint": base, "arm": base.but(cancelled={"cls>det": 0.8, "det>cls": 0.2})}))
+    assert [(a.question, a.subject) for a in found.increased] == [("interference", "cls>det")]
+    assert not found.open
+
+
+def test_json_holds_everything_and_no_nan():
+    found = as_json(compare(study({"joint": BASE, "arm": BASE}, range(3))))
+    text = json.dumps(found, allow_nan=False)
+    assert json.loads(text) == found
+    assert found["arms"][0] == {
+        "name": "joint",
+        "role": "baseline",
+        "files": ["joint-0.h5", "joint-1.h5", "joint-2.h5"],
+        "seeds": [0, 1, 2],
+    }
+    first = found["answers"][0]
+    assert {"question", "arm", "subject", "verdict", "rule", "p_zero", "p_zero_holm", "gates", "reason"} <= set(first)
+    assert first["gates"][0].keys() == {"name", "passed", "value", "limit", "sentence"}
+
+
+def test_the_order_of_the_files_changes_nothing():
+    runs = study({"joint": BASE, "arm": BASE.but(cosine=0.2)}, range(4))
+    left, right = (compare(order) for order in (runs, runs[::-1]))
+    for question, subject in (("direction", "det|cls"), ("interference", "cls>det"), ("outcome", "accuracy")):
+        one, other = (answer(found, question, subject) for found in (left, right))
+        assert (one.verdict, one.effect, one.low95) == (other.verdict, other.effect, other.low95)
+
+
+# ---- what it refuses
+
+
+def test_without_a_baseline_there_is_no_conclusion():
+    found = compare(study({"gradnorm": BASE}))
+    assert found.headline[0].startswith("No conclusion about interference: there is no control run")
+    assert found.answers == []
+    assert found.open
+
+
+def test_one_arm_alone_is_compared_with_nothing():
+    found = compare(study({"joint": BASE}))
+    assert found.headline[0] == "No conclusion about interference: there is nothing to compare joint with."
+    assert [level.arm for level in found.levels] == ["joint"] * 4
+
+
+def test_without_a_task_alone_nothing_is_said_of_what_sharing_costs():
+    found = compare(study({"joint": BASE, "arm": BASE}, controls=False))
+    one = answer(found, "outcome", "accuracy")
+    assert one.verdict == NO_VERDICT
+    assert "no run of cls alone" in one.reason
+    assert "no conclusion about what sharing costs" in found.refusals[0]
+    assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_fewer_than_three_seeds_are_a_description(seeds):
+    found = compare(study({"joint": BASE, "arm": BASE.but(cosine=0.5)}, range(seeds)))
+    assert {a.verdict for a in found.answers} == {NO_VERDICT}
+    one = answer(found, "direction", "det|cls")
+    assert f"from {seeds} seed" in one.reason
+    assert "there is a description and no verdict" in one.reason
+    assert np.isfinite(one.effect)
+    assert found.headline[0].startswith("No conclusion about interference")
+    assert found.open
+
+
+@pytest.mark.parametrize(
+    ("said", "word"),
+    [
+        ({"data__fingerprint": "another"}, "data"),
+        ({"model__reference": "another"}, "initial weights"),
+        ({"batches__hash": "another"}, "batches"),
+        ({"batches__count": 60}, "budget"),
+        ({"settings__epochs": 6}, "budget"),
+        ({"settings__micro_batches": 4}, ""),  # of one side alone: nothing to compare it with
+    ],
+)
+def test_other_data_weights_or_budget_are_refused_unless_unpaired(said, word):
+    runs = study({"joint": BASE, "arm": BASE.but(cosine=0.3)})
+    runs = [but(run, **said) if run.arm == "arm" else run for run in runs]
+    found = compare(runs)
+    if not word:
+        assert not found.refusals
+        return
+    assert f"differ in {word}" in found.refusals[0]
+    assert claimed(found) == {}
+    assert {a.verdict for a in found.answers} == {NO_VERDICT}
+    free = compare(runs, Options(paired=False))
+    assert not free.refusals
+    assert answer(free, "direction", "det|cls").verdict == REDUCED
+    assert any(f"differ in {word}" in said for said in free.warnings)
+
+
+def test_a_run_that_ended_early_has_another_budget():
+    runs = study({"joint": BASE, "arm": BASE})
+    found = compare([replace(run, finished=False) if run.file == "arm-2.h5" else run for run in runs])
+    assert "one of them did not come to its end" in found.refusals[0]
+
+
+def test_unpaired_runs_are_compared_by_welch():
+    runs = study({"joint": BASE, "arm": BASE.but(cancelled={"cls>det": 0.3, "det>cls": 0.2})}, range(6))
+    paired_, free = compare(runs), compare(runs, Options(paired=False))
+    one, other = (answer(found, "interference", "cls>det") for found in (paired_, free))
+    assert one.effect == pytest.approx(other.effect)
+    assert other.high95 - other.low95 > one.high95 - one.low95  # seeds differ more than the two runs of one
+    assert np.isfinite(one.sign_flip)
+    assert np.isnan(other.sign_flip)
+
+
+def test_files_that_do_not_show_how_they_were_made_are_paired_only_on_demand():
+    hidden = {"data__fingerprint": None, "model__reference": None, "batches__hash": None}
+    runs = [but(run, **hidden) for run in study({"joint": BASE, "arm": BASE})]
+    found = compare(runs)
+    assert "do not show that they had the same data, initial weights, batches" in found.refusals[0]
+    assert not compare(runs, Options(paired=True)).refusals
+
+
+def test_files_without_seeds_are_taken_in_their_order_and_paired_only_on_demand():
+    runs = [replace(run, seed=None) for run in study({"joint": BASE, "arm": BASE})]
+    found = compare(runs)
+    assert "do not name their seeds" in found.refusals[0]
+    assert compare(runs, Options(paired=True)).arms[1].seeds == [0, 1, 2, 3, 4]
+
+
+def test_seeds_of_one_arm_alone_are_left_out_and_told():
+    runs = [run for run in study({"joint": BASE, "arm": BASE}, range(6)) if run.file != "arm-3.h5"]
+    found = compare(runs)
+    assert answer(found, "direction", "det|cls").n == 5
+    assert any("seeds [3] are in one of them only" in said for said in found.warnings)
+
+
+def test_two_files_of_one_seed_with_other_settings_are_refused():
+    runs = study({"joint": BASE, "arm": BASE})
+    with pytest.raises(UsageError, match="both of arm 'arm' and seed 1"):
+        compare([*runs, but(next(run for run in runs if run.file == "arm-1.h5"), settings__lr=0.5)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(pairs=["det>seg"]), "--pairs 'det>seg'"),
+        (Options(pairs=["det"]), "--pairs 'det'"),
+        (Options(metrics=["loss_det"]), "loss_det is a loss"),
+        (Options(margin=0.0), "margins are finite numbers above 0"),
+        (Options(controls=["nobody"]), "--control nobody"),
+    ],
+)
+def test_wrong_requests(options, message):
+    with pytest.raises(UsageError, match=message):
+        compare(study({"joint": BASE, "arm": BASE}, range(3)), options)
+
+
+# ---- gates
+
+
+def with_ledger(run, change):
+    table = {name: np.array(value) for name, value in run.ledger.items()}
+    change(table)
+    return replace(run, ledger=table)
+
+
+def spoil(runs, change, file="arm-1.h5"):
+    return [change(run) if run.file == file else run for run in runs]
+
+
+def off_by_a_third(table):
+    table["loss_change"] *= 0.66
+
+
+def much_from_before(table):
+    table["term"][..., -1] = 0.05 * np.abs(table["term"][..., 0])
+
+
+def no_progress(table):
+    table["term"][:, :, 0, 0] = 0.01 * np.where(np.arange(len(table["term"])) % 2, 1.0, -1.0)[:, None]
+    table["loss_change"] = table["term"].sum(axis=(1, 3)) + table["head"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("residual", lambda run: with_ledger(run, off_by_a_third)),
+        ("rows", lambda run: with_ledger(run, much_from_before)),
+        ("own progress", lambda run: with_ledger(run, no_progress)),
+        ("samples over noise scale", lambda run: but(run, data__train_images=20)),
+        ("samples over noise scale", lambda run: but(run, data__train_images=None)),
+        ("samples over noise scale", lambda run: replace(run, probed=None)),
+        ("self-check", lambda run: but(run, self_check=None)),
+        ("self-check", lambda run: but(run, self_check=np.array([0.97, -1.0]))),
+        ("same run twice", lambda run: replace(run, loss=run.loss + 1e-7)),
+        ("same run twice", lambda run: replace(run, step=run.step + 1)),
+    ],
+)
+def test_every_gate_closes_on_one_bad_run_of_many(name, change):
+    truth = BASE.but(cancelled={"cls>det": 0.1, "det>cls": 0.2})
+    found = compare(spoil(study({"joint": BASE, "arm": truth}), change))
+    one = answer(found, "interference", "cls>det")
+    assert one.verdict == UNDEFINED
+    assert one.rule is None
+    (closed, *_) = (gate for gate in one.gates if not gate.passed)
+    assert closed.name == name
+    assert "arm, seed 1" in closed.sentence
+    assert closed.sentence in one.reason
+    assert np.isnan(one.effect)
+    assert found.open
+
+
+def test_a_gate_of_one_task_does_not_close_the_others():
+    def change(run):
+        return with_ledger(run, lambda table: table["loss_change"].__setitem__((slice(None), 0), 0.1))
+
+    found = compare(spoil(study({"joint": BASE, "arm": BASE}), change))
+    assert answer(found, "interference", "cls>det").verdict == UNDEFINED
+    assert answer(found, "interference", "det>cls").verdict == EQUIVALENT
+    assert answer(found, "direction", "det|cls").verdict == EQUIVALENT
+
+
+def test_a_gradient_that_cannot_be_told_from_noise_leaves_direction_undefined():
+    def change(run):
+        return replace(run, probed=replace(run.probed, noise=run.probed.gram * 1.0))
+
+    found = compare(spoil(study({"joint": BASE, "arm": BASE}), change))
+    one = answer(found, "direction", "det|cls")
+    assert one.verdict == UNDEFINED
+    assert [gate.name for gate in one.gates if not gate.passed] == ["gradients resolved"]
+
+
+def test_a_run_made_twice_must_be_the_same_to_the_bit():
+    runs = study({"joint": BASE, "arm": BASE})
+    twin = replace(runs[0], file="again.h5", made="at another time")
+    found = compare([*runs, twin])
+    gate = next(g for g in answer(found, "direction", "det|cls").gates if g.name == "same run twice")
+    assert gate.passed
+    assert "was made twice and is the same to the bit" in gate.sentence
+    assert answer(found, "direction", "det|cls").n == 5
+    other = compare([*runs, replace(twin, content="another")])
+    assert answer(other, "direction", "det|cls").verdict == UNDEFINED
+    assert answer(other, "outcome", "accuracy").verdict == UNDEFINED
+
+
+def test_a_copy_of_a_file_is_no_second_run():
+    runs = study({"joint": BASE, "arm": BASE})
+    found = compare([*runs, replace(runs[0], file="copy.h5")])
+    gate = next(g for g in answer(found, "direction", "det|cls").gates if g.name == "same run twice")
+    assert gate.sentence.startswith("no run was made twice")
+    with pytest.raises(
+        UsageError, match=r"joint-0\.h5 and copy\.h5 of arm 'joint' hold the same numbers under two seeds"
+    ):
+        compare([*runs, replace(runs[0], file="copy.h5", seed=9)])
+
+
+def test_an_arm_that_mixes_settings_is_told():
+    runs = spoil(study({"joint": BASE, "arm": BASE}), lambda run: but(run, settings__gradnorm_alpha=0.1))
+    runs = [but(r, settings__gradnorm_alpha=1.5) if r.arm == "arm" and r.seed != 1 else r for r in runs]
+    assert "arm mixes settings: gradnorm_alpha is 1.5 in arm-0.h5 and 0.1 in arm-1.h5." in compare(runs).warnings
+
+
+def test_an_unknown_batch_size_gives_no_noise_scale():
+    def change(run):
+        return replace(run, probed=replace(run.probed, batch_size=0 * run.probed.batch_size))
+
+    one = answer(compare(spoil(study({"joint": BASE, "arm": BASE}), change)), "interference", "cls>det")
+    assert [gate.name for gate in one.gates if not gate.passed] == ["samples over noise scale"]
+
+
+def test_runs_without_micro_batches_or_a_ledger_say_how_to_record_them():
+    runs = [replace(run, probed=None, ledger={}) for run in study({"joint": BASE, "arm": BASE})]
+    found = compare(runs)
+    assert "--micro-batches 4" in answer(found, "direction", "det|cls").reason
+    assert "--ledger" in answer(found, "interference", "cls>det").reason
+    assert answer(found, "interference", "cls>det").verdict == NO_VERDICT
+    assert found.open
+
+
+def test_the_first_steps_of_adam_are_left_out():
+    def early(table):
+        table["term"][:20, :, 0, 1] = 10.0
+
+    runs = [with_ledger(run, early) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
+    assert answer(compare(runs), "interference", "cls>det").verdict == EQUIVALENT
+    plain = [but(run, settings__optimizer="SGD") for run in runs]
+    assert answer(compare(plain), "interference", "cls>det").verdict != EQUIVALENT
+
+
+def test_the_window_says_which_steps_count():
+    def late(table):
+        table["term"][60:, :, 0, 1] *= 0.2
+        table["loss_change"][60:, 0] -= 0.8 * 0.01 * 0.5
+
+    runs = [with_ledger(run, late) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
+    early, after = (compare(runs, Options(window=w)) for w in ((20, 60), (60, 120)))
+    assert answer(early, "interference", "cls>det").verdict == EQUIVALENT
+    assert answer(after, "interference", "cls>det").verdict == REDUCED
+
+
+def test_the_worst_gate_is_the_closed_one_or_the_nearest_to_its_limit():
+    open_, near, shut = (gates.Gate("x", p, v, 0.1, "") for p, v in ((True, 0.001), (True, 0.09), (False, 0.5)))
+    assert gates.worst([open_, shut, near]) is shut
+    assert gates.worst([open_, near]) is near
+
+
+# ---- layers
+
+
+def thinned(run, keep):
+    """The run as if only some layers were shared."""
+    places = [run.layers.index(name) for name in keep]
+    ledger = dict(run.ledger, term=run.ledger["term"][:, places])
+    probed = replace(run.probed, gram=run.probed.gram[:, places], noise=run.probed.noise[:, places])
+    return replace(run, layers=tuple(keep), reach=run.reach[places], ledger=ledger, probed=probed)
+
+
+def test_only_common_layers_are_compared_and_it_says_so():
+    runs = study({"joint": BASE, "split": BASE, "arm": BASE})
+    keep = ("model.2.conv", "model.0.conv")  # in another order too
+    runs = [thinned(run, keep) if run.arm == "split" else run for run in runs]
+    found = compare(runs)
+    assert found.common_layers == ["model.0.conv", "model.2.conv"]
+    assert found.left_out_layers == ["model.1.conv"]
+    note = "Over the 2 layers that both arms share; 1 of the baseline's are left out."
+    assert note in answer(found, "direction", "det|cls", "split").notes
+    assert note not in answer(found, "direction", "det|cls", "arm").notes
+    seen = [x.layer for x in found.layers if (x.arm, x.question) == ("split", "direction")]
+    assert seen == ["model.0.conv", "model.2.conv"]
+
+
+def test_layers_are_matched_by_name_and_not_by_place():
+    """One layer with another cosine, which stands elsewhere in the other arm."""
+
+    def odd(run):
+        gram = run.probed.gram.copy()
+        place = run.layers.index("model.2.conv")
+        gram[:, place, 0, 1] += 0.5
+        gram[:, place, 1, 0] += 0.5
+        return replace(run, probed=replace(run.probed, gram=gram))
+
+    runs = [odd(run) for run in study({"joint": BASE.but(spread=1e-3), "arm": BASE.but(spread=1e-3)}, controls=False)]
+    order = ("model.2.conv", "model.0.conv", "model.1.conv")
+    found = compare([thinned(run, order) if run.arm == "arm" else run for run in runs])
+    assert max(abs(x.effect) for x in found.layers) < 0.1
+
+
+def test_arms_that_share_nothing_are_not_applicable_and_no_zero():
+    runs = study({"joint": BASE, "dual": BASE, "detach": BASE, "arm": BASE})
+    runs = [
+        thinned(run, ())
+        if run.arm == "dual"
+        else replace(run, reach=run.reach & [True, False])
+        if run.arm == "detach"
+        else run
+        for run in runs
+    ]
+    found = compare(runs)
+    for arm in ("dual", "detach"):
+        verdicts = {a.question: a.verdict for a in found.answers if a.arm == arm}
+        assert [verdicts[q] for q in ("direction", "interference", "dominance")] == [NOT_APPLICABLE] * 3
+        assert verdicts["outcome"] != NOT_APPLICABLE
+        assert np.isnan(answer(found, "direction", "det|cls", arm).effect)
+    # what is not applicable is no comparison, and makes no other one harder
+    alone_ = compare([run for run in runs if run.arm not in ("dual", "detach")])
+    one, other = (answer(x, "interference", "cls>det").p_zero_holm for x in (found, alone_))
+    assert one == other
+    assert found.common_layers == list(runs[0].layers)
+    only = compare([run for run in runs if run.arm != "arm" and run.arm != "detach"])
+    assert only.headline[0].startswith("No gradient can interfere: in dual det and cls share no layer")
+    assert not only.open
+
+
+def test_layers_are_looked_at_after_the_trunk_and_only_where_it_was_judged():
+    base = BASE.but(spread=0.01)
+    runs = study({"joint": base, "arm": base.but(cancelled={"cls>det": 0.1, "det>cls": 0.2})})
+    found = compare(runs)
+    mine = [x for x in found.layers if (x.question, x.subject) == ("interference", "cls>det")]
+    assert [x.layer for x in mine] == list(runs[0].layers)
+    assert sum(x.effect for x in mine) == pytest.approx(answer(found, "interference", "cls>det").effect)
+    assert all(x.discovery for x in mine)
+    spoiled = compare([but(run, self_check=None) for run in runs])
+    assert spoiled.layers == []
+
+
+# ---- direct and total
+
+
+def test_the_direct_effect_of_weights_is_told_from_the_total_one():
+    """The weight of cls is cut to a tenth, and the trainings interfere as before."""
+    found = compare(study({"joint": BASE, "arm": BASE.but(weight=(1.0, 0.1))}))
+    one = answer(found, "interference", "cls>det")
+    assert one.verdict == EQUIVALENT
+    assert one.direct.effect == pytest.approx(-0.9 * 0.3, abs=0.05)  # R was .3 at cosine -.3 and equal lengths
+    assert one.direct.high95 < 0
+    other = answer(found, "interference", "det>cls")
+    assert other.direct.effect == pytest.approx(9 * 0.3, rel=0.2)
+    even = BASE.but(spread=0.0)
+    same = compare(study({"joint": even, "arm": even}))
+    assert answer(same, "interference", "cls>det").direct.effect == 0
+    note = "Both arms have the same weights: no difference can come from weights."
+    assert note in answer(same, "interference", "cls>det").notes
+    assert note not in one.notes
+
+
+# ---- the plan, and what misleads
+
+
+PLAN = {
+    "plan.margin": 0.2,
+    "plan.baseline": "joint",
+    "plan.pairs": np.array(["cls>det"], dtype=object),
+    "plan.window": np.array([20, 100]),
+    "plan.seeds": np.arange(5),
+    "plan.arms": np.array(["joint", "arm", "single-det", "single-cls"], dtype=object),
+    "plan.settings.epochs": 3,
+}
+
+
+def planned(runs, **changes):
+    return [replace(run, provenance={**run.provenance, **PLAN, **changes}) for run in runs]
+
+
+def test_what_was_planned_is_what_counts():
+    found = compare(planned(study({"joint": BASE, "arm": BASE})))
+    assert found.disagreements == []
+    assert found.window == (20, 100)
+    assert [(a.subject, a.margin) for a in found.of("interference")] == [("cls>det", 0.2)]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda runs: runs, Options(margin=0.05), "margin was planned as 0.2, and this comparison goes by 0.05"),
+        (lambda runs: runs, Options(window=(0, 50)), "window was planned as 20, 100"),
+        (lambda runs: runs, Options(pairs=["det>cls"]), "pairs was planned as cls>det"),
+        (lambda runs: [r for r in runs if r.seed != 4], None, r"joint: seeds \[4\] were planned and are not there"),
+        (lambda runs: [r for r in runs if r.single != "cls"], None, "arm single-cls was planned and is not there"),
+        (
+            lambda runs: spoil(runs, lambda run: but(run, plan__margin=0.3)),
+            None,
+            "arm-1.h5 was recorded under another plan: margin",
+        ),
+        (
+            lambda runs: spoil(runs, lambda run: but(run, settings__epochs=9)),
+            Options(paired=False),
+            "arm-1.h5: settings.epochs was planned as 3, and was 9",
+        ),
+    ],
+)
+def test_what_differs_from_the_plan_is_said(change, options, message):
+    found = compare(change(planned(study({"joint": BASE, "arm": BASE}))), options)
+    assert any(np.char.find(said, message.replace("\\", "")) >= 0 for said in found.disagreements), found.disagreements
+
+
+def test_a_file_without_the_plan_of_the_others_is_told():
+    runs = planned(study({"joint": BASE, "arm": BASE}))
+    bare = {name: value for name, value in runs[0].provenance.items() if not name.startswith("plan.")}
+    found = compare([*runs[1:], replace(runs[0], provenance=bare)])
+    assert "joint-0.h5 holds no plan, and others do." in found.disagreements
+
+
+def test_partial_batches_and_scaled_losses_are_warned_of_by_name():
+    def last_of_epoch(run):
+        size, loss = run.batch_size.copy(), run.loss.copy()
+        size[19::20] = 4
+        loss[19::20, 0] /= 4
+        return replace(run, batch_size=size, loss=loss)
+
+    found = compare(spoil(study({"joint": BASE, "arm": BASE}), last_of_epoch))
+    said = [x for x in found.warnings if "arm-1.h5" in x]
+    assert "3 recorded steps are partial batches (4 of 16 samples)" in said[0]
+    assert "the loss of det is scaled by batch size" in said[1]
+    assert len(said) == 2
+
+
+def test_a_lower_training_loss_is_named_and_changes_nothing():
+    runs = study({"joint": BASE, "arm": BASE})
+
+    def lower(run):
+        loss = run.loss.copy()
+        loss[1:] *= 0.3
+        return replace(run, loss=loss)
+
+    plain, found = compare(runs), compare([lower(run) if run.arm == "arm" else run for run in runs])
+    assert any("arm: the training loss of det ends 70 % lower than in joint" in said for said in found.warnings)
+    assert [(a.verdict, a.effect) for a in found.answers] == [(a.verdict, a.effect) for a in plain.answers]
+
+
+def test_an_arm_with_another_learning_rate_is_told():
+    runs = [but(run, settings__lr=0.5) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
+    found = compare(runs)
+    assert "arm differs from joint also in lr 0.01 and 0.5: a difference may come from that." in found.warnings
+    assert not found.refusals
+
+
+# ---- outcome
+
+
+def test_an_outcome_is_a_deficit_against_the_task_alone():
+    base = BASE.but(spread=1e-4)
+    found = compare(study({"joint": base, "arm": base.but(metrics={**base.metrics, "accuracy": 0.85})}, range(4)))
+    one = answer(found, "outcome", "accuracy")
+    assert one.task == "cls"
+    assert np.mean(one.baseline_values) == pytest.approx(0.1, abs=1e-2)
+    assert np.mean(one.arm_values) == pytest.approx(0.05, abs=1e-2)
+    assert answer(found, "outcome", "Delta-m").effect == pytest.approx(-0.5 * 0.05 / 0.9, rel=0.1)
+
+
+def test_a_run_without_a_test_split_is_named():
+    runs = study({"joint": BASE, "arm": BASE})
+    bare = [replace(run, tested=Scores({})) for run in runs]
+    one = compare(bare).of("outcome")[0]
+    assert (one.verdict, one.subject) == (NO_VERDICT, "test split")
+    found = compare([bare[k] if run.file == "arm-1.h5" else run for k, run in enumerate(runs)])
+    assert {a.verdict for a in found.of("outcome")} == {NO_VERDICT}
+    assert "arm-1.h5 holds no accuracy of the test split." in {a.reason for a in found.of("outcome")}
+    with pytest.raises(UsageError, match="--metrics speed: whose is it"):
+        compare(runs, Options(metrics=["speed"]))
+
+
+def test_clusters_of_the_test_split_widen_the_interval():
+    rng = np.random.default_rng(0)
+    shift = 0.05 * rng.normal(size=12)
+
+    def clustered(run):
+        moved = {name: run.tested.values[name] + shift / 11 * 3 for name in run.tested.without}
+        return replace(run, tested=replace(run.tested, without=moved))
+
+    runs = study({"joint": BASE, "arm": BASE}, range(5))
+    plain = answer(compare(runs), "outcome", "accuracy")
+    wide = answer(compare([clustered(run) if run.arm == "arm" else run for run in runs]), "outcome", "accuracy")
+    assert wide.high95 - wide.low95 > 1.3 * (plain.high95 - plain.low95)
+    assert wide.effect == plain.effect
+    assert "12 independent clusters" in wide.notes[0]
+    both = answer(compare([clustered(run) for run in runs]), "outcome", "accuracy")
+    assert both.high95 - both.low95 == pytest.approx(plain.high95 - plain.low95, rel=0.1)  # the same images: paired
+    none = [replace(run, tested=replace(run.tested, clusters=(), without={})) for run in runs]
+    assert "over seeds alone" in answer(compare(none), "outcome", "accuracy").notes[0]
+
+
+def test_metrics_of_tasks_with_other_names_are_found_by_the_tasks_name():
+    rng = np.random.default_rng(0)
+
+    def renamed(run):
+        values = {
+            f"solved_{task}": run.tested.values.get(name, 0.5)
+            for task, name in zip(TASKS, ("mAP50", "accuracy"), strict=True)
+        }
+        if run.single:
+            values = {f"solved_{run.single}": values[f"solved_{run.single}"]}
+        return replace(run, tested=replace(run.tested, values={**values, "loss_det": 1.0}, without={}, clusters=()))
+
+    runs = [make("joint", s, BASE, rng) for s in range(3)] + [make("arm", s, BASE, rng) for s in range(3)]
+    runs += [alone(task, s, rng) for task in TASKS for s in range(3)]
+    found = compare([renamed(run) for run in runs])
+    assert [a.subject for a in found.of("outcome")] == ["solved_det", "solved_cls", "Delta-m"]

@@ -1,0 +1,61 @@
+"""The tables of docs/validity.md: printed by the command that stands beside them, and as good as is claimed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "validity.py"
+
+
+def run(*words):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *words], check=True, capture_output=True, text=True, timeout=3600
+    ).stdout
+
+
+def tables(text):
+    """Each table as rows of cells, without its head."""
+    found = re.findall(r"((?:^\|.*\|\n?)+)", text, re.MULTILINE)
+    return [
+        [[cell.strip() for cell in row.strip("| \n").split(" | ")] for row in one.strip().splitlines()][2:]
+        for one in found
+    ]
+
+
+def rate(cell):
+    return float(cell.removesuffix(" %")) / 100
+
+
+def look(text, slack):
+    null, power, margin, *rest = tables(text)
+    assert all(rate(cell) <= 0.055 + slack for row in null for cell in row[3:])
+    found = {int(row[0]): [rate(cell) for cell in row[1:]] for row in power}
+    assert found[5][1] >= 0.87 - slack
+    assert found[3][1] < found[5][1] < found[8][1]
+    assert all(rate(row[1]) <= 0.03 + slack for row in margin)
+    return rest
+
+
+def test_a_short_form():
+    assert look(run("--studies", "2000", "--draws", "0"), slack=0.015) == []
+
+
+def test_the_documented_tables_say_what_is_asked_for():
+    (attribution,) = look((ROOT / "docs" / "validity.md").read_text(encoding="utf-8"), slack=0.0)[:1]
+    questions = ("direction", "interference", "dominance", "outcome")
+    for planted, *cells in attribution:
+        for question, cell in zip(questions, cells, strict=True):
+            assert rate(cell) >= 0.87 if planted == question else rate(cell) <= 0.07
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_command_prints_the_documented_tables():
+    printed, documented = tables(run()), tables((ROOT / "docs" / "validity.md").read_text(encoding="utf-8"))
+    assert printed == documented[: len(printed)]
