@@ -19,7 +19,7 @@ from report_factory import HOSTILE, answer, make_comparison, make_study
 
 from gradprobe import report
 from gradprobe.errors import MissingExtraError, RunFileError, UsageError
-from gradprobe.report import bins, convergence, look, names, page, targets
+from gradprobe.report import bins, convergence, heat, look, names, page, targets
 from gradprobe.report.chart import Chart, Notice, Panel, Table, inert, numbers
 from gradprobe.report.figures import dots, forest, heatmap, lines
 from gradprobe.report.figures import verdicts as shown
@@ -229,7 +229,7 @@ def test_no_form_is_without_its_places():
     for english, form in FORMS["zh-TW"].items():
         places = [set(re.findall(r"\{(\w+)\}", text)) for text in (english, form)]
         assert places[1] <= places[0]
-        assert places[0] - places[1] <= {"why", "how"}, english
+        assert places[0] - places[1] <= {"why", "how", "seeds"}, english
 
 
 def test_an_unknown_language_lists_those_there_are():
@@ -335,7 +335,7 @@ def test_the_heatmap_is_the_median_of_bins_and_seeds(study, material):
     per_seed = []
     for path in study[1].files:
         with Run(path) as run:
-            place = bins.places(run["step"], material.borders)
+            place = bins.places(run["step"], material.heat_borders)
             cosine = run["cosine"][:, :, 0]
             per_seed.append(
                 [[np.median(cosine[place == b, layer]) for b in range(len(material.steps))] for layer in range(6)]
@@ -383,7 +383,7 @@ def test_targets_are_drawn_and_counted_per_seed(context, material):
     section = outcome.section(context)
     final = next(b for b in section.blocks if isinstance(b, Panel))
     chart = final.charts[0]
-    assert chart.title == "mAP50, target 0.6"
+    assert chart.title == "mAP50, val, target 0.6"
     assert chart.figure["layout"]["shapes"][0]["x0"] == 0.6
     last = [run.epochs["mAP50"][-1, 1] for run in material.arms[0].runs]
     row = next(row for row in final.table.rows if row[0] == "mAP50" and row[2] == "joint")
@@ -497,6 +497,42 @@ def test_no_two_of_nine_arms_look_alike_and_controls_are_dashed():
     assert len({(styles.colour(a), styles.dash(a)) for a in arms}) == len(arms)
     assert styles.dash("single") != "solid"
     assert styles.dash("joint") == "solid"
+
+
+def test_corrected_cosines_are_ratios_of_sums_over_rows_and_seeds():
+    rng = np.random.default_rng(0)
+    true = [rng.normal(size=(20, 2, 3, 3)) for _ in range(2)]
+    for gram in true:
+        gram += np.swapaxes(gram, -1, -2) + 6 * np.eye(3)
+    place = np.repeat(np.arange(4), 5)
+    have, want = ["a|b", "a|c", "b|c"], ["b|c", "x|y"]
+    runs = [
+        heat.RunHeat(names, np.zeros((2, 2, 4), np.float32), heat.sums(gram, have, want, place, 4))
+        for names, gram in zip((["p", "q"], ["q", "p"]), true, strict=True)
+    ]
+    layers, cosine, corrected = heat.of_arm(runs)
+    assert (layers, corrected) == (["p", "q"], True)
+    for b in range(4):
+        for place_in_first, place_in_second in ((0, 1), (1, 0)):
+            total = true[0][place == b][:, place_in_first].sum(axis=0) + true[1][place == b][:, place_in_second].sum(
+                axis=0
+            )
+            expected = total[1, 2] / np.sqrt(total[1, 1] * total[2, 2])
+            assert cosine[0, place_in_first, b] == pytest.approx(expected, rel=1e-5)
+    assert np.isnan(cosine[1]).all()
+
+
+def test_what_noise_hides_is_left_empty_and_never_cut_off():
+    sums = np.array([[1.0, -1.0, 2.0], [1.0, 0.0, 2.0], [3.0, 1.0, 1.0], [1.0, 4.0, 4.0], [np.nan, 1.0, 1.0]])
+    np.testing.assert_array_equal(heat.pooled(sums), np.float32([np.nan, np.nan, np.nan, 0.25, np.nan]))
+
+
+def test_one_seed_without_its_noise_leaves_the_whole_arm_uncorrected():
+    naive = np.full((1, 1, 2), 0.5, np.float32)
+    runs = [heat.RunHeat(["a"], naive, np.ones((1, 1, 2, 3))), heat.RunHeat(["a"], naive / 5, None)]
+    _, cosine, corrected = heat.of_arm(runs)
+    assert not corrected
+    np.testing.assert_allclose(cosine, 0.3)
 
 
 # ---- what is missing, large, or alone
@@ -678,7 +714,7 @@ def test_the_command_writes_the_report_of_a_folder(study, tmp_path):
     assert done.exit_code == 0, done.output
     assert done.stdout.strip() == str(out)
     seen = " ".join(Reader(out.read_text(encoding="utf-8")).texts)
-    assert "mAP50，目標 0.6" in seen
+    assert "mAP50，驗證集，目標 0.6" in seen
     assert {"joint", "gradnorm", "single"} <= set(re.findall(r"\w+", seen))
 
 

@@ -88,12 +88,12 @@ class Notice:
     """A sentence that must be seen: why something is not shown, or what is wrong.
 
     Attributes:
-        kind: "missing": not recorded; "warning"; "refusal".
+        kind: "missing": not recorded; "open": not answered; "warning"; "refusal".
         text: The sentence.
         english: Whether it comes from elsewhere, in English whatever the report's language.
     """
 
-    kind: Literal["missing", "warning", "refusal"]
+    kind: Literal["missing", "open", "warning", "refusal"]
     text: str
     english: bool = False
 

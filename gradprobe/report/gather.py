@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.ledger.windows import window
-from gradprobe.report import bins
+from gradprobe.report import bins, heat
 from gradprobe.report.bins import Array
 from gradprobe.report.material import ArmData, Floats, Ledger, Material, RunData
 from gradprobe.report.names import clean, distinct
@@ -61,48 +61,65 @@ def gather(
     """
     ordered = sorted(arms, key=lambda arm: (arm.name != baseline, arm.name in controls))
     shown = ordered[:ARMS]
-    tasks, pairs, borders = _frame(shown)
-    kept_tasks = tasks[:TASKS]
-    kept_pairs = _telling(shown, pairs)
-    widest = max(_width(arm) for arm in shown)
-    maps = len(shown) * max(len(kept_pairs), 1) * max(widest, 1)
-    count = int(np.clip(CELLS // maps, 12, len(borders) - 1)) if maps else len(borders) - 1
-    borders = np.linspace(borders[0], borders[-1], min(count, len(borders) - 1) + 1)
-    left = {"arms": len(ordered) - len(shown), "tasks": len(tasks) - len(kept_tasks)}
-    left["pairs"] = len(pairs) - len(kept_pairs)
-    data = [_arm(arm, kept_tasks, kept_pairs, borders, span) for arm in shown]
+    frame = _frame(shown, span)
+    left = {"arms": len(ordered) - len(shown), **frame.left_out}
     return Material(
-        data,
+        [_arm(arm, frame) for arm in shown],
         clean(baseline) if baseline is not None else None,
         [clean(name) for name in controls],
-        tuple(clean(t) for t in kept_tasks),
-        tuple(clean(p.replace("|", " | ")) for p in kept_pairs),
-        borders,
+        tuple(clean(t) for t in frame.tasks),
+        tuple(clean(p.replace("|", " | ")) for p in frame.pairs),
+        frame.borders,
+        frame.heat_borders,
         {name: number for name, number in left.items() if number},
         dict(targets or {}),
     )
 
 
-def _frame(arms: Sequence[ArmFiles]) -> tuple[list[str], list[str], Array]:
+@dataclass(frozen=True)
+class Frame:
+    """What all runs are put into.
+
+    Attributes:
+        tasks, pairs: Those that are drawn, as they are recorded.
+        borders: Of the bins of steps; ``heat_borders`` of those of heatmaps.
+        span: Steps of the ledger that count.
+        left_out: How many tasks and pairs are not drawn.
+    """
+
+    tasks: Sequence[str]
+    pairs: Sequence[str]
+    borders: Array
+    heat_borders: Array
+    span: tuple[int, int] | None
+    left_out: Mapping[str, int]
+
+
+def _frame(arms: Sequence[ArmFiles], span: tuple[int, int] | None) -> Frame:
     """The tasks and pairs of all runs, in the order of the first, and the bins that hold all their steps."""
     tasks: dict[str, None] = {}
     pairs: dict[str, None] = {}
-    first, last, rows = 0, 0, 1
+    first, last, rows, cells, corrected = 0, 0, 1, 0, False
     for arm in arms:
+        width = 0
         for path in arm.files:
             with Run(path) as run:
                 tasks |= dict.fromkeys(run.tasks)
                 pairs |= dict.fromkeys(run.pairs)
+                corrected |= "gram_noise" in run
+                width = max(width, len(run.layers))
                 if len(run):
                     steps = run["step"]
                     first, last = min(first, int(steps.min())), max(last, int(steps.max()))
                     rows = max(rows, len(run))
-    return list(tasks), list(pairs), bins.edges(first, last, rows)
-
-
-def _width(arm: ArmFiles) -> int:
-    with Run(arm.files[0]) as run:
-        return len(run.layers)
+        cells += width
+    chosen = _telling(arms, list(pairs))
+    borders = bins.edges(first, last, rows)
+    most = min(len(borders) - 1, max(CELLS // max(cells * len(chosen), 1), heat.FEWEST))
+    count = heat.columns(rows, corrected, most)
+    kept = list(tasks)[:TASKS]
+    left = {"tasks": len(tasks) - len(kept), "pairs": len(pairs) - len(chosen)}
+    return Frame(kept, chosen, borders, np.linspace(borders[0], borders[-1], count + 1), span, left)
 
 
 def _telling(arms: Sequence[ArmFiles], pairs: list[str]) -> list[str]:
@@ -116,38 +133,16 @@ def _telling(arms: Sequence[ArmFiles], pairs: list[str]) -> list[str]:
     return order[:PAIRS]
 
 
-def _arm(arm: ArmFiles, tasks: list[str], pairs: list[str], borders: Array, span: tuple[int, int] | None) -> ArmData:
-    read = [
-        _run(arm.name, path, seed, tasks, pairs, borders, span) for path, seed in zip(arm.files, arm.seeds, strict=True)
-    ]
-    common = [layer for layer in read[0][1] if all(layer in layers for _, layers, _, _ in read)]
-    heats = []
-    for _, layers, heat, _ in read:
-        heats.append(heat[:, [layers.index(layer) for layer in common]])
-    heat = bins.quietly(np.nanmedian, np.stack(heats)).astype(np.float32)
-    return ArmData(
-        clean(arm.name),
-        [data for data, _, _, _ in read],
-        tuple(distinct(common)),
-        heat,
-        all(corrected for _, _, _, corrected in read),
-    )
+def _arm(arm: ArmFiles, frame: Frame) -> ArmData:
+    read = [_run(arm.name, path, seed, frame) for path, seed in zip(arm.files, arm.seeds, strict=True)]
+    layers, cosines, corrected = heat.of_arm([found for _, found in read])
+    return ArmData(clean(arm.name), [data for data, _ in read], tuple(distinct(layers)), cosines, corrected)
 
 
-def _run(
-    arm: str,
-    path: Path,
-    seed: object,
-    tasks: list[str],
-    pairs: list[str],
-    borders: Array,
-    span: tuple[int, int] | None,
-) -> tuple[RunData, list[str], Floats, bool]:
-    """One run; the names of its layers; (P, L, B) cosines; whether these are corrected for noise."""
+def _run(arm: str, path: Path, seed: object, frame: Frame) -> tuple[RunData, heat.RunHeat]:
     with Run(path) as whole:
         run = thin.thin(whole)
-        place, count = bins.places(run["step"], borders), len(borders) - 1
-        heat, corrected = _heat(run, pairs, place, count)
+        place, count = bins.places(run["step"], frame.borders), len(frame.borders) - 1
         data = RunData(
             clean(arm),
             clean(seed),
@@ -157,16 +152,25 @@ def _run(
             thin.every(run),
             whole.complete,
             clean(whole.end),
-            _columns(bins.medians(run["loss"], place, count), run.tasks, tasks),
-            _columns(bins.medians(run["weight"], place, count), run.tasks, tasks),
-            _columns(bins.medians(run["shared_cosine"], place, count), run.pairs, pairs),
+            _columns(bins.medians(run["loss"], place, count), run.tasks, frame.tasks),
+            _columns(bins.medians(run["weight"], place, count), run.tasks, frame.tasks),
+            _columns(bins.medians(run["shared_cosine"], place, count), run.pairs, frame.pairs),
             _epochs(whole),
             _test(whole.provenance),
-            _ledger(whole, tasks, span),
-            _probe(whole, pairs),
+            _ledger(whole, frame.tasks, frame.span),
+            _probe(whole, frame.pairs),
             _facts(whole.provenance),
         )
-        return data, list(run.layers), heat, corrected
+        return data, _heat(run, frame)
+
+
+def _heat(run: Run, frame: Frame) -> heat.RunHeat:
+    place, count = bins.places(run["step"], frame.heat_borders), len(frame.heat_borders) - 1
+    naive = heat.naive(run["cosine"], run.pairs, frame.pairs, place, count)
+    if "gram_noise" not in run:
+        return heat.RunHeat(run.layers, naive, None)
+    true = run.gram() - run["gram_noise"]
+    return heat.RunHeat(run.layers, naive, heat.sums(true, run.pairs, frame.pairs, place, count))
 
 
 def _columns(values: NDArray[Any], have: Sequence[str], want: Sequence[str]) -> Floats:
@@ -176,28 +180,6 @@ def _columns(values: NDArray[Any], have: Sequence[str], want: Sequence[str]) -> 
         if name in have:
             result[:, i] = values[:, list(have).index(name)]
     return result
-
-
-def _heat(run: Run, pairs: Sequence[str], place: NDArray[np.intp], count: int) -> tuple[Floats, bool]:
-    """(P, L, B): where the noise is known, ratios of sums of corrected products; else the median of each bin."""
-    heat = np.full((len(pairs), len(run.layers), count), np.nan, np.float32)
-    held = [(i, run.pairs.index(pair)) for i, pair in enumerate(pairs) if pair in run.pairs]
-    if not run.layers or not held:
-        return heat, False
-    if "gram_noise" in run:
-        product = bins.sums(run.gram() - run["gram_noise"], place, count)  # (B, L, T, T)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            square = np.diagonal(product, axis1=-2, axis2=-1)
-            length = np.sqrt(np.where(square > 0, square, np.nan))  # not resolved: no angle, never a small number
-            cosine = product / (length[..., :, None] * length[..., None, :])
-        first, second = measures.pair_index(len(run.tasks))
-        for i, j in held:
-            heat[i] = np.clip(cosine[..., first[j], second[j]], -1, 1).T
-        return heat, True
-    chosen = bins.medians(run["cosine"][:, :, [j for _, j in held]], place, count)  # (B, L, held)
-    for k, (i, _) in enumerate(held):
-        heat[i] = chosen[..., k].T
-    return heat, False
 
 
 def _epochs(run: Run) -> dict[str, Array]:

@@ -85,7 +85,7 @@ class ArmData:
         name: Clean.
         runs: At least one.
         layers: Those that all of its runs share, in execution order; clean and distinct.
-        heat: (P, L, B), cosine by layer and time, the median over seeds; NaN where nothing was measured.
+        heat: (P, L, B'), cosine by layer and time; NaN where nothing was measured, or noise hides it.
         corrected: Whether ``heat`` is corrected for noise.
     """
 
@@ -110,6 +110,7 @@ class Material:
         controls: Names of the arms of single tasks.
         tasks, pairs: Those that are drawn; clean.
         borders: (B + 1,), of the bins of steps.
+        heat_borders: (B' + 1,), of those of heatmaps.
         left_out: Counts of what is not drawn because there is too much of it: "arms", "tasks", "pairs".
         targets: Metric -> value to reach.
     """
@@ -120,6 +121,7 @@ class Material:
     tasks: tuple[str, ...]
     pairs: tuple[str, ...]
     borders: Array
+    heat_borders: Array
     left_out: Mapping[str, int] = field(default_factory=dict)
     targets: Mapping[str, float] = field(default_factory=dict)
 

@@ -97,7 +97,10 @@ def draw(
         zeroline=False,
     )
     return figure(
-        data, axis(x_title, zeroline=False, nticks=6, **x), y, 70 + 34 * len(rows), hovermode="closest",
+        data,
+        axis(x_title, zeroline=False, nticks=6, **x),
+        y,
+        (50 if x_title else 30) + 34 * max(len(rows), 2), hovermode="closest",
         shapes=_target(target),
     )  # fmt: skip
 

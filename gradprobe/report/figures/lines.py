@@ -99,7 +99,7 @@ def _scale(series: Sequence[Series], within: tuple[float, float] | None) -> dict
     if known.size and known.min() > 0 and known.max() > WIDE * known.min():
         wide = known.max() > 1000 * known.min()
         return {"type": "log", **({"dtick": 1, "exponentformat": "power"} if wide else {"dtick": "D2"})}
-    return {"nticks": 6}
+    return {"nticks": 6, **({"rangemode": "nonnegative"} if known.size and known.min() >= 0 else {})}
 
 
 def chart(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradprobe.report.bins import Array
 from gradprobe.report.chart import Key
 from gradprobe.report.figures.lines import Series
 from gradprobe.report.look import Styles
@@ -45,9 +46,9 @@ class Context:
         several = any(len(arm.runs) > 1 for arm in self.material.arms)
         return self.words("note.band" if several else "note.one_seed")
 
-    def thinned_note(self) -> str:
-        """How long runs were looked at."""
+    def thinned_note(self, borders: Array | None = None) -> str:
+        """How long runs were looked at; ``borders`` of the bins, where they are not those of the lines."""
         every = max(run.every for run in self.material.runs)
-        bins = len(self.material.borders) - 1
+        bins = len(self.material.borders if borders is None else borders) - 1
         text = self.words("note.bins", bins=bins)
         return self.words.join([text, self.words("note.thin", every=every)]) if every > 1 else text

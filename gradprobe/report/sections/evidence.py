@@ -27,7 +27,7 @@ def _question(context: Context, question: str) -> list[Block]:
     words = context.words
     answers = [answer for answer in context.comparison.answers if answer.question == question]
     if not answers:
-        return [Notice("missing", words(f"evidence.none_{question}"))] if question != "dominance" else []
+        return [Notice("open", words(f"evidence.none_{question}"))] if question != "dominance" else []
     title = words(f"question.{question}")
     chart = verdicts.chart(title, answers, words, words(f"axis.{question}"))
     note = [words(f"evidence.note_{question}"), words("evidence.how_to_read")]

@@ -79,11 +79,13 @@ def _final(context: Context, names: list[str]) -> list[Block]:
             continue
         target = material.targets.get(name)
         split = words("split.test" if test else "split.val")
-        title = words("metrics.chart" if target is None else "metrics.chart_target", name=name, target=target)
-        limits = {} if target is None else {"range": _range(found, target)}
-        figure = dots.draw(found, context.styles, words, f"{name} ({split})", target=target, **limits)
+        title = words(
+            "metrics.chart" if target is None else "metrics.chart_target", name=name, split=split, target=target
+        )
+        limits = {"rangemode": "nonnegative"} if target is None else {"range": _range(found, target)}
+        figure = dots.draw(found, context.styles, words, "", target=target, **limits)
         said = words.join(_said(context, one, target) for one in found)
-        charts.append(Chart(title, figure, words("metrics.alt", title=title, split=split, said=said)))
+        charts.append(Chart(title, figure, words("metrics.alt", title=title, said=said)))
         rows += [_told(context, name, split, one, target) for one in found]
     note = [words("metrics.note")]
     note.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from gradprobe.report import bins
 from gradprobe.report.chart import Block, Notice, Panel, Section, Table
 from gradprobe.report.figures import heatmap
 from gradprobe.report.names import clean
@@ -29,12 +30,12 @@ def section(context: Context) -> Section:
         for p, pair in enumerate(material.pairs):
             if np.isfinite(arm.heat[p]).any():
                 title = words("heat.chart", arm=context.named(arm.name), pair=pair)
-                charts.append(heatmap.chart(title, arm, p, material.steps, words))
+                charts.append(heatmap.chart(title, arm, p, bins.centres(material.heat_borders), words))
     if charts:
         note = [words("heat.note")]
         corrected = [arm.corrected for arm in drawn]
         key = "heat.corrected" if all(corrected) else "heat.mixed" if any(corrected) else "heat.naive"
-        note += [words(key), context.thinned_note()]
+        note += [words(key), context.thinned_note(material.heat_borders)]
         table = heatmap.table(words("heat.table"), drawn, material.pairs, words)
         blocks.insert(
             0,

@@ -26,6 +26,7 @@ MESSAGES: dict[str, str] = {
     "scale.plus": "together",
     "scale.alt": "Colour scale of the cosine from minus one, against each other, over zero to plus one, together",
     "notice.missing": "Not recorded.",
+    "notice.open": "No answer.",
     "notice.warning": "Note.",
     "notice.refusal": "Refused.",
     "join.sentences": " ",
@@ -160,11 +161,9 @@ MESSAGES: dict[str, str] = {
     # ---- evidence
     "evidence.title": "The evidence",
     "evidence.lead": "Three questions, answered apart: none of the answers stands for another.",
-    "evidence.none_direction": "No answer on direction: no arm could be compared with a baseline.",
-    "evidence.none_interference": "No answer on interference: it takes a baseline, the same seeds, and the loss "
-    "ledger.",
-    "evidence.none_outcome": "No answer on outcome: it takes runs of single tasks as controls, and metrics on the "
-    "test split.",
+    "evidence.none_direction": "Direction: no arm could be compared with a baseline.",
+    "evidence.none_interference": "Interference: it takes a baseline, the same seeds, and the loss ledger.",
+    "evidence.none_outcome": "Outcome: it takes runs of single tasks as controls, and metrics on the test split.",
     "evidence.note_direction": "Cosine between the tasks' gradients, corrected for noise, with the sign turned: left "
     "of zero, they point less against each other than in the baseline. Task weights do not enter.",
     "evidence.note_interference": "C, the part of a task's own progress that the other task's share of the real "
@@ -228,7 +227,7 @@ MESSAGES: dict[str, str] = {
     "heat.title": "Cosine by layer and time",
     "heat.note": "Layers downwards in the order of the forward pass. Drag to zoom; empty cells were not measured or "
     "not resolved.",
-    "heat.corrected": "Corrected for noise; median over seeds.",
+    "heat.corrected": "Corrected for noise and pooled over seeds; cells that noise hides stay empty.",
     "heat.naive": "Not corrected for noise: the median of single minibatches and over seeds. For looking, not for "
     "concluding.",
     "heat.mixed": "Corrected for noise where the run was measured in micro-batches, else the median of single "
@@ -273,9 +272,9 @@ MESSAGES: dict[str, str] = {
     "metrics.on_val": "Of the last epoch on val: no common test split was recorded.",
     "metrics.on_both": "On the test split where every run has it, else of the last epoch on val.",
     "metrics.no_targets": "No target was given; `--target mAP50=0.6,f1=0.6` draws one.",
-    "metrics.chart": "{name}",
-    "metrics.chart_target": "{name}, target {target:g}",
-    "metrics.alt": "Dots, {title}, {split}. {said}",
+    "metrics.chart": "{name}, {split}",
+    "metrics.chart_target": "{name}, {split}, target {target:g}",
+    "metrics.alt": "Dots, {title}. {said}",
     "metrics.said": "{arm}: mean {mean}.",
     "metrics.reached": "Target reached by {n} of {m} seeds.",
     "metrics.table": "Metrics at the end",
@@ -286,7 +285,7 @@ MESSAGES: dict[str, str] = {
     "own, `probe.log_metrics(epoch, ...)` does.",
     "metrics.unknown": "No file holds the metrics {names}, for which targets were given (there are: {held}).",
     "split.test": "test",
-    "split.val": "val, last epoch",
+    "split.val": "val",
     "dots.seed": "{value}",
     "dots.mean": "mean {value} (n = {n})",
     "dots.missed": "{n} not reached by step {step}",

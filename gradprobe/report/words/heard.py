@@ -44,8 +44,10 @@ FORMS: dict[str, dict[str, str]] = {
         "the files of {arm} do not name their seeds. If the files of both arms belong together in their order, say "
         "so: --paired; else: --unpaired.": "{arm} 的檔案沒有註明種子。若兩組的檔案依序成對，請指定 `--paired`；否則用 "
         "`--unpaired`。",
+        # ---- may they be compared
         "{arm} and {baseline} differ in {terms}, and are compared all the same.": "{arm} 與 {baseline} 在{terms}上不同"
         "，但仍予以比較。",
+        # ---- may they be compared
         "{arm} and {baseline}: seeds {seeds} are in one of them only, and left out.": "{arm} 與 {baseline}：種子 "
         "{seeds} 只出現在其中一組，不納入。",
         "{arm} differs from {baseline} also in {what}: a difference may come from that.": "{arm} 與 {baseline} 還有以"
@@ -78,9 +80,8 @@ FORMS: dict[str, dict[str, str]] = {
         "{arm}: the training loss of {task} ends {n} % {term} than in {baseline}. Training loss is no evidence of "
         "interference, and is no part of any verdict.": "{arm}：{task} 的最終訓練損失比 {baseline} {term} {n} %。訓練"
         "損失不是干擾的證據，也不納入任何判定。",
-        # ---- reasons
-        "{n} seeds are a description and no verdict; at least {least} are needed, and 5 to 8 give an answer.": "{n} 個"
-        "種子僅為描述，不作判定；至少需要 {least} 個，5 至 8 個才能得到答案。",
+        "from {n} {seeds} there is a description and no verdict; at least {least} are needed, and 5 to 8 give an "
+        "answer.": "{n} 個種子僅為描述，不作判定；至少需要 {least} 個，5 至 8 個才能得到答案。",
         "a number of it is not known, so there is no interval.": "其中有數值未知，因此沒有信賴區間。",
         "The differences lean to one side: a t interval then errs up to 13 % of the time instead of 5.": "差異偏向一側"
         "：此時 t 區間的錯誤率可達 13 %，而非 5 %。",
@@ -95,8 +96,8 @@ FORMS: dict[str, dict[str, str]] = {
         "From the training stream: a claim rests better on a probe loader (--probe-loader val).": "取自訓練資料流：以"
         "探測資料為據較為可靠（`--probe-loader val`）。",
         "Shares: {what}.": "份額：{what}。",
-        "{file} holds no ledger; record with --ledger --micro-batches 4 ({why}).": "{file} 沒有損失帳；請以 "
-        "`--ledger --micro-batches 4` 記錄（需在每個連續區段的每一步取得所有任務的梯度）。",
+        "{file} holds no ledger; record with --ledger ({why}).": "{file} 沒有損失帳；請以 `--ledger` 記錄（需在每個連"
+        "續區段的每一步取得所有任務的梯度）。",
         "Of {task}'s terms the ledger leaves at most {part} unexplained.": "{task} 的各項中，損失帳至多有 {part} 未能"
         "解釋。",
         "Both arms have the same weights: no difference can come from weights.": "兩組的權重相同：差異不可能來自權重。",
@@ -115,13 +116,13 @@ FORMS: dict[str, dict[str, str]] = {
         "Who decides the update says nothing of whether tasks cancel each other.": "由誰主導更新，並不說明任務之間是否"
         "互相抵銷。",
         "Of this test split; training loss is no part of it.": "僅就這個測試集而言；不含訓練損失。",
-        "At the baseline's checkpoints the weights of {arm} change what {by} cancels of {task}'s first-order progress "
-        "by {n}; the effect above is along each arm's own training.": "在基準組的檢查點上，{arm} 的權重使 {by} 對 "
-        "{task} 一階進展的抵銷改變 {n}；上面的效應則沿各組自己的訓練。",
+        "At the baseline's checkpoints the weights of {arm} change what {by} cancels of {task}'s first-order "
+        "progress by {n}; the effect above is along each arm's own training.": "在基準組的檢查點上，{arm} 的權重使 "
+        "{by} 對 {task} 一階進展的抵銷改變 {n}；上面的效應則沿各組自己的訓練。",
         # ---- gates
-        "{run}: no self-check is in the file; {how}": "{run}：檔案中沒有自我檢查；請以這個版本重新記錄",
-        "{run}: a task has cosine {one} with its own copy and {other} with its negative": "{run}：一個任務與自身副本的"
-        "餘弦為 {one}，與其負值的餘弦為 {other}",
+        "no self-check is in the file; {how}": "檔案中沒有自我檢查；請以這個版本重新記錄",
+        "a task has cosine {one} with its own copy and {other} with its negative": "一個任務與自身副本的餘弦為 {one}，"
+        "與其負值的餘弦為 {other}",
         "{terms} are the same run made twice, and differ; train deterministically": "{terms} 是同一次執行做了兩遍，結"
         "果卻不同；請以確定性方式訓練",
         "{file} was made twice and is the same to the bit": "{file} 做了兩遍，逐位元相同",
@@ -131,17 +132,16 @@ FORMS: dict[str, dict[str, str]] = {
         "兩者都記錄了第 0 步",
         "{terms} differ in the losses of their first step, before any update: {one} and {other}": "{terms} 在任何更新"
         "之前，第一步的損失就不同：{one} 與 {other}",
-        "{run}: not measured in micro-batches; record with {how}": "{run}：未以微批次量測；請以 `{how}` 記錄",
-        "{run}: of {task}'s squared gradient {one} the lower bound is {other}; where that is not above 0, take more "
-        "or larger probe batches": "{run}：{task} 的梯度平方為 {one}，下界為 {other}；若不大於零，請用更多或更大的探測"
-        "批次",
-        "{run}: measured on a probe loader, drawn with replacement": "{run}：以可重複抽樣的探測資料量測",
-        "{run}: {term} is not known; record with {how}": "{run}：{term}未知；請以 `{how}` 記錄",
-        "{run}: {n} training samples are {ratio} times {task}'s noise scale of {scale}; {limit} times are asked for, "
-        "or its estimates are biased by shuffling": "{run}：{n} 個訓練樣本是 {task} 雜訊尺度 {scale} 的 {ratio} 倍；至"
-        "少需要 {limit} 倍，否則洗牌會使估計有偏差",
-        "{run}: no ledger; record with --ledger --micro-batches 4": "{run}：沒有損失帳；請以 "
-        "`--ledger --micro-batches 4` 記錄",
+        "not measured in micro-batches; record with {how}": "未以微批次量測；請以 `{how}` 記錄",
+        "of {task}'s squared gradient {one} the lower bound is {other}; where that is not above 0, take more or "
+        "larger probe batches": "{task} 的梯度平方為 {one}，下界為 {other}；若不大於零，請用更多或更大的探測批次",
+        "valued on a fixed probe batch": "以固定的探測批次估值",
+        "measured on a probe loader, drawn with replacement": "以可重複抽樣的探測資料量測",
+        "{term} is not known; record with {how}": "{term}未知；請以 `{how}` 記錄",
+        "{n} training samples are {ratio} times {task}'s noise scale of {scale}; {limit} times are asked for, or its "
+        "estimates are biased by shuffling": "{n} 個訓練樣本是 {task} 雜訊尺度 {scale} 的 {ratio} 倍；至少需要 {limit}"
+        " 倍，否則洗牌會使估計有偏差",
+        "no ledger; record with --ledger": "沒有損失帳；請以 `--ledger` 記錄",
         "{run}: {sentence}": "{run}：{sentence}",
         "{n} rows of the ledger count": "損失帳有 {n} 列可計入",
         "of {task}'s loss the terms leave {part} of their size unexplained, which is {term}": "{task} 的損失中，各項有"
