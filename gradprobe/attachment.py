@@ -40,6 +40,7 @@ def attach(
     features: Iterable[str] | None = None,
     memory: str = "normal",
     products: str = "direct",
+    sketch: int | tuple[int, int] | None = None,
     process_group: ProcessGroup | None = None,
     updates: bool = False,
     ledger: bool | Ledger = False,
@@ -53,7 +54,7 @@ def attach(
 
     Args:
         model, tasks, every, budget, optimizer, scaler, accumulate, shared, layers, level, features, memory, products,
-            process_group: See :class:`gradprobe.GradientProbe`.
+            sketch, process_group: See :class:`gradprobe.GradientProbe`.
         updates: Also record what the optimizer makes of the gradients, see :class:`gradprobe.Updates`; it needs
             ``optimizer``.
         ledger: Also keep a loss ledger, see :class:`gradprobe.Ledger`: make one with the probe batch, on which the
@@ -104,6 +105,7 @@ def attach(
         features=features,
         memory=memory,
         products=products,
+        sketch=sketch,
         process_group=process_group,
         updates=Updates() if updates else None,
         ledger=Ledger() if ledger is True else ledger or None,

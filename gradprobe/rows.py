@@ -17,6 +17,7 @@ from gradprobe.measures import Array, over_layers
 
 MEASURED = "measured"
 NONFINITE_GRADIENT = "a task's gradient is not finite"
+OVERFLOWED = "a gradient overflowed under the loss scale: the step is left out"
 NONFINITE_LOSS = "a task's loss is not finite"
 MISSING_GRADIENT = "a task does not reach a layer that it reached at first"
 
@@ -203,6 +204,8 @@ class LedgerRow:
             lacks for sharing its batch with the update; at the right end. ``term`` is half their sum.
         head: (T,) as ``term``, by the whole update of what the task has for itself.
         loss_change: (T,) as it was measured on the fixed probe batch.
+        drift: (T,) the part of ``loss_change`` that is no part of any gradient: by what the losses detach, such as
+            targets made of the present predictions.
     """
 
     step: int
@@ -215,6 +218,7 @@ class LedgerRow:
     right: Array
     head: Array
     loss_change: Array
+    drift: Array
     overhead: float = 0.0
     status: str = MEASURED
 

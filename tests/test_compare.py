@@ -86,6 +86,12 @@ def test_the_numbers_are_those_that_were_planted():
     assert "cls cancels (C) is 0." in found.headline[1]
 
 
+def test_a_task_that_is_driven_backwards_is_told():
+    found = compare(study({"joint": BASE.but(cancelled={"cls>det": 1.3, "det>cls": 0.2})}))
+    level = next(x for x in found.levels if x.subject == "cls>det")
+    assert level.sentence.endswith("more than all of it: the task is driven backwards.")
+
+
 def test_what_is_worse_than_the_baseline_is_listed():
     base = BASE.but(spread=0.01)
     found = compare(study({"joint": base, "arm": base.but(cancelled={"cls>det": 0.8, "det>cls": 0.2})}))
@@ -292,6 +298,15 @@ def test_every_gate_closes_on_one_bad_run_of_many(name, change):
     assert closed.sentence in one.reason
     assert np.isnan(one.effect)
     assert found.open
+
+
+def test_a_ledger_on_a_fixed_probe_batch_needs_no_large_training_set():
+    few = [but(run, data__train_images=20) for run in study({"joint": BASE, "arm": BASE})]
+    assert answer(compare(few), "interference", "cls>det").verdict == UNDEFINED
+    for name in ("settings__ledger_ends", "ledger__ends"):
+        found = compare([but(run, **{name: "probe"}) for run in few])
+        assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
+        assert found.levels[1].low95 > 0.4
 
 
 def test_a_gate_of_one_task_does_not_close_the_others():

@@ -14,7 +14,15 @@ from gradprobe.cli.comparing import gather, parse_window
 from gradprobe.verdict.comparison import compare as judge
 
 BASE = Truth(spread=0.01)
-STUDY = {"joint": BASE, "gradnorm": BASE.but(cosine=0.3), "worse": BASE.but(cosine=-0.7)}
+STUDY = {
+    "joint": BASE,
+    "gradnorm": BASE.but(cosine=0.3),
+    "worse": BASE.but(cosine=-0.7),
+    "lighter": BASE.but(cancelled={"cls>det": 0.1, "det>cls": 0.2}),
+    "better": BASE.but(metrics={**BASE.metrics, "accuracy": 0.95}),
+    "lopsided": BASE.but(weight=(3.0, 1.0)),
+}
+SAME = "EQUIVALENT"
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +52,22 @@ def test_arms_seeds_and_controls_come_from_the_files(folder, capsys):
     _, said = as_json(capsys, folder)
     roles = {arm["name"]: arm["role"] for arm in said["arms"]}
     assert roles == {
+        **dict.fromkeys(STUDY, "arm"),
         "joint": "baseline",
-        "gradnorm": "arm",
-        "worse": "arm",
         "single-det": "control",
         "single-cls": "control",
     }
-    assert said["arms"][0]["seeds"] == [0, 1, 2, 3]
-    assert verdicts(said, "direction") == {"gradnorm": "REDUCED", "worse": "INCREASED"}
-    assert verdicts(said, "dominance") == {"gradnorm": "EQUIVALENT", "worse": "EQUIVALENT"}
+    assert next(arm["seeds"] for arm in said["arms"] if arm["name"] == "joint") == [0, 1, 2, 3]
     assert not said["refusals"]
+
+
+def test_what_is_planted_in_files_is_attributed_to_the_right_answer_and_to_no_other(folder, capsys):
+    _, said = as_json(capsys, folder, "--pairs", "cls>det", "--metrics", "accuracy", "--outcome-margin", "0.05")
+    same = dict.fromkeys(("gradnorm", "worse", "lighter", "better", "lopsided"), SAME)
+    assert verdicts(said, "direction") == {**same, "gradnorm": "REDUCED", "worse": "INCREASED"}
+    assert verdicts(said, "interference") == {**same, "lighter": "REDUCED"}
+    assert verdicts(said, "dominance") == {**same, "lopsided": "INCREASED"}
+    assert verdicts(said, "outcome") == {**same, "better": "REDUCED"}
 
 
 def test_a_folder_is_all_its_files(folder, capsys):
@@ -102,7 +116,7 @@ def test_files_give_the_answers_that_their_content_does(folder):
 def test_words_come_first_and_tables_after(folder, capsys):
     code, out, err = compare(capsys, folder)
     lines = out.splitlines()
-    assert lines[0].startswith("gradnorm: interference against joint is EQUIVALENT (cls>det), EQUIVALENT (det>cls).")
+    assert "lighter: interference against joint is REDUCED (cls>det), EQUIVALENT (det>cls)." in lines[0]
     assert out.index("gradnorm: direction det|cls REDUCED") < out.index("\nDirection")
     assert "Training loss is no part of any verdict." in lines[-1]
     assert err == ""
@@ -117,7 +131,7 @@ def test_tables_as_markdown(folder, capsys):
 
 def test_a_gate_that_trips_comes_before_an_open_question(folder, capsys):
     assert compare(capsys, folder, "--fail-on", "increased")[0] == 10
-    quiet = [path for path in folder.glob("*.h5") if "worse" not in path.name]
+    quiet = [path for path in folder.glob("*.h5") if path.name[:2] not in ("wo", "lo")]
     assert compare(capsys, *quiet, "--fail-on", "increased")[0] == 0
     two = [path for path in folder.glob("*.h5") if "-0" in path.name or "-1" in path.name]
     assert compare(capsys, *two, "--fail-on", "increased")[0] == 11
@@ -135,8 +149,9 @@ def test_arms_by_name_and_pattern(folder, capsys):
 def test_a_named_baseline_and_margin(folder, capsys):
     _, said = as_json(capsys, folder, "--baseline", "gradnorm", "--margin", "0.9", "--pairs", "cls>det")
     assert said["baseline"] == "gradnorm"
-    assert verdicts(said, "direction") == {"joint": "EQUIVALENT", "worse": "INCREASED"}
-    assert [a["subject"] for a in said["answers"] if a["question"] == "interference"] == ["cls>det"] * 2
+    found = verdicts(said, "direction")
+    assert (found["joint"], found["worse"]) == ("EQUIVALENT", "INCREASED")
+    assert {a["subject"] for a in said["answers"] if a["question"] == "interference"} == {"cls>det"}
 
 
 def test_without_the_baseline_it_says_so_and_is_inconclusive(folder, capsys):

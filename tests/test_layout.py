@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "provenance": set(),
     "runfile": {"__init__", "errors", "measures", "rows", "statistics"},
     "study": {"errors", "runfile", "trainers"},
-    "summary": {"errors", "measures", "rows", "runfile"},
+    "summary": {"errors", "ledger", "measures", "rows", "runfile"},
     "plots": {"errors", "measures", "rows", "runfile", "summary", "verdict"},
     "probes": {"errors", "measures", "rows", "statistics"},
     "audit": {"errors"},
@@ -174,6 +174,11 @@ def test_help_imports_nothing_heavy():
     heavy = ("torch", "h5py", "matplotlib", "numpy", "scipy", "yolov5", "pandas")
     show = f"print([m for m in {heavy} if m in sys.modules])"
     assert python(f"import sys; from gradprobe.cli.app import run; run(['--help']); {show}").strip().endswith("[]")
+
+
+def test_a_comparison_needs_no_torch():
+    show = "print([m for m in ('torch', 'matplotlib', 'pandas') if m in sys.modules])"
+    assert python(f"import sys, gradprobe.verdict.comparison, gradprobe.verdict.bare; {show}").strip() == "[]"
 
 
 def test_the_two_doors_at_the_top_lead_into_the_package():

@@ -32,8 +32,10 @@ from gradprobe.report.sections import ledger as ledger_section
 from gradprobe.report.sections import limits, outcome
 from gradprobe.report.sections.common import Context
 from gradprobe.report.words import LANGUAGES, VERDICTS, Words, verdict_key
+from gradprobe.report.words.heard import FORMS
 from gradprobe.runfile import Run
 from gradprobe.verdict import answers as verdicts
+from gradprobe.verdict import words as verdict_words
 from gradprobe.verdict.answers import INTERFERENCE, OUTCOME, Comparison
 
 PACKAGE = Path(report.__file__).parent
@@ -140,7 +142,7 @@ def test_every_message_that_is_asked_for_is_there_and_every_other_one_is_used_so
     asked = {key for key in whole if key.split(".")[0] in prefixes and not key.endswith((".py", ".js"))}
     no_messages = {"page.html.j2", "page.css", "model.reference", "batches.hash", "data.fingerprint"}
     assert asked - known - begun <= no_messages
-    assert all(any(key.startswith(start) for key in known) for start in begun - {"test.", "settings."})
+    assert all(any(key.startswith(start) for key in known) for start in begun)
     assert {key for key in known if key not in whole and not any(key.startswith(start) for start in begun)} == set()
 
 
@@ -154,6 +156,80 @@ def test_the_chinese_report_has_no_english_sentence_of_ours(study):
     assert 'lang="zh-Hant-TW"' in text
     assert "多任務學習" in seen
     assert "梯度" in seen
+
+
+SPEAKERS = ("conditions", "misleading", "comparison", "questions", "gates", "outcome")
+FRAGMENTS = {
+    "budget (one of them did not come to its end)",
+    "record it anew with this version",
+    "every task's gradient at every step of a burst",
+    "the number of training samples",
+    "the noise scale of 7",
+    "more than the rows' noise",
+    "no more than the rows' noise",
+    "what the tasks lose on the test split",
+    "--micro-batches 4 --probe-loader val",
+    "samples over noise scale",
+}
+"""What sentences are made of; and words for the command line's errors are no part of a comparison."""
+
+
+def sentences_of_comparisons():
+    """Every sentence that the verdict's modules can put into a comparison, with 7 for whatever it names."""
+    folder = PACKAGE.parent
+    paths = [folder / "verdict" / f"{name}.py" for name in SPEAKERS] + [folder / "ledger/windows.py"]
+    for path in paths:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        skip = set()
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Raise, ast.Expr, ast.FormattedValue)):  # errors, docstrings, parts of a sentence
+                inner = [n for n in ast.walk(node) if isinstance(n, (ast.Constant, ast.JoinedStr))]
+                keeps = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
+                skip.update(() if keeps else map(id, inner))
+            if isinstance(node, ast.JoinedStr):
+                skip.update(id(part) for part in node.values)
+            if isinstance(node, ast.Dict):
+                skip.update(id(key) for key in node.keys)
+        for node in ast.walk(tree):
+            if id(node) in skip:
+                continue
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(part.value if isinstance(part, ast.Constant) else "7" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value
+            else:
+                continue
+            if len(re.findall(r"[a-z]{2,}", text)) >= 4 and text not in FRAGMENTS:
+                yield path.stem, re.sub(r"^7: ", "joint, seed 7: ", text) if path.stem == "gates" else text
+
+
+def test_every_sentence_of_a_comparison_is_known_in_chinese():
+    said = list(sentences_of_comparisons())
+    assert len(said) > 45
+    assert [one for one in said if Words("zh-TW").heard(one[1])[1]] == []
+    for note in verdict_words.NOTES.values():
+        assert not Words("zh-TW").heard(note)[1]
+
+
+def test_sentences_in_sentences_and_rows_of_them_are_heard():
+    words = Words("zh-TW")
+    both = (
+        "joint, seed 0: 12 rows of the ledger count; dual, seed 1: measured on a probe loader, drawn with replacement."
+    )
+    assert words.heard(both) == (
+        "joint, seed 0：損失帳有 12 列可計入；dual, seed 1：以可重複抽樣的探測資料量測。",
+        False,
+    )
+    assert words.heard("No gradient can interfere: dual trains det alone: no other task can interfere.")[1] is False
+    assert words.heard("A sentence of a later version.") == ("A sentence of a later version.", True)
+    assert Words("en").heard("Anything.") == ("Anything.", False)
+
+
+def test_no_form_is_without_its_places():
+    for english, form in FORMS["zh-TW"].items():
+        places = [set(re.findall(r"\{(\w+)\}", text)) for text in (english, form)]
+        assert places[1] <= places[0]
+        assert places[0] - places[1] <= {"why", "how"}, english
 
 
 def test_an_unknown_language_lists_those_there_are():
@@ -583,6 +659,48 @@ def test_the_policy_allows_two_scripts_and_no_address(study):
     assert len(rules["script-src"].split()) == 2
     assert "unsafe" not in rules["script-src"]
     assert not re.search(r"https?:", policy)
+
+
+# ---- the command
+
+
+def command(*words):
+    from typer.testing import CliRunner
+
+    from gradprobe.cli.app import app
+
+    return CliRunner().invoke(app, ["report", *map(str, words)])
+
+
+def test_the_command_writes_the_report_of_a_folder(study, tmp_path):
+    out = tmp_path / "report.html"
+    done = command(study[0].files[0].parent, "--out", out, "--target", "mAP50=0.6", "--lang", "zh-TW")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(out)
+    seen = " ".join(Reader(out.read_text(encoding="utf-8")).texts)
+    assert "mAP50，目標 0.6" in seen
+    assert {"joint", "gradnorm", "single"} <= set(re.findall(r"\w+", seen))
+
+
+def test_arms_are_named_on_the_command_line(study, tmp_path):
+    out = tmp_path / "report.html"
+    files = study[1].files[0].parent / "1-*.h5"
+    done = command("--arm", f"mine={files}", "--arm", f"base={files.with_name('0-*.h5')}", "--baseline", "base",
+                   "--unpaired", "--out", out)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "base (baseline)" in out.read_text(encoding="utf-8")
+
+
+def test_what_is_wrong_on_the_command_line_is_told_before_a_file_is_read(tmp_path):
+    for words, said in (
+        (("nowhere", "--lang", "fr"), "--lang fr"),
+        (("nowhere", "--target", "mAP50"), "--target"),
+        (("nowhere",), "nowhere"),
+        ((), "no run files"),
+    ):
+        done = command(*words, "--out", tmp_path / "report.html")
+        assert said in str(done.exception)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- the file

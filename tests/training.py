@@ -17,8 +17,8 @@ BATCHES = 4  # of one epoch
 
 
 @functools.cache
-def phantoms():
-    return load_data("phantom", imgsz=64, seed=3, n_train=8 * BATCHES, n_val=8, n_test=8)
+def phantoms(n_train=8 * BATCHES):
+    return load_data("phantom", imgsz=64, seed=3, n_train=n_train, n_val=8, n_test=8)
 
 
 class Watcher(SimpleNamespace):
@@ -28,11 +28,13 @@ class Watcher(SimpleNamespace):
         self.losses.append(losses)
 
 
-def make(trainer, *, seed=0, sinks=(), **options):
+def make(trainer, *, seed=0, sinks=(), processes=None, n_train=8 * BATCHES, **options):
     """A training on the phantom, its rows in ``.rows``, its losses in ``.watcher.losses``."""
     settings = resolve({"trainer": trainer, "imgsz": 64, "batch_size": 8, "every": 1, "seed": seed, **options})
     collector, watcher = Collector(), Watcher(losses=[])
-    training = build(settings, phantoms(), [collector, *sinks], watcher, out=Path("unused.h5"))
+    training = build(
+        settings, phantoms(n_train), [collector, *sinks], watcher, out=Path("unused.h5"), processes=processes
+    )
     training.rows, training.collector = collector.rows, collector
     return training
 

@@ -74,7 +74,7 @@ def run(arguments: Sequence[str]) -> int:
         130 stopped by Ctrl-C.
     """
     try:
-        code = app(list(arguments), standalone_mode=False, prog_name="gradprobe")
+        code = app(list(arguments), standalone_mode=False, prog_name="gradprobe", obj=list(arguments))
         if code == INTERRUPTED:  # typer turned a Ctrl-C into this code
             print("gradprobe: stopped", file=sys.stderr)
         return code if isinstance(code, int) else 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 from typer import Option
 
 from gradprobe.trainers.registry import TRAINERS
-from gradprobe.trainers.settings import PRESETS, TASKS, Settings
+from gradprobe.trainers.settings import PRECISIONS, PRESETS, TASKS, Settings
 
 D = Settings()  # for the defaults in the help
 
@@ -37,8 +38,14 @@ def record(
     hyp: Annotated[Path | None, Option(help="A YOLOv5 hyp yaml: loss gains and optimizer.")] = None,
     imgsz: Annotated[int | None, Option(help=f"Image size, a multiple of 32. [default: {D.imgsz}]")] = None,
     epochs: Annotated[int | None, Option(help=f"[default: {D.epochs}]")] = None,
-    batch_size: Annotated[int | None, Option(help=f"[default: {D.batch_size}]")] = None,
-    device: Annotated[str | None, Option(help=f"cpu, 0, mps. [default: {D.device}]")] = None,
+    batch_size: Annotated[
+        int | None, Option(help=f"Images, of all processes together. [default: {D.batch_size}]")
+    ] = None,
+    device: Annotated[str | None, Option(help=f"cpu, 0, mps; 0,1: one process on each. [default: {D.device}]")] = None,
+    processes: Annotated[
+        int | None, Option(help="How many train together. [default: as torchrun started, or as devices]")
+    ] = None,
+    precision: Annotated[str | None, Option(help=f"{', '.join(PRECISIONS)}. [default: {D.precision}]")] = None,
     seed: Annotated[int | None, Option(help=f"Weights, data order, phantoms. [default: {D.seed}]")] = None,
     optimizer: Annotated[str | None, Option(help=f"AdamW or SGD. [default: {D.optimizer}]")] = None,
     lr: Annotated[float | None, Option(help=f"First learning rate. [default: {D.lr}]")] = None,
@@ -131,21 +138,21 @@ def record(
     keep_going: Annotated[bool, Option("--keep-going", help="Go on after a loss that is not finite.")] = False,
     project: Annotated[Path | None, Option(help="Folder of the run, as YOLOv5 names it.")] = None,
     name: Annotated[str | None, Option(help="Its sub-folder.")] = None,
-) -> None:
+) -> int:
     """Train detection and classification together and record what their gradients do to each other."""
     from gradprobe.cli.interventions import trainer_list
     from gradprobe.cli.recording import Request, record_run
 
     if list_trainers:
         print(trainer_list())
-        return
+        return 0
     flags: dict[str, Any] = {
         key: value
         for key, value in locals().items()
         if key in Settings.__dataclass_fields__ and key not in ("skip_bad", "keep_going", "task_weights")
     }
     flags["skip_bad"], flags["keep_going"] = skip_bad or None, keep_going or None
-    record_run(
+    return record_run(
         Request(
             flags=flags,
             task_weights=task_weights,
@@ -159,5 +166,6 @@ def record(
             source=source,
             plan=plan,
             arm=arm,
+            arguments=click.get_current_context().obj or (),
         )
     )

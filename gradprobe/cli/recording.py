@@ -8,7 +8,8 @@ import json
 import os
 import shlex
 import signal
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from gradprobe.cli.begun import Begun
 from gradprobe.cli.interventions import read_source
+from gradprobe.cli.launch import launch
 from gradprobe.cli.live import Display, make_display
+from gradprobe.cli.silent import Silent
 from gradprobe.errors import DataError, RunFileError, UsageError
 from gradprobe.provenance import argv, environment
 from gradprobe.runfile import RunWriter, open_run
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from gradprobe.trainers.hyp import DetectionHyp, HypFile
     from gradprobe.trainers.loop import Outcome
     from gradprobe.trainers.problems import Data
+    from gradprobe.trainers.processes import OneProcess
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Request:
     source: Path | None = None
     plan: Path | None = None
     arm: str = ""
+    arguments: Sequence[str] = ()  # as they stand on the command line, for other processes
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,11 @@ class Plan:
     arm: str = ""  # of the study that it belongs to
 
 
-def record_run(request: Request) -> None:
-    """Train, record, and say where the file is.
+def record_run(request: Request) -> int:
+    """Train, record, and say where the file is; in several processes where they are asked for.
+
+    Returns:
+        The exit code: 0, or that of a process that failed, which has said why.
 
     Raises:
         GradprobeError: See the tree; the file, where one was begun, is closed and valid.
@@ -72,8 +80,21 @@ def record_run(request: Request) -> None:
     """
     # On two busy cores, threads that spin while they wait make a step seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from gradprobe.trainers.processes import is_first, started
+
     plan = make_plan(request)
-    display = make_display(plan.settings)
+    if plan.settings.processes > started():
+        return launch(request.arguments, plan.settings.processes)
+    if is_first():
+        _record(plan, make_display(plan.settings))
+    else:
+        with interruptible(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the first process warns
+            train(plan, None, Silent(plan.settings))
+    return 0
+
+
+def _record(plan: Plan, display: Display) -> None:
     writer = RunWriter(plan.out, overwrite=plan.overwrite, resume=plan.state is not None)
     with interruptible():
         try:
@@ -98,6 +119,7 @@ def make_plan(request: Request) -> Plan:
     """What the flags ask for; what can be told wrong without data and model is found here."""
     from gradprobe.trainers import registry
     from gradprobe.trainers.hyp import DetectionHyp, read_hyp
+    from gradprobe.trainers.processes import counted
 
     if request.resume is not None:
         return _plan_to_resume(request)
@@ -106,6 +128,7 @@ def make_plan(request: Request) -> Plan:
     if settings.trainer == "gradnorm-static" and request.task_weights is not None:
         raise UsageError("gradnorm-static takes its weights from --from; leave out --task-weights.")
     settings = dataclasses.replace(settings, **read_source(request.source, settings))
+    settings = counted(settings)
     registry.find(settings.trainer).require(settings)
     return Plan(
         settings=settings,
@@ -159,6 +182,7 @@ def output_path(request: Request) -> Path:
 def _plan_to_resume(request: Request) -> Plan:
     from gradprobe.trainers import checkpoint
     from gradprobe.trainers.hyp import DetectionHyp
+    from gradprobe.trainers.processes import counted
 
     assert request.resume is not None
     given = [name for name, value in request.flags.items() if value is not None]
@@ -180,7 +204,7 @@ def _plan_to_resume(request: Request) -> Plan:
         )
     values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
     return Plan(
-        settings=Settings(**values),
+        settings=counted(Settings(**values)),
         hyp=DetectionHyp(**state["hyp"]),
         ignored_hyp=tuple(state["ignored_hyp"]),
         out=request.resume,
@@ -191,8 +215,25 @@ def _plan_to_resume(request: Request) -> Plan:
     )
 
 
-def train(plan: Plan, writer: RunWriter, display: Display) -> Outcome:
-    """Build the training and run it to its end."""
+def train(plan: Plan, writer: RunWriter | None, display: Display) -> Outcome:
+    """Build the training and run it to its end.
+
+    Args:
+        plan: What is to be done.
+        writer: None in processes other than the first.
+        display: Is told how far it is.
+    """
+    from gradprobe.trainers.build import check_device
+    from gradprobe.trainers.processes import join, own_device
+
+    processes = join(check_device(own_device(plan.settings.device)))
+    with processes.losing_none():
+        outcome = _train(plan, writer, display, processes)
+        processes.leave()
+    return outcome
+
+
+def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: OneProcess) -> Outcome:
     from gradprobe.trainers import loop
     from gradprobe.trainers.build import build
     from gradprobe.trainers.problems import problem_of
@@ -204,8 +245,8 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> Outcome:
         display.note(note)
     display.phase("building the model")
     begun = Begun(plan.out)
-    sinks: list[Sink] = [writer, display]
-    if plan.state is None:
+    sinks: list[Sink] = [writer, display] if writer is not None else []
+    if plan.state is None and writer is not None:
         # Behind the writer an older run stays whole until the new one is written; where there is none, the checkpoint
         # comes first, so that no kill finds a run without one.
         sinks.insert(1 if plan.out.exists() else 0, begun)
@@ -215,6 +256,7 @@ def train(plan: Plan, writer: RunWriter, display: Display) -> Outcome:
         sinks,
         display,
         out=plan.out,
+        processes=processes,
         hyp=plan.hyp,
         provenance={
             "argv": argv(),

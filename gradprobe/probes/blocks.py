@@ -83,20 +83,33 @@ def measure_by_blocks(
     """The Gramians (L, T, T), with no more than T gradients of one block alive."""
     ranks = ranks or Alone()
     position = {node: at for at, node in enumerate(graph.nodes)}
-    total = GramianSum(shared.layers, len(losses))
+    total, own = GramianSum(shared.layers, len(losses)), GramianSum(shared.layers, len(losses))
     walks = [_Walk(loss, shared, position) for loss in losses]
     with state_kept(model) as back:
         for block in cut(graph, shared, count):
             ranks.together(partial(_all_through, walks, block, back))
-            _multiply(total, walks, block, shared.parameters, ranks)
+            _multiply(total, own, walks, block, shared.parameters, ranks)
+    if ranks.size > 1:
+        ranks.spread(own.result())
     return total.result()
 
 
 def _multiply(
-    total: GramianSum, walks: Sequence[_Walk], block: Block, parameters: Sequence[nn.Parameter], ranks: Alone
+    total: GramianSum,
+    own: GramianSum,
+    walks: Sequence[_Walk],
+    block: Block,
+    parameters: Sequence[nn.Parameter],
+    ranks: Alone,
 ) -> None:
-    """Of the gradients that are whole now; a function of its own, so that none of them outlives it."""
+    """Of the gradients that are whole now; a function of its own, so that none of them outlives it.
+
+    ``own`` gets this process's where there are several, ``total`` those of all.
+    """
     used = [parameters[index] for index in block.complete]
+    if ranks.size > 1:
+        for index in block.complete:
+            own.add(index, [walk.gradients.get(index) for walk in walks])
     found = [ranks.average([walk.gradients.pop(index, None) for index in block.complete], used) for walk in walks]
     for place, index in enumerate(block.complete):
         total.add(index, [gradients[place] for gradients in found])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
+from gradprobe.probes import transfer
 
 Weights = Mapping[str, "float | Tensor"]
 Losses = Mapping[str, Tensor]
@@ -81,8 +82,13 @@ def loss_fault(loss: object) -> str:
     return ""
 
 
-def weight_values(tasks: Sequence[str], weights: Weights | None, step: int) -> Array:
+def weight_values(
+    tasks: Sequence[str], weights: Weights | None, step: int, due: Callable[[], bool] | None = None
+) -> Array:
     """The weights in force, (T,) in the order of ``tasks``; 1 each where there are none.
+
+    Reading tensors on a GPU makes the host wait: where some are, and ``due`` says that the step is not measured, they
+    are left alone, and the result is NaN.
 
     Raises:
         ProbeError: A task has no weight, an unknown one has, or a weight is NaN, infinite or no number.
@@ -95,11 +101,22 @@ def weight_values(tasks: Sequence[str], weights: Weights | None, step: int) -> A
         raise ProbeError(f"weights lack {missing}; give one for each of {list(tasks)}.")
     if unknown:
         raise ProbeError(f"weights have the unknown {unknown}; the tasks are {list(tasks)}.")
-    values = np.array([_number(task, weights[task]) for task in tasks])
+    known = _from_devices(weights, due)
+    if known is None:
+        return np.full(len(tasks), np.nan)
+    values = np.array([known[task] if task in known else _number(task, weights[task]) for task in tasks])
     for task, value in zip(tasks, values, strict=True):
         if not np.isfinite(value):
             raise ProbeError(f"the weight of task {task!r} is {value} at step {step}; it must be finite.")
     return values
+
+
+def _from_devices(weights: Weights, due: Callable[[], bool] | None) -> dict[str, float] | None:
+    """The weights that lie on a GPU, in one transfer; None: there are some, and nobody will look at them."""
+    there = {t: w for t, w in weights.items() if isinstance(w, Tensor) and not w.is_cpu and w.numel() == 1}
+    if there and due is not None and not due():
+        return None
+    return dict(zip(there, transfer.values(list(there.values())), strict=True))
 
 
 def check_mapping(what: str, given: object) -> None:

@@ -78,6 +78,11 @@ class StepClock:
         first = self.step != self._last_asked
         return first, first and self.schedule.due(self.step)
 
+    @property
+    def completing(self) -> bool:
+        """Whether the present call completes the step."""
+        return self._handle is None and (self._calls + 1) % self.accumulate == 0
+
     def called(self) -> None:
         """One forward and backward is done."""
         self._calls += 1

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradprobe.measures import Array
@@ -83,12 +84,16 @@ class DerivedMeasurement:
         That is when it is not finite (the task's own gradient, or only another's, which an explicit pass must
         tell apart) or the small remainder of large terms.
         """
-        self._ranks.together(self._complete)
-        gram = self._meeting.end(self._difference() if self._by_products else None)
-        own = gram[:, self._derived, self._derived][self._meeting.sum.present[:, self._derived]]
+        gram, present = self._gramians()
+        own = gram[:, self._derived, self._derived][present[:, self._derived]]
         if not np.isfinite(own).all():
             return None
         return gram if cancellation(gram, self._weights)[self._derived] <= largest_cancellation(self.shared) else None
+
+    def _gramians(self) -> tuple[Array, NDArray[np.bool_]]:
+        """(L, T, T), and (L, T): which task brought a gradient to which layer."""
+        self._ranks.together(self._complete)
+        return self._meeting.end(self._difference() if self._by_products else None), self._meeting.sum.present
 
     def _complete(self) -> None:
         if self.listener.failure is not None:

@@ -29,6 +29,7 @@ from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import products
 from gradprobe.probes.trace import Node, Trace, is_leaf, several
+from gradprobe.probes.transfer import fetch
 
 Origin = tuple[str, str, int]
 """The layer that makes a feature, the type of the operation, and which of its outputs it is."""
@@ -241,10 +242,12 @@ def explicit_features(features: Sequence[Feature], losses: Sequence[Tensor], fac
 def gramians(gradients: Sequence[Mapping[int, Tensor]], factors: Array) -> Array:
     """Gramians of the gradients of the unweighted losses: (F, T, T); NaN where a task is missing or its factor is 0."""
     gram = np.full((len(gradients), len(factors), len(factors)), np.nan)
+    found = []
     for place, by_task in enumerate(gradients):
         tasks = [task for task in sorted(by_task) if factors[task] != 0]
         if tasks:
-            values = products([by_task[task] for task in tasks]).cpu().double().numpy()
-            values = values / np.outer(factors[tasks], factors[tasks])
-            gram[place][np.ix_(tasks, tasks)] = np.where(np.isfinite(values), values, np.nan)
+            found.append((place, tasks, products([by_task[task] for task in tasks])))
+    for (place, tasks, _), numbers in zip(found, fetch([part for _, _, part in found]), strict=True):
+        values = numbers.reshape(len(tasks), len(tasks)) / np.outer(factors[tasks], factors[tasks])
+        gram[place][np.ix_(tasks, tasks)] = np.where(np.isfinite(values), values, np.nan)
     return gram

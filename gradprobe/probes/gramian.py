@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,15 @@ from torch import Tensor
 
 from gradprobe.measures import Array
 from gradprobe.probes.graph import Layer
+from gradprobe.probes.transfer import fetch
 
 # Numbers converted to float64 at a time: they stay in the cache, and no whole copy is made. Above 10,000 numbers
 # numpy's OpenBLAS takes threads of its own, which spin on after their work: that cost as much as a whole training step.
 # A matrix product is quicker than single ones from about eight gradients on.
 _PIECE, _MANY = 1 << 13, 8
+
+# Numbers of all tasks in float64 at a time where gradients are multiplied on a GPU: 64 MiB.
+_COPIED = 1 << 23
 
 # Of long float32 gradients, products of 256 numbers at a time are summed in float32, which is three times as quick, and
 # these sums in float64: rounding errors are independent from sum to sum and average out, to below 3e-8 of the norms.
@@ -44,7 +48,7 @@ def products(gradients: Sequence[Tensor]) -> Tensor:
     Returns:
         (k, k), float64 (float32 on Apple's MPS, which has no float64), on the tensors' device.
     """
-    flat = [_vector(g) for g in gradients]
+    flat = [vector(g) for g in gradients]
     kind = flat[0].device.type
     if kind == "cpu":
         return torch.from_numpy(_on_cpu(flat))
@@ -52,10 +56,13 @@ def products(gradients: Sequence[Tensor]) -> Tensor:
         return symmetric([[torch.dot(a.float(), b.float()) for b in flat[i:]] for i, a in enumerate(flat)])
     # A wide product costs a GPU more than its accumulation does.
     wide = [g if g.dtype == torch.float64 else g.float() for g in flat]
+    if len(wide) >= _MANY:  # as many operations as pairs would cost more than the numbers
+        return _by_matrix_there(wide)
     return symmetric([[(a * b).sum(dtype=torch.float64) for b in wide[i:]] for i, a in enumerate(wide)])
 
 
-def _vector(gradient: Tensor) -> Tensor:
+def vector(gradient: Tensor) -> Tensor:
+    """A gradient as one dense real vector: a view where it can be."""
     gradient = gradient.detach()
     if gradient.layout != torch.strided:
         gradient = gradient.to_dense()
@@ -122,17 +129,25 @@ def _by_matrix(arrays: Sequence[NDArray[Any]]) -> Array:
     return total.numpy()
 
 
+def _by_matrix_there(wide: Sequence[Tensor]) -> Tensor:
+    """On the gradients' own device, so many numbers at a time that their float64 copies stay small."""
+    count, size = len(wide), wide[0].numel()
+    total = wide[0].new_zeros((count, count), dtype=torch.float64)
+    piece = max(1, _COPIED // count)
+    for start in range(0, size, piece):
+        block = torch.stack([g[start : start + piece] for g in wide]).double()
+        total += block @ block.T
+    return total
+
+
 def symmetric(upper: Sequence[Sequence[Tensor]]) -> Tensor:
-    """The matrix whose upper triangle is given row by row."""
+    """The matrix whose upper triangle is given row by row; made where the numbers are, without a copy to there."""
     flat = torch.stack([value for row in upper for value in row])
-    return flat[_places(len(upper)).to(flat.device)]
-
-
-def _places(count: int) -> Tensor:
-    """(k, k): where each entry of a symmetric matrix stands in the list of its upper triangle."""
-    order = np.zeros((count, count), dtype=np.int64)
-    order[np.triu_indices(count)] = range(count * (count + 1) // 2)
-    return torch.from_numpy(np.maximum(order, order.T))
+    row, column = torch.triu_indices(len(upper), len(upper), device=flat.device)
+    full = flat.new_zeros((len(upper), len(upper)))
+    full[row, column] = flat
+    full[column, row] = flat
+    return full
 
 
 class GramianSum:
@@ -149,7 +164,7 @@ class GramianSum:
     def __init__(self, layers: Sequence[Layer], tasks: int) -> None:
         self._layers, self._tasks = layers, tasks
         self._owner = [index for index, layer in enumerate(layers) for _ in layer.parameters]
-        self._parts: dict[torch.device, list[tuple[int, list[int], Tensor]]] = {}
+        self._parts: list[tuple[int, list[int], Tensor, bool]] = []  # on other devices; whether they are final
         self._done: list[tuple[int, list[int], Array]] = []  # those that never were on another device
         self._final: list[tuple[int, list[int], Array]] = []
         self._present = np.zeros((len(layers), tasks), dtype=bool)
@@ -169,17 +184,20 @@ class GramianSum:
         self._present[layer, there] = True
         present = [g for g in gradients if g is not None]
         if present[0].is_cpu:
-            found = _on_cpu([_vector(g) for g in present])
+            found = _on_cpu([vector(g) for g in present])
             self._done.append((layer, there, found if factor == 1.0 else found * factor))
         else:
             part = products(present) if factor == 1.0 else products(present) * factor
-            self._parts.setdefault(part.device, []).append((layer, there, part))
+            self._parts.append((layer, there, part, False))
 
     def add_products(self, index: int, tasks: Sequence[int], products: Tensor) -> None:
         """Add one parameter whose products are known: (k, k) of the k tasks that reach it."""
         layer = self._owner[index]
         self._present[layer, list(tasks)] = True
-        self._final.append((layer, list(tasks), products.cpu().numpy()))
+        if products.is_cpu:
+            self._final.append((layer, list(tasks), products.numpy()))
+        else:
+            self._parts.append((layer, list(tasks), products, True))
 
     @property
     def present(self) -> NDArray[np.bool_]:
@@ -196,7 +214,8 @@ class GramianSum:
             (L, T, T) float64, symmetric, in (loss per unit of parameter)^2. NaN where a task has no path to any
             parameter of the layer, or a gradient is not finite.
         """
-        gram = self._summed(self._blocks(), change)
+        bring([self])
+        gram = self._summed(self._done, change)
         with np.errstate(invalid="ignore"):  # as above
             gram += self._summed(self._final, None)
         gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
@@ -218,11 +237,21 @@ class GramianSum:
                 gram[layer][place] += block if change is None else change[place] @ block @ change[place].T
         return gram
 
-    def _blocks(self) -> Iterator[tuple[int, list[int], Array]]:
-        yield from self._done
-        for parts in self._parts.values():
-            values = torch.cat([part.reshape(-1) for _, _, part in parts]).cpu().double().numpy()
-            start = 0
-            for layer, there, part in parts:
-                yield layer, there, values[start : start + part.numel()].reshape(part.shape)
-                start += part.numel()
+    @property
+    def waiting(self) -> list[Tensor]:
+        """Products that are still on another device."""
+        return [part for _, _, part, _ in self._parts]
+
+    def arrived(self, values: Sequence[Array]) -> None:
+        """The numbers of :attr:`waiting`."""
+        for (layer, there, part, final), numbers in zip(self._parts, values, strict=True):
+            (self._final if final else self._done).append((layer, there, numbers.reshape(tuple(part.shape))))
+        self._parts = []
+
+
+def bring(sums: Sequence[GramianSum]) -> None:
+    """Bring what is on other devices over, of several sums in one transfer."""
+    waiting = [total.waiting for total in sums]
+    found = iter(fetch([part for parts in waiting for part in parts]))
+    for total, parts in zip(sums, waiting, strict=True):
+        total.arrived([next(found) for _ in parts])

@@ -102,9 +102,13 @@ def find_shared(
 
 
 def by_module(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Parameters by the module that owns them: ``{"model.0.conv": [weight, bias], ...}``."""
+    """Parameters by the module that owns them: ``{"model.0.conv": [weight, bias], ...}``.
+
+    Names are those of the module before it was compiled, so that runs can be laid side by side.
+    """
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        owner = name.rpartition(".")[0] or name
+        plain = name.replace("_orig_mod.", "")
+        owner = plain.rpartition(".")[0] or plain
         groups.setdefault(owner, []).append(parameter)
     return groups

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
+from gradprobe.probes import transfer
+from gradprobe.probes.accumulation import Accumulation, Call, Noise, status_of_calls
 from gradprobe.probes.beside import Beside
 from gradprobe.probes.checks import Losses
 from gradprobe.probes.clock import StepClock
@@ -33,7 +35,8 @@ from gradprobe.probes.report import Reporter, status_of
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.self_check import SELF_CHECKED, cosines_with_itself, fault
 from gradprobe.probes.stopwatch import Stopwatch
-from gradprobe.rows import MEASURED, FeatureRow, Row
+from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, OVERFLOWED, FeatureRow, Row
+from gradprobe.statistics import noise_part
 
 T = TypeVar("T")
 
@@ -55,19 +58,6 @@ class Due:
         return self.here or self.loader
 
 
-@dataclass(frozen=True)
-class Noise:
-    """What a measurement in micro-batches tells besides.
-
-    Attributes:
-        part: (L, T, T) of the Gramians, as the losses were scaled; None: not known.
-        batches: In how many it was measured.
-    """
-
-    part: Array | None
-    batches: int
-
-
 @dataclass
 class Measuring:
     """The parts of a probe, and what they do at a step. Knows nothing of the probe, which may so be let go of.
@@ -78,6 +68,7 @@ class Measuring:
         ranks: The processes that train together.
         epoch: Of the rows to come.
         beside: Looks at what the optimizer makes of what was measured.
+        calls: Of the present step, where gradients are accumulated.
         loader: Measured besides.
         self_checked: Whether the probe has looked at itself, see :mod:`gradprobe.probes.self_check`.
     """
@@ -96,19 +87,36 @@ class Measuring:
     loader: OnLoader | None = None
     self_checked: bool = False
 
+    def __post_init__(self) -> None:
+        several = True if self.clock.accumulate > 1 else None if self.optimizer is not None else False
+        known, agree = self.optimizer is None, self.ranks.first_says
+        self.calls = Accumulation(self.meter, several, not known, agree, self._emit_calls)
+
     def called(self) -> None:
         """A call of the probe is over."""
+        if self.clock.completing:
+            self.calls.finish()
         if self.beside is not None:
             self.beside.called()
         self.clock.called()
 
+    def close(self) -> None:
+        """Nothing more comes: hand on what the present step has, and let go of the optimizer."""
+        if self.ranks.size == 1:  # others may be elsewhere, and not answer
+            self.calls.finish()
+        self.clock.close()
+        if self.beside is not None:
+            self.beside.close()
+
     def due(self) -> Due:
         """Asked once per call of the probe."""
-        return self._due(*self.clock.ask())
+        first, due = self.clock.ask()
+        return self._due(first, self.calls.due(first, due))
 
     def due_next(self) -> Due:
         """What :meth:`due` would say if the probe were called now."""
-        return self._due(*self.clock.peek())
+        first, due = self.clock.peek()
+        return self._due(first, self.calls.would_be_due(first, due))
 
     def backward(
         self,
@@ -120,23 +128,21 @@ class Measuring:
         micro: MicroBatches | None = None,
     ) -> None:
         """The joint backward of ``total``, with the measurement around and within it."""
-        if due.rows and not (micro is not None and len(micro.losses) > 1):
+        if due.rows and not self._apart(micro):
             self._look(losses, None)
-        if micro is not None and len(micro.losses) > 1:
+        if self._apart(micro):
             self.record(losses, weights, due, batch_size, micro)
             total.backward()
             return
         watch, feature_watch = Stopwatch(total.device), Stopwatch(total.device)
-        scaled = self.scale.all(self.ordered(losses))
+        scaled = self._scaled(losses)
         plan, status, entering = None, MEASURED, None
         if due.rows:
             with watch.running():
                 plan, status = self.guarded(lambda: self.meter.begin(self.find(losses), scaled, weights))
         if due.features:
             with feature_watch.running():
-                entering, _ = self._guarded_together(
-                    lambda: JointFeatures(self._find_features(losses), weights * self.scale.factor)
-                )
+                entering, _ = self._guarded_together(lambda: JointFeatures(self._find_features(losses), weights))
         derived = plan if isinstance(plan, DerivedMeasurement) else None
         with ExitStack() as hooks:
             if derived is not None:
@@ -147,18 +153,18 @@ class Measuring:
             # The graph is kept until the result is checked: an explicit pass may have to replace it.
             total.backward(retain_graph=derived is not None)
         if derived is not None:
-            watch.seconds += derived.listener.seconds
+            watch.add(derived.listener.seconds)
             with watch.running():
                 plan, status = self.guarded(lambda: self.meter.finish(derived, scaled))
                 self.guarded(lambda: release(derived.graph))
         if entering is not None:
-            feature_watch.seconds += entering.seconds
+            feature_watch.add(entering.seconds)
             with feature_watch.running():
                 gram, _ = self._guarded_together(entering.result)
             self._emit_features(entering.features, gram, feature_watch)
         if due.rows:
             gram = plan if isinstance(plan, np.ndarray) else None
-            self._emit(losses, weights, gram, status, watch, batch_size, _unknown(micro))
+            self._emit(losses, weights, gram, status, watch, batch_size, self._noise(micro, gram))
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
 
     def record(
@@ -167,34 +173,35 @@ class Measuring:
         """The measurement alone, by passes of its own."""
         if due.rows:
             self._look(losses, micro)
-        if micro is not None and len(micro.losses) > 1:
+        if self._apart(micro):
             self._in_micro_batches(losses, weights, batch_size, micro)
             return
         watch, feature_watch = Stopwatch(_device(losses)), Stopwatch(_device(losses))
-        scaled = self.scale.all(self.ordered(losses))
+        scaled = self._scaled(losses)
         if due.features:
             with feature_watch.running():
                 features, _ = self._guarded_together(lambda: self._find_features(losses))
-                factors = np.full(len(self.tasks), self.scale.factor)
+                factors = np.ones(len(self.tasks))
                 gram, _ = self._guarded_together(lambda: self.features.explicit(features or [], scaled, factors))
             self._emit_features(features or [], gram, feature_watch)
         if due.rows:
             with watch.running():
                 gram, status = self.guarded(lambda: self.meter.explicit(self.find(losses), scaled))
-            self._emit(losses, weights, gram, status, watch, batch_size, _unknown(micro))
+            self._emit(losses, weights, gram, status, watch, batch_size, self._noise(micro, gram))
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
 
     def _look(self, losses: Losses, micro: MicroBatches | None) -> None:
         """What stands beside may need gradients of its own, while the graphs are alive."""
         if self.beside is not None:
             self.guarded(lambda: self.find(losses))
-            pieces = micro.losses if micro is not None and len(micro.losses) > 1 else (losses,)
+            pieces = micro.losses if micro is not None and self._apart(micro) else (losses,)
             self.beside.looked([self.scale.all(self.ordered(one)) for one in pieces])
 
     def _in_micro_batches(self, losses: Losses, weights: Array, batch_size: int, micro: MicroBatches) -> None:
         watch = Stopwatch(_device(losses))
         with watch.running():
             scaled = (self.scale.all(self.ordered(one)) for one in micro.losses)
+            transfer.take_along(self.ordered(losses))
             found, status = self.guarded(
                 lambda: self.meter.in_micro_batches(self.find(losses), scaled, micro.shares, len(self.tasks))
             )
@@ -204,10 +211,25 @@ class Measuring:
         self._emit(losses, weights, gram, status, watch, batch_size, Noise(part, len(self.meter.shares)))
         self.clock.schedule.spent(watch.seconds)
 
+    def _apart(self, micro: MicroBatches | None) -> TypeGuard[MicroBatches]:
+        """Whether the micro-batches are measured one by one: in all processes if in one, though it has but one."""
+        return micro is not None and (len(micro.losses) > 1 or self.ranks.size > 1)
+
+    def _noise(self, micro: MicroBatches | None, gram: Array | None) -> Noise | None:
+        """Of a step that was measured as a whole: the batches of several processes are micro-batches of it."""
+        if self.ranks.size == 1:
+            return Noise(None, 1) if micro is not None else None
+        self.meter.shares = shares = self.ranks.shares([1.0])
+        parts = self.ranks.parts
+        if gram is None or parts is None or parts.shape != gram.shape:  # a failure, or tasks that share nothing
+            return Noise(None, len(shares))
+        return Noise(noise_part(gram, parts, shares), len(shares))
+
     def on_loader(self) -> None:
         """The measurement on the probe loader, which changes nothing."""
         assert self.loader is not None
-        row = self.loader.measure(self)
+        with self.ranks.equal_shares():
+            row = self.loader.measure(self)
         if row is not None:
             self.report.probe_loader(row)
 
@@ -241,9 +263,9 @@ class Measuring:
 
     def note(self, losses: Losses, weights: Array, status: str, batch_size: int) -> None:
         """A row without a measurement."""
+        self.calls.finish()  # those before it in its step are measured, and have the step's row
         self.guarded(lambda: self.find(losses))
-        values = self._values(losses)
-        self._hand_on(losses, values, weights, None, status, Stopwatch(_device(losses)), batch_size)
+        self._emit(losses, weights, None, status, Stopwatch(_device(losses)), batch_size)
 
     def find(self, losses: Losses) -> SharedLayers:
         """The shared layers, announced to the sinks when they are first found."""
@@ -290,12 +312,29 @@ class Measuring:
         batch_size: int,
         noise: Noise | None = None,
     ) -> None:
-        """Hand on the row of all processes: the mean of their losses, and all their samples."""
-        *values, size = self.ranks.mean(np.array([*self._values(losses), batch_size]))
-        self._hand_on(losses, np.array(values), weights, gram, status, watch, round(size * self.ranks.size), noise)
+        """Hand on the row of one call, or keep it until its step is complete."""
+        values, shares, step = self._values(losses), self.meter.shares, self.clock.step
+        call = Call(step, losses, values, weights, gram, status, watch.seconds, batch_size, noise, shares)
+        if not self.calls.takes(call):
+            self._emit_calls([call], gram, noise)
+
+    def _emit_calls(self, calls: Sequence[Call], gram: Array | None, noise: Noise | None) -> None:
+        """Hand on the row of a step, and of all processes: the mean of their losses, and all their samples."""
+        last, watch = calls[-1], Stopwatch(_device(calls[-1].losses))
+        watch.add(sum(call.seconds for call in calls))
+        own = [*np.mean([call.values for call in calls], axis=0), sum(call.batch_size for call in calls)]
+        *values, size = self.ranks.mean(np.array(own))
+        total, status = round(size * self.ranks.size), status_of_calls(calls)
+        self._hand_on(last.losses, np.array(values), last.weights, gram, status, watch, total, noise, last.step)
 
     def _values(self, losses: Losses) -> Array:
-        return np.array([float(losses[t].detach()) for t in self.tasks])
+        return np.array(transfer.values(self.ordered(losses)))
+
+    def _scaled(self, losses: Losses) -> list[Tensor]:
+        """The losses as they are measured; their values come over with the first products."""
+        scaled = self.scale.all(self.ordered(losses))
+        transfer.take_along([*self.ordered(losses), *self.scale.unread])
+        return scaled
 
     def _hand_on(
         self,
@@ -306,7 +345,8 @@ class Measuring:
         status: str,
         watch: Stopwatch,
         batch_size: int,
-        noise: Noise | None = None,
+        noise: Noise | None,
+        step: int,
     ) -> None:
         """Hand one row on.
 
@@ -319,6 +359,7 @@ class Measuring:
             watch: Has counted what the row cost so far.
             batch_size: Stored.
             noise: None: not measured in micro-batches.
+            step: Of the training.
         """
         header = self.report.header
         if header is None:
@@ -330,11 +371,12 @@ class Measuring:
                 gram = self.meter.last_gram = self.scale.off(gram)
                 self.meter.check_reach(self.tasks, gram)
                 status = status_of(values, gram, header.reach, lambda: self.meter.reach_now(self.ordered(losses)))
+                status = OVERFLOWED if status == NONFINITE_GRADIENT and self.scale.there else status
         if self.beside is not None:
             self.beside.measured(self.ordered(losses), weights, gram, status)
         self.report.row(
             Row(
-                step=self.clock.step,
+                step=step,
                 epoch=self.epoch,
                 time=self.now(),
                 loss=values,
@@ -360,7 +402,7 @@ class Measuring:
     def _emit_features(self, features: Sequence[Feature], gram: Array | None, watch: Stopwatch) -> None:
         if gram is not None and self.features.names:
             # The gradient of a mean over processes, at features that each process has for itself.
-            gram = self.ranks.mean(self.features.arranged(features, gram)) / self.ranks.size
+            gram = self.ranks.mean(self.features.arranged(features, self.scale.off(gram))) / self.ranks.size
             self.report.features(FeatureRow(self.clock.step, self.epoch, self.now(), gram, overhead=watch.seconds))
 
     def _find_features(self, losses: Losses) -> list[Feature]:
@@ -384,11 +426,6 @@ class Measuring:
     def now(self) -> float:
         """Seconds since recording started."""
         return time.perf_counter() - self.report.started
-
-
-def _unknown(micro: MicroBatches | None) -> Noise | None:
-    """The noise of a step that was measured as a whole, in a run that is measured in micro-batches."""
-    return Noise(None, 1) if micro is not None else None
 
 
 def _device(losses: Losses) -> torch.device:

@@ -29,7 +29,9 @@ from gradprobe.probes.limits import refuse
 from gradprobe.probes.micro import MicroSum
 from gradprobe.probes.passes import Gradients, measure_explicitly
 from gradprobe.probes.ranks import Alone
-from gradprobe.probes.trace import trace
+from gradprobe.probes.sketch import Size
+from gradprobe.probes.sketched import SketchedMeasurement, Sketching, measure_sketched
+from gradprobe.probes.trace import Trace, trace
 
 MEMORY = ("normal", "low")
 PRODUCTS = ("direct", "ghost")
@@ -45,6 +47,7 @@ class Meter:
         products: "direct", or "ghost": some weights' without their gradients, see :mod:`gradprobe.probes.ghost`.
         warn: Is told what the user should know.
         ranks: The processes whose gradients are averaged.
+        sketch: How much is kept of each gradient, see :mod:`gradprobe.probes.sketched`; None: all.
 
     Attributes:
         shared: None before the first measurement.
@@ -64,17 +67,21 @@ class Meter:
         products: str,
         warn: Callable[[str], None],
         ranks: Alone | None = None,
+        sketch: Size | None = None,
     ) -> None:
         if memory not in MEMORY:
             raise ProbeError(f"memory={memory!r}: there are {' and '.join(map(repr, MEMORY))}.")
         if products not in PRODUCTS:
             raise ProbeError(f"products={products!r}: there are {' and '.join(map(repr, PRODUCTS))}.")
+        if sketch is not None and products == "ghost":
+            raise ProbeError("sketch= and products='ghost' exclude each other: a sketch is made of every gradient.")
         if (memory, products) == ("low", "ghost"):
             raise ProbeError("memory='low' and products='ghost' exclude each other: blocks make every gradient.")
         self._ranks = ranks or Alone()
         if products == "ghost" and self._ranks.size > 1:
             raise ProbeError("products='ghost' under data parallelism: averages need every gradient; leave it out.")
         self._model, self._selection, self._memory, self._warn = model, selection, memory, warn
+        self._sketching = Sketching(sketch) if sketch is not None else None
         self._ghostly, self._ghosts_checked = products == "ghost", False
         self._binding: Binding | None = None
         self._looked, self._told = 0, False  # whether more is shared than at first
@@ -94,6 +101,7 @@ class Meter:
         Raises:
             ProbeError: They are not made, or memory was to stay low.
         """
+        self._refuse_sketch("updates= and ledger= need every task's gradients")
         if self._memory == "low" or self._ghostly:
             raise ProbeError(
                 "updates= and ledger= need every task's gradients: leave memory='low' and products='ghost' out."
@@ -102,12 +110,18 @@ class Meter:
         if micro:
             self.kept_micro = []
 
+    @property
+    def keeps(self) -> bool:
+        """Whether every task's gradients are made as a whole, and could be kept."""
+        return self._memory != "low" and not self._ghostly
+
     def state_dict(self) -> dict[str, Any]:
         """What a later meter needs to measure as this one would have, to the last digit."""
         return {
             "last_gram": None if self.last_gram is None else self.last_gram.tolist(),
             "derived": (self._derived, self._trusted),
             "ghosts": (self._ghostly, self._ghosts_checked),
+            "sketched": self._sketching.row if self._sketching is not None else 0,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -115,6 +129,8 @@ class Meter:
         gram, ghosts = state["last_gram"], state["ghosts"]
         self.last_gram = None if gram is None else np.array(gram, dtype=np.float64)
         self._derived, self._trusted = state["derived"]
+        if self._sketching is not None:
+            self._sketching.row = state.get("sketched", 0)
         self._ghostly, self._ghosts_checked = self._ghostly and ghosts[0], ghosts[1]
 
     @property
@@ -159,6 +175,7 @@ class Meter:
         Raises:
             ProbeError: Not in the way that was chosen.
         """
+        self._refuse_sketch("micro-batches and a probe loader are measured by every task's gradients")
         if self._memory == "low" or self._ghostly:
             raise ProbeError(
                 "micro-batches are measured by every task's gradients on each of them: leave memory='low' and "
@@ -210,6 +227,8 @@ class Meter:
         self._as_a_whole()
         if not shared.layers:
             return np.zeros((0, len(losses), len(losses)))
+        if self._sketching is not None:
+            return measure_sketched(self._model, shared, losses, self._sketching.next(shared), self._ranks)
         if self._memory == "low":
             return measure_by_blocks(self._model, shared, losses, trace(losses), ranks=self._ranks)
         if not self._ghostly:
@@ -232,10 +251,15 @@ class Meter:
         if derived is None:
             return self.explicit(shared, losses)
         graph = trace(losses)
-        if not self._ranks.all(may_be_derived(self._model, shared, graph)):
+        if not self._ranks.all(may_be_derived(self._model, shared, graph) and self._as_at_first(shared, graph)):
             return self.explicit(shared, losses)
         ghosts = find_ghosts(graph, shared) if self._ghostly else []
         model, ranks, kept = self._model, self._ranks, self.kept
+        if self._sketching is not None:
+            draw = self._sketching.next(shared)
+            return ranks.together(
+                lambda: SketchedMeasurement(model, shared, losses, weights, derived, graph, draw, ranks)
+            )
         return ranks.together(
             lambda: DerivedMeasurement(model, shared, losses, weights, derived, graph, ghosts, ranks, kept)
         )
@@ -248,7 +272,7 @@ class Meter:
         self._derived += 1
         if self._derived & (self._derived - 1):  # checked at the 1st, 2nd, 4th, 8th, ...
             return gram
-        by_passes = self.explicit(shared, losses)
+        by_passes = self._by_passes(measurement, losses)
         apart = difference(gram, by_passes)
         if apart > tolerance(shared):
             self._trusted = False
@@ -264,6 +288,24 @@ class Meter:
         self.shares = [1.0]
         if self.kept_micro is not None:
             self.kept_micro = []
+
+    def _as_at_first(self, shared: SharedLayers, graph: Trace) -> bool:
+        """Whether tasks reach what they did at first: of several processes with different paths none can be derived."""
+        return self._ranks.size == 1 or all(
+            any(graph.reaches(task, p) for p in layer.parameters) == there
+            for layer, reach in zip(shared.layers, shared.reach, strict=True)
+            for task, there in enumerate(reach)
+        )
+
+    def _by_passes(self, measurement: DerivedMeasurement, losses: Sequence[Tensor]) -> Array:
+        """The same measurement without a derived task; of sketches with the same draw."""
+        if isinstance(measurement, SketchedMeasurement):
+            return measure_sketched(self._model, measurement.shared, losses, measurement.draw, self._ranks)
+        return self.explicit(measurement.shared, losses)
+
+    def _refuse_sketch(self, why: str) -> None:
+        if self._sketching is not None:
+            raise ProbeError(f"{why}, of which sketch= keeps {self._sketching.size.numbers} numbers: leave it out.")
 
     def reach_now(self, losses: Sequence[Tensor]) -> NDArray[np.bool_]:
         """Which task's graph reaches which layer at this step: (L, T)."""

@@ -9,6 +9,7 @@ Source: docs/run-file.md, ``gram_noise``; the estimate is :func:`gradprobe.stati
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
+from gradprobe.probes import transfer
 from gradprobe.probes.checks import Losses, check_losses
 from gradprobe.probes.ghost import OutputGradients
-from gradprobe.probes.gramian import GramianSum
+from gradprobe.probes.gramian import GramianSum, bring
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Gradients, pass_to, state_kept
 from gradprobe.probes.ranks import Alone
@@ -121,13 +123,14 @@ def check_mean(losses: Losses, micro: MicroBatches | None) -> None:
     """
     if micro is None:
         return
-    for task, loss in losses.items():
-        parts = [float(one[task].detach()) for one in micro.losses]
+    known = iter(transfer.values([one[task] for task in losses for one in (losses, *micro.losses)]))
+    for task in losses:
+        loss, *parts = itertools.islice(known, 1 + len(micro.losses))
         mean = math.fsum(share * part for share, part in zip(micro.shares, parts, strict=True))
         scale = math.fsum(share * abs(part) for share, part in zip(micro.shares, parts, strict=True))
-        if math.isfinite(mean) and abs(float(loss.detach()) - mean) > _APART * scale:
+        if math.isfinite(mean) and abs(loss - mean) > _APART * scale:
             raise ProbeError(
-                f"the loss of task {task!r} is {float(loss.detach()):.6g}, but its mean over the {len(parts)} "
+                f"the loss of task {task!r} is {loss:.6g}, but its mean over the {len(parts)} "
                 f"micro-batches, weighted by their samples, is {mean:.6g}: what is measured would not be what is "
                 "trained. Leave losses= out, or make them that mean; losses must be means over samples, not sums."
             )
@@ -192,6 +195,7 @@ class MicroSum:
         whole_batch = GramianSum(layers, len(self.means))
         for index in range(len(parameters)):
             whole_batch.add(index, [gradients[index] for gradients in self.means])
+        bring([whole_batch, self._parts])
         gram = whole_batch.result()
         parts = self._ranks.mean(np.nan_to_num(self._parts.result())) / self._ranks.size
         self.shares = self._ranks.shares(self.shares)

@@ -193,6 +193,9 @@ class Meeting:
 class MeetingOfRanks(Meeting):
     """The same for several processes: all gradients are kept, averaged over the processes, and then multiplied.
 
+    The processes' batches are independent micro-batches, so that products of their own gradients tell the noise: see
+    :attr:`Alone.parts`.
+
     So T copies of the shared parameters are alive at the end, and two of one task's.
     """
 
@@ -205,7 +208,7 @@ class MeetingOfRanks(Meeting):
         kept: list[Gradients] | None = None,
     ) -> None:
         super().__init__(shared, others, last, kept)
-        self._ranks, self._parameters = ranks, shared.parameters
+        self._ranks, self._shared, self._parameters = ranks, shared, shared.parameters
         self._last: Gradients = [None] * len(shared.parameters)
 
     def add(self, index: int, gradient: Tensor | None, own: Tensor | None = None) -> None:
@@ -217,6 +220,7 @@ class MeetingOfRanks(Meeting):
     def end(self, change: Array | None = None) -> Array:
         """See :class:`Meeting`. Every process must get here, and gets the same."""
         tasks = [self.others[t] if t != self.last else self._last for t in range(len(self.others) + 1)]
+        self._ranks.spread(self._ranks.together(lambda: self._own(tasks, change)))
         for gradients in tasks:
             gradients[:] = self._ranks.average(gradients, self._parameters)
         for index in range(len(self._last)):
@@ -229,6 +233,13 @@ class MeetingOfRanks(Meeting):
                     for row in zip(*tasks, strict=True)
                 ]
         return self.sum.result(change)
+
+    def _own(self, tasks: Sequence[Gradients], change: Array | None) -> Array:
+        """Of this process's gradients."""
+        own = GramianSum(self._shared.layers, len(tasks))
+        for index in range(len(self._parameters)):
+            own.add(index, [gradients[index] for gradients in tasks])
+        return own.result(change)
 
 
 def combined(factors: Array, gradients: Sequence[Tensor | None]) -> Tensor | None:

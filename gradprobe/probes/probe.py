@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
-from gradprobe.probes.beside import Beside, Joins
+from gradprobe.probes.beside import Joins
 from gradprobe.probes.binding import Groups, Selection, Shared
 from gradprobe.probes.checks import Losses, Weights, check_losses, task_names, weight_values
 from gradprobe.probes.clock import StepClock, bare
@@ -32,6 +32,7 @@ from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.schedule import Also, Led, make_schedule, whole
+from gradprobe.probes.sketch import size_of
 from gradprobe.rows import Header, Provenance, Sink
 
 
@@ -48,7 +49,8 @@ class GradientProbe:
         sinks: Who gets the rows.
         every: Measure at steps 0, every, 2 every, ...; default 10, and 1 at ``level="features"``.
         budget: Instead of ``every``: the share of the time that measuring may take, above 0 and below 1.
-        optimizer: Where given, a training step is what its ``step()`` completes, and rows carry its learning rate.
+        optimizer: Where given, a training step is what its ``step()`` completes, and rows carry its learning rate. The
+            calls between two steps, of gradient accumulation, make one row: see :mod:`gradprobe.probes.accumulation`.
         scaler: Of mixed precision. :meth:`backward` scales the loss by it; :meth:`record` takes unscaled losses.
             Gradients are measured scaled, so that they do not vanish in float16, and stored unscaled.
         accumulate: Without an optimizer: how many calls make one step.
@@ -60,6 +62,10 @@ class GradientProbe:
         memory: "normal": at most T - 1 copies of the shared parameters, one pass saved; or "low": block by block.
         products: "direct": of the gradients; "ghost": those of weights on few samples and positions without making
             their gradients, see :mod:`gradprobe.probes.ghost`: cheaper, and as exact as float32 products.
+        sketch: For large models: of each task's gradient on a layer only so many numbers are kept (4096, say), or so
+            many and a seed, ``(4096, 1)``: a random linear sketch, drawn anew for each row. Gradients are sketched one
+            by one as they arrive, so that never a whole one is alive. Cosines are right to about (1 - c^2)/sqrt(k) a
+            row, without bias, and exact on layers that are no larger; see :mod:`gradprobe.probes.sketch`.
         process_group: Of a data-parallel training that averages gradients over it; found by itself where ``model`` is
             DDP. The gradients that are measured are averaged likewise, losses too; ``batch_size`` is summed up. Every
             process calls its probe at every step, and the sinks of the first one get the rows.
@@ -91,6 +97,7 @@ class GradientProbe:
         features: Iterable[str] | None = None,
         memory: str = "normal",
         products: str = "direct",
+        sketch: int | tuple[int, int] | None = None,
         process_group: ProcessGroup | None = None,
         updates: Joins | None = None,
         ledger: Joins | None = None,
@@ -120,7 +127,12 @@ class GradientProbe:
         def warn(reason: str) -> None:
             report.warn(clock.step, reason)
 
-        meter = Meter(model, selection, memory, products, warn, ranks)
+        size = size_of(sketch)
+        if size is not None:
+            if not chosen.parameters:
+                raise ProbeError("sketch= is of gradients on parameters: leave it out, or level='features'.")
+            how |= {"sketch": size.numbers, "sketch_seed": size.seed}
+        meter = Meter(model, selection, memory, products, warn, ranks, size)
         if beside is not None:
             beside.check(self.tasks, chosen, optimizer, meter)
             how |= {reader.name: reader.about for reader in readers}
@@ -149,13 +161,15 @@ class GradientProbe:
         )
         if optimizer is not None:
             clock.follow(optimizer)
+            clock.around(optimizer, self._measuring.calls.finish, lambda *_: None)
         if beside is not None:
             beside.open(self._measuring, model)
             self._measuring.beside = beside
+            self._measuring.calls.stop()
         self._model = model
         claim(model, self)
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
-        self._lost = weakref.finalize(self, _end, clock, beside, report if _open is not None else None, "not closed")
+        self._lost = weakref.finalize(self, _end, self._measuring, report if _open is not None else None, "not closed")
         self._lost.atexit = False
         if (
             _open is not None
@@ -193,7 +207,7 @@ class GradientProbe:
                 parameter is gone, or ``losses`` are not the mean of ``micro``.
         """
         losses, parts, batch_size = self._given(losses, micro, batch_size)
-        values = weight_values(self.tasks, weights, self.step)
+        values = weight_values(self.tasks, weights, self.step, lambda: self.is_due)
         applied = weights if weights is not None else dict.fromkeys(self.tasks, 1.0)
         total = sum(applied[task] * losses[task] for task in losses)
         assert isinstance(total, Tensor)
@@ -221,7 +235,7 @@ class GradientProbe:
         Arguments and errors as for :meth:`backward`. Features cost a pass through each head here.
         """
         losses, parts, batch_size = self._given(losses, micro, batch_size)
-        values = weight_values(self.tasks, weights, self.step)
+        values = weight_values(self.tasks, weights, self.step, lambda: self.is_due)
         due = self._measuring.due()
         if due.loader:
             self._measuring.on_loader()
@@ -268,6 +282,20 @@ class GradientProbe:
     def step(self) -> int:
         """The present training step, from 0."""
         return self._clock.step
+
+    @property
+    def share(self) -> float:
+        """Under data parallelism: which share of the step's samples this process has.
+
+        To be set, before each call, by a loop whose processes have different numbers of samples, and which multiplies
+        each process's losses by its share times the number of processes, so that all samples count alike. It matters
+        to the estimate of the noise alone. 1 / processes where it was not set.
+        """
+        return self._measuring.ranks.share
+
+    @share.setter
+    def share(self, share: float) -> None:
+        self._measuring.ranks.share = share
 
     @property
     def is_due(self) -> bool:
@@ -321,7 +349,7 @@ class GradientProbe:
             return
         atexit.unregister(self._lost)
         release(self._model, self)
-        _end(self._clock, self._measuring.beside, self._measuring.report, end)
+        _end(self._measuring, self._measuring.report, end)
 
     def __enter__(self) -> GradientProbe:
         return self
@@ -362,9 +390,7 @@ class GradientProbe:
         return self._measuring.clock
 
 
-def _end(clock: StepClock, beside: Beside | None, report: Reporter | None, end: str) -> None:
-    clock.close()
-    if beside is not None:
-        beside.close()
+def _end(measuring: Measuring, report: Reporter | None, end: str) -> None:
+    measuring.close()
     if report is not None:
         report.close(end)

@@ -7,7 +7,8 @@ multiplies the same averages: all of them know the same Gramians, and decide ali
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -30,6 +31,13 @@ class Alone:
     rank = 0
     first = True
     """Whether this is the process that hands rows to the sinks."""
+
+    parts: Array | None = None
+    """(L, T, T) what :func:`gradprobe.statistics.noise_part` needs of the processes' own gradients in the last
+    measurement of a batch as a whole; None: there is one process."""
+
+    share = 1.0
+    """Of the step's samples: how much this process's losses count in the mean over all."""
 
     def together(self, part: Callable[[], T]) -> T:
         """Do this process's part; if it fails anywhere it fails everywhere, so that nobody waits for the others."""
@@ -54,9 +62,29 @@ class Alone:
         """The mean over the processes of some numbers; NaN where one has NaN."""
         return values
 
+    @contextmanager
+    def equal_shares(self) -> Iterator[None]:
+        """Within it, :attr:`share` is the same in all processes."""
+        share, self.share = self.share, 1 / self.size
+        try:
+            yield
+        finally:
+            self.share = share
+
     def shares(self, own: Sequence[float]) -> list[float]:
-        """The shares of all processes' micro-batches in the batch of all: each process has the same part of that."""
+        """The shares of all processes' micro-batches in the batch of all; of those that have samples.
+
+        Args:
+            own: Of this process's micro-batches in its own batch.
+        """
         return list(own)
+
+    def spread(self, own: Array) -> None:
+        """Set :attr:`parts`.
+
+        Args:
+            own: (L, T, T) Gramians of this process's gradients before they are averaged.
+        """
 
     def check_same(self, shared: SharedLayers) -> None:
         """Make sure that all processes found the same layers."""
@@ -75,6 +103,7 @@ class Ranks(Alone):
         self.size = dist.get_world_size(group)
         self.rank = dist.get_rank(group)
         self.first = self.rank == 0
+        self.share = 1 / self.size
 
     def together(self, part: Callable[[], T]) -> T:
         """See :class:`Alone`.
@@ -122,8 +151,12 @@ class Ranks(Alone):
     def shares(self, own: Sequence[float]) -> list[float]:
         """See :class:`Alone`."""
         found: list[list[float]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(found, list(own), group=self._group)
-        return [share / self.size for process in found for share in process]
+        dist.all_gather_object(found, [self.share * part for part in own], group=self._group)
+        return [share for process in found for share in process if share > 0]
+
+    def spread(self, own: Array) -> None:
+        """See :class:`Alone`. A task without a gradient in one process has a gradient of 0 there."""
+        self.parts = self.mean(np.nan_to_num(own)) / self.size
 
     def check_same(self, shared: SharedLayers) -> None:
         """See :class:`Alone`.

@@ -12,7 +12,7 @@ from gradprobe import measures
 from gradprobe.measures import Array
 from gradprobe.rows import MEASURED
 from gradprobe.runfile import Run, schema, thin
-from gradprobe.summary import estimated, updates, words
+from gradprobe.summary import estimated, ledger, updates, words
 
 LOWEST_LAYERS = 3
 SUMMED = 1 << 23
@@ -109,6 +109,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "rows_not_measured": not_measured(run),
         "steps": {"first": int(run["step"][0]), "last": int(run["step"][-1])} if len(run) else None,
         "level": run.provenance.get("probe.level", "parameters"),
+        "sketch": _sketch(run),
         "layers": len(run.layers),
         "parameters": int(run.layer_size.sum()),
         "tasks": _tasks(run, seen, measures.dominance(gram, weight)),
@@ -116,6 +117,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "features": _features(seen),
         "interference": _interference(seen, measures.interference(gram, weight)),
         "updates": updates.summarise(run, seen, updates.gradient_share(gram, weight)),
+        "ledger": ledger.summarise(run),
         "probe_loader": estimated.summarise(run),
         "audit": _audit(run),
         "metrics": _metrics(run),
@@ -127,6 +129,12 @@ def not_measured(run: Run) -> dict[str, int]:
     """How many rows hold less than a measurement, by the reason that they give."""
     counts = np.bincount(thin.whole(run)["status"])
     return {run.status_names[c]: int(n) for c, n in enumerate(counts) if n and run.status_names[c] != MEASURED}
+
+
+def _sketch(run: Run) -> int | None:
+    """Numbers that were kept of each gradient on a layer; None: all."""
+    found = run.provenance.get("probe.sketch")
+    return None if found is None else int(found)
 
 
 def _tasks(run: Run, seen: Run, dominance: Array) -> dict[str, Any]:
@@ -272,6 +280,7 @@ def _overhead(run: Run) -> dict[str, float | None]:
         seconds += float(np.nansum(run["features/overhead"], dtype=np.float64))
     if schema.UPDATES.path("overhead") in run:
         seconds += float(np.nansum(run["update/overhead"], dtype=np.float64))
+    seconds += ledger.overhead(run)
     elapsed = float(np.max(run["time"], initial=0.0))
     return {"seconds": seconds, "share": measures.known(seconds / elapsed) if elapsed > 0 else None}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gradprobe.summary import crowd, estimated, updates
+from gradprobe.summary import crowd, estimated, ledger, updates
 
 CAUTION = (
     "These are single minibatches: mostly noise. They do not show whether interference is there, or whether "
@@ -32,7 +32,14 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     if summary["level"] == "features":
         gradients.append("Gradients on parameters were not measured (level='features').")
     elif summary["layers"]:
-        gradients = [*_cosines(summary), *_first_order(summary), *updates.sentences(summary["updates"]), *gradients]
+        gradients = [
+            *_sketched(summary),
+            *_cosines(summary),
+            *_first_order(summary),
+            *updates.sentences(summary["updates"]),
+            *gradients,
+            *ledger.sentences(summary["ledger"]),
+        ]
     said += [*gradients, CAUTION] if gradients else []
     said += estimated.sentences(summary["probe_loader"])
     if summary["level"] != "features" and not summary["layers"]:
@@ -132,6 +139,17 @@ def _cosines(summary: dict[str, Any]) -> list[str]:
         said.append(f"The {PAIRS_IN_WORDS} of {len(known)} pairs with the lowest median cosine (all: summary --json):")
         known = sorted(known, key=lambda name: pairs[name]["cosine"]["median"])[:PAIRS_IN_WORDS]
     return said + [_cosine(name, pairs[name]) for name in known]
+
+
+def _sketched(summary: dict[str, Any]) -> list[str]:
+    kept = summary["sketch"]
+    if kept is None:
+        return []
+    error = kept**-0.5
+    return [
+        f"Gradients were sketched to {kept:,} numbers per layer and task: on larger layers a cosine near 0 is right to "
+        f"about {error:.1g} a row (standard deviation), without bias, and a norm to {error / 2**0.5:.1%}."
+    ]
 
 
 def _cosine(name: str, values: dict[str, Any]) -> str:

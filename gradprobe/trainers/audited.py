@@ -16,6 +16,7 @@ from gradprobe.errors import UsageError
 from gradprobe.trainers import checkpoint, loop, registry
 from gradprobe.trainers.balancer import Balancer, Setup
 from gradprobe.trainers.build import check_device, make_balancer
+from gradprobe.trainers.engine import make_engine
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.joint import Joint
 from gradprobe.trainers.optim import make_optimizer, make_schedule
@@ -74,7 +75,7 @@ class TracedBackward:
 
     def __init__(self) -> None:
         self.trace: Trace | None = None
-        self.step = 0
+        self.step, self.share = 0, 1.0
 
     def backward(
         self, losses: Mapping[str, Tensor], weights: Mapping[str, float], *, micro: Any = None, batch_size: Any = 0
@@ -102,13 +103,13 @@ class Silent:
 
 class _Audited:
     def __init__(self, settings: Settings, data: Data, hyp: DetectionHyp) -> None:
-        self._settings = settings
+        self._settings, self._device = settings, check_device(settings.device)
         self._problem = problem_of(settings)
         self._tasks = self._problem.kind.tasks
         self._kind = registry.find(settings.trainer)
-        reference = self._problem.build_model(settings, data, hyp).to(check_device(settings.device))
+        reference = self._problem.build_model(settings, data, hyp).to(self._device)
         if settings.weights:
-            checkpoint.load_weights(reference, settings.weights, settings.device)
+            checkpoint.load_weights(reference, settings.weights, str(self._device))
         self._loader = self._problem.loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
         setup = Setup(settings, self._tasks, len(self._loader))
         self._model: Any = self._kind.prepare(reference, setup)
@@ -140,7 +141,7 @@ class _Audited:
         if self._training is None:
             self._training = self._begun(weights)
         self._probe.trace = trace
-        loop.train_step(self._training, batch.to(self._settings.device))
+        loop.train_step(self._training, batch.to(self._device))
 
     def _begun(self, weights: Mapping[str, float]) -> loop.Training:
         """The loop's own record; what a step does not touch is left out."""
@@ -148,11 +149,13 @@ class _Audited:
             settings=self._settings,
             problem=self._problem,
             model=cast(Any, Present(self._model, tuple(weights))),
+            engine=make_engine(self._model, self._settings.precision, self._device),
             optimizer=self._optimizer,
             schedule=self._schedule,
             balancer=balancer(self._kind, self._settings, self._model, weights, len(self._loader)),
             probe=cast(Any, self._probe),
             train_loader=self._loader,
+            whole_loader=self._loader,
             val_loader=self._val,
             test_loader=None,
             paths=checkpoint.Paths(Path()),
@@ -164,13 +167,13 @@ class _Audited:
         batches = list(itertools.islice(self._val, EVALUATED_BATCHES))
         total = dict.fromkeys(tasks, 0.0)
         for batch in batches:
-            moved = batch.to(self._settings.device)
+            moved = batch.to(self._device)
             losses = self._model.losses(self._model(moved.images), moved)
             for task in tasks:
                 total[task] += float(losses[task]) / len(batches)
         if self._model.training:
             return total
-        scores: Scores = self._problem.score(self._model, batches, device=self._settings.device)
+        scores: Scores = self._problem.score(self._model, batches, device=self._device)
         found, main = scores.metrics(), self._problem.kind.main()
         return total | {f"{task}/{name}": found[name] for task in tasks for name in main[task]}
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradprobe.errors import TrainingError, UsageError
@@ -45,12 +47,18 @@ class Balancer(ABC):
         ... balancer.after_backward()
         ... optimizer.step()
 
+    Under data parallelism losses are this process's; what is learned from them has to be made of
+    :func:`mean_over_processes`. The loop sees to it that the first process's weights hold everywhere.
+
     Attributes:
+        loss_scale: What a GradScaler multiplies the losses with, so that gradients do not vanish in float16; set by the
+            loop before each step.
         same_step: When an update acts. False: from the next step on, as in GradNorm's paper; True: at once, as in
             gradient surgery, whose weights are made from this step's gradients.
         signed: Whether weights may be negative, or all zero. Where not, such weights end the training.
     """
 
+    loss_scale: float = 1.0
     same_step: ClassVar[bool] = False
     signed: ClassVar[bool] = False
 
@@ -101,6 +109,19 @@ class Balancer(ABC):
     def create(cls, model: nn.Module, setup: Setup) -> Balancer:
         """The balancer for a model that :meth:`prepare` gave; without arguments unless a class says otherwise."""
         return cls()
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor over the processes that train together; itself where there is one. In place."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
+def loss_values(losses: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:
+    """The losses of all processes together, (T,) float64 on the CPU, without their graphs."""
+    return mean_over_processes(torch.stack([losses[t].detach().reshape(()).double() for t in tasks])).cpu()
 
 
 def check_weights(weights: Mapping[str, float], tasks: Sequence[str], *, step: int, signed: bool = False) -> None:

@@ -15,11 +15,13 @@ from gradprobe.probes.loader import ProbeLoader
 from gradprobe.rows import Sink
 from gradprobe.trainers import checkpoint, loop, registry
 from gradprobe.trainers.balancer import Balancer, Setup
+from gradprobe.trainers.engine import Engine, make_engine
 from gradprobe.trainers.fixed_batch import make_ledger
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models.size import size_of
 from gradprobe.trainers.optim import make_optimizer, make_schedule
 from gradprobe.trainers.problems import Data, Kind, Problem, problem_of
+from gradprobe.trainers.processes import OneProcess, own_device
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import Settings, as_provenance
 from gradprobe.updates import Updates
@@ -32,6 +34,7 @@ def build(
     watcher: loop.Watcher,
     *,
     out: Path,
+    processes: OneProcess | None = None,
     hyp: DetectionHyp | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> loop.Training:
@@ -43,27 +46,33 @@ def build(
     hyp = hyp or DetectionHyp()
     problem = problem_of(settings)
     tasks = problem.kind.tasks
-    device = check_device(settings.device)
+    processes = processes or OneProcess()
+    device = check_device(own_device(settings.device))
     kind = registry.find(settings.trainer)
     reference = problem.build_model(settings, data, hyp).to(device)
     if settings.weights:
-        checkpoint.load_weights(reference, settings.weights, settings.device)
+        checkpoint.load_weights(reference, settings.weights, str(device))
     reference_weights = checkpoint.fingerprint(reference)
-    train_loader = problem.loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True)
+    train_loader, whole_loader = (
+        problem.loader(data.train, settings.batch_size, seed=settings.seed, shuffle=True) for _ in range(2)
+    )
+    train_loader.divide(processes.rank, processes.size)
     setup = Setup(settings, tasks, len(train_loader))
     model: Any = kind.prepare(reference, setup)
     balancer = make_balancer(kind, model, setup)
     optimizer = make_optimizer(model, settings)
     schedule = make_schedule(optimizer, settings, settings.epochs * len(train_loader))
+    engine = make_engine(model, settings.precision, device, processes)
     probe = GradientProbe(
-        model,
+        engine.forward,
         tasks,
         sinks,
         every=settings.every,
         optimizer=optimizer,
+        scaler=engine.scaler,
         updates=Updates() if settings.updates else None,
-        ledger=make_ledger(model, problem, data.train, settings),
-        probe_loader=make_probe_loader(settings, problem, data, model, device),
+        ledger=make_ledger(model, engine, problem, data.train, settings),
+        probe_loader=make_probe_loader(settings, problem, data, model, engine),
         provenance={
             "trainer": settings.trainer,
             "settings": as_provenance(settings),
@@ -87,11 +96,13 @@ def build(
         settings=settings,
         problem=problem,
         model=model,
+        engine=engine,
         optimizer=optimizer,
         schedule=schedule,
         balancer=balancer,
         probe=probe,
         train_loader=train_loader,
+        whole_loader=whole_loader,
         val_loader=problem.loader(data.val, settings.batch_size, shuffle=False),
         test_loader=(problem.loader(data.test, settings.batch_size, shuffle=False) if data.test is not None else None),
         paths=checkpoint.Paths(out),
@@ -100,16 +111,14 @@ def build(
 
 
 def make_probe_loader(
-    settings: Settings, problem: Problem, data: Data, model: Any, device: torch.device
+    settings: Settings, problem: Problem, data: Data, model: Any, engine: Engine
 ) -> ProbeLoader | None:
     """What ``--probe-loader`` asks for; None: nothing."""
     if not settings.probe_loader:
         return None
 
-    def losses(batch: Any) -> dict[str, torch.Tensor]:
-        moved = batch.to(device)
-        found: dict[str, torch.Tensor] = model.losses(model(moved.images), moved)
-        return found
+    def losses(batch: Any) -> Mapping[str, torch.Tensor]:
+        return engine.own_losses(model, batch.to(engine.device))
 
     size = max(settings.batch_size // settings.micro_batches, 1)
     drawn_from = problem.loader(data.train if settings.probe_loader == "train" else data.val, size, shuffle=False)

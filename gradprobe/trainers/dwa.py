@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.balancer import Balancer, Setup
+from gradprobe.trainers.balancer import Balancer, Setup, loss_values
 
 
 class DWA(Balancer):
@@ -47,7 +47,7 @@ class DWA(Balancer):
 
     def update(self, losses: Mapping[str, Tensor]) -> None:
         """Count the losses in; a step with one that is not finite is left out of the mean."""
-        values = torch.stack([losses[t].detach().reshape(()).double().cpu() for t in self._tasks])
+        values = loss_values(losses, self._tasks)
         if values.isfinite().all():
             self._sum += values
             self._counted += 1

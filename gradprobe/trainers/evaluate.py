@@ -130,6 +130,7 @@ def _average_precision(found: list[Detections], truth: list[Detections]) -> tupl
         box_format="xyxy",
         backend="faster_coco_eval",
         max_detection_thresholds=[1, 10, 300],
+        sync_on_compute=False,  # one of several processes evaluates all images, and would wait for the others
     )
     metric.warn_on_many_detections = False
     metric.update(found, truth)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gradprobe.trainers.engine import Engine
 from gradprobe.trainers.problems import Problem
 from gradprobe.trainers.settings import Settings
 from gradprobe.updates import Ledger
@@ -14,7 +15,7 @@ from gradprobe.updates import Ledger
 _ORDER = 0x6C656467  # of an epoch that no training reaches: the draw is no training's order
 
 
-def make_ledger(model: Any, problem: Problem, split: Any, settings: Settings) -> Ledger | None:
+def make_ledger(model: Any, engine: Engine, problem: Problem, split: Any, settings: Settings) -> Ledger | None:
     """The ledger of a training, or None where there is to be none.
 
     The probe batch goes through the model in train mode and in micro-batches as large as the training's, since
@@ -26,12 +27,12 @@ def make_ledger(model: Any, problem: Problem, split: Any, settings: Settings) ->
     loader = problem.loader(split, size, seed=settings.seed)
     loader.set_epoch(_ORDER)
     count = max(min(settings.ledger_images, len(split)) // size, 1)
-    kept = [batch.to(settings.device) for _, batch in zip(range(count), loader, strict=False)]
+    kept = [batch.to(engine.device) for _, batch in zip(range(count), loader, strict=False)]
 
     def losses() -> Iterator[Mapping[str, Tensor]]:
         model.train()
         for batch in kept:
-            yield model.losses(model(batch.images), batch)
+            yield engine.own_losses(model, batch)
 
     return Ledger(
         losses,

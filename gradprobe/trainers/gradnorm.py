@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.balancer import Balancer, Setup
+from gradprobe.trainers.balancer import Balancer, Setup, loss_values, mean_over_processes
 
 
 def weight_gradient(weight: Tensor, norm: Tensor, loss_ratio: Tensor, alpha: float) -> Tensor:
@@ -149,9 +149,8 @@ class GradNorm(Balancer):
         A step whose losses or norms are not finite leaves the weights where they are. Under data parallelism losses
         and gradients are those of the whole batch, so that all ranks keep the same weights.
         """
-        values = torch.stack([losses[t].detach().reshape(()).double() for t in self._tasks])
         norms = torch.stack([self._norm(t, losses[t]) for t in self._tasks])
-        self.advance(_mean_over_ranks(values).cpu(), norms.cpu())
+        self.advance(loss_values(losses, self._tasks), norms.cpu())
 
     def advance(self, values: Tensor, norms: Tensor) -> None:
         """The same from numbers alone: losses (T,) and norms (T,) of their gradients on W, float64, on the CPU."""
@@ -168,7 +167,8 @@ class GradNorm(Balancer):
             self._weight.copy_(project(self._weight.detach(), self._total, *self._bounds))
 
     def _norm(self, task: str, loss: Tensor) -> Tensor:
-        gradients = torch.autograd.grad(loss, self._parameters, retain_graph=True, allow_unused=True)
+        scaled = loss * self.loss_scale if self.loss_scale != 1 else loss
+        gradients = torch.autograd.grad(scaled, self._parameters, retain_graph=True, allow_unused=True)
         if self._initial_losses is None and all(gradient is None for gradient in gradients):
             raise UsageError(
                 f"GradNorm's layer is not shared: task {task!r} does not reach it. Choose one that all tasks use "
@@ -176,7 +176,7 @@ class GradNorm(Balancer):
             )
         pairs = zip(gradients, self._parameters, strict=True)
         flat = torch.cat([(torch.zeros_like(p) if g is None else g).reshape(-1).double() for g, p in pairs])
-        norm: Tensor = torch.linalg.vector_norm(_mean_over_ranks(flat))
+        norm: Tensor = torch.linalg.vector_norm(mean_over_processes(flat)) / self.loss_scale
         return norm
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,13 +208,6 @@ class GradNorm(Balancer):
             lowest=s.min_weight,
             highest=s.max_weight,
         )
-
-
-def _mean_over_ranks(values: Tensor) -> Tensor:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return values
-    torch.distributed.all_reduce(values)
-    return values / torch.distributed.get_world_size()
 
 
 def layer_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:

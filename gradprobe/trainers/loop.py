@@ -21,6 +21,7 @@ from gradprobe.trainers import checkpoint
 from gradprobe.trainers.balancer import Balancer, check_weights
 from gradprobe.trainers.batch_order import UNKNOWN, BatchOrder
 from gradprobe.trainers.data.loader import micro_batches
+from gradprobe.trainers.engine import Engine
 from gradprobe.trainers.jackknife import leave_out
 from gradprobe.trainers.problems import Problem, Scores
 from gradprobe.trainers.running_statistics import recompute_batchnorm
@@ -50,11 +51,13 @@ class Training:
     settings: Settings
     problem: Problem
     model: Any  # see Problem
+    engine: Engine
     optimizer: Optimizer
     schedule: LRScheduler
     balancer: Balancer
     probe: GradientProbe
-    train_loader: Any
+    train_loader: Any  # this process's part of every batch
+    whole_loader: Any  # whole batches
     val_loader: Any
     test_loader: Any | None
     paths: checkpoint.Paths
@@ -81,7 +84,7 @@ class Outcome:
 
 
 def run(training: Training) -> Outcome:
-    """Train to the end.
+    """Train to the end; what it came to is known to the first process alone.
 
     Raises:
         NonFiniteLossError: A loss became NaN or infinite, unless ``keep_going``.
@@ -91,13 +94,11 @@ def run(training: Training) -> Outcome:
         t.probe.epoch = t.epoch
         t.watcher.phase("training")
         train_epoch(t)
-        t.watcher.phase("evaluating")
-        metrics = evaluate_on(t, t.val_loader).metrics()
-        t.probe.log_metrics(t.epoch, **metrics)
-        t.watcher.evaluated(t.epoch, metrics)
-        t.epoch += 1
-        save_state(t, metrics)
-    if t.test_loader is None:
+        if t.engine.processes.first:  # the others wait for it in the next epoch's first step
+            end_epoch(t)
+        else:
+            t.epoch += 1
+    if t.test_loader is None or not t.engine.processes.first:
         return Outcome({}, None, t.batches.state_dict())
     t.watcher.phase("testing")
     # Once, with the last weights: val chose nothing here, so nothing was fitted to the test split.
@@ -105,53 +106,68 @@ def run(training: Training) -> Outcome:
     return Outcome(scores.metrics(), leave_out(scores, t.problem.cluster), t.batches.state_dict())
 
 
+def end_epoch(t: Training) -> None:
+    """Metrics on val, and a state to go on from."""
+    t.watcher.phase("evaluating")
+    metrics = evaluate_on(t, t.val_loader).metrics()
+    t.probe.log_metrics(t.epoch, **metrics)
+    t.watcher.evaluated(t.epoch, metrics)
+    t.epoch += 1
+    save_state(t, metrics)
+
+
 def train_epoch(t: Training) -> None:
     """One pass over the training data."""
     t.model.train()
     t.train_loader.set_epoch(t.epoch)
     for batch in t.train_loader:
-        t.batches.add(batch.names)
-        train_step(t, batch.to(t.settings.device))
+        t.batches.add(t.train_loader.names)
+        train_step(t, batch.to(t.engine.device))
 
 
 def train_step(t: Training, batch: Any) -> None:
     """One update: forward, balancer, joint backward with the probe, optimizer."""
     losses, micro, sizes = forward(t, batch)
-    step = t.probe.step
-    if finite(t, losses, sum(sizes)):
-        weights = t.balancer.step(losses)
+    values, size, step, taken = t.engine.values(losses), sum(sizes), t.probe.step, True
+    if finite(t, losses, values, size):
+        t.balancer.loss_scale = t.engine.loss_scale
+        weights = t.engine.processes.agreed(t.balancer.step(losses))
         check_weights(weights, tuple(losses), step=step, signed=t.balancer.signed)
-        t.probe.backward(losses, weights, micro=micro, batch_size=sizes if micro else sum(sizes))
+        t.probe.share = t.train_loader.share
+        t.probe.backward(losses, weights, micro=micro, batch_size=sizes if micro and size else size)
         t.balancer.after_backward()
-        if t.settings.clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(t.model.parameters(), t.settings.clip_norm)
-    t.optimizer.step()  # with no gradient there, this counts the step and changes nothing
+        taken = t.engine.update(t.optimizer, t.model.parameters(), t.settings.clip_norm)
+    else:
+        t.optimizer.step()  # with no gradient there, this counts the step and changes nothing
     t.optimizer.zero_grad(set_to_none=True)
-    t.schedule.step()
-    t.watcher.stepped(t.epoch, step, {task: float(loss.detach()) for task, loss in losses.items()})
+    if taken:
+        t.schedule.step()
+    t.watcher.stepped(t.epoch, step, values)
 
 
 def forward(t: Training, batch: Any) -> tuple[Mapping[str, Tensor], Sequence[Mapping[str, Tensor]] | None, list[int]]:
-    """The losses of a batch.
+    """The losses of a batch, or of this process's part of it.
 
     In micro-batches each part of it has a forward of its own, as noise can be told from independent parts only.
     BatchNorm and dropout see parts then: it is another training than with whole batches.
 
     Returns:
-        The losses that are trained; those of each micro-batch, None where the training has none; and their sizes.
+        The losses that are trained; those of each micro-batch, None where the training has none; and their sizes, which
+        are 0 where the batch only stands in for one.
     """
-    if t.settings.micro_batches == 1:
-        return t.model.losses(t.model(batch.images), batch), None, [len(batch.images)]
-    parts = micro_batches(batch, t.settings.micro_batches)
-    micro = [t.model.losses(t.model(part.images), part) for part in parts]
+    count, share = t.engine.micro_batches(t.settings.micro_batches), t.train_loader.share
+    counted = 1 if share else 0
+    if count == 1:
+        return t.engine.losses(t.model, batch, share), None, [len(batch.images) * counted]
+    parts = micro_batches(batch, count)
+    micro = [t.engine.losses(t.model, part, share) for part in parts]
     sizes = [len(part.images) for part in parts]
-    return mean_losses(micro, shares_of(sizes)), micro, sizes
+    return mean_losses(micro, shares_of(sizes)), micro, [size * counted for size in sizes]
 
 
-def finite(t: Training, losses: Mapping[str, Tensor], size: int) -> bool:
+def finite(t: Training, losses: Mapping[str, Tensor], values: Mapping[str, float], size: int) -> bool:
     """Whether the step can be taken; a step that cannot is recorded, and ends the training unless it may go on."""
-    for task, loss in losses.items():
-        value = float(loss.detach())
+    for task, value in values.items():
         if not math.isfinite(value):
             t.probe.note(losses, t.balancer.weights(), NONFINITE_LOSS, batch_size=size)
             if not t.settings.keep_going:
@@ -167,9 +183,9 @@ def evaluate_on(t: Training, loader: Iterable[Any]) -> Scores:
     Recomputing them changes nothing in the training, which uses the batch's own.
     """
     if t.settings.bn_batches:
-        t.train_loader.set_epoch(0)
-        recompute_batchnorm(t.model, t.train_loader, batches=t.settings.bn_batches)
-    return t.problem.score(t.model, loader, device=t.settings.device)
+        t.whole_loader.set_epoch(0)
+        recompute_batchnorm(t.model, t.whole_loader, batches=t.settings.bn_batches)
+    return t.problem.score(t.model, loader, device=t.engine.device)
 
 
 def save_state(t: Training, metrics: Mapping[str, float]) -> None:
@@ -206,6 +222,7 @@ def resumable(t: Training) -> dict[str, Any]:
         "optimizer": t.optimizer.state_dict(),
         "schedule": t.schedule.state_dict(),
         "balancer": t.balancer.state_dict(),
+        "scaler": t.engine.scaler.state_dict() if t.engine.scaler is not None else {},
         "probe": t.probe.state_dict(),
         "batches": t.batches.state_dict(),
         "rng": torch.get_rng_state(),
@@ -219,6 +236,8 @@ def load_state(t: Training, state: Mapping[str, Any]) -> None:
     t.optimizer.load_state_dict(state["optimizer"])
     t.schedule.load_state_dict(state["schedule"])
     t.balancer.load_state_dict(state["balancer"])
+    if t.engine.scaler is not None:
+        t.engine.scaler.load_state_dict(state["scaler"])
     t.probe.load_state_dict(state["probe"])
     t.batches.load_state_dict(state.get("batches", UNKNOWN))
     torch.set_rng_state(state["rng"].cpu())

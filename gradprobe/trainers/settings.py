@@ -18,6 +18,8 @@ TASKS = YOLOV5.tasks
 """Of the default data; those of others: :func:`gradprobe.trainers.problems.kind_of`."""
 
 LEDGER_ENDS = ("probe", "batch")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""As Lightning names them. Parameters, losses and the optimizer are float32 in all; 16-mixed scales the losses."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class Settings:
     weights: str = ""  # a state_dict to start from; empty: random initial weights
     imgsz: int = 128  # pixels, multiple of 32
     epochs: int = 12
-    batch_size: int = 16  # images
-    device: str = "cpu"
+    batch_size: int = 16  # images, of all processes together
+    device: str = "cpu"  # 0,1: one for each process
+    processes: int = 0  # that train together; 0: as many as torchrun started, or as devices
+    precision: str = "32-true"  # of the forward: see PRECISIONS
     seed: int = 0
 
     optimizer: str = "AdamW"  # or SGD
@@ -73,7 +77,7 @@ class Settings:
     ledger_burst: int = 0  # steps of a burst; 0: all steps
     ledger_every: int = 0  # steps from the beginning of a burst to that of the next
     ledger_ends: str = "probe"  # whose gradients value an update: those of the fixed "probe" batch, or the "batch"'s
-    ledger_images: int = 128  # of the fixed probe batch, drawn once from those that are trained on
+    ledger_images: int = 64  # of the fixed probe batch, drawn once from those that are trained on
     bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
     skip_bad: bool = False
     keep_going: bool = False
@@ -150,6 +154,10 @@ def _validate(s: Settings) -> None:
     _validate_trainer(s, tasks)
     if s.optimizer not in ("AdamW", "SGD"):
         raise UsageError(_unknown("optimizer", s.optimizer, ("AdamW", "SGD")))
+    if s.precision not in PRECISIONS:
+        raise UsageError(_unknown("precision", s.precision, PRECISIONS))
+    if s.processes < 0:
+        raise UsageError(f"--processes {s.processes}: must be at least 1.")
     if s.imgsz < 32 or s.imgsz % 32:
         nearest = max(32, math.ceil(s.imgsz / 32) * 32)
         raise UsageError(f"--imgsz {s.imgsz}: must be a multiple of 32; the next one is {nearest}.")

@@ -36,8 +36,8 @@ class Surgery(Balancer):
     uphill. After the backward, :meth:`after_backward` sees to that.
 
     Under data parallelism the gradients are averaged over the processes first, so that all take the same step: with a
-    DDP model, and in a training that averages gradients by itself over all processes. Not for losses that a GradScaler
-    scales: private layers would get gradients that are not.
+    DDP model, and in a training that averages gradients by itself over all processes. Under a GradScaler, set
+    ``loss_scale`` to its scale before each step.
 
     Where the method has no answer (its solver failed, a gradient is not finite), the static weights are taken, with a
     warning.
@@ -112,7 +112,8 @@ class Surgery(Balancer):
         with state_kept(self._model) as back:
             for loss, own in zip(losses, self._private, strict=True):
                 parameters = [*shared, *own]
-                gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+                scaled = loss * self.loss_scale if self.loss_scale != 1 else loss
+                gradients = torch.autograd.grad(scaled, parameters, retain_graph=True, allow_unused=True)
                 found.append(self._ranks.average(gradients, parameters))
                 back()
         for index in range(len(shared)):
@@ -123,7 +124,7 @@ class Surgery(Balancer):
             for parameter, gradient in zip(own, gradients[len(shared) :], strict=True)
             if gradient is not None
         ]
-        return measures.over_all(total.result(), np.array(self._shared.reach))
+        return measures.over_all(total.result() / self.loss_scale**2, np.array(self._shared.reach))
 
     def _find(self, losses: list[Tensor]) -> None:
         self._shared = find_shared(by_module(self._model), dict(zip(self._tasks, losses, strict=True)))

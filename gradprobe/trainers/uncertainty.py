@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.balancer import Balancer, Setup, check_static
+from gradprobe.trainers.balancer import Balancer, Setup, check_static, loss_values
 
 
 class Uncertainty(Balancer):
@@ -44,7 +44,7 @@ class Uncertainty(Balancer):
 
     def update(self, losses: Mapping[str, Tensor]) -> None:
         """One step of Adam on s. A step with a loss that is not finite moves nothing."""
-        values = torch.stack([losses[t].detach().reshape(()).double().cpu() for t in self._tasks])
+        values = loss_values(losses, self._tasks)
         if not values.isfinite().all():
             return
         self._log_variance.grad = 0.5 - (-self._log_variance.detach()).exp() * values

@@ -144,6 +144,12 @@ class Evidence:
         """Whether it is known to be trained by SGD, whose first steps are as any others."""
         return str(self.setting.get("optimizer", "")).upper() == "SGD"
 
+    @property
+    def ledger_on_probe_batch(self) -> bool:
+        """Whether the ledger values updates by the gradients of its fixed probe batch, and not by the training's."""
+        said = self.provenance
+        return str(said.get("ledger.ends", said.get("settings.ledger_ends", ""))) == "probe"
+
     def weights_at(self, steps: NDArray[np.int64]) -> Array:
         """(k, T) weights in force at these steps: of the newest row up to each, or of the first one."""
         if not len(self.step):

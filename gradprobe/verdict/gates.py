@@ -129,22 +129,27 @@ def _resolved(run: Evidence, layers: Sequence[str], tasks: Sequence[str], span: 
 MICRO = "--micro-batches 4 --probe-loader val"
 
 
-def enough_samples(runs: Sequence[Evidence], layers: Sequence[str], task: str, span: Span, *, probed: bool) -> Gate:
+def enough_samples(
+    runs: Sequence[Evidence], layers: Sequence[str], task: str, span: Span, *, of_ledger: bool = False
+) -> Gate:
     """Shuffled epochs are no independent batches: the training set must be large beside the noise scale.
+
+    Not where gradients were measured apart from the training's order: on a probe loader, which draws with replacement;
+    for a ledger, on its fixed probe batch.
 
     Args:
         runs: All of them.
         layers, task, span: Of which gradient.
-        probed: Whether rows on a probe loader, which draws with replacement, are as good.
+        of_ledger: Whether the ledger is asked about, and not the Gramians.
     """
-    return worst(_enough_samples(run, layers, task, span, probed) for run in runs)
+    return worst(_enough_samples(run, layers, task, span, of_ledger) for run in runs)
 
 
-def _enough_samples(run: Evidence, layers: Sequence[str], task: str, span: Span, probed: bool) -> Gate:
+def _enough_samples(run: Evidence, layers: Sequence[str], task: str, span: Span, of_ledger: bool) -> Gate:
     name, limit = "samples over noise scale", float(SAMPLES_PER_NOISE_SCALE)
-    if probed and run.probed is not None:
-        said = f"{name_of(run)}: measured on a probe loader, drawn with replacement"
-        return Gate(name, True, math.inf, limit, said)
+    if run.ledger_on_probe_batch if of_ledger else run.probed is not None:
+        where = "valued on a fixed probe batch" if of_ledger else "measured on a probe loader, drawn with replacement"
+        return Gate(name, True, math.inf, limit, f"{name_of(run)}: {where}")
     found = estimate(run, layers, [task], span)
     scale = float(found.noise_scale[0]) if found is not None else math.nan
     if not (run.samples and math.isfinite(scale)):
@@ -165,7 +170,7 @@ def of_the_ledger(runs: Sequence[Evidence], layers: Sequence[str], pair: Pair, s
     for run in runs:
         found = ledger(run, layers, span)
         if found is None:
-            said = f"{name_of(run)}: no ledger; record with --ledger --micro-batches 4"
+            said = f"{name_of(run)}: no ledger; record with --ledger"
             return [Gate("ledger", False, math.nan, math.nan, said)]
         for gate in found.gates[run.tasks.index(pair.task)]:
             said = f"{name_of(run)}: {gate.sentence}"

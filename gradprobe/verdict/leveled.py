@@ -62,7 +62,7 @@ def _direction(group: Group, runs: list[Evidence], layers: Sequence[str], pair: 
         return math.nan if found is None else -float(found.cosine[0])
 
     def closing(run: Evidence) -> list[Gate]:
-        samples = (gates.enough_samples([run], layers, task, span, probed=True) for task in tasks)
+        samples = (gates.enough_samples([run], layers, task, span) for task in tasks)
         return [gates.self_check([run]), *samples]
 
     return _level(group, DIRECTION, "|".join(tasks), words.quantity(DIRECTION, *tasks), runs, read, closing)
@@ -74,7 +74,7 @@ def _interference(group: Group, runs: list[Evidence], layers: Sequence[str], pai
         return math.nan if found is None else found
 
     def closing(run: Evidence) -> list[Gate]:
-        return [gates.self_check([run]), gates.enough_samples([run], layers, pair.task, span, probed=False)]
+        return [gates.self_check([run]), gates.enough_samples([run], layers, pair.task, span, of_ledger=True)]
 
     what = words.quantity(INTERFERENCE, pair.task, pair.by)
     return _level(group, INTERFERENCE, pair.name, what, runs, read, closing)

@@ -186,7 +186,7 @@ def _direction(s: Sides, tasks: Sequence[str]) -> Item:
     layers = s.layers(tasks)
     found = [
         gates.resolved(s.runs, layers, tasks, s.span),
-        *(gates.enough_samples(s.runs, layers, task, s.span, probed=True) for task in tasks),
+        *(gates.enough_samples(s.runs, layers, task, s.span) for task in tasks),
         gates.self_check(s.runs),
         *s.common_gates(),
     ]
@@ -230,7 +230,7 @@ def dominance(s: Sides) -> list[Item]:
     layers = s.layers(tasks)
     found = [
         gates.resolved(s.runs, layers, tasks, s.span),
-        *(gates.enough_samples(s.runs, layers, task, s.span, probed=True) for task in tasks),
+        *(gates.enough_samples(s.runs, layers, task, s.span) for task in tasks),
         *s.common_gates(),
     ]
     notes = [*_layer_note(s, layers), *_largest(s, layers), words.NOTES[DOMINANCE]]
@@ -269,13 +269,11 @@ def _interference(s: Sides, pair: Pair) -> Item:
         return _without(blank, NOT_APPLICABLE, reason)
     silent = next((run for run in s.runs if not run.ledger), None)
     if silent is not None:
-        return _without(
-            blank, NO_VERDICT, f"{silent.file} holds no ledger; record with --ledger --micro-batches 4 ({DEARER})."
-        )
+        return _without(blank, NO_VERDICT, f"{silent.file} holds no ledger; record with --ledger ({DEARER}).")
     layers = s.layers(tasks)
     found = [
         *gates.of_the_ledger(s.runs, layers, pair, s.span),
-        gates.enough_samples(s.runs, layers, pair.task, s.span, probed=False),
+        gates.enough_samples(s.runs, layers, pair.task, s.span, of_ledger=True),
         gates.self_check(s.runs),
         *s.common_gates(),
     ]

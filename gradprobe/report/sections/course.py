@@ -93,7 +93,7 @@ def _told(context: Context, task: str, level: float, one: Dots) -> list[str]:
     words = context.words
     known = one.values[np.isfinite(one.values)]
     span = words.span(known.min(), known.max()) if len(known) > 1 else ""
-    reached = words("n_of_m", n=len(known), m=len(one.values))
+    reached = words("join.n_of_m", n=len(known), m=len(one.values))
     return [task, words.number(level), one.arm, reached, words.number(_mean(one)), span]
 
 

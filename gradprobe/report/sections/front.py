@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from gradprobe.report.chart import Notice
 from gradprobe.report.figures.verdicts import label, told
 from gradprobe.report.names import clean
 from gradprobe.report.sections.common import Context
 from gradprobe.report.words import Words, verdict_key
-from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, OUTCOME, Answer, Gate, Level
+from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, OUTCOME, Answer, Level
 
 FINDINGS = 8
 """Answers on a card at most; those that say something come first, and the rest is below."""
@@ -136,31 +137,21 @@ def finding(context: Context, answer: Answer) -> Finding:
 def reason(words: Words, answer: Answer) -> tuple[str, bool]:
     """Why, in a sentence, and whether it is in English whatever the language is."""
     key = verdict_key(answer.verdict)
-    if words.lang == "en" and answer.reason:
-        return clean(answer.reason, 600), False
-    failed = [gate for gate in answer.gates if not gate.passed]
-    if key in TELLING:
-        numbers = told(answer, words)
-        return words(f"reason.{key}", **numbers, margin=words.number(answer.margin)), False
-    if failed:
-        said = [gate_sentence(words, gate) for gate in failed]
-        return words.join(text for text, _ in said), any(english for _, english in said)
+    if words.lang != "en" and key in TELLING:
+        return words(f"reason.{key}", **told(answer, words), margin=words.number(answer.margin)), False
     if answer.reason:
-        return clean(answer.reason, 600), True
+        return words.heard(answer.reason)
     return words(f"reason.{key}"), False
-
-
-def gate_sentence(words: Words, gate: Gate) -> tuple[str, bool]:
-    """A gate in a sentence, and whether it is in English."""
-    key = f"gate.{gate.name}"
-    if words.lang == "en" or key not in words:
-        return clean(gate.sentence, 600), True
-    return words(key, value=words.number(gate.value), limit=words.number(gate.limit)), False
 
 
 def notices(context: Context) -> list[Notice]:
     """What was refused, on top: a verdict is not read without it."""
-    return [Notice("refusal", clean(text, 600), english=True) for text in context.comparison.refusals]
+    return heard(context, "refusal", context.comparison.refusals)
+
+
+def heard(context: Context, kind: Literal["warning", "refusal"], sentences: Iterable[str]) -> list[Notice]:
+    """Sentences of the comparison as notices, each once."""
+    return [Notice(kind, *context.words.heard(text)) for text in dict.fromkeys(sentences)]
 
 
 def meta(context: Context) -> list[tuple[str, str]]:

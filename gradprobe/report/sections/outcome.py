@@ -114,7 +114,7 @@ def _said(context: Context, one: Dots, target: float | None) -> str:
 def _told(context: Context, name: str, split: str, one: Dots, target: float | None) -> list[str]:
     words, known = context.words, one.values[np.isfinite(one.values)]
     span = words.span(known.min(), known.max()) if len(known) > 1 else ""
-    reached = "" if target is None else words("n_of_m", n=int((known >= target).sum()), m=len(known))
+    reached = "" if target is None else words("join.n_of_m", n=int((known >= target).sum()), m=len(known))
     goal = "" if target is None else words.number(target)
     return [name, split, one.arm, words.number(known.mean()), span, goal, reached]
 

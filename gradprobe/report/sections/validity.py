@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from gradprobe.report.chart import Block, Notice, Prose, Section, Table
 from gradprobe.report.names import clean
 from gradprobe.report.sections.common import Context
-from gradprobe.report.sections.front import gate_sentence
+from gradprobe.report.sections.front import heard
 from gradprobe.verdict.answers import Gate
 
-ROWS = 200
+ROWS, NOTES = 200, 20
 
 
 def section(context: Context) -> Section:
-    """Refusals, disagreements, warnings, gates, and what is left out of the drawings."""
+    """Disagreements, warnings, gates, and what is left out of the drawings."""
     words, comparison, material = context.words, context.comparison, context.material
     blocks: list[Block] = [
-        *_notices("refusal", comparison.refusals),
-        *_notices("warning", comparison.disagreements),
-        *_notices("warning", comparison.warnings),
+        *heard(context, "warning", comparison.disagreements),
+        *heard(context, "warning", comparison.warnings),
     ]
     for name, number in material.left_out.items():
         blocks.append(Notice("warning", words(f"left_out.{name}", n=number)))
@@ -29,15 +26,11 @@ def section(context: Context) -> Section:
         blocks.append(Notice("warning", words("left_out.layers", n=len(layers), layers=shown)))
     blocks.append(_gates(context))
     notes = list(dict.fromkeys(note for answer in comparison.answers for note in answer.notes))
-    blocks += _notices("warning", notes[:20])
+    blocks += heard(context, "warning", notes[:NOTES])
     blocks.append(Prose([words("validity.rules")]))
     blocks.append(Prose([words(f"validity.rule{number}") for number in range(1, 7)], points=True))
     blocks.append(Prose([words("validity.holm")]))
     return Section("validity", words("validity.title"), words("validity.lead"), blocks)
-
-
-def _notices(kind: str, sentences: Sequence[str]) -> list[Notice]:
-    return [Notice(kind, clean(text, 600), english=True) for text in dict.fromkeys(sentences)]  # type: ignore[arg-type]
 
 
 def _gates(context: Context) -> Table:
@@ -64,6 +57,6 @@ def _passed(context: Context, gate: Gate) -> str:
 
 def _told(context: Context, gate: Gate) -> list[str]:
     words = context.words
-    name = f"gate_name.{gate.name}"
+    name = f"gate_name.{gate.name.replace(' ', '_').replace('-', '_')}"
     title = words(name) if name in words else clean(gate.name)
-    return [title, gate_sentence(words, gate)[0], words.number(gate.value), words.number(gate.limit)]
+    return [title, words.heard(gate.sentence)[0], words.number(gate.value), words.number(gate.limit)]

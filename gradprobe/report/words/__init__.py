@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from gradprobe.errors import UsageError
 from gradprobe.report.names import clean
 from gradprobe.report.words import en, zh_tw
+from gradprobe.report.words.heard import heard
 
 LANGUAGES: dict[str, Mapping[str, str]] = {"en": en.MESSAGES, "zh-TW": zh_tw.MESSAGES}
 
@@ -68,6 +69,10 @@ class Words:
         if f"subject.{text}" in self:
             return self(f"subject.{text}")
         return clean(text).replace(">", "\u00a0→\u00a0", 1).replace("|", "\u00a0|\u00a0")
+
+    def heard(self, sentence: str) -> tuple[str, bool]:
+        """What a comparison says in English, in this language; and whether it had to stay English."""
+        return heard(self.lang, clean(sentence, 600))
 
     def join(self, sentences: Iterable[str]) -> str:
         """Sentences one after the other."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,8 +63,25 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     return [batch.part(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
+def part_of(batch: Sequence[int], rank: int, processes: int) -> tuple[list[int], float]:
+    """One process's part of a batch, and which share of it that is.
+
+    Parts are those of :func:`micro_batches`, in the order of the ranks. Where there are fewer images than processes,
+    some get the first image, which does not count (share 0): every process has to take part in every step.
+    """
+    size = len(batch)
+    part = list(batch[size * rank // processes : size * (rank + 1) // processes])
+    return (part, len(part) / size) if part else ([batch[0]], 0.0)
+
+
 class Loader:
     """Iterates over a data set in batches; the last one may be smaller.
+
+    Of several processes each can have its part of every batch, so that together they see what one would.
+
+    Attributes:
+        share: How much of the last batch this process has, of all its samples.
+        names: Of all of them.
 
     Args:
         dataset: Has a length, and samples by index.
@@ -85,6 +102,13 @@ class Loader:
             raise UsageError(f"the batch size is {batch_size}; it has to be 1 or greater (--batch-size)")
         self.dataset, self.batch_size = dataset, batch_size
         self._seed, self._shuffle, self._epoch, self.collate = seed, shuffle, 0, collate
+        self._rank, self._processes = 0, 1
+        self.share = 1.0
+        self.names: tuple[str, ...] = ()
+
+    def divide(self, rank: int, processes: int) -> None:
+        """From now on give one process's part of every batch; ``batch_size`` is that of all together."""
+        self._rank, self._processes = rank, processes
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
@@ -106,7 +130,10 @@ class Loader:
     def __iter__(self) -> Iterator[Any]:
         order = self.order()
         for start in range(0, len(order), self.batch_size):
-            yield self.collate([self.dataset[index] for index in order[start : start + self.batch_size]])
+            whole = order[start : start + self.batch_size]
+            self.names = tuple(self.dataset.names[index] for index in whole)
+            part, self.share = part_of(whole, self._rank, self._processes)
+            yield self.collate([self.dataset[index] for index in part])
 
 
 def make_loader(dataset: ImageDataset, batch_size: int, seed: int = 0, shuffle: bool = True) -> Loader:

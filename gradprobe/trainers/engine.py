@@ -1,0 +1,112 @@
+"""How a step is computed: on which device, in which precision, and by how many processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradprobe.trainers.processes import OneProcess
+
+HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+@dataclass
+class Engine:
+    """One process's part in the computing.
+
+    Attributes:
+        device: Where the model is.
+        forward: The model, or what passes its forward on and averages its gradients.
+        half: The type in which operations compute that bear it; None: float32 throughout.
+        scaler: Of float16's losses; None: they are not scaled.
+        processes: Those that train together.
+    """
+
+    device: torch.device
+    forward: nn.Module
+    half: torch.dtype | None = None
+    scaler: torch.amp.GradScaler | None = None
+    processes: OneProcess = field(default_factory=OneProcess)
+
+    def losses(self, model: Any, batch: Any, share: float) -> dict[str, Tensor]:
+        """This process's unweighted losses; their mean over the processes is that of the whole batch.
+
+        Args:
+            model: Knows the losses.
+            batch: What this process has of the batch.
+            share: How much that is.
+        """
+        # Where nothing wraps the model, its own forward: the audit puts a stand-in before it.
+        forward = model if self.processes.size == 1 else self.forward
+        return self.processes.share(self.own_losses(model, batch, forward), share)
+
+    def own_losses(self, model: Any, batch: Any, forward: Any = None) -> Mapping[str, Tensor]:
+        """The unweighted losses of a batch that is this process's alone.
+
+        The forward computes in the type asked for, the losses in float32: they sum over many positions.
+        """
+        with self._autocast():
+            outputs = (forward or model)(batch.images)
+        losses: Mapping[str, Tensor] = model.losses(_widened(outputs) if self.half is not None else outputs, batch)
+        return losses
+
+    def micro_batches(self, count: int) -> int:
+        """Of ``count`` micro-batches of a whole batch, how many this process makes of its part."""
+        return max(1, count // self.processes.size)
+
+    def values(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
+        """The losses of the whole batch."""
+        return dict(zip(losses, self.processes.mean([float(v.detach()) for v in losses.values()]), strict=True))
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied with for the backward."""
+        return float(self.scaler.get_scale()) if self.scaler is not None else 1.0
+
+    def update(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter], clip_norm: float) -> bool:
+        """The optimizer's step, on gradients that are clipped where ``clip_norm`` is above 0.
+
+        Returns:
+            Whether it was taken: the scaler leaves a step out in which a gradient overflowed.
+        """
+        if self.scaler is None:
+            if clip_norm > 0:
+                nn.utils.clip_grad_norm_(parameters, clip_norm)
+            optimizer.step()
+            return True
+        if clip_norm > 0:
+            self.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, clip_norm)
+        before = self.loss_scale
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return self.loss_scale >= before
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.half is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.half)
+
+
+def make_engine(model: nn.Module, precision: str, device: torch.device, processes: OneProcess | None = None) -> Engine:
+    """The engine of a training."""
+    processes = processes or OneProcess()
+    half = HALF.get(precision)
+    scaler = torch.amp.GradScaler(device.type) if half is torch.float16 else None
+    return Engine(device, processes.copies(model, device), half, scaler, processes)
+
+
+def _widened(outputs: Any) -> Any:
+    """The same structure of tensors, those of half types in float32."""
+    if isinstance(outputs, Tensor):
+        return outputs.float() if outputs.dtype in HALF.values() else outputs
+    if isinstance(outputs, tuple):
+        parts = [_widened(part) for part in outputs]
+        return type(outputs)(*parts) if hasattr(outputs, "_fields") else tuple(parts)
+    return outputs
