@@ -297,7 +297,9 @@ def test_nothing_is_left_behind(where, level, memory, monkeypatch):
     if where == "in the backward":
         own.remove()
     parts = {
-        k: v for k, v in vars(probe._measuring).items() if k not in ("tasks", "level", "optimizer", "epoch", "beside")
+        k: v
+        for k, v in vars(probe._measuring).items()
+        if k not in ("tasks", "level", "optimizer", "epoch", "beside", "loader", "self_checked")
     }
     references = [weakref.ref(x) for x in (probe, *parts.values(), losses["t0"])]
     del probe, parts, losses, outcome
