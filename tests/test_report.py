@@ -661,6 +661,48 @@ def test_the_policy_allows_two_scripts_and_no_address(study):
     assert not re.search(r"https?:", policy)
 
 
+# ---- the command
+
+
+def command(*words):
+    from typer.testing import CliRunner
+
+    from gradprobe.cli.app import app
+
+    return CliRunner().invoke(app, ["report", *map(str, words)])
+
+
+def test_the_command_writes_the_report_of_a_folder(study, tmp_path):
+    out = tmp_path / "report.html"
+    done = command(study[0].files[0].parent, "--out", out, "--target", "mAP50=0.6", "--lang", "zh-TW")
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == str(out)
+    seen = " ".join(Reader(out.read_text(encoding="utf-8")).texts)
+    assert "mAP50，目標 0.6" in seen
+    assert {"joint", "gradnorm", "single"} <= set(re.findall(r"\w+", seen))
+
+
+def test_arms_are_named_on_the_command_line(study, tmp_path):
+    out = tmp_path / "report.html"
+    files = study[1].files[0].parent / "1-*.h5"
+    done = command("--arm", f"mine={files}", "--arm", f"base={files.with_name('0-*.h5')}", "--baseline", "base",
+                   "--unpaired", "--out", out)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "base (baseline)" in out.read_text(encoding="utf-8")
+
+
+def test_what_is_wrong_on_the_command_line_is_told_before_a_file_is_read(tmp_path):
+    for words, said in (
+        (("nowhere", "--lang", "fr"), "--lang fr"),
+        (("nowhere", "--target", "mAP50"), "--target"),
+        (("nowhere",), "nowhere"),
+        ((), "no run files"),
+    ):
+        done = command(*words, "--out", tmp_path / "report.html")
+        assert said in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
 # ---- the file
 
 
