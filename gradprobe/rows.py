@@ -204,6 +204,8 @@ class LedgerRow:
             lacks for sharing its batch with the update; at the right end. ``term`` is half their sum.
         head: (T,) as ``term``, by the whole update of what the task has for itself.
         loss_change: (T,) as it was measured on the fixed probe batch.
+        drift: (T,) the part of ``loss_change`` that is no part of any gradient: by what the losses detach, such as
+            targets made of the present predictions.
     """
 
     step: int
@@ -216,6 +218,7 @@ class LedgerRow:
     right: Array
     head: Array
     loss_change: Array
+    drift: Array
     overhead: float = 0.0
     status: str = MEASURED
 

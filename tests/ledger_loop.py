@@ -248,6 +248,7 @@ def columns(rows, made):
         "term": terms.term(made.left, made.correction, made.right)[:, None],
         "head": head,
         "loss_change": side["change"],
+        "drift": np.zeros_like(side["change"]),
         "status": side["status"],
     }
     return made

@@ -86,6 +86,12 @@ def test_the_numbers_are_those_that_were_planted():
     assert "cls cancels (C) is 0." in found.headline[1]
 
 
+def test_a_task_that_is_driven_backwards_is_told():
+    found = compare(study({"joint": BASE.but(cancelled={"cls>det": 1.3, "det>cls": 0.2})}))
+    level = next(x for x in found.levels if x.subject == "cls>det")
+    assert level.sentence.endswith("more than all of it: the task is driven backwards.")
+
+
 def test_what_is_worse_than_the_baseline_is_listed():
     base = BASE.but(spread=0.01)
     found = compare(study({"joint": base, "arm": base.but(cancelled={"cls>det": 0.8, "det>cls": 0.2})}))

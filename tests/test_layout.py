@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "provenance": set(),
     "runfile": {"__init__", "errors", "measures", "rows", "statistics"},
     "study": {"errors", "runfile", "trainers"},
-    "summary": {"errors", "measures", "rows", "runfile"},
+    "summary": {"errors", "ledger", "measures", "rows", "runfile"},
     "plots": {"errors", "measures", "rows", "runfile", "summary", "verdict"},
     "probes": {"errors", "measures", "rows", "statistics"},
     "audit": {"errors"},

@@ -206,6 +206,7 @@ def a_ledger(rows=40, layers=3, cancelled=0.25, seed=0):
         "term": term,
         "head": head,
         "loss_change": change,
+        "drift": np.zeros_like(change),
         "status": np.zeros(rows, dtype=int),
     }
 

@@ -398,3 +398,77 @@ def test_a_run_that_is_gone_on_with_has_every_row_but_the_one_before(tmp_path):
     rows = [0, 1, 2, 3, 5, 6]
     np.testing.assert_allclose(found["term"][rows], expected["term"][rows], rtol=1e-5, atol=1e-9)
     assert whole is not None
+
+
+# ---- what a loss detaches
+
+
+class Chasing(nn.Module):
+    """Its loss `a` is trained towards a target made of its own prediction, detached, as YOLOv5's objectness is."""
+
+    def __init__(self, detach=True):
+        super().__init__()
+        torch.manual_seed(2)
+        self.detach = detach
+        self.trunk, self.a, self.b = nn.Sequential(nn.Linear(6, 12), nn.Tanh()), nn.Linear(12, 2), nn.Linear(12, 1)
+
+    def losses(self, seed=0, count=64):
+        x = torch.randn(count, 6, generator=torch.Generator().manual_seed(seed))
+        h = self.trunk(x)
+        box, score = self.a(h).T
+        target = torch.exp(-(box - x[:, 0]).square())
+        target = target.detach() if self.detach else target
+        far = (box - x[:, 0]).square().mean()
+        return {
+            "a": far + 3 * nn.functional.binary_cross_entropy_with_logits(score, target),
+            "b": (self.b(h) - x[:, 1:2]).square().mean(),
+        }
+
+
+def chasing(path, **how):
+    model = Chasing(**how)
+    opt = torch.optim.SGD(model.parameters(), 0.05)
+    with gradprobe.attach(
+        model, TASKS, path, optimizer=opt, ledger=gradprobe.Ledger(model.losses, ends="probe")
+    ) as probe:
+        for step in range(60):
+            probe.backward(model.losses(seed=1 + step))
+            opt.step()
+            opt.zero_grad()
+    return ledger_of(path)[0]
+
+
+def test_a_target_that_is_detached_moves_the_loss_by_no_part_of_a_gradient(tmp_path):
+    found = chasing(tmp_path / "run.h5")
+    made = window(found, TASKS)
+    assert abs(made.drift[0]) > 0.2 * made.size[0]  # as large as the gate lets through, twice
+    assert not found["drift"][:, 1].any()
+    assert all(map(made.passed, (0, 1))), made.gates
+    blind = window({**found, "drift": np.zeros_like(found["drift"])}, TASKS)
+    assert not blind.passed(0)
+
+
+def test_a_loss_that_detaches_nothing_has_no_drift(tmp_path):
+    found = chasing(tmp_path / "run.h5", detach=False)
+    assert not found["drift"].any()
+    assert all(map(window(found, TASKS).passed, (0, 1)))
+
+
+def test_what_is_detached_elsewhere_than_before_is_not_known(tmp_path):
+    model, calls = Chasing(), []
+
+    def fixed():
+        calls.append(1)
+        return model.losses(count=64 + (len(calls) > 3))
+
+    opt = torch.optim.SGD(model.parameters(), 0.05)
+    with gradprobe.attach(
+        model, TASKS, tmp_path / "run.h5", optimizer=opt, ledger=gradprobe.Ledger(fixed, ends="probe")
+    ) as probe:
+        for step in range(3):
+            probe.backward(model.losses(seed=step))
+            opt.step()
+            opt.zero_grad()
+    found, _ = ledger_of(tmp_path / "run.h5")
+    assert np.isfinite(found["drift"][0]).all()
+    assert np.isnan(found["drift"][1]).all()

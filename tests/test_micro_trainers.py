@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ import torch
 import training
 from test_probes_harmless import assert_same
 
+import gradprobe
+from gradprobe.cli.app import run as command
 from gradprobe.errors import UsageError
 from gradprobe.rows import MEASURED
 from gradprobe.trainers import loop
@@ -60,8 +63,8 @@ def available(trainer):
 def test_every_trainer_trains_and_is_measured_in_micro_batches(trainer):
     if not available(trainer):
         pytest.skip("torchjd is not installed")
-    made = training.run(training.make(trainer, micro_batches=4, **options(trainer)), steps=3)
-    assert [row.status for row in made.rows] == [MEASURED] * 3
+    made = training.run(training.make(trainer, micro_batches=4, **options(trainer)), steps=2)
+    assert [row.status for row in made.rows] == [MEASURED] * 2
     for row in made.rows:
         assert (row.micro_batches, row.batch_size) == (4, 8)
         assert row.gram_noise.shape == row.gram.shape
@@ -151,3 +154,88 @@ def test_an_audit_takes_the_same_step():
 def test_a_number_that_cannot_be_is_refused(count):
     with pytest.raises(UsageError, match=rf"--micro-batches {count}: "):
         resolve({"micro_batches": count, "batch_size": 8})
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_probe_loader_draws_from_the_split_and_changes_nothing(split):
+    found = {"micro_batches": 2, "optimizer": "SGD", "probe_every": 2, "probe_batches": 3}
+    sink = LoaderRows()
+    drawn = training.run(training.make("joint", sinks=[sink], probe_loader=split, **found), steps=4)
+    plain = training.run(training.make("joint", **found), steps=4)
+    assert_same(drawn.model.state_dict(), plain.model.state_dict())
+    assert_same(drawn.optimizer.state_dict(), plain.optimizer.state_dict())
+    assert [row.step for row in sink.rows] == [0, 2]
+    assert [(row.status, row.micro_batches, row.batch_size) for row in sink.rows] == [(MEASURED, 3, 12)] * 2
+    for row in sink.rows:
+        assert np.isfinite(row.gram_noise).all()
+        assert np.isfinite(row.loss).all()
+    about = drawn.collector.header.provenance["probe_loader"]
+    assert (about["split"], about["samples"]) == (split, 32 if split == "train" else 8)
+
+
+class LoaderRows:
+    """A sink of the probe loader's rows alone."""
+
+    def __init__(self):
+        self.rows = []
+
+    def start(self, header):
+        pass
+
+    def write(self, row):
+        pass
+
+    def start_probe_loader(self, header):
+        pass
+
+    def write_probe_loader(self, row):
+        self.rows.append(row)
+
+    def write_epoch(self, epoch, values):
+        pass
+
+    def annotate(self, values):
+        assert values["self_check"] == pytest.approx([1, -1], abs=1e-6)
+
+    def flush(self):
+        return True
+
+    def close(self, end):
+        pass
+
+
+def test_record_and_summary_from_the_command_line(tmp_path, capsys):
+    out = tmp_path / "run.h5"
+    data = tmp_path / "data"
+    assert command(["data", "make", str(data), "--n", "30", "--seed", "3"]) == 0
+    flags = "--trainer joint --imgsz 64 --batch-size 8 --epochs 2 --every 2 --micro-batches 2"
+    flags += " --probe-loader val --probe-every 1 --probe-batches 3 --bn-batches 1"
+    assert command(["record", "--data", str(data / "data.yaml"), "--out", str(out), *flags.split()]) == 0
+    with gradprobe.open_run(out) as run:
+        steps = 2 * run.provenance["steps_per_epoch"]
+        assert run.probe_loader["step"].tolist() == list(range(steps))
+        assert run["micro_batches"].tolist() == [2] * (steps // 2)
+        assert run.provenance["settings.probe_loader"] == "val"
+        assert np.isfinite(run.estimate("model.9", source="probe_loader").noise_correlation).all()
+    capsys.readouterr()
+    assert command(["check", str(out)]) == 0
+    assert command(["summary", str(out)]) == 0
+    assert (
+        f"On independent samples (val, {steps} rows of the probe loader), less their noise" in capsys.readouterr().out
+    )
+    assert command(["summary", "--json", str(out)]) == 0
+    found = json.loads(capsys.readouterr().out)["probe_loader"]
+    assert (found["rows"], found["split"], found["not_measured"]) == (steps, "val", {})
+    assert set(found["tasks"]["det"]) == {"noise_scale", "low", "high"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("probe_loader", "test", "unknown --probe-loader 'test'"),
+        ("probe_batches", 1, "--probe-batches 1: noise is told"),
+    ],
+)
+def test_a_probe_loader_that_cannot_be_is_refused(flag, value, message):
+    with pytest.raises(UsageError, match=message):
+        resolve({flag: value})

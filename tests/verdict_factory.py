@@ -227,4 +227,7 @@ def ledger_rows(run: Evidence) -> Iterator[LedgerRow]:
     for k, step in enumerate(table["step"]):
         whole = table["term"][k].sum(axis=0)
         ends = (whole, 0 * whole, whole)
-        yield LedgerRow(int(step), 0, float(k), 0, table["term"][k], *ends, table["head"][k], table["loss_change"][k])
+        change = table["loss_change"][k]
+        yield LedgerRow(
+            int(step), 0, float(k), 0, table["term"][k], *ends, table["head"][k], change, np.zeros_like(change)
+        )

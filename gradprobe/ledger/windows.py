@@ -56,7 +56,8 @@ class Window:
         term: (T, S) change of each task's loss by each source's part of the updates of the layers, in units of loss.
         head: (T,) by the updates of what is not shared.
         change: (T,) as it was measured on the probe batch.
-        residual: (T,) sum of all terms minus ``change``.
+        drift: (T,) the part of ``change`` by what the losses detach, which no term can explain.
+        residual: (T,) sum of all terms and ``drift`` minus ``change``.
         size: (T,) sum of |terms|: what the residual is held against.
         residual_error: (T,) standard error of ``residual`` from the rows' noise; NaN: too few rows. A residual of
             less than two of them may be noise: longer windows, larger batches. One of more is none: curvature.
@@ -72,6 +73,7 @@ class Window:
     term: Array
     head: Array
     change: Array
+    drift: Array
     residual: Array
     size: Array
     residual_error: Array
@@ -96,18 +98,19 @@ def window(
     """The sums of a ledger, its measure C and the gates of both.
 
     Args:
-        ledger: ``run.ledger``: ``step``, ``burst`` (n,), ``term`` (n, L, T, S), ``head``, ``loss_change`` (n, T) and
-            ``status`` (n,); 0 is a row that counts.
+        ledger: ``run.ledger``: ``step``, ``burst`` (n,), ``term`` (n, L, T, S), ``head``, ``loss_change``, ``drift``
+            (n, T; where it is missing nothing drifts) and ``status`` (n,); 0 is a row that counts.
         tasks: (T,) names.
         start, stop: Steps ``start <= step < stop``.
         layers: Over which C is; None: all. The residual is over all of them always, as the loss is.
     """
     term = np.asarray(ledger["term"], dtype=np.float64)
     head, change = (np.asarray(ledger[name], dtype=np.float64) for name in ("head", "loss_change"))
+    drift = np.asarray(ledger["drift"], dtype=np.float64) if "drift" in ledger else np.zeros_like(change)
     step = np.asarray(ledger["step"])
     inside = (step >= start) & (step < stop)
     measured = np.asarray(ledger["status"]) == 0
-    known = _known(term, head, change)
+    known = _known(term, head, change - drift)
     whole = np.nansum(term, axis=1)
     settled = _settled(whole, head, np.asarray(ledger["burst"]), inside & measured & known)
     left_out = {
@@ -118,7 +121,7 @@ def window(
     rows = np.flatnonzero(settled)
     chosen = whole if layers is None else np.nansum(term[:, list(layers)], axis=1)
     counts = {reason: int(which.sum()) for reason, which in left_out.items() if which.any()}
-    return _summed(whole[rows], chosen[rows], head[rows], change[rows], tasks, rows, counts)
+    return _summed(whole[rows], chosen[rows], head[rows], change[rows], drift[rows], tasks, rows, counts)
 
 
 def _known(term: Array, head: Array, change: Array) -> NDArray[np.bool_]:
@@ -154,13 +157,14 @@ def _summed(
     chosen: Array,
     head: Array,
     change: Array,
+    drift: Array,
     tasks: Sequence[str],
     rows: NDArray[np.int64],
     left_out: Mapping[str, int],
 ) -> Window:
     count = len(tasks)
     term, heads, changed = whole.sum(axis=0), head.sum(axis=0), change.sum(axis=0)
-    rest = whole.sum(axis=2) + head - change  # (n, T)
+    rest = whole.sum(axis=2) + head + drift - change  # (n, T)
     size = np.abs(term).sum(axis=1) + np.abs(heads)
     progress = -np.diagonal(chosen[..., :count], axis1=1, axis2=2)  # (n, T)
     own, own_error = progress.sum(axis=0), standard_error(progress)
@@ -170,6 +174,7 @@ def _summed(
         term=term,
         head=heads,
         change=changed,
+        drift=drift.sum(axis=0),
         residual=rest.sum(axis=0),
         size=size,
         residual_error=standard_error(rest),
@@ -227,7 +232,8 @@ def standard_error(rows: Array) -> Array:
     """Standard error of the sum of consecutive rows: (n, ...) -> (...).
 
     Neighbours share a gradient, and momentum spreads one over many: Newey and West's estimate with Bartlett weights,
-    over about sqrt(n) neighbours. NaN with too few rows.
+    over about sqrt(n) neighbours. What rows change by smoothly, as progress does that slows down, is no noise: their
+    quadratic trend is taken off first. NaN with too few rows.
 
     Source: Newey and West, "A Simple, Positive Semi-Definite, Heteroskedasticity and Autocorrelation Consistent
     Covariance Matrix", 1987.
@@ -235,7 +241,9 @@ def standard_error(rows: Array) -> Array:
     count = len(rows)
     if count < LEAST_ROWS:
         return np.full(rows.shape[1:], np.nan)
-    apart = rows - rows.mean(axis=0)
+    place = np.linspace(-1, 1, count)
+    trend = np.linalg.qr(np.stack([np.ones(count), place, place**2], axis=1))[0]
+    apart = (rows - np.tensordot(trend, np.tensordot(trend, rows, (0, 0)), (1, 0))) * math.sqrt(count / (count - 3))
     reach = math.ceil(1.5 * math.sqrt(count))
     total = np.square(apart).sum(axis=0)
     for lag in range(1, min(reach, count - 1) + 1):

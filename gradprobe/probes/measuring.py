@@ -100,6 +100,14 @@ class Measuring:
             self.beside.called()
         self.clock.called()
 
+    def close(self) -> None:
+        """Nothing more comes: hand on what the present step has, and let go of the optimizer."""
+        if self.ranks.size == 1:  # others may be elsewhere, and not answer
+            self.calls.finish()
+        self.clock.close()
+        if self.beside is not None:
+            self.beside.close()
+
     def due(self) -> Due:
         """Asked once per call of the probe."""
         first, due = self.clock.ask()
@@ -255,6 +263,7 @@ class Measuring:
 
     def note(self, losses: Losses, weights: Array, status: str, batch_size: int) -> None:
         """A row without a measurement."""
+        self.calls.finish()  # those before it in its step are measured, and have the step's row
         self.guarded(lambda: self.find(losses))
         self._emit(losses, weights, None, status, Stopwatch(_device(losses)), batch_size)
 

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
-from gradprobe.probes.beside import Beside, Joins
+from gradprobe.probes.beside import Joins
 from gradprobe.probes.binding import Groups, Selection, Shared
 from gradprobe.probes.checks import Losses, Weights, check_losses, task_names, weight_values
 from gradprobe.probes.clock import StepClock, bare
@@ -169,7 +169,7 @@ class GradientProbe:
         self._model = model
         claim(model, self)
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
-        self._lost = weakref.finalize(self, _end, clock, beside, report if _open is not None else None, "not closed")
+        self._lost = weakref.finalize(self, _end, self._measuring, report if _open is not None else None, "not closed")
         self._lost.atexit = False
         if (
             _open is not None
@@ -348,10 +348,8 @@ class GradientProbe:
         if self._lost.detach() is None:
             return
         atexit.unregister(self._lost)
-        if self._measuring.ranks.size == 1:  # others may be elsewhere, and not answer
-            self._measuring.calls.finish()
         release(self._model, self)
-        _end(self._clock, self._measuring.beside, self._measuring.report, end)
+        _end(self._measuring, self._measuring.report, end)
 
     def __enter__(self) -> GradientProbe:
         return self
@@ -392,9 +390,7 @@ class GradientProbe:
         return self._measuring.clock
 
 
-def _end(clock: StepClock, beside: Beside | None, report: Reporter | None, end: str) -> None:
-    clock.close()
-    if beside is not None:
-        beside.close()
+def _end(measuring: Measuring, report: Reporter | None, end: str) -> None:
+    measuring.close()
     if report is not None:
         report.close(end)

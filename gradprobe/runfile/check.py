@@ -225,7 +225,7 @@ def _impossible(piece: Piece, name: str, values: NDArray[Any]) -> Iterator[tuple
         yield "is negative or infinite", (values < 0) | np.isinf(values)
     elif name in ("cosine", "shared_cosine"):
         yield "is beyond -1 to 1", np.abs(values) > 1
-    elif name in ("gram_noise", "term", "left", "correction", "right", "head", "loss_change"):
+    elif name in ("gram_noise", "term", "left", "correction", "right", "head", "loss_change", "drift"):
         yield "is infinite", np.isinf(values)
     elif name == "status":
         yield "has no name in status_names", values >= len(piece.status_names)

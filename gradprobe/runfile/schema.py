@@ -275,6 +275,14 @@ LEDGER_FIELDS: tuple[Field, ...] = (
         "change of the task's unweighted loss on the fixed probe batch; NaN: not measured",
         "loss",
     ),
+    _field(
+        "drift",
+        "step task",
+        "<f8",
+        "part of loss_change by what the losses detach, through which no gradient flows (YOLOv5's objectness targets); "
+        "NaN: not measured",
+        "loss",
+    ),
     _field("overhead", "step", "<f4", "time spent on this row", "s"),
     _field("status", "step", "|u1", "0: the row counts; else an index into the attribute status_names of /status"),
 )

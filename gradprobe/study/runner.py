@@ -170,8 +170,8 @@ class Study:
         log.parent.mkdir(parents=True, exist_ok=True)
         if state in (ABSENT, BEGUN):
             log.unlink(missing_ok=True)
-        entry.process = self.launch(commands.record(self.where, entry.run, self.common, state), log)
         entry.state, entry.began = RUNNING, time.monotonic()
+        entry.process = self.launch(commands.record(self.where, entry.run, self.common, state), log)
 
     def _done(self) -> float:
         whole = sum(entry.state in (DONE, SKIPPED, FAILED) for entry in self.entries)

@@ -12,7 +12,7 @@ from gradprobe import measures
 from gradprobe.measures import Array
 from gradprobe.rows import MEASURED
 from gradprobe.runfile import Run, schema, thin
-from gradprobe.summary import estimated, updates, words
+from gradprobe.summary import estimated, ledger, updates, words
 
 LOWEST_LAYERS = 3
 SUMMED = 1 << 23
@@ -117,6 +117,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "features": _features(seen),
         "interference": _interference(seen, measures.interference(gram, weight)),
         "updates": updates.summarise(run, seen, updates.gradient_share(gram, weight)),
+        "ledger": ledger.summarise(run),
         "probe_loader": estimated.summarise(run),
         "audit": _audit(run),
         "metrics": _metrics(run),
@@ -279,6 +280,7 @@ def _overhead(run: Run) -> dict[str, float | None]:
         seconds += float(np.nansum(run["features/overhead"], dtype=np.float64))
     if schema.UPDATES.path("overhead") in run:
         seconds += float(np.nansum(run["update/overhead"], dtype=np.float64))
+    seconds += ledger.overhead(run)
     elapsed = float(np.max(run["time"], initial=0.0))
     return {"seconds": seconds, "share": measures.known(seconds / elapsed) if elapsed > 0 else None}
 

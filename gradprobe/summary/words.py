@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from gradprobe.summary import crowd, estimated, updates
+from gradprobe.summary import crowd, estimated, ledger, updates
 
 CAUTION = (
     "These are single minibatches: mostly noise. They do not show whether interference is there, or whether "
@@ -38,6 +38,7 @@ def sentences(summary: dict[str, Any]) -> list[str]:
             *_first_order(summary),
             *updates.sentences(summary["updates"]),
             *gradients,
+            *ledger.sentences(summary["ledger"]),
         ]
     said += [*gradients, CAUTION] if gradients else []
     said += estimated.sentences(summary["probe_loader"])

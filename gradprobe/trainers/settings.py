@@ -77,7 +77,7 @@ class Settings:
     ledger_burst: int = 0  # steps of a burst; 0: all steps
     ledger_every: int = 0  # steps from the beginning of a burst to that of the next
     ledger_ends: str = "probe"  # whose gradients value an update: those of the fixed "probe" batch, or the "batch"'s
-    ledger_images: int = 128  # of the fixed probe batch, drawn once from those that are trained on
+    ledger_images: int = 64  # of the fixed probe batch, drawn once from those that are trained on
     bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
     skip_bad: bool = False
     keep_going: bool = False

@@ -19,7 +19,7 @@ from gradprobe.probes.passes import Gradients
 from gradprobe.probes.schedule import whole
 from gradprobe.rows import EARLIER_SOURCES, MEASURED, LedgerRow
 from gradprobe.updates import heads
-from gradprobe.updates.fixed import ProbeBatch, Valued, value
+from gradprobe.updates.fixed import ProbeBatch, Valued, held, value
 from gradprobe.updates.following import NOTHING_SHARED, Following, Measured, Reader
 from gradprobe.updates.taking_apart import Before, Parts, TakenApart, by_layer, side_by_side
 
@@ -198,7 +198,8 @@ class Ledger(Reader):
         if self._probe is not None and left is not None:
             self._valued = right = self._value(at)
             self._point = self._where()
-            row = replace(row, loss_change=right.losses - left.losses)
+            kept = held(self._model, self._tasks, self._probe, left, right)
+            row = replace(row, loss_change=right.losses - left.losses, drift=right.losses - kept)
         pieces, moved = taken.pieces if taken is not None else (), self._heads.moved()
         if self.ends == "batch":
             self._open = self._at_the_batch(at, taken, row, moved)
@@ -337,6 +338,7 @@ class Ledger(Reader):
             right=np.full(unknown.shape[1:], np.nan),
             head=np.full(tasks, np.nan),
             loss_change=np.full(tasks, np.nan),
+            drift=np.full(tasks, np.nan),
             status=at.status,
         )
 

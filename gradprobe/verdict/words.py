@@ -60,6 +60,8 @@ def of_level(level: Level, margin: float) -> str:
         return f"{level.arm}: {level.quantity} has no interval ({many} of {len(level.values)} runs give a number)."
     if level.question == DOMINANCE:
         said = "where 1 over the number of tasks is even"
+    elif level.question == INTERFERENCE and level.low95 > 1:
+        said = "more than all of it: the task is driven backwards"
     elif level.low95 > margin:
         said = "above what matters"
     elif level.low95 > 0:
