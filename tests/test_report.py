@@ -275,6 +275,12 @@ def test_a_level_is_reached_when_the_running_median_is_there(values, level):
     assert np.isnan(found)
 
 
+@given(st.lists(st.lists(st.floats(0, 1), min_size=8, max_size=8), min_size=1, max_size=4))
+def test_every_seed_of_the_baseline_reaches_the_level_that_it_sets(seeds):
+    values = np.array(seeds)
+    assert np.isfinite(convergence.reached(values, np.arange(8.0), convergence.final_level(values))).all()
+
+
 def test_upwards_is_downwards_upside_down():
     values = np.array([[0.1, 0.4, 0.3, 0.8, 0.9, 0.95]])
     steps = np.arange(6.0)
@@ -375,7 +381,7 @@ def test_seeds_of_an_outcome_lie_on_the_side_of_its_effect():
 def test_an_answer_without_numbers_has_a_row_and_no_interval(context):
     dual = next(a for a in context.comparison.answers if a.arm == "dual")
     figure = forest.draw([shown.row(dual, Words())], Words(), "x")
-    assert [a["text"] for a in figure["layout"]["annotations"]] == ["dual · cls\u00a0→\u00a0det", "NOT APPLICABLE"]
+    assert [a["text"] for a in figure["layout"]["annotations"]] == ["dual\u00a0· cls\u00a0→\u00a0det", "NOT APPLICABLE"]
     assert figure["data"] == [{"type": "scatter", "x": [None], "y": [None], "hoverinfo": "skip"}]
 
 
@@ -779,6 +785,7 @@ def test_headings_go_down_by_one_and_every_section_has_one(study):
 
 def test_the_top_says_all_of_interference_since_half_of_it_would_mislead(context):
     built = build(context.material, context.comparison, context.words)
-    assert "reduced" in built.headline
-    assert "increased" in built.headline
+    assert built.headline == "Interference: 1 × INCREASED, 1 × REDUCED, 1 × UNDEFINED and 1 × NOT APPLICABLE."
+    assert "Interference was reduced: gradnorm\u00a0· cls\u00a0→\u00a0det." in built.answer
+    assert "Interference increased: gradnorm\u00a0· det\u00a0→\u00a0cls." in built.answer
     assert page.size([c.figure for p in panels(context) for c in p.charts]) < 1_000_000

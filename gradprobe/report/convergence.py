@@ -18,9 +18,14 @@ def trailing(values: Array, window: int = WINDOW) -> Array:
 
 
 def final_level(values: Array) -> float:
-    """Where an arm ends: the median over seeds of the median of the last tenth, of (seeds, B); NaN: unknown."""
-    tail = values[:, -max(1, values.shape[1] // 10) :]
-    return float(quietly(np.nanmedian, quietly(np.nanmedian, tail.T)))
+    """What every seed of an arm reaches by its end: the highest of their last running medians; NaN: unknown.
+
+    Args:
+        values: (seeds, B), falling; NaN behind a seed's end.
+    """
+    smooth = np.where(np.isfinite(values), trailing(values), np.nan)
+    last = [row[np.isfinite(row)][-1] for row in smooth if np.isfinite(row).any()]
+    return float(max(last, default=np.nan))
 
 
 def reached(values: Array, steps: Array, level: float, *, upwards: bool = False) -> Array:

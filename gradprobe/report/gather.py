@@ -26,7 +26,7 @@ ARMS, TASKS, PAIRS = 24, 6, 3
 CELLS = 300_000
 """Cells of all heatmaps together, at most."""
 
-FACTS = ("trainer", "argv", "machine", "system", "steps_per_epoch", "level")
+FACTS = ("trainer", "machine", "system", "steps_per_epoch", "level")
 GROUPS = ("settings", "data", "model", "probe", "probe_loader", "versions", "batches", "plan", "hyp", "test")
 LONGEST_FACT = 300
 

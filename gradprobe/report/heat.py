@@ -61,7 +61,7 @@ def naive(
 
 
 def sums(true: Array, have: Sequence[str], want: Sequence[str], place: NDArray[np.intp], count: int) -> Array:
-    """Sums by bin of corrected Gramians (n, L, T, T), as :class:`RunHeat` holds them; NaN: no such pair."""
+    """Sums by bin of (n, L, T, T) corrected Gramians, as :class:`RunHeat` holds them; NaN: no such pair."""
     total = bins.sums(true, place, count)  # (B, L, T, T)
     found = np.full((len(want), true.shape[1], count, 3), np.nan)
     first, second = measures.pair_index(true.shape[-1])

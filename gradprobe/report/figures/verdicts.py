@@ -24,7 +24,7 @@ LOOKS = {
     "not_reduced": ("@same", "square-open"),
     "increased": ("@increased", "triangle-right"),
     "inconclusive": ("@open", "circle-open"),
-    "undefined": ("@none", "x"),
+    "undefined": ("@none", "diamond-open"),
     "not_applicable": ("@none", "x"),
     "no_verdict": ("@none", "circle"),
 }
@@ -33,7 +33,7 @@ LOOKS = {
 
 def label(arm: str, subject: str, words: Words) -> str:
     """Arm and subject, as a row is named."""
-    return f"{clean(arm, LABEL // 2)} · {words.subject(subject)}"
+    return f"{clean(arm, LABEL // 2)}\u00a0· {words.subject(subject)}"
 
 
 def differences(answer: Answer) -> list[float]:

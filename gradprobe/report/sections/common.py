@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradprobe.report.bins import Array
 from gradprobe.report.chart import Key
 from gradprobe.report.figures.lines import Series
 from gradprobe.report.look import Styles
@@ -46,9 +45,9 @@ class Context:
         several = any(len(arm.runs) > 1 for arm in self.material.arms)
         return self.words("note.band" if several else "note.one_seed")
 
-    def thinned_note(self, borders: Array | None = None) -> str:
-        """How long runs were looked at; ``borders`` of the bins, where they are not those of the lines."""
+    def thinned_note(self, key: str = "note.bins") -> str:
+        """How long runs were looked at, in lines or ("heat.bins") in heatmaps."""
         every = max(run.every for run in self.material.runs)
-        bins = len(self.material.borders if borders is None else borders) - 1
-        text = self.words("note.bins", bins=bins)
+        borders = self.material.borders if key == "note.bins" else self.material.heat_borders
+        text = self.words(key, bins=len(borders) - 1)
         return self.words.join([text, self.words("note.thin", every=every)]) if every > 1 else text

@@ -20,6 +20,9 @@ FINDINGS = 8
 TELLING = ("increased", "reduced", "reduced_uncertain", "equivalent", "not_reduced", "inconclusive")
 SAID = ("reduced", "reduced_uncertain", "increased")
 NAMES = 5
+SHORT = 90
+"""Characters of a headline at most; what is longer is counted, and told below."""
+
 LEVELS = 6
 
 
@@ -56,7 +59,17 @@ def headline(context: Context) -> tuple[str, list[str]]:
     ]
     if not interference or all(verdict_key(a.verdict) == "no_verdict" for a in interference):
         return words("headline.no_verdict" if comparison.baseline else "headline.no_control"), more
-    return words.join(_said(words, INTERFERENCE, interference)), more
+    said = _said(words, INTERFERENCE, interference)
+    whole = words.join(said)
+    return (whole, more) if len(whole) <= SHORT else (_counted(words, interference), [*said, *more])
+
+
+def _counted(words: Words, answers: Sequence[Answer]) -> str:
+    """How many of each verdict, where they are too many to be named in a headline."""
+    keys = [verdict_key(answer.verdict) for answer in answers]
+    order = [key for key in (*TELLING, "undefined", "no_verdict", "not_applicable") if key in keys]
+    counts = words.list(f"{keys.count(key)} × {words(f'verdict.{key}')}" for key in order)
+    return words("headline.counted", counts=counts)
 
 
 def _levels(context: Context) -> list[str]:

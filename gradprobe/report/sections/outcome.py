@@ -82,8 +82,7 @@ def _final(context: Context, names: list[str]) -> list[Block]:
         title = words(
             "metrics.chart" if target is None else "metrics.chart_target", name=name, split=split, target=target
         )
-        limits = {"rangemode": "nonnegative"} if target is None else {"range": _range(found, target)}
-        figure = dots.draw(found, context.styles, words, "", target=target, **limits)
+        figure = dots.draw(found, context.styles, words, "", target=target, range=_range(found, target))
         said = words.join(_said(context, one, target) for one in found)
         charts.append(Chart(title, figure, words("metrics.alt", title=title, said=said)))
         rows += [_told(context, name, split, one, target) for one in found]
@@ -98,9 +97,10 @@ def _final(context: Context, names: list[str]) -> list[Block]:
     return [Panel(words("metrics.final"), words.join(note), charts, table, size="small")]
 
 
-def _range(found: Sequence[Dots], target: float) -> list[float]:
+def _range(found: Sequence[Dots], target: float | None) -> list[float]:
     """All values and the target, with room at both ends: a line of a shape does not widen an axis by itself."""
-    values = np.concatenate([[target], *(one.values[np.isfinite(one.values)] for one in found)])
+    goal = [] if target is None else [target]
+    values = np.concatenate([goal, *(one.values[np.isfinite(one.values)] for one in found)])
     room = 0.06 * (values.max() - values.min()) or 0.1
     return [float(values.min() - room), float(values.max() + room)]
 

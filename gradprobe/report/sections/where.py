@@ -35,7 +35,7 @@ def section(context: Context) -> Section:
         note = [words("heat.note")]
         corrected = [arm.corrected for arm in drawn]
         key = "heat.corrected" if all(corrected) else "heat.mixed" if any(corrected) else "heat.naive"
-        note += [words(key), context.thinned_note(material.heat_borders)]
+        note += [words(key), context.thinned_note("heat.bins")]
         table = heatmap.table(words("heat.table"), drawn, material.pairs, words)
         blocks.insert(
             0,

@@ -115,6 +115,7 @@ MESSAGES: dict[str, str] = {
     # ---- headline
     "headline.no_control": "No conclusion about interference: there is no control run.",
     "headline.no_verdict": "No verdict on interference: what it needs is missing.",
+    "headline.counted": "Interference: {counts}.",
     "headline.more": "{n} more",
     "headline.interference.reduced": "Interference was reduced: {who}.",
     "headline.interference.reduced_uncertain": "Interference was reduced, by how much is uncertain: {who}.",
@@ -232,6 +233,7 @@ MESSAGES: dict[str, str] = {
     "concluding.",
     "heat.mixed": "Corrected for noise where the run was measured in micro-batches, else the median of single "
     "minibatches. Arms are not comparable.",
+    "heat.bins": "Time is cut into {bins} equal stretches.",
     "heat.chart": "{arm}: {pair}",
     "heat.hover": "step {step}: cosine {cosine}",
     "heat.alt": "Heatmap, {title}: {layers} layers. Lowest median cosine {low_value} in {low}, highest {high_value} "
@@ -317,8 +319,8 @@ MESSAGES: dict[str, str] = {
     "cosine.chart": "{pair}",
     "cosine.missing": "No cosine over shared layers in these files.",
     "convergence.title": "Steps to reach a level",
-    "convergence.note": "The level is where the loss of {arm} ends. Reached: the running median of five points is "
-    "there. Large: mean over the seeds that reached it; open triangle: seeds that did not.",
+    "convergence.note": "The level is what every seed of {arm} reaches by its end. Reached: the running median of "
+    "five points is there. Large: mean over the seeds that reached it; open triangle: seeds that did not.",
     "convergence.chart": "Loss of {task} down to {level}",
     "convergence.alt": "Dots, {title}. {said}",
     "convergence.said": "{arm}: reached by {reached} of {of} seeds, after {mean} steps in the mean.",

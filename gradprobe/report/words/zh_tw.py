@@ -112,6 +112,7 @@ MESSAGES: dict[str, str] = {
     # ---- 標題
     "headline.no_control": "無法對干擾下結論：沒有對照組。",
     "headline.no_verdict": "對干擾不作判定：缺少判定所需的條件。",
+    "headline.counted": "干擾：{counts}。",
     "headline.more": "另外 {n} 項",
     "headline.interference.reduced": "干擾已降低：{who}。",
     "headline.interference.reduced_uncertain": "干擾已降低，但幅度未定：{who}。",
@@ -213,6 +214,7 @@ MESSAGES: dict[str, str] = {
     "heat.corrected": "經雜訊校正並合併各種子；被雜訊掩蓋的格子留白。",
     "heat.naive": "未經雜訊校正：單一小批次的中位數，再取各種子的中位數。僅供觀察，不能據以下結論。",
     "heat.mixed": "以微批次量測者經雜訊校正，其餘為單一小批次的中位數。各組不可相互比較。",
+    "heat.bins": "時間分為 {bins} 個等長的區段。",
     "heat.chart": "{arm}：{pair}",
     "heat.hover": "第 {step} 步：餘弦 {cosine}",
     "heat.alt": "熱圖，{title}：{layers} 層。餘弦中位數最低為 {low} 的 {low_value}，最高為 {high} 的 {high_value}。",
@@ -295,8 +297,8 @@ MESSAGES: dict[str, str] = {
     "cosine.chart": "{pair}",
     "cosine.missing": "這些檔案沒有共享層的餘弦相似度。",
     "convergence.title": "達到某一水準所需的步數",
-    "convergence.note": "水準取 {arm} 的損失最終值。達到：五點移動中位數到達該值。大標記：達到者的平均；空心三角形：未"
-    "達到的種子。",
+    "convergence.note": "水準取 {arm} 的每個種子結束時都已達到的損失值。達到：五點移動中位數到達該值。大標記：達到者的"
+    "平均；空心三角形：未達到的種子。",
     "convergence.chart": "{task} 的損失降至 {level}",
     "convergence.alt": "點圖，{title}。{said}",
     "convergence.said": "{arm}：{of} 個種子中有 {reached} 個達到，平均 {mean} 步。",
