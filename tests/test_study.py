@@ -99,7 +99,7 @@ def test_the_quick_preset_is_four_trainers_and_three_seeds_and_can_be_changed(tm
     assert found.plan["seeds"] == [0, 1, 2]
     assert len(found.runs) == 16
     assert (found.plan["settings"]["data"], found.plan["settings"]["imgsz"]) == ("phantom", 64)
-    assert found.plan["window"] == [20, 144]
+    assert found.plan["window"] == [20, 96]
     other = prepare(Asked(out=tmp_path / "two", preset="quick", seeds="5", trainers="joint", record=["--epochs", "2"]))
     assert (len(other.runs), other.plan["settings"]["epochs"]) == (6, 2)
 
