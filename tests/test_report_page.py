@@ -59,7 +59,7 @@ class Opened:
         self.page.on("pageerror", lambda e: self.troubles.append(f"error: {e}"))
         self.page.on("dialog", lambda d: self.troubles.append("dialog"))
         self.page.on("request", self._asked)
-        self.page.goto(path.as_uri())
+        self.page.goto(path.as_uri(), timeout=120_000)
         self.page.wait_for_selector(DRAWN, state="attached", timeout=120_000)
 
     def _asked(self, request):

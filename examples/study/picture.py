@@ -35,7 +35,7 @@ def take(browser: str, options: argparse.Namespace) -> None:
             color_scheme="dark" if options.dark else "light",
             device_scale_factor=1.5,
         )
-        page.goto(options.report.resolve().as_uri())
+        page.goto(options.report.resolve().as_uri(), timeout=120_000)
         page.wait_for_selector("html[data-drawn]", state="attached", timeout=120_000)
         if options.section:
             page.locator(f"section#{options.section}").screenshot(path=options.picture)
