@@ -17,6 +17,9 @@ NAME = "plan.json"
 PER_ARM = ("trainer", "task", "seed", "from_run", "double", "double_sizes")
 """Settings that are no condition of the whole study."""
 
+BY_MACHINE = ("processes",)
+"""Settings that the machine decides where nobody else does."""
+
 FROM_A_RUN = "gradnorm-static"
 """The trainer whose task weights become known only when it is made."""
 
@@ -76,7 +79,7 @@ def parse_pairs(text: str, tasks: Sequence[str]) -> list[str]:
 def common(settings: Sequence[Settings]) -> dict[str, Any]:
     """The settings that all arms share, as they are stored in a run file; those of one arm or seed are left out."""
     stored = [as_provenance(each) for each in settings]
-    own = (*PER_ARM, *(("task_weights",) if any(each.trainer == FROM_A_RUN for each in settings) else ()))
+    own = (*PER_ARM, *BY_MACHINE, *(("task_weights",) if any(each.trainer == FROM_A_RUN for each in settings) else ()))
     found = {}
     for name, value in stored[0].items():
         endless = isinstance(value, float) and not math.isfinite(value)  # has no form in JSON
