@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 
 import h5py
 import numpy as np
 import pytest
+import torch
+import training
 from audit_zoo import factory
 
 from gradprobe.audit import Options, audit, in_force
@@ -208,9 +211,31 @@ def test_a_trainer_that_begins_above_0_says_with_which_flag(bundled, capsys):
 
 def test_every_flag_of_record_that_changes_the_training_is_one_of_the_audit():
     flags, own = (set(inspect.signature(one).parameters) for one in (record, audit_command))
-    of_the_file = {"list_trainers", "name", "overwrite", "project", "resume"}
+    of_the_file = {"arm", "list_trainers", "name", "overwrite", "plan", "project", "resume"}
     of_measuring = {"bn_batches", "every", "keep_going", "updates"}  # the training is the same bit for bit
-    assert flags - own == of_the_file | of_measuring
+    of_measuring |= {name for name in flags if name.startswith(("ledger", "probe_"))}
+    assert flags - own == of_the_file | of_measuring | {"processes"}  # the audit's arms have one process
+
+
+class Untraced:
+    def losses(self, losses):
+        return losses
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "16-mixed", "clip_norm": 0.5}, {"micro_batches": 2}], ids=str)
+def test_what_is_audited_is_the_training_that_is_recorded(options):
+    """Bit for bit, with a scaler and in micro-batches too."""
+    recorded = training.run(training.make("joint", **options), 2)
+    settings = resolve({"trainer": "joint", "imgsz": 64, "batch_size": 8, **options})
+    experiment = audited.factory(settings, training.phantoms())()
+    batches = experiment.batches(("det", "cls"))
+    for batch in itertools.islice(batches, 2):
+        experiment.step(Untraced(), batch, experiment.weights)
+    expected = recorded.model.state_dict()
+    assert (experiment.scaler is not None) == ("precision" in options)
+    for name, value in experiment.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert any(not torch.equal(v, expected[n]) for n, v in training.make("joint").model.state_dict().items())
 
 
 def test_flags_of_record_reach_the_audited_training(bundled, monkeypatch):

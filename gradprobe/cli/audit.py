@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from gradprobe.trainers.registry import TRAINERS
-from gradprobe.trainers.settings import PRESETS, Settings
+from gradprobe.trainers.settings import PRECISIONS, PRESETS, Settings
 
 if TYPE_CHECKING:
     from gradprobe.audit import Audit
@@ -47,6 +47,7 @@ def audit(
     imgsz: Annotated[int | None, Option(help=f"Image size, a multiple of 32. [default: {D.imgsz}]")] = None,
     epochs: Annotated[int | None, Option(help=f"Of the learning rate's schedule. [default: {D.epochs}]")] = None,
     batch_size: Annotated[int | None, Option(help=f"[default: {D.batch_size}]")] = None,
+    precision: Annotated[str | None, Option(help=f"{', '.join(PRECISIONS)}. [default: {D.precision}]")] = None,
     device: Annotated[str | None, Option(help=f"cpu, 0, mps. [default: {D.device}]")] = None,
     seed: Annotated[int | None, Option(help=f"Weights, data order, phantoms. [default: {D.seed}]")] = None,
     optimizer: Annotated[str | None, Option(help=f"AdamW or SGD. [default: {D.optimizer}]")] = None,

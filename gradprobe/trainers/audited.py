@@ -73,9 +73,10 @@ class Present:
 class TracedBackward:
     """Stands where the loop has its probe: the joint backward, seen by the audit."""
 
-    def __init__(self) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
         self.trace: Trace | None = None
         self.step, self.share = 0, 1.0
+        self._scaler = scaler
 
     def backward(
         self, losses: Mapping[str, Tensor], weights: Mapping[str, float], *, micro: Any = None, batch_size: Any = 0
@@ -85,7 +86,7 @@ class TracedBackward:
         traced = self.trace.losses(losses)
         total = sum(weights[task] * traced[task] for task in losses)
         assert isinstance(total, Tensor)
-        total.backward()
+        (total if self._scaler is None else self._scaler.scale(total)).backward()
         self.step += 1
 
     def note(self, losses: Mapping[str, Tensor], weights: Mapping[str, float], why: str, *, batch_size: int) -> None:
@@ -117,7 +118,8 @@ class _Audited:
         self._optimizer = make_optimizer(self._model, settings)
         self._val = self._problem.loader(data.val, settings.batch_size, shuffle=False)
         self._schedule = make_schedule(self._optimizer, settings, settings.epochs * len(self._loader))
-        self._probe = TracedBackward()
+        self._engine = make_engine(self._model, settings.precision, self._device)
+        self._probe = TracedBackward(self._engine.scaler)
         self._training: loop.Training | None = None
         self._epoch = 0
 
@@ -128,6 +130,7 @@ class _Audited:
             batches=self._batches,
             step=self._step,
             weights=dict(zip(self._tasks, self._settings.task_weights, strict=True)),
+            scaler=self._engine.scaler,
             schedule=self._schedule,
             evaluate=self._evaluate,
         )
@@ -149,7 +152,7 @@ class _Audited:
             settings=self._settings,
             problem=self._problem,
             model=cast(Any, Present(self._model, tuple(weights))),
-            engine=make_engine(self._model, self._settings.precision, self._device),
+            engine=self._engine,
             optimizer=self._optimizer,
             schedule=self._schedule,
             balancer=balancer(self._kind, self._settings, self._model, weights, len(self._loader)),
