@@ -6,10 +6,14 @@ BIN    := $(VENV)/bin
 # On few cores, threads that spin while they wait make a training step many times slower.
 export OMP_WAIT_POLICY ?= passive
 
+# Processes that share the tests file by file, of one thread each: more threads than cores make both slower.
+JOBS ?= 2
+
 .PHONY: test check lint types demo soak bench clean
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not alone" -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "alone and not slow"
 
 check: lint types test
 

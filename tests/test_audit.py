@@ -75,6 +75,9 @@ def test_the_only_open_door_is_found_and_named(door):
         "batch schedule",
         "best mean",
         "accumulation data",
+        "python schedule",
+        "numpy stop",
+        "scaler stop",
     ],
 )
 def test_two_open_doors_are_both_named(pair):

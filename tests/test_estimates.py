@@ -16,6 +16,7 @@ from gradprobe import measures
 from gradprobe.errors import RunFileError
 from gradprobe.rows import ProbeLoaderRow
 from gradprobe.runfile import RunWriter
+from gradprobe.runfile.thin import ThinRun
 from gradprobe.statistics import pooled
 
 TASKS = ("a", "b")
@@ -123,7 +124,8 @@ def network():
 def coverage(path, model, data, batch, rows, size):
     """How often the intervals of windows of so many rows hold the cosine of all data; per layer and over both."""
     hits, told = [], 0
-    with gradprobe.open_run(path) as run:
+    with gradprobe.open_run(path) as whole:
+        run = ThinRun(whole, 1)  # which keeps what it has read
         gram, _ = exact(model, data, run.layers, batch)
         groups = [(name, gram[i]) for i, name in enumerate(run.layers)] + [(None, gram.sum(0))]
         for group, true in groups:
@@ -167,14 +169,14 @@ def test_intervals_cover_the_cosine_of_all_data(network, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [6, 12, 40])
-def test_intervals_cover_in_the_long_form(network, tmp_path, size):
+@pytest.mark.parametrize(("size", "least"), [(6, 0.6), (12, 0.95), (40, 0.99)])
+def test_intervals_cover_in_the_long_form(network, tmp_path, size, least):
     model, data = network
     rows = 500 * size
     path = record(tmp_path / "run.h5", model, data, rows, batch_size=12)
     covered, told = coverage(path, model, data, 48, rows, size)
     print(f"windows of {size} rows: {covered:.1%} of the intervals cover, {told:.1%} have one")
-    assert told > 0.9
+    assert told > least
     assert 0.92 <= covered <= 0.98
 
 

@@ -105,6 +105,7 @@ class Slow(nn.Module):
         return self.layer(x).tanh()
 
 
+@pytest.mark.alone
 def test_a_real_loop_stays_within_its_budget():
     torch.manual_seed(0)
     model, sink = Heads(Slow(), 64), Collector()
@@ -134,6 +135,7 @@ class Waiting(torch.autograd.Function):
         return gradient, None
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("use", ["record", "backward"])
 def test_the_overhead_of_a_row_is_what_its_step_took_longer(use):
     """Each pass takes 20 ms: T explicit ones with record, T - 1 beside the joint backward, which is not counted."""
@@ -296,6 +298,7 @@ for count, size in ((2, 1 << 20), (12, 1 << 17)):
 """
 
 
+@pytest.mark.alone
 def test_products_wake_no_threads_beside_those_that_train():
     """A linear algebra library with threads of its own lets them spin, and training loses the cores."""
     free = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}

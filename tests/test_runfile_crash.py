@@ -240,6 +240,7 @@ def test_300_killed_processes(tmp_path):
     kills(tmp_path / "run.h5", 300)
 
 
+@pytest.mark.alone
 @needs_kill
 def test_a_kill_loses_no_more_than_the_flush_interval(tmp_path):
     """At 0.2 s an interval, with a second for a busy machine to write in."""

@@ -303,6 +303,7 @@ def test_a_folder_that_turns_read_only(small_disk):
         assert_rows(run, range(training.steps))
 
 
+@pytest.mark.alone
 def test_training_is_not_kept_waiting_by_a_disk_that_hangs(tmp_path):
     class Hanging(FailingDisk):
         def sync(self, descriptor):

@@ -92,6 +92,29 @@ def test_what_is_wrong_is_found_before_anything_is_written(options, message, tmp
     assert not (tmp_path / "study").exists()
 
 
+def test_the_quick_preset_is_four_trainers_and_three_seeds_and_can_be_changed(tmp_path):
+    found = prepare(Asked(out=tmp_path / "quick", preset="quick"), check_extras=False)
+    arms = ["single-det", "single-cls", "joint", "gradnorm", "dual"]
+    assert found.plan["arms"] == arms
+    assert found.plan["seeds"] == [0, 1, 2]
+    assert len(found.runs) == 16
+    assert (found.plan["settings"]["data"], found.plan["settings"]["imgsz"]) == ("phantom", 64)
+    assert found.plan["window"] == [20, 96]
+    other = prepare(Asked(out=tmp_path / "two", preset="quick", seeds="5", trainers="joint", record=["--epochs", "2"]))
+    assert (len(other.runs), other.plan["settings"]["epochs"]) == (6, 2)
+
+
+def test_what_is_measured_can_be_chosen(tmp_path):
+    words = ["--data", "dial", "--no-ledger", "--micro-batches", "8"]
+    found = prepare(Asked(out=tmp_path / "own", trainers="joint", record=words), check_extras=False)
+    assert "--ledger" not in found.common
+    assert found.plan["settings"]["micro_batches"] == 8
+    assert found.plan["settings"]["ledger"] is False
+    assert found.plan["probe_loader"] == {"split": "val"}
+    usual = prepare(Asked(out=tmp_path / "usual", trainers="joint", record=["--data", "dial"]), check_extras=False)
+    assert usual.common[-5:] == ("--micro-batches", "4", "--probe-loader", "val", "--ledger")
+
+
 def test_a_flag_that_record_does_not_have_is_refused(tmp_path, capsys):
     assert command(["study", "--trainers", "joint", "--out", str(tmp_path / "s"), "--epocs", "3"]) == 2
     assert "--epocs" in capsys.readouterr().err

@@ -30,6 +30,8 @@ WAYS = {
     "backward": {},
     "record": {},
     "low": {"memory": "low"},
+    "sketched": {"sketch": (16, 3)},
+    "sketched-low": {"sketch": 16, "memory": "low"},
     "both": {"level": "both"},
 }
 

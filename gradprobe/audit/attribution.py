@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gradprobe.audit.closing import Door
 from gradprobe.audit.compare import CLEAN, NUMERIC
@@ -110,20 +110,26 @@ def evidence(outcome: Outcome) -> str:
 class _Search:
     def __init__(self, before: Outcome, doors: Sequence[Door], run: Run) -> None:
         self._before, self._doors, self._run = before, list(doors), run
-        self._known: dict[tuple[str, ...], Outcome] = {}
+        self._known: dict[tuple[int | str, ...], Outcome] = {}
 
     @property
     def runs(self) -> int:
         return len(self._known)
 
-    def run(self, shut: Sequence[Door]) -> Outcome:
+    def run(self, shut: Sequence[Door], way: int = 0) -> Outcome:
+        """The outcome with these doors held shut; ``way`` chooses among their :attr:`Door.others`."""
         ordered = [door for door in self._doors if door in shut]
         if not ordered:
             return self._before
-        key = tuple(door.name for door in ordered)
+        key: tuple[int | str, ...] = (way, *(door.name for door in ordered))
         if key not in self._known:
-            self._known[key] = self._run(ordered)
+            self._known[key] = self._run([_held(door, way) for door in ordered])
         return self._known[key]
+
+    def restores(self, shut: Sequence[Door]) -> bool:
+        """Whether the difference is gone with these doors held shut, in whichever way."""
+        ways = 1 + max((len(door.others) for door in shut), default=0)
+        return all(better(self.run(shut, way), self._before) for way in range(ways))
 
     def alone(self, door: Door) -> Finding:
         outcome = self.run([door])
@@ -131,7 +137,7 @@ class _Search:
             return Finding(door, SHUT, closed=self._before.largest, evidence="nothing to shut: it never acted")
         if outcome.error:
             return Finding(door, UNTESTED, evidence=f"cannot be held shut here: {outcome.error}")
-        return Finding(door, SHUT, closed=outcome.largest, restores=better(outcome, self._before))
+        return Finding(door, SHUT, closed=outcome.largest, restores=self.restores([door]))
 
     def smallest(self, findings: Sequence[Finding]) -> list[Door] | None:
         """The doors to hold shut; None where even all together leave a difference."""
@@ -139,13 +145,16 @@ class _Search:
         if singles:
             whole = [door for door in singles if self.run([door]).kind == CLEAN] or singles
             return [min(whole, key=self._out_of_place)]
-        shut = [f.door for f in findings if f.state != UNTESTED and f.evidence == ""]
-        if not shut or not better(self.run(shut), self._before):
+        tested = [f for f in findings if f.state != UNTESTED]
+        acted = [f.door for f in tested if f.evidence == ""]
+        # One that never acted may have been kept from it by another: a training that is stopped comes to no overflow.
+        shut = next((s for s in (acted, [f.door for f in tested]) if s and self.restores(s)), None)
+        if shut is None:
             return None
         specific = [door for door in shut if not door.intrusive]
         for door in [*(door for door in shut if door.intrusive), *reversed(specific)]:
             fewer = [other for other in shut if other is not door]
-            if fewer and better(self.run(fewer), self._before):
+            if fewer and self.restores(fewer):
                 shut = fewer
         return shut
 
@@ -153,3 +162,8 @@ class _Search:
         """Whether the first difference is in a stage in which this door does not show."""
         first = self._before.sightings[:1]
         return bool(first) and first[0].stage not in door.stages
+
+
+def _held(door: Door, way: int) -> Door:
+    """The door as it is held shut in this way; one that knows no such way as always."""
+    return replace(door, close=door.others[way - 1]) if 0 < way <= len(door.others) else door

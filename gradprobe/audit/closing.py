@@ -70,6 +70,8 @@ class Door:
         stages: Those in which a difference that it makes is seen first. A closing may hide another door's difference
             (in BatchNorm's evaluation mode gradients may be too small to be clipped); where it shows tells them apart.
         intrusive: Whether holding it shut makes another training of it. Such a door is opened again first.
+        others: More ways to hold it shut, which have to take a difference away too: in a training of other random
+            numbers another door's difference may happen not to show.
     """
 
     name: str
@@ -78,3 +80,4 @@ class Door:
     close: Callable[[], Closing]
     stages: tuple[str, ...]
     intrusive: bool = False
+    others: tuple[Callable[[], Closing], ...] = ()

@@ -41,5 +41,6 @@ def refuse(model: nn.Module, losses: Sequence[Tensor]) -> None:
     if sharded is not None:
         raise ProbeError(
             f"the parameters of {sharded or 'the model'} are sharded over processes (FSDP or DTensor), and "
-            "autograd.grad gives None for them. Measure on a replicated model: DDP, or the same model on one device."
+            "autograd.grad gives None for them. Measure on a replicated model: DDP, or the same model on one device. "
+            "Where that lacks memory for gradients, sketch=4096 with memory='low' measures one parameter at a time."
         )

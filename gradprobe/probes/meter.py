@@ -161,6 +161,7 @@ class Meter:
             return self.shared
         replaced = self._binding.replaced(self.shared)
         if replaced:
+            refuse(self._model, list(losses.values()))  # they may be shards now
             self.shared = self._binding.again(self.shared)
             self._warn(
                 f"{len(replaced)} shared parameters were replaced, {replaced[0]!r} first; the probe goes on with "

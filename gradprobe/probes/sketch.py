@@ -86,6 +86,7 @@ class Draw:
         self._key = (size.seed, row)
         signs = np.random.default_rng((*self._key, 0)).integers(0, 2, (POOL + 1) * size.numbers)
         self._pool: NDArray[np.float32] = (2 * signs - 1).astype(np.float32)
+        self._draws: dict[int, NDArray[np.int64]] = {}
         self._pools: dict[torch.device, Tensor] = {}
         self._place: list[tuple[int, int, int]] = []  # of each parameter: layer, where it starts there, its number
         self.lengths = [min(_count(layer), size.numbers) for layer in layers]
@@ -116,14 +117,19 @@ class Draw:
         if self._exact[layer]:
             total[start : start + flat.numel()] += flat
             return
-        rows = -(-flat.numel() // self.numbers)
-        rng = np.random.default_rng((*self._key, 1 + number))
-        turns = rng.integers(0, self.numbers, rows)
-        starts, signs = rng.integers(0, POOL * self.numbers, rows), 2 * rng.integers(0, 2, rows) - 1
+        turns, starts, signs = drawn = self._drawn(number, -(-flat.numel() // self.numbers))
         if flat.is_cpu and self.numbers >= _LOOPED:
             self._one_by_one(total.numpy(), flat.numpy(), turns.tolist(), starts.tolist(), signs.tolist())
         else:
-            self._at_once(total, flat, np.stack([turns, starts, signs]))
+            self._at_once(total, flat, drawn)
+
+    def _drawn(self, number: int, rows: int) -> NDArray[np.int64]:
+        """(3, rows) of one parameter: by how much each row is turned, where its signs begin, and one more sign."""
+        if number not in self._draws:
+            rng = np.random.default_rng((*self._key, 1 + number))
+            turns, starts = rng.integers(0, self.numbers, rows), rng.integers(0, POOL * self.numbers, rows)
+            self._draws[number] = np.stack([turns, starts, 2 * rng.integers(0, 2, rows) - 1])
+        return self._draws[number]
 
     def _one_by_one(
         self, total: Array, flat: NDArray[Any], turns: list[int], starts: list[int], signs: list[int]
