@@ -785,7 +785,9 @@ def test_headings_go_down_by_one_and_every_section_has_one(study):
 
 def test_the_top_says_all_of_interference_since_half_of_it_would_mislead(context):
     built = build(context.material, context.comparison, context.words)
-    assert built.headline == "Interference: 1 × INCREASED, 1 × REDUCED, 1 × UNDEFINED and 1 × NOT APPLICABLE."
+    assert built.headline == "Interference: 1 × INCREASED, 1 × REDUCED, 1 × UNDEFINED and 1 × NOT APPLICABLE.".replace(
+        " × ", "\u00a0×\u00a0"
+    )
     assert "Interference was reduced: gradnorm\u00a0· cls\u00a0→\u00a0det." in built.answer
     assert "Interference increased: gradnorm\u00a0· det\u00a0→\u00a0cls." in built.answer
     assert page.size([c.figure for p in panels(context) for c in p.charts]) < 1_000_000

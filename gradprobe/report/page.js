@@ -6,6 +6,7 @@
   const coarse = matchMedia("(pointer: coarse)");
   const live = document.getElementById("live");
   const charts = [...document.querySelectorAll(".chart")];
+  const NARROW = 420; // below it a name and a verdict share a line in smaller letters
   const PRINT_WIDE = 660, PRINT_HALF = 325; // A4 less its margins, in CSS pixels
   let printing = false;
 
@@ -40,6 +41,7 @@
     made.width = width(chart);
     made.dragmode = coarse.matches ? false : "zoom";
     made.font = { ...made.font, family };
+    if (made.width < NARROW) for (const note of made.annotations || []) note.font.size = note.xanchor === "right" ? 10 : 11;
     for (const axis of ["xaxis", "yaxis"]) {
       if (chart.view && chart.view[axis]) Object.assign(made[axis], { range: chart.view[axis], autorange: false });
     }

@@ -68,7 +68,7 @@ def _counted(words: Words, answers: Sequence[Answer]) -> str:
     """How many of each verdict, where they are too many to be named in a headline."""
     keys = [verdict_key(answer.verdict) for answer in answers]
     order = [key for key in (*TELLING, "undefined", "no_verdict", "not_applicable") if key in keys]
-    counts = words.list(f"{keys.count(key)} × {words(f'verdict.{key}')}" for key in order)
+    counts = words.list(f"{keys.count(key)}\u00a0×\u00a0{words(f'verdict.{key}')}" for key in order)
     return words("headline.counted", counts=counts)
 
 
