@@ -34,7 +34,9 @@ def test_a_probe_that_is_due_measures_and_another_does_not(options, use):
             assert probe.is_due is said[-1], "asking changes nothing"
             getattr(probe, use)(case.losses(step))
             done.append(len(sink.rows) + len(sink.feature_rows) > before)
-    assert said == done
+    calls = options.get("accumulate", 1)  # a row of several calls is handed on with the last of them
+    assert said[calls - 1 :: calls] == done[calls - 1 :: calls]
+    assert not any(now for call, now in enumerate(done) if (call + 1) % calls)
     assert any(done)
     assert options.get("level") == "both" or not all(done)
 

@@ -22,6 +22,7 @@ from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.passes import Gradients
+from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import MEASURED
 from gradprobe.statistics import noise_part
 
@@ -50,7 +51,7 @@ class Call:
         weights: (T,) in force.
         gram: (L, T, T), as the losses were scaled; None: it failed.
         status: Why it failed.
-        seconds: What it cost.
+        watch: Has counted what it cost.
         batch_size: Samples of this process.
         noise: None: it was not measured in micro-batches.
         shares: Of the micro-batches that the call itself was measured in; [1.0]: as a whole.
@@ -62,7 +63,7 @@ class Call:
     weights: Array
     gram: Array | None
     status: str
-    seconds: float
+    watch: Stopwatch
     batch_size: int
     noise: Noise | None
     shares: Sequence[float]

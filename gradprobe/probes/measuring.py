@@ -100,6 +100,12 @@ class Measuring:
             self.beside.called()
         self.clock.called()
 
+    def flush(self) -> bool:
+        """Make all rows so far safe, that of the present step among them; whether they are."""
+        if self.ranks.size == 1:  # others may be elsewhere, and not answer
+            self.calls.finish()
+        return self.report.flush()
+
     def close(self) -> None:
         """Nothing more comes: hand on what the present step has, and let go of the optimizer."""
         if self.ranks.size == 1:  # others may be elsewhere, and not answer
@@ -314,14 +320,16 @@ class Measuring:
     ) -> None:
         """Hand on the row of one call, or keep it until its step is complete."""
         values, shares, step = self._values(losses), self.meter.shares, self.clock.step
-        call = Call(step, losses, values, weights, gram, status, watch.seconds, batch_size, noise, shares)
+        call = Call(step, losses, values, weights, gram, status, watch, batch_size, noise, shares)
         if not self.calls.takes(call):
             self._emit_calls([call], gram, noise)
 
     def _emit_calls(self, calls: Sequence[Call], gram: Array | None, noise: Noise | None) -> None:
         """Hand on the row of a step, and of all processes: the mean of their losses, and all their samples."""
-        last, watch = calls[-1], Stopwatch(_device(calls[-1].losses))
-        watch.add(sum(call.seconds for call in calls))
+        *earlier, last = calls
+        watch = last.watch
+        for call in earlier:
+            watch.add(call.watch.seconds)
         own = [*np.mean([call.values for call in calls], axis=0), sum(call.batch_size for call in calls)]
         *values, size = self.ranks.mean(np.array(own))
         total, status = round(size * self.ranks.size), status_of_calls(calls)

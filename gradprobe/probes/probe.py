@@ -262,10 +262,12 @@ class GradientProbe:
     def flush(self) -> bool:
         """Make all rows so far safe. Call it before saving a state to resume from: rows must not be behind it.
 
+        Within a step of several calls, its row stands for those that were made so far.
+
         Returns:
             Whether they are.
         """
-        return self._measuring.report.flush()
+        return self._measuring.flush()
 
     # ---- what is known
 
