@@ -232,8 +232,9 @@ def standard_error(rows: Array) -> Array:
     """Standard error of the sum of consecutive rows: (n, ...) -> (...).
 
     Neighbours share a gradient, and momentum spreads one over many: Newey and West's estimate with Bartlett weights,
-    over about sqrt(n) neighbours. What rows change by smoothly, as progress does that slows down, is no noise: their
-    quadratic trend is taken off first. NaN with too few rows.
+    over about 1.5 sqrt(n) neighbours. What rows change by smoothly, as progress does that slows down, is no noise:
+    their quadratic trend is taken off first. That takes some slow noise along, which a factor gives back: it is exact
+    for independent rows. NaN with too few rows.
 
     Source: Newey and West, "A Simple, Positive Semi-Definite, Heteroskedasticity and Autocorrelation Consistent
     Covariance Matrix", 1987.
@@ -243,10 +244,11 @@ def standard_error(rows: Array) -> Array:
         return np.full(rows.shape[1:], np.nan)
     place = np.linspace(-1, 1, count)
     trend = np.linalg.qr(np.stack([np.ones(count), place, place**2], axis=1))[0]
-    apart = (rows - np.tensordot(trend, np.tensordot(trend, rows, (0, 0)), (1, 0))) * math.sqrt(count / (count - 3))
-    reach = math.ceil(1.5 * math.sqrt(count))
+    apart = rows - np.tensordot(trend, np.tensordot(trend, rows, (0, 0)), (1, 0))
+    reach = max(min(math.ceil(1.5 * math.sqrt(count)), count // 6 - 1), 1)
     total = np.square(apart).sum(axis=0)
     for lag in range(1, min(reach, count - 1) + 1):
         total = total + 2 * (1 - lag / (reach + 1)) * (apart[lag:] * apart[:-lag]).sum(axis=0)
-    result: Array = np.sqrt(np.maximum(total, 0.0))
+    taken = 3 * (reach + 1)  # of count: three trends, each over as many weights as the neighbours' sum to
+    result: Array = np.sqrt(np.maximum(total, 0.0) * count / (count - taken))
     return result
