@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DIAL = "dial:angle=120,ratio=10,noise=1"
-SHORT = ["--data", DIAL, "--epochs", "3", "--lr", "8e-3", "--every", "4", "--probe-every", "8", "--ledger-images", "32"]
+SHORT = ["--data", DIAL, "--epochs", "3", "--lr", "8e-3", "--every", "4", "--probe-every", "8", "--ledger-images", "16"]
 LONG = ["--data", DIAL, "--epochs", "12", "--probe-every", "8"]
 CONTROLS = "single,joint,gradnorm,dual"
 CALLED = {"REDUCED", "REDUCED (size uncertain)", "INCREASED"}

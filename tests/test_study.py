@@ -27,6 +27,8 @@ from gradprobe.study.runner import threads
 from gradprobe.trainers.settings import resolve
 
 SMALL = ["--data", "dial:size=32", "--epochs", "1", "--every", "1"]
+FAST = ["--no-ledger", "--micro-batches", "1", "--probe-every", "1000", "--every", "64"]
+"""For trainings that are to last, and not to cost."""
 
 
 # ---- what it consists of
@@ -315,14 +317,15 @@ def test_a_dry_run_fixes_the_plan_and_prints_commands_that_record_it(tmp_path, m
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path):
     """Killed with everything it started, in the middle of its second run."""
-    words = ["study", "--trainers", "joint", "--seeds", "1", "--out", str(tmp_path / "s"), "--every", "64"]
-    words += ["--data", "dial:size=2048", "--epochs", "4"]
+    record = [*FAST, "--data", "dial:size=2048", "--epochs", "4"]
+    words = ["study", "--trainers", "joint", "--seeds", "1", "--out", str(tmp_path / "s"), *record]
     child = gradprobe(*words, start_new_session=True)
     checkpoint, log = tmp_path / "s" / "joint-s0-again.checkpoint.pt", tmp_path / "s" / "logs" / "joint-s0-again.log"
     deadline = time.monotonic() + 200
     while not (checkpoint.exists() and folder.progress(log) > 0) and time.monotonic() < deadline:
         assert child.poll() is None, child.communicate()
         time.sleep(0.05)
+    assert time.monotonic() < deadline, log.read_text()
     os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
     first = tmp_path / "s" / "joint-s0.h5"
@@ -334,7 +337,7 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
         trainers="joint",
         seeds="1",
         out=tmp_path / "s",
-        record=["--every", "64", "--data", "dial:size=2048", "--epochs", "4"],
+        record=record,
     )
     assert run(prepare(asked, check_extras=False), launch)
     assert launch.words == [["record", "--resume", str(tmp_path / "s" / "joint-s0-again.h5")]]
@@ -376,13 +379,14 @@ def make_interrupted(path):
 
 
 def test_stopping_a_study_stops_its_runs_with_their_files_closed(tmp_path):
-    words = ["study", "--trainers", "joint", "--seeds", "1", "--out", tmp_path / "s", "--every", "64"]
+    words = ["study", "--trainers", "joint", "--seeds", "1", "--out", tmp_path / "s", *FAST]
     child = gradprobe(*words, "--data", "dial:size=8192", "--epochs", "50", start_new_session=True)
     log = tmp_path / "s" / "logs" / "joint-s0.log"
     deadline = time.monotonic() + 150
     while folder.progress(log) == 0 and time.monotonic() < deadline:
         assert child.poll() is None, child.communicate()
         time.sleep(0.05)
+    assert time.monotonic() < deadline, log.read_text()
     child.send_signal(signal.SIGTERM)  # to the study alone
     child.communicate(timeout=100)
     assert child.returncode == 130
