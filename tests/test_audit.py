@@ -78,9 +78,10 @@ def test_the_only_open_door_is_found_and_named(door):
         "python schedule",
         "numpy stop",
         "scaler stop",
+        "clip dropout scaler schedule",
     ],
 )
-def test_two_open_doors_are_both_named(pair):
+def test_open_doors_are_all_named(pair):
     doors = pair.split()
     found = audit(factory(*doors), "cls", Options(steps=8))
     assert names(found) == {DOORS[door][0] for door in doors}

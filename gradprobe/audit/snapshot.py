@@ -117,3 +117,5 @@ def _load(thing: Any, state: Any) -> None:
         thing.set_state(state)
     else:
         thing.load_state_dict(copy.deepcopy(state))
+    if isinstance(thing, torch.amp.GradScaler):  # a step that was cut off leaves it with an optimizer unscaled
+        thing._per_optimizer_states.clear()
