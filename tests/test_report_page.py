@@ -16,7 +16,10 @@ from gradprobe.report.report import html, write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine: apt-get install chromium"),
+    pytest.mark.timeout(900),  # a browser that shares two cores with many others
+]
 
 PHONE, DESKTOP = (360, 740), (1280, 900)
 DRAWN = "html[data-drawn]"
