@@ -27,6 +27,7 @@ CASES = {
     "many tasks": {"every": 2, "tasks": 10},
     "scaled": {"every": 2, "scaled": True},
     "tensor weights": {"every": 2, "tensor_weights": True},
+    "sketched": {"every": 2, "sketch": 16},
     "features": {"level": "features"},
     "micro-batches": {"every": 2, "micro": 4},
 }
@@ -55,7 +56,7 @@ def test_steps_that_are_not_measured_make_nobody_wait(found, case):
         assert found[case]["per_step"][1::2] == [{}] * 4
 
 
-@pytest.mark.parametrize("case", ["backward", "record", "blocks", "many tasks", "scaled"])
+@pytest.mark.parametrize("case", ["backward", "record", "blocks", "many tasks", "scaled", "sketched"])
 def test_a_measured_row_is_one_transfer(found, case):
     """Rows 1 and 2 have a derived task, and are checked once more by passes of their own: there it is two."""
     checked = () if case in ("record", "blocks") else (1, 2)
@@ -101,6 +102,14 @@ def test_what_came_over_is_right(found, case):
         apart = np.abs(np.array(found[case]["gram"][row][0]) - gram) / np.outer(norm, norm)
         assert apart.max() < 2e-5
         np.testing.assert_allclose(found[case]["loss"][row], [v.item() for v in losses], rtol=1e-5)
+
+
+def test_a_sketch_made_on_the_device_is_that_of_the_cpu(found):
+    """The gradients' whole norms, to within the error of 16 numbers; the draws are the same wherever they are used."""
+    whole, short = (np.array(found[case]["gram"])[:, 0] for case in ("record", "sketched"))
+    ratio = np.diagonal(short, axis1=1, axis2=2) / np.diagonal(whole, axis1=1, axis2=2)
+    assert ((ratio > 0.2) & (ratio < 3)).all()
+    assert 0.5 < ratio.mean() < 1.6
 
 
 def test_the_time_that_a_device_took_is_read_from_its_marks(found):
