@@ -73,13 +73,15 @@ def test_the_training_is_the_one_without_a_ledger(trainer):
 
 
 @pytest.mark.parametrize("trainer", ["joint", "dual"])
-def test_terms_and_drift_are_the_change_of_the_loss(trainer):
-    _, rows = recorded(trainer, steps=12, lr=0.003)
-    found = window(columns(rows), TASKS)
-    assert len(found.rows) == 12
-    assert (np.abs(found.residual) <= 0.1 * found.size).all(), (found.residual, found.size)
-    assert found.drift[0] != 0  # objectness is trained towards the present boxes' overlaps
-    assert found.drift[1] == 0
+def test_terms_are_the_change_of_the_loss(trainer):
+    """Of the classifier. A detector's loss weighs overlaps by a factor made under no_grad, which no term explains."""
+    far, near = (window(columns(recorded(trainer, steps=12, lr=lr)[1]), TASKS) for lr in (3e-4, 3e-5))
+    assert len(far.rows) == len(near.rows) == 12
+    left = [np.abs(found.residual[1]) / found.size[1] for found in (far, near)]
+    assert left[1] <= 0.05
+    assert left[1] < 0.25 * left[0]  # what the mean of two ends leaves falls with the square of the rate
+    assert near.drift[0] != 0  # objectness is trained towards the present boxes' overlaps
+    assert near.drift[1] == 0
 
 
 def test_the_batches_own_gradients_can_value_the_updates():
