@@ -43,7 +43,7 @@ def test_every_command_and_flag_exists(words):
     while words[1:] and not words[1].startswith("-") and hasattr(command, "commands"):
         command, words = command.commands[words[1]], words[1:]
     known = {name for parameter in command.params for name in parameter.opts}
-    if command.ignore_unknown_options:  # they are handed on to `record`
+    if command.context_settings.get("ignore_unknown_options"):  # they are handed on to `record`
         known |= {
             name for parameter in typer.main.get_command(app).commands["record"].params for name in parameter.opts
         }
