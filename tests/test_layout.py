@@ -80,6 +80,7 @@ MAY_NOT_IMPORT = {
 THEIR_OWN = {
     "lightning": "integrations/lightning.py",
     "transformers": "integrations/huggingface.py",
+    "ray": "study/ray_engine.py",
     "wandb": "sinks/wandb.py",
     "ultralytics": "none: its trainer hands itself to the callback",
 }

@@ -23,7 +23,7 @@ from gradprobe.runfile.check import check
 from gradprobe.study import folder, plan
 from gradprobe.study.agreement import SAME, differing
 from gradprobe.study.arms import make_arms, make_runs, parse_seeds
-from gradprobe.study.runner import threads
+from gradprobe.study.runner import cores, cores_each, threads
 from gradprobe.trainers.settings import resolve
 
 SMALL = ["--data", "dial:size=32", "--epochs", "1", "--every", "1"]
@@ -123,9 +123,10 @@ def test_a_flag_that_record_does_not_have_is_refused(tmp_path, capsys):
 
 
 def test_the_cores_are_divided_among_jobs_unless_the_user_did():
-    assert int(threads(1, {})["OMP_NUM_THREADS"]) >= 1
-    assert threads(1000, {})["OMP_NUM_THREADS"] == "1"
-    assert threads(1, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
+    assert cores_each(1) == cores() >= 1
+    assert cores_each(1000) == 1
+    assert threads(3, {})["OMP_NUM_THREADS"] == "3"
+    assert threads(3, {"OMP_NUM_THREADS": "7"})["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from gradprobe.cli.progress import Lines, make_watcher
 from gradprobe.cli.recording import Request, interruptible, settings_of
 from gradprobe.errors import GradprobeError, UsageError
 from gradprobe.study import agreement, commands, folder, measuring, plan
-from gradprobe.study.arms import Arm, Planned, check_baseline, make_arms, make_runs, parse_seeds
+from gradprobe.study.arms import Arm, Planned, check_baseline, choose, make_arms, make_runs, parse_seeds
 from gradprobe.study.budget import steps_of
 from gradprobe.study.folder import FINISHED, Folder
 from gradprobe.study.runner import DONE, FAILED, SKIPPED, Entry, Launcher, Study, subprocesses
@@ -60,25 +60,44 @@ class Asked:
     arms: Sequence[str] = ()
     seeds: str | None = None
     baseline: str = "joint"
-    jobs: int = 1
+    jobs: int | None = None
     preset: str = ""
     window: str = ""
     pairs: str = ""
     margin: float = 0.1
     outcome_margin: float = 0.02
+    only: str = ""
     record: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What will be done; the plan is written."""
+    """What will be done; the plan is written.
+
+    Attributes:
+        where: The folder.
+        plan: What was fixed.
+        runs: Of the study, or those that were asked for.
+        common: Flags of every run.
+        jobs: How many at a time; None: nobody said.
+        gpus: That a run takes.
+        whole: Whether all runs of the study are meant.
+        notes: For the user.
+    """
 
     where: Folder
     plan: Mapping[str, Any]
     runs: tuple[Planned, ...]
     common: tuple[str, ...]
-    jobs: int
+    jobs: int | None
+    gpus: int = 0
+    whole: bool = True
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def left(self) -> list[Planned]:
+        """The runs that are not finished."""
+        return [run for run in self.runs if folder.state(self.where.run(run)) != FINISHED]
 
 
 def prepare(asked: Asked, *, check_extras: bool = True) -> Prepared:
@@ -92,7 +111,7 @@ def prepare(asked: Asked, *, check_extras: bool = True) -> Prepared:
         UsageError: Something cannot be meant; or the folder was begun with another plan.
     """
     preset = _preset(asked.preset)
-    if asked.jobs < 1:
+    if asked.jobs is not None and asked.jobs < 1:
         raise UsageError(f"--jobs {asked.jobs}: must be at least 1.")
     for name, value in (("margin", asked.margin), ("outcome-margin", asked.outcome_margin)):
         if not 0 < value < math.inf:
@@ -110,10 +129,18 @@ def prepare(asked: Asked, *, check_extras: bool = True) -> Prepared:
     if check_extras:
         _check_trainers(settings.values())
     fixed = _plan(asked, arms, baseline, seeds, common, settings)
+    runs = make_runs(arms, seeds, baseline)
+    chosen = choose(runs, asked.only)
     where = Folder(asked.out)
     plan.write(where.path, fixed)
     notes = () if len(seeds) >= 3 else (f"{len(seeds)} seeds give a description and no verdict; take 3 or more.",)
-    return Prepared(where, fixed, make_runs(arms, seeds, baseline), common, asked.jobs, notes)
+    gpus = max(_gpus(each.device) for each in settings.values())
+    return Prepared(where, fixed, chosen, common, asked.jobs, gpus, not asked.only, notes)
+
+
+def _gpus(device: str) -> int:
+    """That ``--device`` names: ``0,1`` are two."""
+    return sum(word.strip().isdecimal() for word in device.split(","))
 
 
 def _preset(name: str) -> Preset | None:
@@ -201,16 +228,12 @@ def show(prepared: Prepared) -> None:
 
     A run that another one is made from comes before it.
     """
-    left = 0
-    for run in prepared.runs:
+    for run in prepared.left:
         state = folder.state(prepared.where.run(run))
-        if state == FINISHED:
-            continue
-        left += 1
         state = folder.RESUMABLE if state == folder.RECORDING else state
         words = commands.record(prepared.where, run, prepared.common, state)
         print(shlex.join(["gradprobe", *words]))
-    say = f"{left} of {len(prepared.runs)} runs are left; the plan is in {prepared.where.plan}"
+    say = f"{len(prepared.left)} of {len(prepared.runs)} runs are left; the plan is in {prepared.where.plan}"
     print(say, file=sys.stderr)
 
 
@@ -227,10 +250,13 @@ def run(prepared: Prepared, launch: Launcher | None = None) -> bool:
     watcher = make_watcher(len(prepared.runs))
     for note in prepared.notes:
         watcher.say(f"note: {note}")
-    watcher.say(f"{len(prepared.runs)} runs, {prepared.jobs} at a time; the plan is in {prepared.where.plan}")
-    study = Study(prepared.runs, prepared.where, prepared.common, prepared.jobs, launch or subprocesses(prepared.jobs))
+    jobs = prepared.jobs or 1
+    watcher.say(f"{len(prepared.runs)} runs, {jobs} at a time; the plan is in {prepared.where.plan}")
+    study = Study(prepared.runs, prepared.where, prepared.common, jobs, launch or subprocesses(jobs))
     with interruptible(), watcher:
         entries = study.run(watcher)
+    if not prepared.whole:
+        return all(entry.state != FAILED for entry in entries)
     found = results(prepared, entries)
     prepared.where.results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     _tell(watcher, prepared, found)

@@ -156,3 +156,23 @@ def make_runs(arms: Sequence[Arm], seeds: Sequence[int], baseline: Arm) -> tuple
         if seed == seeds[0]:
             runs.append(Planned(baseline, seed, again=True))
     return tuple(runs)
+
+
+def choose(runs: Sequence[Planned], names: str) -> tuple[Planned, ...]:
+    """The runs of these names, and those that they are made from.
+
+    Args:
+        runs: Of the study.
+        names: Such as ``joint-s0,gradnorm-static-s0``; empty: all.
+
+    Raises:
+        UsageError: No run is called so.
+    """
+    wanted = {name.strip() for name in names.split(",") if name.strip()}
+    unknown = sorted(wanted - {run.name for run in runs})
+    if unknown:
+        near = get_close_matches(unknown[0], [run.name for run in runs], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UsageError(f"--only {unknown[0]!r}: no run of this study is called so.{hint}")
+    wanted |= {run.source for run in runs if run.name in wanted}
+    return tuple(run for run in runs if not names or run.name in wanted)

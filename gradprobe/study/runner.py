@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from gradprobe.study import commands, folder
@@ -192,29 +193,53 @@ class Study:
 
 def subprocesses(jobs: int) -> Launcher:
     """Starts each run in a process of its own, the machine's cores divided among ``jobs``."""
-    environment = {**os.environ, **threads(jobs, os.environ)}
+    environment = threads(cores_each(jobs), os.environ)
 
     def launch(words: Sequence[str], log: os.PathLike[str]) -> Process:
-        with open(log, "ab") as output:  # noqa: PTH123 - any path
-            return subprocess.Popen(
-                [sys.executable, "-m", "gradprobe", *words],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
+        return start(words, Path(log), environment)
 
     return launch
 
 
-def threads(jobs: int, given: Mapping[str, str]) -> dict[str, str]:
-    """How many threads each run may use; what the user has set stays."""
-    each = str(max(1, cores() // jobs))
+def start(
+    words: Sequence[str], log: Path, environment: Mapping[str, str], folder: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start ``gradprobe`` with these words on this machine.
+
+    Args:
+        words: Behind ``gradprobe``.
+        log: What it says goes behind what is in there.
+        environment: What is set beside, or instead of, what this process has.
+        folder: In which to run it; None: where this process runs.
+    """
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "gradprobe", *words],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env={**os.environ, **environment},
+        )
+
+
+def threads(each: int, given: Mapping[str, str]) -> dict[str, str]:
+    """What tells a run how many threads it may use; what the user has set stays.
+
+    Args:
+        each: That many.
+        given: The user's environment.
+    """
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    return {name: given.get(name, each) for name in names} | {
+    return {name: given.get(name, str(each)) for name in names} | {
         # threads that spin while they wait take the cores from the other runs
         "OMP_WAIT_POLICY": given.get("OMP_WAIT_POLICY", "PASSIVE")
     }
+
+
+def cores_each(jobs: int) -> int:
+    """Cores of this machine that each of so many runs may use."""
+    return max(1, cores() // jobs)
 
 
 def cores() -> int:

@@ -1,0 +1,87 @@
+"""Who carries out a study: this machine, a Ray cluster, or Slurm."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from gradprobe.cli.studying import Asked, Prepared, run
+from gradprobe.errors import UsageError
+from gradprobe.study import ray_engine, slurm
+from gradprobe.study.runner import cores, cores_each
+
+Engine = Callable[[Asked, Prepared], bool]
+"""Carries out what is prepared; says whether no run failed."""
+
+
+def find(name: str) -> Engine:
+    """The engine of this name.
+
+    Raises:
+        UsageError: There is none.
+    """
+    engines: dict[str, Engine] = {"local": local, "ray": on_ray, "slurm": by_slurm}
+    if name not in engines:
+        raise UsageError(f"--engine {name}: there is no such engine (there are: {', '.join(engines)}).")
+    return engines[name]
+
+
+def local(asked: Asked, prepared: Prepared) -> bool:
+    """Processes of this machine."""
+    return run(prepared)
+
+
+def on_ray(asked: Asked, prepared: Prepared) -> bool:
+    """Tasks on a Ray cluster, watched from here."""
+    ray_engine.connect()
+    have = ray_engine.resources()
+    jobs = min(ray_engine.at_a_time(have, prepared.gpus, prepared.jobs), len(prepared.runs))
+    each = ray_engine.cores_each(have, jobs)
+    launch = ray_engine.tasks(prepared.where.plan, each, prepared.gpus)
+    return run(dataclasses.replace(prepared, jobs=jobs), launch)
+
+
+def by_slurm(asked: Asked, prepared: Prepared) -> bool:
+    """Write an array job of the runs that are left; where none is, say what became of them."""
+    if not prepared.left:
+        return run(prepared)
+    where = prepared.where.path
+    (where / "logs").mkdir(parents=True, exist_ok=True)
+    text = slurm.script(
+        prepared.left,
+        [sys.executable, "-m", "gradprobe", *words(asked)],
+        [word for word in asked.record if word != "--"],
+        out=where,
+        here=Path.cwd(),
+        cores=cores_each(prepared.jobs or cores()),
+        gpus=prepared.gpus,
+        jobs=prepared.jobs,
+    )
+    path = where / slurm.NAME
+    path.write_text(text, encoding="utf-8")
+    for note in prepared.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{len(prepared.left)} of {len(prepared.runs)} runs are left", file=sys.stderr)
+    print(f"next:     sbatch {shlex.quote(str(path))}")
+    print("          and the command of now once more when it is done: it says what became of the runs")
+    return True
+
+
+def words(asked: Asked) -> list[str]:
+    """The command of the study without the flags that choose runs, and those for ``gradprobe record``."""
+    named = {
+        "--trainers": asked.trainers,
+        "--seeds": asked.seeds,
+        "--preset": asked.preset,
+        "--window": asked.window,
+        "--pairs": asked.pairs,
+    }
+    return [
+        *("study", "--out", str(asked.out), "--baseline", asked.baseline),
+        *(word for name, value in named.items() if value for word in (name, value)),
+        *(word for arm in asked.arms for word in ("--arm", arm)),
+        *("--margin", repr(asked.margin), "--outcome-margin", repr(asked.outcome_margin)),
+    ]
