@@ -222,7 +222,8 @@ def _lay_side_by_side(
             refusals.append(why)
             refused += [_refused(arm, pair, why) for pair in chosen.pairs]
         else:
-            laid.append(questions.sides(baseline, arm, chosen.paired is not False, chosen.window, chosen.pairs))
+            margins = chosen.margin, chosen.outcome_margin
+            laid.append(questions.sides(baseline, arm, chosen.paired, chosen.window, chosen.pairs, margins))
     return refusals, laid, refused
 
 
