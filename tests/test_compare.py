@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import scipy.stats
 from verdict_factory import TASKS, Truth, again, alone, make, study
 
 from gradprobe.errors import UsageError
@@ -629,6 +631,64 @@ def test_the_direct_effect_of_weights_is_told_from_the_total_one():
     note = "Both arms have the same weights: no difference can come from weights."
     assert note in answer(same, "interference", "cls>det").notes
     assert note not in one.notes
+
+
+# ---- magnitude similarity
+
+
+def longer(run, factor=2.0):
+    """The run with the gradient of cls so many times as long, noise and all."""
+    scale = np.array([1.0, factor])
+    gram, noise = (one * scale[:, None] * scale for one in (run.probed.gram, run.probed.noise))
+    return replace(run, probed=replace(run.probed, gram=gram, noise=noise))
+
+
+def alike(found, arm):
+    (one,) = (x for x in found.similarities if x.arm == arm)
+    return one
+
+
+def test_the_magnitude_similarity_of_each_arm_is_that_of_the_window_over_its_seeds():
+    runs = study({"joint": BASE, "arm": BASE}, range(4))
+    runs = [longer(run) if run.arm == "arm" else run for run in runs]
+    found = compare(runs, Options(window=(10, 60), pairs=["cls>det"]))
+    for arm in ("joint", "arm"):
+        each = []
+        for run in (r for r in runs if r.arm == arm and not r.file.endswith("-again.h5")):
+            square = {0: 0.0, 1: 0.0}
+            for row, step in enumerate(run.probed.step):
+                for layer in range(len(run.layers)):
+                    for task in square:
+                        true = run.probed.gram[row, layer, task, task] - run.probed.noise[row, layer, task, task]
+                        square[task] += true if 10 <= step < 60 else 0.0
+            each.append(2 * math.sqrt(square[0] * square[1]) / (square[0] + square[1]))
+        one = alike(found, arm)
+        assert (one.subject, one.seeds) == ("det|cls", [0, 1, 2, 3])
+        assert one.values == pytest.approx(each, rel=1e-12)
+        assert one.mean == pytest.approx(np.mean(each))
+        half = scipy.stats.t.ppf(0.975, 3) * np.std(each, ddof=1) / 2
+        assert (one.low95, one.high95) == pytest.approx((one.mean - half, one.mean + half))
+    assert alike(found, "joint").mean > 0.99  # equally long
+    assert alike(found, "arm").mean == pytest.approx(2 * 2 / (1 + 4), abs=0.03)
+    assert answer(found, "direction", "det|cls").verdict == EQUIVALENT  # lengths turn no gradient
+
+
+def test_a_gradient_that_one_run_does_not_resolve_leaves_the_magnitude_similarity_unknown():
+    def change(run):
+        return replace(run, probed=replace(run.probed, noise=run.probed.gram * 1.0))
+
+    found = compare(spoil(study({"joint": BASE, "arm": BASE}), change))
+    one = alike(found, "arm")
+    assert np.isnan(one.values).tolist() == [False, True, False, False, False]
+    assert np.isnan([one.mean, one.low95, one.high95]).all()
+    assert np.isfinite(alike(found, "joint").mean)
+    assert next(x for x in as_json(found)["similarities"] if x["arm"] == "arm")["mean"] is None
+
+
+def test_arms_without_shared_layers_or_noise_have_no_magnitude_similarity():
+    runs = study({"joint": BASE, "dual": BASE, "bare": BASE})
+    runs = [thinned(r, ()) if r.arm == "dual" else replace(r, probed=None) if r.arm == "bare" else r for r in runs]
+    assert [x.arm for x in compare(runs).similarities] == ["joint"]
 
 
 # ---- the plan, and what misleads

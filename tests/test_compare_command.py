@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -127,6 +128,19 @@ def test_tables_as_markdown(folder, capsys):
     _, out, _ = compare(capsys, folder, "--table-format", "md")
     assert "| arm | subject | verdict |" in out
     assert r"| gradnorm | det\|cls | REDUCED |" in out
+
+
+def test_the_magnitude_similarity_stands_beside_the_direct_effect(folder, capsys):
+    _, said = as_json(capsys, folder)
+    found = {x["arm"]: x for x in said["similarities"]}
+    assert set(found) == set(STUDY)
+    mean = f"{found['lopsided']['mean']:+.3f}"  # weights do not enter
+    assert found["lopsided"]["mean"] == pytest.approx(found["joint"]["mean"], abs=0.05)
+    text, md = (compare(capsys, folder, "--table-format", form)[1] for form in ("text", "md"))
+    assert text.index("Direct effect") < text.index("Magnitude similarity") < text.index("Layers that changed most")
+    row = next(line for line in md.splitlines() if line.startswith(rf"| lopsided | det\|cls | {mean} |"))
+    assert row.count(" to ") == 1
+    assert re.search(rf"lopsided +det\|cls +{re.escape(mean)}", text)
 
 
 def test_a_gate_that_trips_comes_before_an_open_question(folder, capsys):

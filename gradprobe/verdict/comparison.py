@@ -25,7 +25,7 @@ from gradprobe.verdict.answers import (
 from gradprobe.verdict.conditions import Group
 from gradprobe.verdict.evidence import Evidence
 from gradprobe.verdict.layered import exploratory
-from gradprobe.verdict.leveled import levels
+from gradprobe.verdict.leveled import levels, similarities
 from gradprobe.verdict.questions import Item, Sides
 from gradprobe.verdict.readings import Pair, Span
 
@@ -109,6 +109,7 @@ def compare(evidence: Sequence[Evidence], options: Options | None = None) -> Com
         left_out_layers=left_out,
         answers=answers,
         levels=found,
+        similarities=similarities(baseline, arms, common, chosen.pairs, chosen.window),
         layers=exploratory(laid, answers),
         refusals=refusals,
         warnings=_warnings(baseline, arms, evidence, chosen),
