@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from gradprobe.measures import Array, pair_index
+from gradprobe.measures import Array, magnitude_similarity, pair_index
 
 Counts = NDArray[np.int64]
 Truth = NDArray[np.bool_]
@@ -163,6 +163,9 @@ class Estimate:
             three rows. Not held within [-1, 1].
         square, square_low: (..., T) mean squared norm of the true gradient, and the lower end of its interval.
         square_resolved: (..., T) whether that lower end is above 0.
+        magnitude_similarity: (..., P) of the true gradients, from ``square``: 1 where they are equally long, near 0
+            where one drowns the other. NaN: one of the two cannot be told from noise. Noise that is not taken off makes
+            any two gradients look alike.
         noise_scale, noise_scale_low, noise_scale_high: (..., T), in samples: the batch at which noise and gradient are
             equally long. NaN where the gradient cannot be told from noise.
         noise_correlation, noise_correlation_low, noise_correlation_high: (..., P): of the noise of two tasks; samples
@@ -177,6 +180,7 @@ class Estimate:
     square: Array
     square_low: Array
     square_resolved: Truth
+    magnitude_similarity: Array
     noise_scale: Array
     noise_scale_low: Array
     noise_scale_high: Array
@@ -196,7 +200,8 @@ def pooled(gram: ArrayLike, noise: ArrayLike, batch_size: ArrayLike) -> Estimate
         noise: (n, ..., T, T), its noise part, from :func:`noise_part`.
         batch_size: () or (n,), samples behind a row.
 
-    Source: McCandlish et al., 2018, for the noise scale.
+    Source: McCandlish et al., 2018, for the noise scale; Yu et al., "Gradient Surgery for Multi-Task Learning", 2020,
+    definition 2, for the magnitude similarity.
     """
     gram, noise = np.asarray(gram, dtype=np.float64), np.asarray(noise, dtype=np.float64)
     true = gram - noise
@@ -221,6 +226,7 @@ def pooled(gram: ArrayLike, noise: ArrayLike, batch_size: ArrayLike) -> Estimate
         square=square.mean,
         square_low=square_low,
         square_resolved=resolved,
+        magnitude_similarity=_similarity(np.where(resolved, square.mean, np.nan))[..., first, second],
         noise_scale=scale.mean,
         noise_scale_low=scale_low,
         noise_scale_high=scale_high,
@@ -235,6 +241,11 @@ def pooled(gram: ArrayLike, noise: ArrayLike, batch_size: ArrayLike) -> Estimate
 
 def _where(told: Truth, found: Mean) -> Mean:
     return Mean(np.where(told, found.mean, np.nan), np.where(told, found.variance, np.nan), found.rows)
+
+
+def _similarity(square: Array) -> Array:
+    """Of (..., T) squared lengths: (..., T, T)."""
+    return magnitude_similarity(square[..., None] * np.eye(square.shape[-1]))
 
 
 def _diagonal(gram: Array) -> Array:

@@ -25,6 +25,7 @@ from gradprobe.verdict.answers import (
     Gate,
     LayerAnswer,
     Level,
+    Similarity,
 )
 from gradprobe.verdict.decision import decide
 
@@ -110,6 +111,7 @@ def make_comparison(arms: Sequence[ArmFiles], baseline: str = "joint", **changes
         for arm in arms
     ]
     known = {
+        "similarities": [Similarity(arm.name, "det|cls", 0.6, 0.5, 0.7, [0.6] * 3, range(3)) for arm in arms],
         "levels": levels,
         "headline": ["Interference was reduced."],
         "baseline": baseline if any(arm.name == baseline for arm in arms) else "",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from verdict_factory import TASKS, Truth, alone, make, study
+import scipy.stats
+from verdict_factory import TASKS, Truth, again, alone, make, study
 
 from gradprobe.errors import UsageError
 from gradprobe.verdict import gates
@@ -211,7 +213,7 @@ def test_files_that_do_not_show_how_they_were_made_are_paired_only_on_demand():
 
 
 def test_files_without_seeds_are_taken_in_their_order_and_paired_only_on_demand():
-    runs = [replace(run, seed=None) for run in study({"joint": BASE, "arm": BASE})]
+    runs = [replace(run, seed=None) for run in study({"joint": BASE, "arm": BASE}, twice=False)]
     found = compare(runs)
     assert "do not name their seeds" in found.refusals[0]
     assert compare(runs, Options(paired=True)).arms[1].seeds == [0, 1, 2, 3, 4]
@@ -282,8 +284,6 @@ def no_progress(table):
         ("samples over noise scale", lambda run: replace(run, probed=None)),
         ("self-check", lambda run: but(run, self_check=None)),
         ("self-check", lambda run: but(run, self_check=np.array([0.97, -1.0]))),
-        ("same run twice", lambda run: replace(run, loss=run.loss + 1e-7)),
-        ("same run twice", lambda run: replace(run, step=run.step + 1)),
     ],
 )
 def test_every_gate_closes_on_one_bad_run_of_many(name, change):
@@ -329,24 +329,155 @@ def test_a_gradient_that_cannot_be_told_from_noise_leaves_direction_undefined():
     assert [gate.name for gate in one.gates if not gate.passed] == ["gradients resolved"]
 
 
-def test_a_run_made_twice_must_be_the_same_to_the_bit():
-    runs = study({"joint": BASE, "arm": BASE})
-    twin = replace(runs[0], file="again.h5", made="at another time")
-    found = compare([*runs, twin])
-    gate = next(g for g in answer(found, "direction", "det|cls").gates if g.name == "same run twice")
-    assert gate.passed
-    assert "was made twice and is the same to the bit" in gate.sentence
-    assert answer(found, "direction", "det|cls").n == 5
-    other = compare([*runs, replace(twin, content="another")])
-    assert answer(other, "direction", "det|cls").verdict == UNDEFINED
-    assert answer(other, "outcome", "accuracy").verdict == UNDEFINED
+def twice(found, question="interference", subject="cls>det", arm="arm"):
+    """The gate on a run made twice."""
+    (gate,) = (g for g in answer(found, question, subject, arm).gates if g.name == "same run twice")
+    return gate
+
+
+ASKED = [("direction", "det|cls"), ("interference", "cls>det"), ("dominance", "largest share"), ("outcome", "accuracy")]
+ASKED_AND = [*ASKED, ("interference", "det>cls"), ("outcome", "Delta-m"), ("outcome", "mAP50")]
+
+
+@pytest.mark.parametrize("arm", ["joint", "arm"])
+def test_a_run_made_twice_that_is_equal_to_the_bit_passes(arm):
+    runs = study({"joint": BASE, "arm": BASE}, twice=False)
+    found = compare([*runs, again(next(run for run in runs if run.arm == arm))])
+    for question, subject in ASKED_AND:
+        gate = twice(found, question, subject)
+        assert (gate.passed, gate.value) == (True, 0.0)
+        assert gate.limit == (0.01 if question == "outcome" else 0.05)
+        assert gate.sentence == f"{arm}-0.h5 and {arm}-0-again.h5 are the same run made twice, and equal to the bit"
+        assert answer(found, question, subject).verdict in (EQUIVALENT, "NOT REDUCED", "INCONCLUSIVE")
+        assert answer(found, question, subject).n == 5
+
+
+def test_where_no_run_was_made_twice_the_gate_is_closed_and_says_what_to_record():
+    found = compare(study({"joint": BASE, "arm": BASE.but(cosine=0.3)}, [3, 4, 5, 6, 7], twice=False))
+    assert claimed(found) == {}
+    assert {a.verdict for a in found.answers} == {UNDEFINED}
+    for question, subject in ASKED_AND:
+        gate = twice(found, question, subject)
+        assert not gate.passed
+        assert np.isnan(gate.value)
+        assert "record the baseline's first seed a second time, into a file such as joint-s3-again.h5" in gate.sentence
+        assert gate.sentence in answer(found, question, subject).reason
+    assert found.open
+
+
+def test_runs_of_other_arms_that_were_made_twice_say_nothing_of_these():
+    runs = study({"joint": BASE, "arm": BASE, "other": BASE}, twice=False)
+    found = compare([*runs, again(next(run for run in runs if run.arm == "other"))])
+    assert not twice(found).passed
+    assert twice(found, arm="other").passed
+
+
+def shifted(run, question, by):
+    """The second run with the judged quantity ``by`` higher; what is measured in it differs from the first one's."""
+    rows, count = run.probed, len(run.layers)
+    if question == "direction":
+        square = rows.gram - rows.noise
+        length = np.sqrt(square[..., 0, 0].sum() * square[..., 1, 1].sum()) / square[..., 0, 0].size
+        gram = rows.gram.copy()
+        gram[..., 0, 1] -= by * length
+        gram[..., 1, 0] -= by * length
+        run = replace(run, probed=replace(rows, gram=gram))
+    elif question == "interference":
+        table = {name: np.array(value, dtype=float) for name, value in run.ledger.items()}
+        own = table["term"][20:, :, 0, 0].sum(axis=1)
+        table["term"][20:, :, 0, 1] -= by * own[:, None] / count
+        table["loss_change"][20:, 0] -= by * own
+        run = replace(run, ledger=table)
+    elif question == "dominance":
+        share = twin_share(run)
+        wanted = share + by
+        weight = run.weight.copy()
+        weight[:, 0] *= np.sqrt(wanted / (1 - wanted) * (1 - share) / share)
+        run = replace(run, weight=weight)
+    else:
+        values = {**run.tested.values, "accuracy": run.tested.values["accuracy"] - by}
+        run = replace(run, tested=replace(run.tested, values=values))
+    return replace(run, content="not the same to the bit")
+
+
+def twin_share(run):
+    """The share of the first task, written again."""
+    square = sum((run.probed.gram - run.probed.noise)[:, layer] for layer in range(len(run.layers)))
+    first, second = (float((square[:, i, i] * run.weight[0, i] ** 2).sum()) for i in (0, 1))
+    return first / (first + second)
+
+
+BIG = BASE.but(weight=(3.0, 1.0))  # the first task has the largest share
+
+
+@pytest.mark.parametrize(("question", "subject"), ASKED)
+@pytest.mark.parametrize("margin", [0.1, 0.02])
+def test_a_run_that_does_not_repeat_to_the_bit_is_held_against_half_the_margin(question, subject, margin):
+    runs = study({"joint": BIG, "arm": BIG}, twice=False)
+    for by, passes in ((0.4 * margin, True), (-0.4 * margin, True), (0.6 * margin, False), (-0.6 * margin, False)):
+        found = compare([*runs, shifted(again(runs[0]), question, by)], Options(margin=margin, outcome_margin=margin))
+        gate = twice(found, question, subject)
+        assert gate.value == pytest.approx(abs(by), rel=1e-6)
+        assert gate.limit == 0.5 * margin
+        assert gate.passed == passes
+        assert f"differ by {abs(by):.2g} in what is judged here" in gate.sentence
+        assert (answer(found, question, subject).verdict == UNDEFINED) == (not passes)
+        for other, what in ASKED:  # what did not move between the two runs is judged all the same
+            if other != question:
+                assert twice(found, other, what).value == 0.0
+                assert twice(found, other, what).passed
+
+
+def test_of_two_runs_that_do_not_repeat_the_order_of_the_files_chooses_none():
+    runs = study({"joint": BIG, "arm": BIG}, twice=False)
+    second = shifted(again(runs[0]), "interference", 0.03)
+    left, right = (compare(order) for order in ([*runs, second], [second, *runs]))
+    assert left.arms[0].files == right.arms[0].files
+    assert answer(left, "interference", "cls>det").effect == answer(right, "interference", "cls>det").effect
+
+
+def test_a_second_run_without_the_number_closes_the_gate():
+    runs = study({"joint": BASE, "arm": BASE}, twice=False)
+    found = compare([*runs, replace(again(runs[0]), ledger={})])
+    assert not twice(found).passed
+    assert "not all of them give a number" in twice(found).sentence
+    assert twice(found, "direction", "det|cls").passed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: replace(run, loss=run.loss + 1e-7), "differ in the losses of their first step"),
+        (lambda run: replace(run, step=run.step + 1), "step 0 was not recorded in both"),
+    ],
+)
+def test_who_vouches_for_the_pairs_needs_equal_first_losses_and_no_second_run(change, message):
+    runs = study({"joint": BASE, "arm": BASE}, twice=False)
+    found = compare(runs, Options(paired=True))
+    assert twice(found).passed
+    assert twice(found).sentence.startswith("no run was made twice; the losses of the first step are equal to the bit")
+    assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
+    spoiled = compare(spoil(runs, change), Options(paired=True))
+    assert not twice(spoiled).passed
+    assert "arm, seed 1" in twice(spoiled).sentence
+    assert message in twice(spoiled).sentence
+    assert answer(spoiled, "interference", "cls>det").verdict == UNDEFINED
+    second = shifted(again(runs[0]), "interference", 0.09)
+    assert not twice(compare([*runs, second], Options(paired=True))).passed  # what the files show counts for more
+
+
+def test_unpaired_runs_are_not_asked_for_a_second_one():
+    found = compare(study({"joint": BASE, "arm": BASE}, twice=False), Options(paired=False))
+    gates_ = [gate.name for a in found.answers for gate in a.gates]
+    assert "same run twice" not in gates_
+    assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
 
 
 def test_a_copy_of_a_file_is_no_second_run():
-    runs = study({"joint": BASE, "arm": BASE})
+    runs = study({"joint": BASE, "arm": BASE}, twice=False)
     found = compare([*runs, replace(runs[0], file="copy.h5")])
-    gate = next(g for g in answer(found, "direction", "det|cls").gates if g.name == "same run twice")
-    assert gate.sentence.startswith("no run was made twice")
+    assert twice(found).sentence.startswith("no run was made twice")
+    assert not twice(found).passed
     with pytest.raises(
         UsageError, match=r"joint-0\.h5 and copy\.h5 of arm 'joint' hold the same numbers under two seeds"
     ):
@@ -500,6 +631,64 @@ def test_the_direct_effect_of_weights_is_told_from_the_total_one():
     note = "Both arms have the same weights: no difference can come from weights."
     assert note in answer(same, "interference", "cls>det").notes
     assert note not in one.notes
+
+
+# ---- magnitude similarity
+
+
+def longer(run, factor=2.0):
+    """The run with the gradient of cls so many times as long, noise and all."""
+    scale = np.array([1.0, factor])
+    gram, noise = (one * scale[:, None] * scale for one in (run.probed.gram, run.probed.noise))
+    return replace(run, probed=replace(run.probed, gram=gram, noise=noise))
+
+
+def alike(found, arm):
+    (one,) = (x for x in found.similarities if x.arm == arm)
+    return one
+
+
+def test_the_magnitude_similarity_of_each_arm_is_that_of_the_window_over_its_seeds():
+    runs = study({"joint": BASE, "arm": BASE}, range(4))
+    runs = [longer(run) if run.arm == "arm" else run for run in runs]
+    found = compare(runs, Options(window=(10, 60), pairs=["cls>det"]))
+    for arm in ("joint", "arm"):
+        each = []
+        for run in (r for r in runs if r.arm == arm and not r.file.endswith("-again.h5")):
+            square = {0: 0.0, 1: 0.0}
+            for row, step in enumerate(run.probed.step):
+                for layer in range(len(run.layers)):
+                    for task in square:
+                        true = run.probed.gram[row, layer, task, task] - run.probed.noise[row, layer, task, task]
+                        square[task] += true if 10 <= step < 60 else 0.0
+            each.append(2 * math.sqrt(square[0] * square[1]) / (square[0] + square[1]))
+        one = alike(found, arm)
+        assert (one.subject, one.seeds) == ("det|cls", [0, 1, 2, 3])
+        assert one.values == pytest.approx(each, rel=1e-12)
+        assert one.mean == pytest.approx(np.mean(each))
+        half = scipy.stats.t.ppf(0.975, 3) * np.std(each, ddof=1) / 2
+        assert (one.low95, one.high95) == pytest.approx((one.mean - half, one.mean + half))
+    assert alike(found, "joint").mean > 0.99  # equally long
+    assert alike(found, "arm").mean == pytest.approx(2 * 2 / (1 + 4), abs=0.03)
+    assert answer(found, "direction", "det|cls").verdict == EQUIVALENT  # lengths turn no gradient
+
+
+def test_a_gradient_that_one_run_does_not_resolve_leaves_the_magnitude_similarity_unknown():
+    def change(run):
+        return replace(run, probed=replace(run.probed, noise=run.probed.gram * 1.0))
+
+    found = compare(spoil(study({"joint": BASE, "arm": BASE}), change))
+    one = alike(found, "arm")
+    assert np.isnan(one.values).tolist() == [False, True, False, False, False]
+    assert np.isnan([one.mean, one.low95, one.high95]).all()
+    assert np.isfinite(alike(found, "joint").mean)
+    assert next(x for x in as_json(found)["similarities"] if x["arm"] == "arm")["mean"] is None
+
+
+def test_arms_without_shared_layers_or_noise_have_no_magnitude_similarity():
+    runs = study({"joint": BASE, "dual": BASE, "bare": BASE})
+    runs = [thinned(r, ()) if r.arm == "dual" else replace(r, probed=None) if r.arm == "bare" else r for r in runs]
+    assert [x.arm for x in compare(runs).similarities] == ["joint"]
 
 
 # ---- the plan, and what misleads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -129,6 +130,19 @@ def test_tables_as_markdown(folder, capsys):
     assert r"| gradnorm | det\|cls | REDUCED |" in out
 
 
+def test_the_magnitude_similarity_stands_beside_the_direct_effect(folder, capsys):
+    _, said = as_json(capsys, folder)
+    found = {x["arm"]: x for x in said["similarities"]}
+    assert set(found) == set(STUDY)
+    mean = f"{found['lopsided']['mean']:+.3f}"  # weights do not enter
+    assert found["lopsided"]["mean"] == pytest.approx(found["joint"]["mean"], abs=0.05)
+    text, md = (compare(capsys, folder, "--table-format", form)[1] for form in ("text", "md"))
+    assert text.index("Direct effect") < text.index("Magnitude similarity") < text.index("Layers that changed most")
+    row = next(line for line in md.splitlines() if line.startswith(rf"| lopsided | det\|cls | {mean} |"))
+    assert row.count(" to ") == 1
+    assert re.search(rf"lopsided +det\|cls +{re.escape(mean)}", text)
+
+
 def test_a_gate_that_trips_comes_before_an_open_question(folder, capsys):
     assert compare(capsys, folder, "--fail-on", "increased")[0] == 10
     quiet = [path for path in folder.glob("*.h5") if path.name[:2] not in ("wo", "lo")]
@@ -150,7 +164,10 @@ def test_a_named_baseline_and_margin(folder, capsys):
     _, said = as_json(capsys, folder, "--baseline", "gradnorm", "--margin", "0.9", "--pairs", "cls>det")
     assert said["baseline"] == "gradnorm"
     found = verdicts(said, "direction")
-    assert (found["joint"], found["worse"]) == ("EQUIVALENT", "INCREASED")
+    # joint-0 was made twice; of gradnorm and worse, no run was
+    assert (found["joint"], found["worse"]) == ("EQUIVALENT", "UNDEFINED")
+    _, vouched = as_json(capsys, folder, "--baseline", "gradnorm", "--margin", "0.9", "--pairs", "cls>det", "--paired")
+    assert verdicts(vouched, "direction")["worse"] == "INCREASED"
     assert {a["subject"] for a in said["answers"] if a["question"] == "interference"} == {"cls>det"}
 
 

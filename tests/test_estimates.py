@@ -264,7 +264,7 @@ def test_a_pair_is_compared_on_the_layers_that_both_reach(tmp_path):
     for pair, (tasks, layers) in enumerate({(0, 1): [0, 1], (0, 2): [0, 2], (1, 2): [0]}.items()):
         own = np.ix_(range(30), layers, tasks, tasks)
         expected = pooled(gram[own].sum(1), noise[own].sum(1), 32)
-        for name in ("cosine", "low", "high", "noise_correlation"):
+        for name in ("cosine", "low", "high", "magnitude_similarity", "noise_correlation"):
             assert getattr(found, name)[pair] == pytest.approx(getattr(expected, name)[0], rel=1e-4)
         assert found.rows[pair] == 30
     square = [np.nansum(np.diagonal(gram - noise, axis1=-2, axis2=-1)[..., t], axis=1).mean() for t in range(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -99,6 +100,40 @@ def test_a_run_of_two_processes_is_stopped_killed_and_gone_on_with_until_it_is_d
     assert done["processes"] == 2
     assert done["micro_batches"].max() == 2
     assert not (tmp_path / "run.checkpoint.pt").exists()
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_a_first_process_that_is_killed_leaves_what_it_had_flushed_and_the_run_goes_on(tmp_path, capsys):
+    """kill -9 of the process that writes: the other one does not wait for it, and nothing is damaged."""
+    run, last, state = (tmp_path / f"run.{end}" for end in ("h5", "last.pt", "checkpoint.pt"))
+    words = [*LONG, "--epochs", 8, "--out", "run.h5"]
+    process = start(tmp_path, "gradprobe", "record", *words, "--device", "cpu", "--processes", 2)
+    # Saved last of an epoch, after the rows were flushed.
+    wait_for(lambda: last.exists() and state.stat().st_mtime_ns > last.stat().st_mtime_ns, process)
+    first, other = of_rank(0, tmp_path), of_rank(1, tmp_path)
+    os.kill(first, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode not in (0, 130), err
+    assert not Path(f"/proc/{other}").exists()
+
+    left = look(run)
+    assert left["end"] == ""
+    epoch = left["steps"] // 8
+    assert epoch <= len(left["step"]) < left["steps"]
+    assert left["step"].tolist() == list(range(len(left["step"])))
+    assert command(["check", str(run), "--json"]) == 3
+    report = json.loads(capsys.readouterr().out)
+    assert {finding["kind"] for finding in report["findings"]} == {"incomplete"}
+    assert report["rows"] == len(left["step"])
+
+    process = start(tmp_path, "gradprobe", "record", "--resume", "run.h5")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    done = look(run)
+    assert (done["end"], done["processes"]) == ("finished", 2)
+    assert done["step"].tolist() == list(range(done["steps"]))
+    assert command(["check", str(run)]) == 0
 
 
 def look(path):

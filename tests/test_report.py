@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import html.parser
 import json
+import math
 import re
 import string
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from report_factory import HOSTILE, answer, make_comparison, make_study
+from run_factory import make_header
 
 from gradprobe import report
 from gradprobe.errors import MissingExtraError, RunFileError, UsageError
@@ -28,15 +31,16 @@ from gradprobe.report.look import Styles
 from gradprobe.report.material import Ledger, RunData
 from gradprobe.report.report import SECTIONS, build, write
 from gradprobe.report.report import html as make_html
+from gradprobe.report.sections import evidence, limits, outcome
 from gradprobe.report.sections import ledger as ledger_section
-from gradprobe.report.sections import limits, outcome
 from gradprobe.report.sections.common import Context
 from gradprobe.report.words import LANGUAGES, VERDICTS, Words, verdict_key
 from gradprobe.report.words.heard import FORMS
-from gradprobe.runfile import Run
+from gradprobe.rows import ProbeLoaderRow
+from gradprobe.runfile import Run, RunWriter
 from gradprobe.verdict import answers as verdicts
 from gradprobe.verdict import words as verdict_words
-from gradprobe.verdict.answers import INTERFERENCE, OUTCOME, Comparison
+from gradprobe.verdict.answers import INTERFERENCE, OUTCOME, Comparison, Direct
 
 PACKAGE = Path(report.__file__).parent
 BIGGEST = 12_000_000
@@ -58,6 +62,11 @@ def context(material, study):
     comparison = make_comparison(study)
     styles = Styles([arm.name for arm in material.arms], material.baseline, material.controls)
     return Context(material, comparison, Words("en"), styles)
+
+
+def context_of(study, comparison, words):
+    found = gather(study, "joint", ["single"], {"mAP50": 0.6})
+    return Context(found, comparison, words, Styles([arm.name for arm in found.arms], found.baseline, found.controls))
 
 
 def page_of(study, comparison=None, lang="en", **options):
@@ -533,6 +542,46 @@ def test_what_noise_hides_is_left_empty_and_never_cut_off():
     np.testing.assert_array_equal(heat.pooled(sums), np.float32([np.nan, np.nan, np.nan, 0.25, np.nan]))
 
 
+def probed(path, rows, reach):
+    """A run of three tasks on two layers; each row of the probe loader says the true Gramian of both layers together.
+
+    An entry is spread evenly over the layers that both of its tasks reach; noise of 9 is on every square.
+    """
+    header = make_header(2, ("a", "b", "c"), reach=np.array(reach, dtype=bool))
+    writer = RunWriter(path)
+    writer.start(header)
+    writer.start_probe_loader(header)
+    there = header.reach[:, :, None] & header.reach[:, None, :]
+    for k, true in enumerate(rows):
+        each = np.where(there, np.array(true, dtype=float) / np.maximum(there.sum(axis=0), 1), np.nan)
+        noise = np.where(there, np.abs(each) * 0 + 9 * np.eye(3), np.nan)
+        writer.write_probe_loader(ProbeLoaderRow(10 * k, 0, 0.1 * k, np.ones(3), each + noise, noise, 4, 32))
+    writer.close()
+
+
+def test_a_cosine_on_the_probe_loader_that_noise_hides_is_a_gap_and_never_cut_off(tmp_path):
+    rows = [
+        [[4, -1, 0], [-1, 1, 0.6], [0, 0.6, 1]],
+        [[4, 3, 0], [3, 1, -1.2], [0, -1.2, 1]],  # of a|b beyond 1, of b|c below -1
+        [[4, -1, 0], [-1, -0.5, 0.1], [0, 0.1, 1]],  # b's square is less than its noise
+        [[np.nan] * 3] * 3,
+        [[9, 0, 0], [0, 4, -2], [0, -2, 4]],
+    ]
+    probed(tmp_path / "run.h5", rows, [[1, 1, 0], [0, 1, 1]])
+    (arm,) = gather([ArmFiles("joint", [tmp_path / "run.h5"], [0])]).arms
+    found = arm.runs[0].probe
+    assert found[:, 0].tolist() == [0, 10, 20, 30, 40]
+    # each pair over the layer that both reach: a|b on the first, b|c on the second, a|c on none
+    half = [[-1 / np.sqrt(4 * 0.5), 0.6 / np.sqrt(0.5)], [0, -2 / np.sqrt(2 * 4)]]
+    gap = np.nan
+    np.testing.assert_allclose(
+        found[:, 1:],
+        [[half[0][0], gap, half[0][1]], [gap] * 3, [gap] * 3, [gap] * 3, [half[1][0], gap, half[1][1]]],
+        rtol=1e-3,
+        atol=1e-5,
+    )
+
+
 def test_one_seed_without_its_noise_leaves_the_whole_arm_uncorrected():
     naive = np.full((1, 1, 2), 0.5, np.float32)
     runs = [heat.RunHeat(["a"], naive, np.ones((1, 1, 2, 3))), heat.RunHeat(["a"], naive / 5, None)]
@@ -548,6 +597,23 @@ def test_what_was_not_recorded_is_said_instead_of_drawn(context):
     said = " ".join(notices(context))
     for words in ("no loss ledger", "No measurement on a probe loader"):
         assert words in said
+
+
+def test_the_magnitude_similarity_stands_beside_the_direct_effect(study):
+    direct = Direct(-0.2, -0.3, -0.1, [0.4], [0.2], "A sentence.")
+    answers = [replace(a, direct=direct) if a.subject == "cls>det" else a for a in make_comparison(study).answers]
+    comparison = make_comparison(study, answers=answers)
+    comparison.similarities[1] = replace(comparison.similarities[1], mean=math.nan, low95=math.nan, high95=math.nan)
+    for lang in LANGUAGES:
+        words = Words(lang)
+        blocks = evidence.section(context_of(study, comparison, words)).blocks
+        tables = [block for block in blocks if isinstance(block, Table)]
+        assert [table.caption for table in tables] == [words("direct.title"), words("similarity.title")]
+        assert tables[1].columns == [words(f"column.{name}") for name in ("arm", "subject", "mean", "ci95")]
+        assert tables[1].rows[0] == ["joint", words.subject("det|cls"), "0.6", words.span(0.5, 0.7)]
+        assert tables[1].rows[1][2:] == ["–", "–"]
+    none = evidence.section(context_of(study, make_comparison(study, similarities=()), Words("en"))).blocks
+    assert not [block for block in none if isinstance(block, Table)]
 
 
 def test_every_chart_says_in_words_what_it_shows_and_every_panel_has_its_table(context):

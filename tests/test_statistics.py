@@ -55,6 +55,34 @@ def test_the_noise_part_is_unbiased(shares):
     assert abs(gram.mean(axis=(0, 1))[0, 1] - (truth @ truth.T)[0, 1]) > 0.7 * noise  # what it corrects
 
 
+def test_the_magnitude_similarity_is_that_of_the_true_gradients_and_not_of_their_noise():
+    """Lengths 1 and 3: 2 * 3 / (1 + 9) = .6; with noise of length 4 on both, minibatches look equally long."""
+    rng = np.random.default_rng(3)
+    micro = micro_gradients(rng, at_angle(0.5, 20, (1.0, 3.0)), 4000, EQUAL, noise=4.0, shared=0.5)[:, 0]
+    gram, within = two_matrices(micro, EQUAL)
+    found = stats.pooled(gram, stats.noise_part(gram, within, EQUAL), 64)
+    lengths = []  # the twin: from products of different micro-batches of the rows, summed
+    for task in (0, 1):
+        total = sum(float(row[a, task] @ row[b, task]) for row in micro for a in range(4) for b in range(4) if a != b)
+        lengths.append(np.sqrt(total / (12 * len(micro))))
+    twin = 2 * lengths[0] * lengths[1] / (lengths[0] ** 2 + lengths[1] ** 2)
+    assert found.magnitude_similarity == pytest.approx([twin], rel=1e-9)
+    assert twin == pytest.approx(0.6, abs=0.02)
+    naive = np.sqrt(np.diagonal(gram.mean(axis=0)))
+    assert 2 * naive[0] * naive[1] / (naive[0] ** 2 + naive[1] ** 2) > 0.9
+
+
+def test_a_magnitude_that_cannot_be_told_from_noise_has_no_similarity():
+    rng = np.random.default_rng(4)
+    truth = np.stack([np.eye(20)[0], 0 * np.eye(20)[1], 2 * np.eye(20)[2]])
+    micro = micro_gradients(rng, truth, 200, EQUAL, noise=1.0, shared=0.0)[:, 0]
+    gram, within = two_matrices(micro, EQUAL)
+    found = stats.pooled(gram, stats.noise_part(gram, within, EQUAL), 64)
+    assert found.square_resolved.tolist() == [True, False, True]
+    assert np.isnan(found.magnitude_similarity).tolist() == [True, False, True]  # the pairs 0|1, 0|2, 1|2
+    assert found.magnitude_similarity[1] == pytest.approx(0.8, abs=0.05)
+
+
 @pytest.mark.parametrize("count", [2, 3, 4, 7])
 def test_equal_shares_give_the_simple_formula(count):
     rng = np.random.default_rng(count)

@@ -167,16 +167,30 @@ def alone(task: str, seed: int, rng: np.random.Generator, common: float = 0.0, c
     )
 
 
+AGAIN = "another time"
+
+
+def again(run: Evidence) -> Evidence:
+    """The same run, made a second time."""
+    return replace(run, file=run.file.replace(".h5", "-again.h5"), made=AGAIN)
+
+
 def study(
-    arms: Mapping[str, Truth], seeds: Sequence[int] = range(5), *, draw: int = 0, controls: bool = True, **more: Any
+    arms: Mapping[str, Truth],
+    seeds: Sequence[int] = range(5),
+    *,
+    draw: int = 0,
+    controls: bool = True,
+    twice: bool = True,
+    **more: Any,
 ) -> list[Evidence]:
-    """All runs of a study."""
+    """All runs of a study; unless ``twice`` is false, the first run of the first arm is there a second time."""
     rng = np.random.default_rng(draw)
     common = {seed: 0.05 * rng.normal() for seed in seeds}
     found = [make(arm, seed, truth, rng, common=common[seed], **more) for arm, truth in arms.items() for seed in seeds]
     if controls:
         found += [alone(task, seed, rng, common[seed]) for task in TASKS for seed in seeds]
-    return found
+    return [*found, again(found[0])] if twice else found
 
 
 def write(folder: Path, run: Evidence) -> Path:
@@ -187,7 +201,15 @@ def write(folder: Path, run: Evidence) -> Path:
     writer.start(header)
     nothing = np.full((len(run.layers), len(run.tasks), len(run.tasks)), np.nan)
     for k, step in enumerate(run.step):
-        row = Row(int(step), 0, float(k), run.loss[k], run.weight[k], nothing, batch_size=int(run.batch_size[k]))
+        row = Row(
+            int(step),
+            0,
+            k + 0.5 * (run.made == AGAIN),
+            run.loss[k],
+            run.weight[k],
+            nothing,
+            batch_size=int(run.batch_size[k]),
+        )
         if run.training is not None:
             row = replace(row, gram=run.training.gram[k], gram_noise=run.training.noise[k], micro_batches=len(MICRO))
         writer.write(row)

@@ -184,6 +184,9 @@ def tables(found: Comparison) -> Iterator[tuple[str, list[str], Rows]]:
             ["arm", "subject", "direct", "95 %", "total"],
             direct,
         )
+    alike = [[x.arm, x.subject, _number(x.mean), _interval(x.low95, x.high95)] for x in found.similarities]
+    if alike:
+        yield "Magnitude similarity of the gradients (1: equally long)", ["arm", "subject", "mean", "95 %"], alike
     ranked = sorted((x for x in found.layers if math.isfinite(x.p)), key=lambda x: x.p)[:SHOWN_LAYERS]
     if ranked:
         yield (

@@ -231,20 +231,19 @@ def _row(values: Array, have: Sequence[str], want: Sequence[str]) -> Array:
 
 
 def _probe(run: Run, pairs: Sequence[str]) -> Array | None:
-    """Steps and pooled cosines on the probe loader."""
+    """Steps and pooled cosines on the probe loader; NaN where noise hides one, as in the heatmaps: none is cut off."""
     table = run.probe_loader
     if not table or not len(table["step"]):
         return None
-    gram = measures.from_norms(table["grad_norm"], table["cosine"])
-    product = measures.over_all(gram - table["gram_noise"], run.reach)
+    true = measures.from_norms(table["grad_norm"], table["cosine"]) - table["gram_noise"]
     steps, where = np.unique(table["step"], return_inverse=True)
-    pooled = bins.sums(product, where, len(steps))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        square = np.diagonal(pooled, axis1=-2, axis2=-1)
-        length = np.sqrt(np.where(square > 0, square, np.nan))
-        cosine = np.clip(pooled / (length[..., :, None] * length[..., None, :]), -1, 1)
-    first, second = measures.pair_index(len(run.tasks))
-    values = _columns(cosine[..., first, second], run.pairs, pairs)
+    found = np.full((len(steps), len(run.pairs)), np.nan, np.float32)
+    for p, (a, b) in enumerate(zip(*measures.pair_index(len(run.tasks)), strict=True)):
+        both = run.reach[:, [a, b]].all(axis=1)
+        if both.any():  # a pair that shares no layer has no angle
+            total = bins.sums(true[:, both].sum(axis=1), where, len(steps))
+            found[:, p] = heat.pooled(np.stack([total[:, a, b], total[:, a, a], total[:, b, b]], axis=-1))
+    values = _columns(found, run.pairs, pairs)
     return _spaced(np.concatenate([steps[:, None].astype(np.float64), values], axis=1))
 
 

@@ -96,6 +96,7 @@ _OF_PAIRS = (
     "cosine",
     "low",
     "high",
+    "magnitude_similarity",
     "noise_correlation",
     "noise_correlation_low",
     "noise_correlation_high",

@@ -170,6 +170,27 @@ class Level:
 
 
 @dataclass(frozen=True)
+class Similarity:
+    """How alike two tasks' gradients are in length in one arm, over its seeds; beside C, and never judged.
+
+    Attributes:
+        arm: Its name.
+        subject: ``det|cls``.
+        mean, low95, high95: Over seeds, of 2 |a| |b| / (|a|^2 + |b|^2) from squares less their noise: 1 where both are
+            equally long.
+        values, seeds: Per run; NaN: a gradient cannot be told from noise.
+    """
+
+    arm: str
+    subject: str
+    mean: float
+    low95: float
+    high95: float
+    values: Sequence[float]
+    seeds: Sequence[int]
+
+
+@dataclass(frozen=True)
 class LayerAnswer:
     """One layer, looked at after the trunk: exploratory, it proves nothing.
 
@@ -210,6 +231,7 @@ class Comparison:
         left_out_layers: Shared in some of those arms only.
         answers: One per question, arm and subject.
         levels: How large each quantity is in each arm, the baseline first.
+        similarities: How alike gradients are in length, by arm and pair, the baseline first.
         layers: Exploratory.
         refusals: What was asked for and is not given, and why.
         warnings: What in the files misleads.
@@ -228,6 +250,7 @@ class Comparison:
     left_out_layers: Sequence[str] = ()
     answers: Sequence[Answer] = ()
     levels: Sequence[Level] = ()
+    similarities: Sequence[Similarity] = ()
     layers: Sequence[LayerAnswer] = ()
     refusals: Sequence[str] = ()
     warnings: Sequence[str] = ()

@@ -25,7 +25,7 @@ from gradprobe.verdict.answers import (
 from gradprobe.verdict.conditions import Group
 from gradprobe.verdict.evidence import Evidence
 from gradprobe.verdict.layered import exploratory
-from gradprobe.verdict.leveled import levels
+from gradprobe.verdict.leveled import levels, similarities
 from gradprobe.verdict.questions import Item, Sides
 from gradprobe.verdict.readings import Pair, Span
 
@@ -109,6 +109,7 @@ def compare(evidence: Sequence[Evidence], options: Options | None = None) -> Com
         left_out_layers=left_out,
         answers=answers,
         levels=found,
+        similarities=similarities(baseline, arms, common, chosen.pairs, chosen.window),
         layers=exploratory(laid, answers),
         refusals=refusals,
         warnings=_warnings(baseline, arms, evidence, chosen),
@@ -222,7 +223,8 @@ def _lay_side_by_side(
             refusals.append(why)
             refused += [_refused(arm, pair, why) for pair in chosen.pairs]
         else:
-            laid.append(questions.sides(baseline, arm, chosen.paired is not False, chosen.window, chosen.pairs))
+            margins = chosen.margin, chosen.outcome_margin
+            laid.append(questions.sides(baseline, arm, chosen.paired, chosen.window, chosen.pairs, margins))
     return refusals, laid, refused
 
 

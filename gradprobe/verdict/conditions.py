@@ -60,6 +60,8 @@ def _arm(name: str, runs: list[Evidence]) -> Group:
         if not any(run.made == other.made and _what_it_is(run) == _what_it_is(other) for other in same):
             same.append(run)  # a copy of a file is no second run
     _refuse_copies(name, by_seed)
+    for same in by_seed.values():
+        same.sort(key=_in_order)
     again = [same for same in by_seed.values() if len(same) > 1]
     for same in again:
         other = next((run for run in same[1:] if _what_it_is(run) != _what_it_is(same[0])), None)
@@ -69,6 +71,11 @@ def _arm(name: str, runs: list[Evidence]) -> Group:
                 f"settings. Name the arms apart: --arm {name}=GLOB --arm other=GLOB."
             )
     return Group(name, {seed: by_seed[seed][0] for seed in sorted(by_seed)}, again, ordered)
+
+
+def _in_order(run: Evidence) -> tuple[int, str]:
+    """Which of the files of a run that was made twice is the run: not the order in which they were named decides."""
+    return len(run.file), run.file
 
 
 def _refuse_copies(name: str, by_seed: Mapping[int, Sequence[Evidence]]) -> None:

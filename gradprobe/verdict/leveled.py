@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from gradprobe.measures import Array
 from gradprobe.statistics import t_interval
 from gradprobe.verdict import gates, questions, readings, words
-from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, Gate, Level
+from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, Gate, Level, Similarity
 from gradprobe.verdict.conditions import Group
 from gradprobe.verdict.evidence import Evidence
 from gradprobe.verdict.readings import Pair, Span
@@ -34,10 +35,43 @@ def levels(
     """
     if not layers:
         return []
-    found = [
-        level for group in ([baseline] if baseline else []) + list(arms) for level in _of(group, layers, pairs, span)
-    ]
+    groups = [baseline, *arms] if baseline else arms
+    found = [level for group in groups for level in _of(group, layers, pairs, span)]
     return [Level(**{**vars(level), "sentence": words.of_level(level, margin)}) for level in found]
+
+
+def similarities(
+    baseline: Group | None, arms: Sequence[Group], layers: Sequence[str], pairs: Sequence[Pair], span: Span
+) -> list[Similarity]:
+    """How alike the gradients of each pair are in length, in every arm that was measured; arguments as above."""
+    groups = [baseline, *arms] if baseline else arms
+    return [found for group in groups if layers for found in _alike(group, layers, pairs, span)]
+
+
+def _alike(group: Group, layers: Sequence[str], pairs: Sequence[Pair], span: Span) -> Iterator[Similarity]:
+    runs = list(group.runs.values())
+    if not all(set(layers) <= readings.shared_layers(run, run.tasks) for run in runs):
+        return
+    for pair in _unordered(pairs):
+        tasks = sorted((pair.task, pair.by), key=runs[0].tasks.index)
+        estimates = [readings.estimate(run, layers, tasks, span) for run in runs]
+        if any(found is None for found in estimates):
+            return
+        values = np.array([float(found.magnitude_similarity[0]) for found in estimates if found is not None])
+        yield Similarity(group.name, "|".join(tasks), *_over_seeds(values), values.tolist(), list(group.runs))
+
+
+def _unordered(pairs: Sequence[Pair]) -> list[Pair]:
+    """Each pair once, whichever way round."""
+    return list({frozenset((p.task, p.by)): p for p in reversed(pairs)}.values())
+
+
+def _over_seeds(values: Array) -> tuple[float, float, float]:
+    """Mean and interval. NaN where a run has no number: those are no random ones, the others would be a selection."""
+    if not np.isfinite(values).all():
+        return math.nan, math.nan, math.nan
+    mean, low, high = t_interval(values)
+    return float(mean), float(low), float(high)
 
 
 def _of(group: Group, layers: Sequence[str], pairs: Sequence[Pair], span: Span) -> Iterator[Level]:
@@ -45,7 +79,7 @@ def _of(group: Group, layers: Sequence[str], pairs: Sequence[Pair], span: Span) 
     if not all(set(layers) <= readings.shared_layers(run, run.tasks) for run in runs):
         return
     if all(readings.stream(run) is not None for run in runs):
-        for pair in {frozenset((p.task, p.by)): p for p in reversed(pairs)}.values():
+        for pair in _unordered(pairs):
             yield _direction(group, runs, layers, pair, span)
     if all(run.ledger for run in runs):
         for pair in pairs:
@@ -98,9 +132,4 @@ def _level(
     closing: Callable[[Evidence], Sequence[Gate]],
 ) -> Level:
     values = np.array([read(run) if gates.passed(closing(run)) else math.nan for run in runs])
-    # Runs without a number are no random ones: an interval over the others would be of a selection.
-    mean, low, high = t_interval(values) if np.isfinite(values).all() else (math.nan, math.nan, math.nan)
-    seeds = list(group.runs)
-    return Level(
-        question, group.name, subject, quantity, float(mean), float(low), float(high), values.tolist(), seeds, ""
-    )
+    return Level(question, group.name, subject, quantity, *_over_seeds(values), values.tolist(), list(group.runs), "")

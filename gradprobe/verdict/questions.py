@@ -36,8 +36,10 @@ class Sides:
         baseline, treated: Runs; where ``same_seed``, of one seed each in the same order.
         again: Groups of runs that were made twice.
         same_seed: Whether they are paired.
+        vouched: Whether the user says that they belong together, so that none has to be made twice.
         span: Steps that count.
         pairs: Ordered pairs of tasks to look at.
+        margin, outcome_margin: Smallest differences that matter.
     """
 
     arm: str
@@ -45,8 +47,11 @@ class Sides:
     treated: Sequence[Evidence]
     again: Sequence[Sequence[Evidence]]
     same_seed: bool
+    vouched: bool
     span: Span
     pairs: Sequence[Pair]
+    margin: float
+    outcome_margin: float
 
     @property
     def runs(self) -> list[Evidence]:
@@ -62,18 +67,35 @@ class Sides:
         """Arm minus baseline over seeds."""
         return paired(arm - baseline) if self.same_seed else welch(arm, baseline)
 
-    def common_gates(self) -> list[Gate]:
-        """Those that do not depend on the question."""
-        return [gates.same_twice(self.baseline, self.treated, self.again)] if self.same_seed else []
+    def same_twice(self, question: str, read: Callable[[Evidence], float | None]) -> list[Gate]:
+        """The gate on a run made twice, of the quantity that a question judges; none where runs are not paired."""
+        if not self.same_seed:
+            return []
+        if self.vouched and not self.again:
+            return [gates.first_losses_equal(self.baseline, self.treated)]
+        margin = self.outcome_margin if question == OUTCOME else self.margin
+        first = self.baseline[0]
+        return [gates.same_twice(self.again, read, margin, f"{first.arm}-s{first.seed}-again.h5")]
 
 
-def sides(baseline: Group, arm: Group, same_seed: bool, span: Span, pairs: Sequence[Pair]) -> Sides:
-    """Put an arm beside the baseline."""
+def sides(
+    baseline: Group, arm: Group, paired: bool | None, span: Span, pairs: Sequence[Pair], margins: tuple[float, float]
+) -> Sides:
+    """Put an arm beside the baseline.
+
+    Args:
+        baseline, arm: The runs.
+        paired: As in :func:`gradprobe.verdict.conditions.refusal`.
+        span, pairs: As in :class:`Sides`.
+        margins: Of gradients and of outcomes.
+    """
+    same_seed = paired is not False
     seeds = [seed for seed in arm.runs if seed in baseline.runs]
     one, other = (
         [group.runs[seed] for seed in seeds] if same_seed else list(group.runs.values()) for group in (baseline, arm)
     )
-    return Sides(arm.name, one, other, [*baseline.again, *arm.again], same_seed, span, pairs)
+    again = [*baseline.again, *arm.again]
+    return Sides(arm.name, one, other, again, same_seed, paired is True, span, pairs, *margins)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +148,9 @@ def _numbers(runs: Sequence[Evidence], read: Callable[[Evidence], float | None])
 def _measured(
     blank: Item, s: Sides, read: Callable[[Evidence], float | None], found: Sequence[Gate], **more: object
 ) -> Item:
-    """An item whose numbers ``read`` gives, unless a gate is closed."""
+    """An item whose numbers ``read`` gives, unless a gate is closed: one of ``found``, or that on a run made twice."""
     baseline, treated = _numbers(s.baseline, read), _numbers(s.treated, read)
+    found = [*found, *s.same_twice(blank.question, read)]
     closed = not gates.passed(found)
     values = dict(
         vars(blank),
@@ -188,7 +211,6 @@ def _direction(s: Sides, tasks: Sequence[str]) -> Item:
         gates.resolved(s.runs, layers, tasks, s.span),
         *(gates.enough_samples(s.runs, layers, task, s.span) for task in tasks),
         gates.self_check(s.runs),
-        *s.common_gates(),
     ]
     return _measured(
         blank,
@@ -231,7 +253,6 @@ def dominance(s: Sides) -> list[Item]:
     found = [
         gates.resolved(s.runs, layers, tasks, s.span),
         *(gates.enough_samples(s.runs, layers, task, s.span) for task in tasks),
-        *s.common_gates(),
     ]
     notes = [*_layer_note(s, layers), *_largest(s, layers), words.NOTES[DOMINANCE]]
     return [_measured(blank, s, lambda run: _largest_share(run, layers, s.span), found, notes=notes)]
@@ -275,7 +296,6 @@ def _interference(s: Sides, pair: Pair) -> Item:
         *gates.of_the_ledger(s.runs, layers, pair, s.span),
         gates.enough_samples(s.runs, layers, pair.task, s.span, of_ledger=True),
         gates.self_check(s.runs),
-        *s.common_gates(),
     ]
     return _measured(
         blank,
@@ -377,7 +397,8 @@ def _outcome(s: Sides, controls: Mapping[str, Group], subject: str, chosen: Mapp
         for name, side in (("baseline", s.baseline), ("arm", s.treated))
     }
     contrast = outcome.contrast(found["baseline"], found["arm"], same_seed=s.same_seed)
-    closed = [gate for gate in s.common_gates() if not gate.passed]
+    checked = s.same_twice(OUTCOME, lambda run: float(outcome.deficits([run], runs, chosen, same_seed=True).values[0]))
+    closed = [gate for gate in checked if not gate.passed]
     return Item(
         **{
             **vars(blank),
@@ -385,7 +406,7 @@ def _outcome(s: Sides, controls: Mapping[str, Group], subject: str, chosen: Mapp
             "treated": found["arm"].values,
             "contrast": None if closed else contrast,
             "same_seed": s.same_seed,
-            "gates": s.common_gates(),
+            "gates": checked,
             "verdict": UNDEFINED if closed else "",
             "reason": f"{gates.closed_sentence(closed)}." if closed else "",
             "notes": [_cluster_note(found["arm"].without.shape[1]), words.NOTES[OUTCOME]],

@@ -11,7 +11,7 @@ from gradprobe.report.chart import Chart, Key, Table
 from gradprobe.report.figures.forest import Row, draw
 from gradprobe.report.names import clean
 from gradprobe.report.words import Words, verdict_key
-from gradprobe.verdict.answers import Answer
+from gradprobe.verdict.answers import Answer, Similarity
 
 LABEL = 34
 TOLD = 12
@@ -137,6 +137,15 @@ def direct(answers: Sequence[Answer], words: Words) -> Table:
     ]
     columns = [words(f"column.{name}") for name in ("arm", "subject", "direct", "ci95", "total", "ci95")]
     return Table(words("direct.title"), columns, rows, text=2, note=words("direct.note"))
+
+
+def similarity(found: Sequence[Similarity], words: Words) -> Table:
+    """How alike gradients are in length, by arm and pair."""
+    rows = [
+        [clean(x.arm), words.subject(x.subject), words.number(x.mean), words.span(x.low95, x.high95)] for x in found
+    ]
+    columns = [words(f"column.{name}") for name in ("arm", "subject", "mean", "ci95")]
+    return Table(words("similarity.title"), columns, rows, text=2, note=words("similarity.note"))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -40,6 +40,8 @@ def _question(context: Context, question: str) -> list[Block]:
     ]
     if any(answer.direct is not None for answer in answers):
         blocks.append(verdicts.direct(answers, words))
+    if question == "interference" and context.comparison.similarities:
+        blocks.append(verdicts.similarity(context.comparison.similarities, words))
     return blocks
 
 

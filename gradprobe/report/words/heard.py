@@ -123,9 +123,16 @@ FORMS: dict[str, dict[str, str]] = {
         "no self-check is in the file; {how}": "檔案中沒有自我檢查；請以這個版本重新記錄",
         "a task has cosine {one} with its own copy and {other} with its negative": "一個任務與自身副本的餘弦為 {one}，"
         "與其負值的餘弦為 {other}",
-        "{terms} are the same run made twice, and differ; train deterministically": "{terms} 是同一次執行做了兩遍，結"
-        "果卻不同；請以確定性方式訓練",
-        "{file} was made twice and is the same to the bit": "{file} 做了兩遍，逐位元相同",
+        "no run was made twice, so that it is not known how far the same training differs from itself; record the "
+        "baseline's first seed a second time, into a file such as {file} (gradprobe study does)": "沒有任何執行做過兩遍"
+        "，因此不知道同一次訓練重做時會相差多少；請將基準組的第一個種子再記錄一次，存成如 {file} 的檔案（`gradprobe "
+        "study` 會這麼做）",
+        "{terms} are the same run made twice, and equal to the bit": "{terms} 是同一次執行做了兩遍，逐位元相同",
+        "{terms} are the same run made twice, and not all of them give a number of what is judged here": "{terms} 是同"
+        "一次執行做了兩遍，但對此處判定的量，並非都有數值",
+        "{terms} are the same run made twice, and differ by {n} in what is judged here; {limit} is allowed, half the "
+        "margin: where it is more, train deterministically": "{terms} 是同一次執行做了兩遍，在此處判定的量上相差 {n}；"
+        "容許 {limit}，即容許差的一半；超過時，請以確定性方式訓練",
         "no run was made twice; the losses of the first step are equal to the bit": "沒有任何執行做過兩遍；第一步的損"
         "失逐位元相同",
         "{terms}: no run was made twice, and step 0 was not recorded in both": "{terms}：沒有任何執行做過兩遍，且並非"

@@ -346,6 +346,9 @@ MESSAGES: dict[str, str] = {
     "column.total": "總效應",
     "direct.title": "直接效應與總效應並列",
     "direct.note": "直接：在基準組自己的檢查點上，該組的權重會造成什麼（一階近似）。總：整個訓練的結果，如上圖。",
+    "similarity.title": "梯度大小的相似度",
+    "similarity.note": "兩個梯度長度 a、b（已扣除樣本雜訊，以整個區間計算）的 2ab / (a² + b²)：1 表示一樣長；接近零表示"
+    "其中一個淹沒另一個。任務權重不影響此值。",
     "levels.title": "{question}：各組的大小",
     "levels.note": "比較之前先問：有東西可降低嗎？標記：各種子平均；線：95 % 信賴區間；圓點：個別種子。",
     "levels.note_direction": "大於零表示梯度互相衝突。",
