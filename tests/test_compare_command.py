@@ -221,3 +221,12 @@ def test_an_empty_folder_and_a_file_in_two_arms(tmp_path, folder, capsys):
 @pytest.mark.parametrize(("text", "window"), [("", None), ("0:5", (0, 5)), ("100:900", (100, 900))])
 def test_windows(text, window):
     assert parse_window(text) == window
+
+
+def test_no_word_is_split_where_nobody_folds_the_table(folder, capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    _, out, _ = compare(capsys, folder)
+    assert "p (Holm, one-sided)" in out
+    monkeypatch.setenv("COLUMNS", "60")
+    _, narrow, _ = compare(capsys, folder)
+    assert "p (Holm, one-sided)" not in narrow

@@ -53,11 +53,12 @@ def advise(
 
 def _show(said: dict[str, Any], file: Path) -> None:
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from gradprobe.cli.console import stdout
+
+    console = stdout()
     several = len(said["pairs"]) > 1
     pair = "" if several else f" of {said['pairs'][0]['pair']}"
     title = escape(f"Cosines{pair}, the worst layers first (interval within this run)")

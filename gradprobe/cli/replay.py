@@ -61,9 +61,10 @@ def _notes(run: Any, names: list[str]) -> list[str]:
 
 
 def _show(rows: list[dict[str, Any]], notes: list[str], written: list[Path]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from gradprobe.cli.console import stdout
 
     columns = ("method", "task", "weight", "progress", "change to joint", "harmed", "step length")
     table = Table(title="Replay (medians over rows)", title_justify="left")
@@ -73,7 +74,7 @@ def _show(rows: list[dict[str, Any]], notes: list[str], written: list[Path]) -> 
         harmed = "-" if row["harmed"] is None else f"{100 * row['harmed']:.0f} %"
         medians = [_text(value) for value in (row["weight"], row["progress"], row["change"]["median"])]
         table.add_row(row["method"], escape(row["task"]), *medians, harmed, _text(row["length"]))
-    console = Console(highlight=False)
+    console = stdout()
     console.print(table)
     for text in (*notes, *map(str, written)):
         console.print(text, markup=False, soft_wrap=True)
