@@ -47,11 +47,27 @@ def test_a_short_form():
 
 
 def test_the_documented_tables_say_what_is_asked_for():
-    (attribution,) = look((ROOT / "docs" / "validity.md").read_text(encoding="utf-8"), slack=0.0)[:1]
+    attribution, *rest = look((ROOT / "docs" / "validity.md").read_text(encoding="utf-8"), slack=0.0)
     questions = ("direction", "interference", "dominance", "outcome")
     for planted, *cells in attribution:
         for question, cell in zip(questions, cells, strict=True):
             assert rate(cell) >= 0.87 if planted == question else rate(cell) <= 0.07
+    look_at_estimates(*rest)
+
+
+def look_at_estimates(covered, flipped, ledger):
+    for _, hits, _, naive, corrected in covered:
+        assert 0.92 <= rate(hits) <= 0.98
+        assert float(naive) > 10 * float(corrected)
+        assert float(corrected) < 0.1
+    for _, true, naive, found, _ in flipped:
+        assert float(naive) > 0.35
+        assert float(found) == pytest.approx(float(true), abs=0.05)
+    for _, apart, *residuals, correlation, slope, _ in ledger:
+        assert float(apart) <= 1e-6
+        assert all(rate(cell) <= 0.1 for cell in residuals)
+        assert float(correlation) >= 0.995
+        assert float(slope) == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.slow
@@ -59,3 +75,12 @@ def test_the_documented_tables_say_what_is_asked_for():
 def test_the_command_prints_the_documented_tables():
     printed, documented = tables(run()), tables((ROOT / "docs" / "validity.md").read_text(encoding="utf-8"))
     assert printed == documented[: len(printed)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_estimates_are_as_documented():
+    printed = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "estimates.py")], check=True, capture_output=True, text=True
+    ).stdout
+    look_at_estimates(*tables(printed))
