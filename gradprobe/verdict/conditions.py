@@ -14,6 +14,9 @@ from gradprobe.verdict.evidence import CONDITIONS, SHOULD_BE_EQUAL, Evidence
 NEEDED_FOR_PAIRS = ("data", "initial weights", "batches")
 """What files have to show before seeds are compared one by one."""
 
+GOES_BY = "comparison goes by"
+"""In each sentence on a rule that this comparison takes otherwise than planned."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -66,8 +69,10 @@ def _arm(name: str, runs: list[Evidence]) -> Group:
     for same in again:
         other = next((run for run in same[1:] if _what_it_is(run) != _what_it_is(same[0])), None)
         if other is not None:
+            both = f"{same[0].file} and {other.file}"
+            who = f"two files named {other.file}" if same[0].file == other.file else both
             raise UsageError(
-                f"{same[0].file} and {other.file} are both of arm {name!r} and seed {other.seed}, and have other "
+                f"{who} are both of arm {name!r} and seed {other.seed}, and have other "
                 f"settings. Name the arms apart: --arm {name}=GLOB --arm other=GLOB."
             )
     return Group(name, {seed: by_seed[seed][0] for seed in sorted(by_seed)}, again, ordered)
