@@ -226,6 +226,15 @@ def test_seeds_of_one_arm_alone_are_left_out_and_told():
     assert any("seeds [3] are in one of them only" in said for said in found.warnings)
 
 
+def test_values_that_differ_stand_in_the_order_of_the_names_before_them():
+    runs = [but(run, settings__epochs=6) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
+    assert compare(runs).refusals[0].startswith(
+        "arm-0.h5 and joint-0.h5 (seed 0) differ in budget (settings.epochs 6 and 3)."
+    )
+    free = compare(runs, Options(paired=False))
+    assert "arm and joint differ in budget (settings.epochs 6 and 3), and are compared all the same." in free.warnings
+
+
 def test_two_files_of_one_seed_with_other_settings_are_refused():
     runs = study({"joint": BASE, "arm": BASE})
     other = but(next(run for run in runs if run.file == "arm-1.h5"), settings__lr=0.5)
@@ -798,7 +807,7 @@ def test_a_lower_training_loss_is_named_and_changes_nothing():
 def test_an_arm_with_another_learning_rate_is_told():
     runs = [but(run, settings__lr=0.5) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
     found = compare(runs)
-    assert "arm differs from joint also in lr 0.01 and 0.5: a difference may come from that." in found.warnings
+    assert "arm differs from joint also in lr 0.5 and 0.01: a difference may come from that." in found.warnings
     assert not found.refusals
 
 

@@ -140,7 +140,7 @@ def refusal(baseline: Group, arm: Group, paired: bool | None) -> str:
         return f"{arm.name} and {baseline.name} have no seed in common; --unpaired compares them as independent runs."
     for seed in common:
         one, other = baseline.runs[seed], arm.runs[seed]
-        found = differences(one, other)
+        found = differences(other, one)  # in the order of their names in the sentence
         if found:
             return (
                 f"{other.file} and {one.file} (seed {seed}) differ in {'; '.join(found)}. A difference between them "
@@ -182,7 +182,7 @@ def cautions(baseline: Group, arm: Group, paired: bool | None) -> Iterator[str]:
     """What does not forbid a comparison, and has to be known."""
     pairs = [(baseline.runs[s], run) for s, run in arm.runs.items() if s in baseline.runs]
     if paired is False and pairs:
-        found = differences(*pairs[0])
+        found = differences(*pairs[0][::-1])
         if found:
             yield f"{arm.name} and {baseline.name} differ in {'; '.join(found)}, and are compared all the same."
     else:
@@ -192,7 +192,7 @@ def cautions(baseline: Group, arm: Group, paired: bool | None) -> Iterator[str]:
     if pairs:
         one, other = pairs[0]
         unequal = [
-            f"{name} {_short(one.setting[name])} and {_short(other.setting[name])}"
+            f"{name} {_short(other.setting[name])} and {_short(one.setting[name])}"
             for name in SHOULD_BE_EQUAL
             if name in one.setting and name in other.setting and not _equal(one.setting[name], other.setting[name])
         ]
