@@ -228,8 +228,10 @@ def test_seeds_of_one_arm_alone_are_left_out_and_told():
 
 def test_values_that_differ_stand_in_the_order_of_the_names_before_them():
     runs = [but(run, settings__epochs=6) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
-    assert compare(runs).refusals[0].startswith(
-        "arm-0.h5 and joint-0.h5 (seed 0) differ in budget (settings.epochs 6 and 3)."
+    assert (
+        compare(runs)
+        .refusals[0]
+        .startswith("arm-0.h5 and joint-0.h5 (seed 0) differ in budget (settings.epochs 6 and 3).")
     )
     free = compare(runs, Options(paired=False))
     assert "arm and joint differ in budget (settings.epochs 6 and 3), and are compared all the same." in free.warnings
