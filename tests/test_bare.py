@@ -67,6 +67,11 @@ def test_a_good_looking_table_is_as_inconclusive():
     assert not any("did not learn" in line or "partial" in line or "T^2" in line for line in found.misleading)
 
 
+def test_one_row_does_not_show_that_nothing_was_learned():
+    assert said("step,loss_a\n0,1").misleading == []
+    assert "its loss went from 1 to 1 (+0 %)" in said("step,loss_a\n0,1\n9,1").misleading[0]
+
+
 def test_weights_whose_sum_wanders_are_told():
     rows = "\n".join(f"{k},1,1,{1 + k},1" for k in range(5))
     found = said("step,loss_a,loss_b,weight_a,weight_b\n" + rows)

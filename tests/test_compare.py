@@ -91,7 +91,7 @@ def test_the_numbers_are_those_that_were_planted():
 def test_a_task_that_is_driven_backwards_is_told():
     found = compare(study({"joint": BASE.but(cancelled={"cls>det": 1.3, "det>cls": 0.2})}))
     level = next(x for x in found.levels if x.subject == "cls>det")
-    assert level.sentence.endswith("more than all of it: the task is driven backwards.")
+    assert level.sentence.endswith("more than all of it: on the shared layers the task is driven backwards.")
 
 
 def test_what_is_worse_than_the_baseline_is_listed():
@@ -226,10 +226,24 @@ def test_seeds_of_one_arm_alone_are_left_out_and_told():
     assert any("seeds [3] are in one of them only" in said for said in found.warnings)
 
 
+def test_values_that_differ_stand_in_the_order_of_the_names_before_them():
+    runs = [but(run, settings__epochs=6) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
+    assert (
+        compare(runs)
+        .refusals[0]
+        .startswith("arm-0.h5 and joint-0.h5 (seed 0) differ in budget (settings.epochs 6 and 3).")
+    )
+    free = compare(runs, Options(paired=False))
+    assert "arm and joint differ in budget (settings.epochs 6 and 3), and are compared all the same." in free.warnings
+
+
 def test_two_files_of_one_seed_with_other_settings_are_refused():
     runs = study({"joint": BASE, "arm": BASE})
-    with pytest.raises(UsageError, match="both of arm 'arm' and seed 1"):
-        compare([*runs, but(next(run for run in runs if run.file == "arm-1.h5"), settings__lr=0.5)])
+    other = but(next(run for run in runs if run.file == "arm-1.h5"), settings__lr=0.5)
+    with pytest.raises(UsageError, match=r"^two files named arm-1\.h5 are both of arm 'arm' and seed 1"):
+        compare([*runs, other])
+    with pytest.raises(UsageError, match=r"arm-1\.h5 and other\.h5 are both of arm 'arm' and seed 1"):
+        compare([*runs, replace(other, file="other.h5")])
 
 
 @pytest.mark.parametrize(
@@ -303,7 +317,7 @@ def test_every_gate_closes_on_one_bad_run_of_many(name, change):
 def test_a_ledger_on_a_fixed_probe_batch_needs_no_large_training_set():
     few = [but(run, data__train_images=20) for run in study({"joint": BASE, "arm": BASE})]
     assert answer(compare(few), "interference", "cls>det").verdict == UNDEFINED
-    for name in ("settings__ledger_ends", "ledger__ends"):
+    for name in ("settings__ledger_ends", "probe__ledger__ends"):
         found = compare([but(run, **{name: "probe"}) for run in few])
         assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
         assert found.levels[1].low95 > 0.4
@@ -327,6 +341,23 @@ def test_a_gradient_that_cannot_be_told_from_noise_leaves_direction_undefined():
     one = answer(found, "direction", "det|cls")
     assert one.verdict == UNDEFINED
     assert [gate.name for gate in one.gates if not gate.passed] == ["gradients resolved"]
+
+
+def test_a_gradient_that_cannot_be_told_from_noise_has_no_direct_effect():
+    def change(run):
+        noise = run.probed.noise.copy()
+        noise[..., 0, 0] = run.probed.gram[..., 0, 0]  # of det, in one of five runs of the baseline
+        return replace(run, probed=replace(run.probed, noise=noise))
+
+    runs = study({"joint": BASE, "arm": BASE.but(weight=(1.0, 3.0))})
+    sound, found = compare(runs), compare(spoil(runs, change, "joint-1.h5"))
+    into_det, into_cls = (answer(found, "interference", subject).direct for subject in ("cls>det", "det>cls"))
+    assert answer(sound, "interference", "cls>det").direct.effect > 0.3
+    assert np.isnan([into_det.effect, into_det.low95, into_det.high95]).all()
+    assert into_det.sentence == (
+        "At the baseline's checkpoints det's gradient cannot be told from noise: there is no direct effect."
+    )
+    assert into_cls.effect == answer(sound, "interference", "det>cls").direct.effect
 
 
 def twice(found, question="interference", subject="cls>det", arm="arm"):
@@ -778,7 +809,7 @@ def test_a_lower_training_loss_is_named_and_changes_nothing():
 def test_an_arm_with_another_learning_rate_is_told():
     runs = [but(run, settings__lr=0.5) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
     found = compare(runs)
-    assert "arm differs from joint also in lr 0.01 and 0.5: a difference may come from that." in found.warnings
+    assert "arm differs from joint also in lr 0.5 and 0.01: a difference may come from that." in found.warnings
     assert not found.refusals
 
 

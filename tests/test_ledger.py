@@ -256,6 +256,7 @@ def test_a_short_window_says_nothing():
     empty = window(a_ledger(), TASKS, start=100)
     assert np.isnan(empty.interference).all()
     assert not empty.passed(0)
+    assert [gate.sentence for gate in empty.gates[0]] == ["0 rows of the ledger count"]
 
 
 def test_the_standard_error_of_a_sum_of_correlated_rows():

@@ -16,6 +16,7 @@ from gradprobe.errors import ProbeError
 from gradprobe.ledger.windows import window
 from gradprobe.updates import ledger as module
 from gradprobe.updates.following import FOREIGN_GRADIENT, NO_GRADIENT
+from gradprobe.verdict import evidence
 
 
 def record(path, options, *, steps=None, measured_in_micro=True, **how):
@@ -110,6 +111,9 @@ def test_bursts_at_the_probe_batch_need_no_step_after(tmp_path):
         assert run["step"].tolist() == run.ledger["step"].tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
         assert run.provenance["probe.ledger.ends"] == "probe"
         assert run.provenance["probe.ledger.burst"] == 4
+    assert evidence.read(tmp_path / "run.h5").ledger_on_probe_batch
+    record(tmp_path / "batch.h5", Options(optimizer="sgd"), steps=8)
+    assert not evidence.read(tmp_path / "batch.h5").ledger_on_probe_batch
 
 
 def test_its_window_is_the_one_of_the_ordinary_loop(tmp_path):

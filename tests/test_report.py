@@ -24,14 +24,14 @@ from gradprobe import report
 from gradprobe.errors import MissingExtraError, RunFileError, UsageError
 from gradprobe.report import bins, convergence, heat, look, names, page, targets
 from gradprobe.report.chart import Chart, Notice, Panel, Table, inert, numbers
-from gradprobe.report.figures import dots, forest, heatmap, lines
+from gradprobe.report.figures import dots, forest, heatmap, levels, lines
 from gradprobe.report.figures import verdicts as shown
 from gradprobe.report.gather import ArmFiles, gather
 from gradprobe.report.look import Styles
 from gradprobe.report.material import Ledger, RunData
 from gradprobe.report.report import SECTIONS, build, write
 from gradprobe.report.report import html as make_html
-from gradprobe.report.sections import evidence, limits, outcome
+from gradprobe.report.sections import evidence, front, limits, outcome
 from gradprobe.report.sections import ledger as ledger_section
 from gradprobe.report.sections.common import Context
 from gradprobe.report.words import LANGUAGES, VERDICTS, Words, verdict_key
@@ -40,7 +40,7 @@ from gradprobe.rows import ProbeLoaderRow
 from gradprobe.runfile import Run, RunWriter
 from gradprobe.verdict import answers as verdicts
 from gradprobe.verdict import words as verdict_words
-from gradprobe.verdict.answers import INTERFERENCE, OUTCOME, Comparison, Direct
+from gradprobe.verdict.answers import INTERFERENCE, OUTCOME, Comparison, Direct, Level
 
 PACKAGE = Path(report.__file__).parent
 BIGGEST = 12_000_000
@@ -345,6 +345,30 @@ def test_bands_span_the_seeds(context):
     assert line["y"] == numbers(np.nanmean(one.values, axis=0)[known])
 
 
+def test_ticks_between_powers_of_ten_are_written_out(context):
+    one = lines.Series("joint", np.arange(3.0), np.array([[0.01, 0.3, 1.0]]))
+    y = lines.draw([one], context.styles, "x", "y")["layout"]["yaxis"]
+    assert (y["type"], y["dtick"], y["tickformat"]) == ("log", "D2", "~g")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.2, 0.6, "That is more than the margin: there is interference."),
+        (0.05, 0.6, "There is interference; whether it is more than the margin is open."),
+        (0.05, 0.09, "There is interference, and it is less than the margin."),
+        (-0.05, 0.6, "It cannot be told from none."),
+    ],
+)
+def test_the_front_says_how_much_interference_there_is_beside_the_margin_of_a_tenth(context, low, high, said):
+    mean = (low + high) / 2
+    level = Level(INTERFERENCE, "joint", "cls>det", "C", mean, low, high, [mean] * 3, range(3), "")
+    _, rest = front.headline(replace(context, comparison=replace(context.comparison, levels=[level])))
+    (sentence,) = (line for line in rest if "own progress" in line)
+    assert sentence.endswith(said)
+    assert "95\u00a0% interval" in sentence
+
+
 def test_the_heatmap_is_the_median_of_bins_and_seeds(study, material):
     arm = material.arms[1]
     per_seed = []
@@ -377,6 +401,13 @@ def test_a_forest_row_shows_both_intervals_the_effect_the_margin_and_every_seed(
     assert low < one.low95
     assert high > 0.1
     assert [a["text"] for a in figure["layout"]["annotations"]][1] == "REDUCED"
+
+
+def test_a_level_without_a_mean_shows_the_seeds_that_have_a_number():
+    level = Level(INTERFERENCE, "joint", "cls>det", "C", math.nan, math.nan, math.nan, [0.3, math.nan], [0, 1], "")
+    figure = forest.draw([levels.row(level, Styles(["joint"], "joint", []), Words())], Words(), "x")
+    (seeds,) = figure["data"]
+    assert seeds["x"] == [0.3]
 
 
 def test_seeds_of_an_outcome_lie_on_the_side_of_its_effect():

@@ -11,6 +11,7 @@ from pathlib import Path
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.verdict import bare as bare_table
 from gradprobe.verdict.answers import QUESTIONS, Answer, Comparison
+from gradprobe.verdict.conditions import GOES_BY
 from gradprobe.verdict.evidence import Evidence, read
 
 SHOWN_LAYERS = 8
@@ -154,6 +155,8 @@ def closing(found: Comparison) -> str:
     """What holds for all of it."""
     steps = f"steps {found.window[0]} to {found.window[1]}" if found.window else "all steps"
     planned = "fixed before the runs" if found.plan else "chosen now, and not before the runs"
+    if any(GOES_BY in line for line in found.disagreements):
+        planned += ", but for what is not as planned"
     how = "paired by seed" if found.paired else "as independent runs"
     return (
         f"Over {len(found.common_layers)} shared layers and {steps}, {how}. Margins, window and pairs were {planned}. "

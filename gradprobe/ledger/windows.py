@@ -195,7 +195,7 @@ def _gates(w: Window, index: int, task: str) -> list[Gate]:
     part = _over(residual, size)
     kind = "more than the rows' noise" if residual > RESOLVED * error else "no more than the rows' noise"
     earlier, own = _over(abs(w.term[index, -1]), size), _over(w.own[index], w.own_error[index])
-    return [
+    found = [
         Gate(
             "rows", len(w.rows) >= LEAST_ROWS, float(len(w.rows)), LEAST_ROWS, f"{len(w.rows)} rows of the ledger count"
         ),
@@ -221,6 +221,8 @@ def _gates(w: Window, index: int, task: str) -> list[Gate]:
             f"{task}'s own progress is {own:.1f} of its standard errors above 0",
         ),
     ]
+    # with too few rows there may be nothing to say of the others
+    return found if found[0].passed else [gate for gate in found if not math.isnan(gate.value)]
 
 
 def _over(a: float, b: float) -> float:

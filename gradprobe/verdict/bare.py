@@ -159,12 +159,12 @@ def _ends(table: Table, t: int, scaled: Scaled | None) -> dict[str, float]:
     if scaled is not None and scaled.is_sum:
         loss[scaled.rows] = scaled.corrected
     corrected = float(loss[there[-1]])
-    start = float(loss[there[0]])
+    start = float(loss[there[0]]) if len(there) > 1 else 0.0  # one row neither falls nor stays
     return {
         "first": first,
         "last": last,
         "last_corrected": corrected,
-        "fall": 1 - last / first if first else math.nan,
+        "fall": 1 - last / first if first and start else math.nan,
         "fall_corrected": 1 - corrected / start if start else math.nan,
     }
 
@@ -179,7 +179,7 @@ def _losses(ends: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
         )
     for task, end in ends.items():
         if end["fall"] < LEARNED:
-            change = -100 * end["fall"]
+            change = 0.0 - 100 * end["fall"]  # no -0 %
             yield (
                 f"{task} did not learn: its loss went from {end['first']:.4g} to {end['last']:.4g} ({change:+.0f} %). "
                 "What another task gained may be what this one lost."

@@ -14,6 +14,9 @@ from gradprobe.verdict.evidence import CONDITIONS, SHOULD_BE_EQUAL, Evidence
 NEEDED_FOR_PAIRS = ("data", "initial weights", "batches")
 """What files have to show before seeds are compared one by one."""
 
+GOES_BY = "comparison goes by"
+"""In each sentence on a rule that this comparison takes otherwise than planned."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -66,8 +69,10 @@ def _arm(name: str, runs: list[Evidence]) -> Group:
     for same in again:
         other = next((run for run in same[1:] if _what_it_is(run) != _what_it_is(same[0])), None)
         if other is not None:
+            both = f"{same[0].file} and {other.file}"
+            who = f"two files named {other.file}" if same[0].file == other.file else both
             raise UsageError(
-                f"{same[0].file} and {other.file} are both of arm {name!r} and seed {other.seed}, and have other "
+                f"{who} are both of arm {name!r} and seed {other.seed}, and have other "
                 f"settings. Name the arms apart: --arm {name}=GLOB --arm other=GLOB."
             )
     return Group(name, {seed: by_seed[seed][0] for seed in sorted(by_seed)}, again, ordered)
@@ -135,7 +140,7 @@ def refusal(baseline: Group, arm: Group, paired: bool | None) -> str:
         return f"{arm.name} and {baseline.name} have no seed in common; --unpaired compares them as independent runs."
     for seed in common:
         one, other = baseline.runs[seed], arm.runs[seed]
-        found = differences(one, other)
+        found = differences(other, one)  # in the order of their names in the sentence
         if found:
             return (
                 f"{other.file} and {one.file} (seed {seed}) differ in {'; '.join(found)}. A difference between them "
@@ -177,7 +182,7 @@ def cautions(baseline: Group, arm: Group, paired: bool | None) -> Iterator[str]:
     """What does not forbid a comparison, and has to be known."""
     pairs = [(baseline.runs[s], run) for s, run in arm.runs.items() if s in baseline.runs]
     if paired is False and pairs:
-        found = differences(*pairs[0])
+        found = differences(*pairs[0][::-1])
         if found:
             yield f"{arm.name} and {baseline.name} differ in {'; '.join(found)}, and are compared all the same."
     else:
@@ -187,7 +192,7 @@ def cautions(baseline: Group, arm: Group, paired: bool | None) -> Iterator[str]:
     if pairs:
         one, other = pairs[0]
         unequal = [
-            f"{name} {_short(one.setting[name])} and {_short(other.setting[name])}"
+            f"{name} {_short(other.setting[name])} and {_short(one.setting[name])}"
             for name in SHOULD_BE_EQUAL
             if name in one.setting and name in other.setting and not _equal(one.setting[name], other.setting[name])
         ]

@@ -148,7 +148,7 @@ class Evidence:
     def ledger_on_probe_batch(self) -> bool:
         """Whether the ledger values updates by the gradients of its fixed probe batch, and not by the training's."""
         said = self.provenance
-        return str(said.get("ledger.ends", said.get("settings.ledger_ends", ""))) == "probe"
+        return str(said.get("probe.ledger.ends", said.get("settings.ledger_ends", ""))) == "probe"
 
     def weights_at(self, steps: NDArray[np.int64]) -> Array:
         """(k, T) weights in force at these steps: of the newest row up to each, or of the first one."""

@@ -345,12 +345,18 @@ def _direct(s: Sides, pair: Pair, layers: Sequence[str]) -> Direct | None:
     if any(found is None for row in values for found in row):
         return None
     own, under = (np.array([float(row[k].mean) for row in values]) for k in (0, 1))  # type: ignore[union-attr]
-    contrast = paired(under - own)
+    apart = under - own
+    contrast = paired(apart if np.isfinite(apart).all() else np.full_like(apart, math.nan))
     low, high = contrast.interval()
     said = (
         f"At the baseline's checkpoints the weights of {s.arm} change what {pair.by} cancels of {pair.task}'s "
         f"first-order progress by {float(contrast.effect):+.3f}; the effect above is along each arm's own training."
     )
+    if not math.isfinite(float(contrast.effect)):
+        said = (
+            f"At the baseline's checkpoints {pair.task}'s gradient cannot be told from noise: "
+            "there is no direct effect."
+        )
     return Direct(float(contrast.effect), float(low), float(high), own.tolist(), under.tolist(), said)
 
 

@@ -141,7 +141,8 @@ def direct(baseline: Evidence, arm: Evidence, pair: Pair, layers: Sequence[str],
     """What an arm's weights would do at the baseline's own checkpoints: ``-sum w_j U_ij / sum w_i U_ii``.
 
     On the scale of C: above 0, ``by`` cancels progress of ``task``. With ``arm`` the baseline itself, that of its own
-    weights. None: nothing was recorded in micro-batches, or the arm has no weights.
+    weights. None: nothing was recorded in micro-batches, or the arm has no weights. NaN: the gradient of ``task``
+    cannot be told from noise, so that what is divided by may be 0.
     """
     rows = stream(baseline)
     if rows is None or not len(arm.step):
@@ -150,7 +151,9 @@ def direct(baseline: Evidence, arm: Evidence, pair: Pair, layers: Sequence[str],
     true = gram - noise
     weight = arm.weights_at(rows.step[chosen])
     own, other = (weight[:, arm.tasks.index(task)] for task in (pair.task, pair.by))
-    return pooled_ratio(-other * true[:, 0, 1], own * true[:, 0, 0])
+    resolved = estimate(baseline, layers, (pair.task, pair.by), span)
+    known = resolved is not None and bool(resolved.square_resolved[0])
+    return pooled_ratio(-other * true[:, 0, 1], own * true[:, 0, 0] if known else np.full(len(own), math.nan))
 
 
 def ledger(run: Evidence, layers: Sequence[str], span: Span = None) -> Window | None:

@@ -61,7 +61,7 @@ def of_level(level: Level, margin: float) -> str:
     if level.question == DOMINANCE:
         said = "where 1 over the number of tasks is even"
     elif level.question == INTERFERENCE and level.low95 > 1:
-        said = "more than all of it: the task is driven backwards"
+        said = "more than all of it: on the shared layers the task is driven backwards"
     elif level.low95 > margin:
         said = "above what matters"
     elif level.low95 > 0:

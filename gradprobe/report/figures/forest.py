@@ -61,6 +61,7 @@ def draw(rows: Sequence[Row], words: Words, x_title: str) -> Figure:
         notes += [_text(place, row.label, "left", "@ink"), _text(place, row.said, "right", row.colour)]
         if math.isfinite(row.mean):
             data += _row(place, row, words)
+        data += _seeds(place, row, words)
     y = axis(
         "",
         range=[len(shown) - 0.42, -0.5],
@@ -115,8 +116,8 @@ def _frame(place: int, row: Row) -> list[dict[str, Any]]:
 
 
 def _row(place: int, row: Row, words: Words) -> list[dict[str, Any]]:
-    """Interval at 95 % thin, at 90 % thick, the mean, and the seeds."""
-    common = {"type": "scatter", "legendgroup": row.group, "name": row.label}
+    """Interval at 95 % thin, at 90 % thick, and the mean."""
+    common = _common(row)
     drawn = []
     for low, high, width in ((row.low95, row.high95, 1.5), (row.low90, row.high90, 5)):
         if math.isfinite(low) and math.isfinite(high):
@@ -138,17 +139,26 @@ def _row(place: int, row: Row, words: Words) -> list[dict[str, Any]]:
             + "<extra></extra>",
         }
     )
-    seeds = thinned(np.array([value for value in row.seeds if math.isfinite(value)]))
-    if len(seeds):
-        drawn.append(
-            {
-                **common,
-                "mode": "markers",
-                "x": numbers(seeds),
-                "y": [place + 0.36] * len(seeds),
-                "customdata": [words.signed(value) for value in seeds],
-                "marker": {"color": "@soft/0.65", "size": 6},
-                "hovertemplate": words("forest.seed", value="%{customdata}") + "<extra></extra>",
-            }
-        )
     return drawn
+
+
+def _seeds(place: int, row: Row, words: Words) -> list[dict[str, Any]]:
+    """A dot for each seed that has a number, also where not all have one and there is no mean."""
+    seeds = thinned(np.array([value for value in row.seeds if math.isfinite(value)]))
+    if not len(seeds):
+        return []
+    return [
+        {
+            **_common(row),
+            "mode": "markers",
+            "x": numbers(seeds),
+            "y": [place + 0.36] * len(seeds),
+            "customdata": [words.signed(value) for value in seeds],
+            "marker": {"color": "@soft/0.65", "size": 6},
+            "hovertemplate": words("forest.seed", value="%{customdata}") + "<extra></extra>",
+        }
+    ]
+
+
+def _common(row: Row) -> dict[str, Any]:
+    return {"type": "scatter", "legendgroup": row.group, "name": row.label}

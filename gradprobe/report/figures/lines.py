@@ -97,8 +97,9 @@ def _scale(series: Sequence[Series], within: tuple[float, float] | None) -> dict
         return {"range": list(within)}
     known = np.concatenate([one.values[np.isfinite(one.values)] for one in series] or [np.zeros(0)])
     if known.size and known.min() > 0 and known.max() > WIDE * known.min():
-        wide = known.max() > 1000 * known.min()
-        return {"type": "log", **({"dtick": 1, "exponentformat": "power"} if wide else {"dtick": "D2"})}
+        if known.max() > 1000 * known.min():
+            return {"type": "log", "dtick": 1, "exponentformat": "power"}
+        return {"type": "log", "dtick": "D2", "tickformat": "~g"}  # else .5 is labelled 5
     return {"nticks": 6, **({"rangemode": "nonnegative"} if known.size and known.min() >= 0 else {})}
 
 

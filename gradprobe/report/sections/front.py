@@ -91,7 +91,7 @@ def _how_much(level: Level, margin: float) -> str:
     if level.low95 > margin:
         return "matters"
     if level.low95 > 0:
-        return "there"
+        return "small" if level.high95 < margin else "there"
     return "helps" if level.high95 < 0 else "open"
 
 

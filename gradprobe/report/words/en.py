@@ -386,9 +386,10 @@ MESSAGES: dict[str, str] = {
     "axis.level_interference": "C",
     "axis.level_dominance": "largest share",
     "axis.level_outcome": "gap to single tasks",
-    "headline.level": "In {arm}, {by} cancels {mean} times {task}'s own progress ({span}).",
+    "headline.level": "In {arm}, {by} cancels {mean} times {task}'s own progress (95\u00a0% interval {span}).",
     "headline.level_matters": "That is more than the margin: there is interference.",
     "headline.level_there": "There is interference; whether it is more than the margin is open.",
+    "headline.level_small": "There is interference, and it is less than the margin.",
     "headline.level_helps": "It is below 0: the other task helps.",
     "headline.level_open": "It cannot be told from none.",
 }

@@ -119,6 +119,8 @@ FORMS: dict[str, dict[str, str]] = {
         "At the baseline's checkpoints the weights of {arm} change what {by} cancels of {task}'s first-order "
         "progress by {n}; the effect above is along each arm's own training.": "在基準組的檢查點上，{arm} 的權重使 "
         "{by} 對 {task} 一階進展的抵銷改變 {n}；上面的效應則沿各組自己的訓練。",
+        "At the baseline's checkpoints {task}'s gradient cannot be told from noise: there is no direct effect.": "在基"
+        "準組的檢查點上，{task} 的梯度無法與雜訊區分：沒有直接效應。",
         # ---- gates
         "no self-check is in the file; {how}": "檔案中沒有自我檢查；請以這個版本重新記錄",
         "a task has cosine {one} with its own copy and {other} with its negative": "一個任務與自身副本的餘弦為 {one}，"

@@ -361,9 +361,10 @@ MESSAGES: dict[str, str] = {
     "axis.level_interference": "C",
     "axis.level_dominance": "最大份額",
     "axis.level_outcome": "與單任務的差距",
-    "headline.level": "在 {arm} 中，{by} 抵銷了 {task} 自身進展的 {mean} 倍（{span}）。",
+    "headline.level": "在 {arm} 中，{by} 抵銷了 {task} 自身進展的 {mean} 倍（95\u00a0% 信賴區間 {span}）。",
     "headline.level_matters": "這超過容許差：干擾存在。",
     "headline.level_there": "干擾存在；是否超過容許差，尚無定論。",
+    "headline.level_small": "干擾存在，但小於容許差。",
     "headline.level_helps": "此值小於零：另一個任務有所助益。",
     "headline.level_open": "與「沒有干擾」無法區分。",
 }
