@@ -158,8 +158,9 @@ def closing(found: Comparison) -> str:
     if any(GOES_BY in line for line in found.disagreements):
         planned += ", but for what is not as planned"
     how = "paired by seed" if found.paired else "as independent runs"
+    over = f"Over {len(found.common_layers)} shared layers and {steps}, {how}. " if found.answers else ""
     return (
-        f"Over {len(found.common_layers)} shared layers and {steps}, {how}. Margins, window and pairs were {planned}. "
+        f"{over}Margins, window and pairs were {planned}. "
         "Below 0 is a fall; intervals are of 95 %, over seeds. Training loss is no part of any verdict."
     )
 

@@ -90,6 +90,8 @@ def _final(context: Context, names: list[str]) -> list[Block]:
     note.append(
         words("metrics.on_both" if len(splits) > 1 else "metrics.on_test" if True in splits else "metrics.on_val")
     )
+    if material.controls:
+        note.append(words("metrics.controls"))
     if not material.targets:
         note.append(words("metrics.no_targets"))
     columns = [words(f"column.{n}") for n in ("metric", "split", "arm", "mean", "seeds_span", "target", "reached")]

@@ -270,6 +270,7 @@ MESSAGES: dict[str, str] = {
     "metrics.lead": "What the training came to, per task.",
     "metrics.final": "At the end",
     "metrics.note": "Large: mean over seeds; small: single seeds; dashed line: the target.",
+    "metrics.controls": "A task trained alone says nothing by the other tasks' metrics: it never trained their heads.",
     "metrics.on_test": "On the test split, with the last weights.",
     "metrics.on_val": "Of the last epoch on val: no common test split was recorded.",
     "metrics.on_both": "On the test split where every run has it, else of the last epoch on val.",
@@ -386,7 +387,8 @@ MESSAGES: dict[str, str] = {
     "axis.level_interference": "C",
     "axis.level_dominance": "largest share",
     "axis.level_outcome": "gap to single tasks",
-    "headline.level": "In {arm}, {by} cancels {mean} times {task}'s own progress (95\u00a0% interval {span}).",
+    "headline.level": "In {arm}, {by} is estimated to cancel {mean} times {task}'s own progress (95\u00a0% interval "
+    "{span}).",
     "headline.level_matters": "That is more than the margin: there is interference.",
     "headline.level_there": "There is interference; whether it is more than the margin is open.",
     "headline.level_small": "There is interference, and it is less than the margin.",
