@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 import gradprobe
@@ -28,6 +29,23 @@ WEIGHTS = {"a": 1.0, "b": 0.3, "c": 2.0}
 STEPS, BATCH = 5, 13  # which no number of processes divides
 WAYS = {"backward": {}, "record": {}, "low": {"memory": "low"}, "micro": {}}
 SIZES = {2: (6, 7), 3: (4, 4, 5)}
+
+
+SYNCHRONISED = ("backward", "record", "low")
+"""The ways in which a whole batch is normalised: each micro-batch would be by itself."""
+
+
+class SyncNorm(nn.Module):
+    """BatchNorm by the samples of all processes: torch's own, SyncBatchNorm, refuses tensors that are on a CPU."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        count = all_reduce(torch.tensor(float(len(x))))
+        apart = x - all_reduce(x.sum(0)) / count
+        return apart * (all_reduce(apart.square().sum(0)) / count + 1e-5).rsqrt() * self.weight + self.bias
 
 
 class Net(nn.Module):
@@ -48,9 +66,12 @@ class Net(nn.Module):
         return self.heads[0](two), self.heads[1](two), self.early(one)
 
 
-def make():
+def make(norm=None):
+    """``norm``: in the place of the frozen one."""
     torch.manual_seed(0)
-    return Net()
+    model = Net()
+    model.norm = norm or model.norm
+    return model
 
 
 def batch(step):
@@ -147,6 +168,9 @@ def main(folder, rank, size):
     processes = Several(torch.device("cpu"))
     for way in WAYS:
         recorded(DistributedDataParallel(make()), folder / f"{way}.h5", way, rank, size)
+    for way in SYNCHRONISED:
+        model = DistributedDataParallel(make(SyncNorm(16)))
+        recorded(model, folder / f"synchronised-{way}.h5", way, rank, size)
     out = {"agreed": processes.agreed({"a": float(rank), "b": 2.0}), "mean": processes.mean([rank, float("nan")])}
     out["balanced"] = balanced(DistributedDataParallel(make()), rank, size)
     if size == 2 and find_spec("yolov5"):

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from studies import InProcess
 
 from gradprobe import open_run
@@ -41,10 +42,19 @@ def start(*arguments, **options):
 def here(tmp_path_factory):
     """The study on this machine, as every other engine has to leave it; one core for each run, as on a small node."""
     out = tmp_path_factory.mktemp("local") / "study"
-    child = start(*STUDY, "--out", out, "--jobs", "2", env={**os.environ, "OMP_NUM_THREADS": "1"})
-    _, err = child.communicate(timeout=280)
-    assert child.returncode == 0, err
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    asked = Asked(out=out, trainers="joint,gradnorm-static,gradnorm", seeds="1", record=SMALL)
+    assert run(prepare(asked, check_extras=False), InProcess())
+    torch.set_num_threads(threads)
     return out
+
+
+def begin(there: Path, here: Path, *names: str) -> None:
+    """The folder of a study of which some runs are done."""
+    there.mkdir()
+    for name in ("plan.json", *(f"{name}.h5" for name in names)):
+        (there / name).write_bytes((here / name).read_bytes())
 
 
 def assert_equal_studies(one: Path, other: Path) -> None:
@@ -113,39 +123,35 @@ def sbatch(path: Path, cores: int) -> list[int]:
     codes = []
     for index in range(int(first), int(last) + 1):
         environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(index), "OMP_NUM_THREADS": str(cores)}
-        with Path(options["--output"].replace("%a", str(index))).open("a") as log:
+        parts = options["--output"].split("%%")  # which is a percent sign
+        with Path("%".join(part.replace("%a", str(index)) for part in parts)).open("a") as log:
             codes.append(subprocess.run(["bash", str(path)], env=environment, stdout=log, stderr=log).returncode)
     return codes
 
 
 def test_a_slurm_job_records_what_this_machine_records(here, tmp_path, monkeypatch, capsys):
+    """What is left of it: the first run is there."""
     monkeypatch.chdir(tmp_path)
-    ask = [*STUDY, "--out", "my study", "--engine", "slurm"]
+    begin(tmp_path / "my 5 % study", here, "joint-s0")
+    ask = [*STUDY, "--out", "my 5 % study", "--engine", "slurm", "--jobs", "2"]
     assert command(ask) == 0
     told = capsys.readouterr()
-    assert shlex.split(told.out.splitlines()[0]) == ["next:", "sbatch", "my study/slurm.sh"]
-    assert "4 of 4 runs are left" in told.err
-    script = tmp_path / "my study" / "slurm.sh"
-    assert sorted(path.name for path in script.parent.iterdir()) == ["logs", "plan.json", "slurm.sh"]
-    assert sbatch(script, 1) == [0] * 3  # gradnorm-static behind gradnorm, in one task
-    monkeypatch.setattr("gradprobe.study.runner.start", lambda *_: pytest.fail("nothing is left to run"))
-    assert command(ask) == 0
-    assert "identical, bit for bit" in capsys.readouterr().err
-    assert_equal_studies(here, tmp_path / "my study")
-
-
-def test_a_slurm_job_has_what_is_left_and_as_many_at_a_time_as_asked(here, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "s").mkdir()
-    for name in ("plan.json", "joint-s0.h5", "gradnorm-s0.h5"):
-        (tmp_path / "s" / name).write_bytes((here / name).read_bytes())
-    assert command([*STUDY, "--out", "s", "--engine", "slurm", "--jobs", "2"]) == 0
-    assert "2 of 4 runs are left" in capsys.readouterr().err
-    text = (tmp_path / "s" / "slurm.sh").read_text()
+    assert shlex.split(told.out.splitlines()[0]) == ["next:", "sbatch", "my 5 % study/slurm.sh"]
+    assert "3 of 4 runs are left" in told.err
+    script = tmp_path / "my 5 % study" / "slurm.sh"
+    assert sorted(path.name for path in script.parent.iterdir()) == ["joint-s0.h5", "logs", "plan.json", "slurm.sh"]
+    text = script.read_text()
     assert "#SBATCH --array=0-1%2\n" in text
     assert "--gres" not in text
     lines = text[text.index("RUNS=(") :].splitlines()[1:3]
-    assert lines == ["joint-s0-again", "gradnorm-static-s0"]
+    assert lines == ["gradnorm-s0,gradnorm-static-s0", "joint-s0-again"]  # made from one another: in one task
+    assert sbatch(script, 1) == [0, 0]
+    assert sorted(path.name for path in (script.parent / "logs").glob("slurm*")) == ["slurm-0.log", "slurm-1.log"]
+    monkeypatch.setattr("gradprobe.study.runner.start", lambda *_: pytest.fail("nothing is left to run"))
+    monkeypatch.setattr(ray_engine, "connect", lambda: pytest.fail("nothing is left to join a cluster for"))
+    assert command(ask) == command([*STUDY, "--out", "my 5 % study", "--engine", "ray"]) == 0
+    assert capsys.readouterr().err.count("identical, bit for bit") == 2
+    assert_equal_studies(here, script.parent)
 
 
 def test_runs_that_follow_each_other_are_one_task_and_gpus_are_asked_for():
@@ -192,19 +198,28 @@ def cluster():
 
 
 def test_a_ray_cluster_records_what_this_machine_records(here, cluster, tmp_path):
-    child = start(*STUDY, "--out", "s", "--engine", "ray", env=cluster, cwd=tmp_path)
+    """Where a run fails, no other is stopped, and the same command tries it again."""
+    begin(tmp_path / "a study", here, "joint-s0")
+    (tmp_path / "a study" / "gradnorm-s0.h5").mkdir()  # where a file belongs
+    ask = [*STUDY, "--out", "a study", "--engine", "ray"]
+    child = start(*ask, env=cluster, cwd=tmp_path)
+    _, err = child.communicate(timeout=280)
+    assert child.returncode == 1
+    assert "4 runs, 2 at a time" in err
+    assert "failed: gradnorm-s0.h5: exit code " in err
+    assert "identical, bit for bit" in err  # so the second run of joint-s0, after that, is there
+    (tmp_path / "a study" / "gradnorm-s0.h5").rmdir()
+    child = start(*ask, env=cluster, cwd=tmp_path)
     out, err = child.communicate(timeout=280)
     assert child.returncode == 0, err
-    assert "4 runs, 2 at a time" in err
-    assert "identical, bit for bit" in err
-    assert "gradprobe compare s/*.h5 --baseline joint" in out
-    assert_equal_studies(here, tmp_path / "s")
+    assert "gradprobe compare 'a study'/*.h5 --baseline joint" in out
+    assert_equal_studies(here, tmp_path / "a study")
 
 
 def test_stopping_a_study_on_ray_stops_its_runs_with_their_files_closed(cluster, tmp_path):
     fast = ["--no-ledger", "--micro-batches", "1", "--probe-every", "1000", "--every", "64"]
-    ask = ["study", "--trainers", "joint", "--seeds", "1", "--out", tmp_path / "s", "--engine", "ray"]
-    child = start(*ask, "--data", "dial:size=8192", "--epochs", "50", *fast, env=cluster)
+    ask = ["study", "--trainers", "joint", "--seeds", "1", "--out", tmp_path / "s", "--only", "joint-s0"]
+    child = start(*ask, "--engine", "ray", "--data", "dial:size=8192", "--epochs", "50", *fast, env=cluster)
     log = tmp_path / "s" / "logs" / "joint-s0.log"
     deadline = time.monotonic() + 150
     while folder.progress(log) == 0 and time.monotonic() < deadline:
@@ -220,23 +235,19 @@ def test_stopping_a_study_on_ray_stops_its_runs_with_their_files_closed(cluster,
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
 
 
-def test_a_run_that_fails_on_ray_stops_no_other_and_says_why(cluster, tmp_path):
-    ask = ["study", "--trainers", "joint", "--seeds", "1", "--out", "s", *SMALL]
-    assert start(*ask, "--dry-run", cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait(100) == 0
-    (tmp_path / "s" / "joint-s0.h5").mkdir()  # where a file belongs
-    child = start(*ask, "--engine", "ray", env=cluster, cwd=tmp_path)
-    _, err = child.communicate(timeout=280)
-    assert child.returncode == 1
-    assert "failed: joint-s0.h5: exit code " in err
-    assert folder.state(tmp_path / "s" / "joint-s0-again.h5") == "finished"
-
-
-def test_no_cluster_is_a_clear_error(tmp_path):
+def test_no_cluster_is_a_clear_error(tmp_path, monkeypatch, capsys):
     pytest.importorskip("ray")
-    child = start(*STUDY, "--out", tmp_path / "s", "--engine", "ray", env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"})
-    _, err = child.communicate(timeout=200)
-    assert child.returncode == 1
-    assert "RAY_ADDRESS=127.0.0.1:1: no cluster answers there" in err
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+        monkeypatch.setenv(name, "0")  # as the command does, but not for the tests behind this one
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert command([*STUDY, "--out", str(tmp_path / "s"), "--engine", "ray"]) == 1
+    assert "RAY_ADDRESS=127.0.0.1:1: no cluster answers there" in capsys.readouterr().err
+
+
+def test_without_ray_it_is_said_how_to_install_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert command([*STUDY, "--out", str(tmp_path / "s"), "--engine", "ray"]) == 2
+    assert "pip install 'gradprobe[ray]'" in capsys.readouterr().err
 
 
 def test_a_node_that_sees_another_folder_starts_nothing(tmp_path):
@@ -255,18 +266,23 @@ def test_a_node_that_sees_another_folder_starts_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("have", "gpus", "jobs", "runs", "cores"),
     [
-        ({"CPU": 8, "node:a": 1, "node:b": 1, "node:__internal_head__": 1}, 0, None, 8, 1),
-        ({"CPU": 8, "node:a": 1, "node:b": 1, "node:__internal_head__": 1}, 0, 2, 2, 4),
-        ({"CPU": 8, "node:a": 1, "node:b": 1, "node:__internal_head__": 1}, 0, 1, 1, 4),
-        ({"CPU": 16, "GPU": 4, "node:a": 1}, 2, None, 2, 8),
-        ({}, 0, None, 1, 1),
+        ([{"CPU": 4}, {"CPU": 4}], 0, None, 8, 1),
+        ([{"CPU": 4}, {"CPU": 4}], 0, 2, 2, 4),
+        ([{"CPU": 4}, {"CPU": 4}], 0, 1, 1, 4),  # a run is on one node
+        ([{"CPU": 4}, {"CPU": 12}], 0, 2, 2, 6),
+        ([{"CPU": 0}, {"CPU": 2}], 0, 9, 9, 1),
+        ([{"CPU": 16, "GPU": 4}], 2, None, 2, 8),
+        ([{"CPU": 64}, {"CPU": 4, "GPU": 1}], 1, None, 1, 4),  # where the GPU is
+        ([{"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 3}], 2, None, 2, 8),
+        ([{"CPU": 8, "GPU": 1}], 1, 4, 4, 8),  # one after the other
+        ([], 0, None, 1, 1),
     ],
 )
-def test_the_cluster_is_divided_among_runs(have, gpus, jobs, runs, cores):
+def test_the_nodes_are_divided_among_runs(have, gpus, jobs, runs, cores):
     assert ray_engine.at_a_time(have, gpus, jobs) == runs
-    assert ray_engine.cores_each(have, runs) == cores
+    assert ray_engine.cores_each(have, gpus, runs) == cores
 
 
-def test_gpus_that_are_not_there_are_refused():
-    with pytest.raises(UsageError, match="asks for 2 GPUs for each run; the cluster has 1"):
-        ray_engine.at_a_time({"GPU": 1.0}, 2, None)
+def test_gpus_that_no_node_has_are_refused():
+    with pytest.raises(UsageError, match="asks for 2 GPUs for each run; no node of the cluster has more than 1"):
+        ray_engine.at_a_time([{"CPU": 4, "GPU": 1.0}, {"CPU": 4, "GPU": 1.0}], 2, None)

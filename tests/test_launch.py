@@ -161,6 +161,7 @@ TWO = {"MASTER_ADDR": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RA
         ({"device": "0,1"}, TWO, 2),
         ({}, TWO, 2),
         ({"device": "0,1"}, {**TWO, "WORLD_SIZE": "4"}, 4),  # two machines
+        ({"device": "0"}, {**TWO, "LOCAL_WORLD_SIZE": "1"}, 2),  # two machines with one each
         ({"micro_batches": 4}, TWO, 2),
     ],
 )
@@ -176,6 +177,10 @@ def test_how_many_processes(flags, environment, count):
         ({"processes": 3}, {}, "--batch-size 16 is that of all 3 processes.*the next one is 18"),
         ({"processes": 2, "micro_batches": 3}, {}, "--micro-batches 3 are those of all 2 processes"),
         ({"processes": 2, "device": "mps"}, {}, "--device mps: 2 processes cannot share one"),
+        ({"processes": 2, "device": "0"}, {}, "--device 0: 2 processes need a GPU each, such as --device 0,1"),
+        ({"device": "0"}, TWO, "--device 0: 2 processes need a GPU each"),
+        ({"device": "1,1"}, {}, "--device 1,1: 2 processes need a GPU each"),
+        ({"device": "cpu,0"}, {}, "--device cpu,0: 2 processes need a GPU each"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(flags, environment, message):
@@ -191,7 +196,12 @@ def test_each_process_has_its_device():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [(["--processes", "3"], "--batch-size"), (["--processes", "-1"], "at least 1")]
+    ("words", "message"),
+    [
+        (["--processes", "3"], "--batch-size"),
+        (["--processes", "-1"], "at least 1"),
+        (["--device", "98,99"], "--device 98,99: torch finds"),
+    ],
 )
 def test_what_is_wrong_is_said_before_anything_is_started(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ import many_ranks
 import numpy as np
 import pytest
 import torch
-from many_ranks import BATCH, SIZES, STEPS, TASKS, WAYS
+from many_ranks import BATCH, SIZES, STEPS, SYNCHRONISED, TASKS, WAYS
 from zoo import naive_gramian
 
 import gradprobe
@@ -68,6 +68,19 @@ def test_processes_with_unequal_parts_record_what_one_does_with_all_samples(size
     assert many[2]["batch_size"].tolist() == [BATCH] * STEPS
     assert many[2]["status"].tolist() == [0] * STEPS
     assert many[2]["micro_batches"].tolist() == [size * (2 if way == "micro" else 1)] * STEPS
+
+
+@BOTH
+@pytest.mark.parametrize("way", SYNCHRONISED)
+def test_synchronised_batchnorm_makes_processes_record_what_one_does_with_all_samples(size, way, runs, tmp_path):
+    """Its backward communicates too, in every task's pass."""
+    model = many_ranks.make(torch.nn.BatchNorm1d(16))
+    many_ranks.recorded(model, tmp_path / "one.h5", way)
+    one, many = rows(tmp_path / "one.h5"), rows(runs[size] / f"synchronised-{way}.h5")
+    assert np.isfinite(one[0]).any(axis=(0, 2, 3)).tolist() == [True] * 3  # the norm's own parameters among them
+    assert apart(many[0], one[0], one[0]) < 1e-5
+    np.testing.assert_allclose(many[2]["loss"], one[2]["loss"], rtol=1e-5)
+    assert many[2]["status"].tolist() == [0] * STEPS
 
 
 def brute_force(size, way):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -18,7 +19,7 @@ from gradprobe import open_run
 from gradprobe.cli.app import run as command
 from gradprobe.cli.studying import Asked, prepare, run
 from gradprobe.errors import UsageError
-from gradprobe.runfile import RunWriter
+from gradprobe.runfile import RunWriter, live
 from gradprobe.runfile.check import check
 from gradprobe.study import folder, plan
 from gradprobe.study.agreement import SAME, differing
@@ -278,6 +279,30 @@ def test_a_run_that_says_it_is_done_and_is_not_has_failed(tmp_path):
             return ended
 
     assert not study(tmp_path / "s", launch=Liar(), trainers="joint", seeds="1")
+
+
+def test_a_run_that_another_study_began_a_moment_before_is_waited_for(tmp_path, capsys):
+    path = tmp_path / "s" / "joint-s0.h5"
+
+    class Slower(InProcess):
+        """The other one is done when the next run is started."""
+
+        def __call__(self, words, log):
+            ended = super().__call__(words, log)
+            if len(self.words) == 1:
+                ended.code = 3
+                live.lock_path(path).parent.mkdir()
+                self.lock = live.lock_path(path).open("w")
+                fcntl.flock(self.lock, fcntl.LOCK_EX)
+            else:
+                self.lock.close()
+            return ended
+
+    launch = Slower()
+    assert study(tmp_path / "s", launch=launch, trainers="joint", seeds="1"), capsys.readouterr().err
+    assert len(launch.words) == 2
+    results = json.loads((tmp_path / "s" / "results.json").read_text())
+    assert [run["state"] for run in results["runs"]] == ["there already", "done"]
 
 
 def test_arms_with_other_conditions_are_told(tmp_path, capsys):

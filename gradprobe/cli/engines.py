@@ -35,11 +35,13 @@ def local(asked: Asked, prepared: Prepared) -> bool:
 
 
 def on_ray(asked: Asked, prepared: Prepared) -> bool:
-    """Tasks on a Ray cluster, watched from here."""
+    """Tasks on a Ray cluster, watched from here; where none is left, none is joined."""
+    if not prepared.left:
+        return run(prepared)
     ray_engine.connect()
-    have = ray_engine.resources()
+    have = ray_engine.nodes()
     jobs = min(ray_engine.at_a_time(have, prepared.gpus, prepared.jobs), len(prepared.runs))
-    each = ray_engine.cores_each(have, jobs)
+    each = ray_engine.cores_each(have, prepared.gpus, jobs)
     launch = ray_engine.tasks(prepared.where.plan, each, prepared.gpus)
     return run(dataclasses.replace(prepared, jobs=jobs), launch)
 

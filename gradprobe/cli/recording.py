@@ -80,10 +80,11 @@ def record_run(request: Request) -> int:
     """
     # On two busy cores, threads that spin while they wait make a step seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from gradprobe.trainers.processes import is_first, started
+    from gradprobe.trainers.processes import check_there, is_first, started
 
     plan = make_plan(request)
     if plan.settings.processes > started():
+        check_there(plan.settings.device)
         return launch(request.arguments, plan.settings.processes)
     if is_first():
         _record(plan, make_display(plan.settings))

@@ -116,7 +116,7 @@ def prepare(asked: Asked, *, check_extras: bool = True) -> Prepared:
     for name, value in (("margin", asked.margin), ("outcome-margin", asked.outcome_margin)):
         if not 0 < value < math.inf:
             raise UsageError(f"--{name} {value}: must be a positive number.")
-    words = [*(preset.record if preset else ()), *asked.record]
+    words = [*(preset.record if preset else ()), *(word for word in asked.record if word != "--")]
     data = _request(words).flags["data"] or Settings.data
     tasks = kind_of(data).tasks
     trainers = asked.trainers if asked.trainers is not None else preset.trainers if preset else ""
@@ -156,7 +156,7 @@ def _request(words: Sequence[str], arm: Arm | None = None) -> Request:
         UsageError: A flag is the study's own to give.
         click.UsageError: There is no such flag.
     """
-    values = _parsed([word for word in words if word != "--"])
+    values = _parsed(words)
     own = [name for name in OURS if values.get(name) and not (arm and name == "task")]
     if own:
         flag = own[0].replace("_", "-")

@@ -64,36 +64,48 @@ def _reach(address: str) -> None:
         ) from None
 
 
-def resources() -> Mapping[str, float]:
-    """What the cluster has, as Ray names it: ``CPU``, ``GPU``."""
+Node = Mapping[str, float]
+"""What a node has, as Ray names it: ``CPU``, ``GPU``."""
+
+
+def nodes() -> list[Node]:
+    """Those of the cluster."""
     import ray
 
-    return dict(ray.cluster_resources())
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
-def at_a_time(have: Mapping[str, float], gpus: int, jobs: int | None) -> int:
+def at_a_time(have: Sequence[Node], gpus: int, jobs: int | None) -> int:
     """How many runs at a time: as asked, or one on each core, or on as many GPUs as a run takes.
 
     Args:
-        have: What the cluster has.
+        have: What each node has.
         gpus: That a run takes.
         jobs: What was asked for.
 
     Raises:
-        UsageError: A run takes more GPUs than there are.
+        UsageError: A run takes more GPUs than any node has.
     """
-    if gpus > have.get("GPU", 0):
+    most = max((node.get("GPU", 0) for node in have), default=0)
+    if gpus > most:
         raise UsageError(
-            f"--device asks for {gpus} GPUs for each run; the cluster has {have.get('GPU', 0):g}. Use --device cpu."
+            f"--device asks for {gpus} GPUs for each run; no node of the cluster has more than {most:g}. "
+            "Use --device cpu."
         )
-    return jobs or max(1, int(have["GPU"] // gpus if gpus else have.get("CPU", 1)))
+    return jobs or max(1, _room(have, 1, gpus))
 
 
-def cores_each(have: Mapping[str, float], jobs: int) -> int:
-    """Cores of a run: those of the cluster divided among the runs at a time, and no more than a node has on average."""
-    nodes = sum(name.startswith("node:") and not name.startswith("node:__") for name in have)
-    total = have.get("CPU", 1)
-    return max(1, int(min(total / jobs, total / max(1, nodes))))
+def cores_each(have: Sequence[Node], gpus: int, jobs: int) -> int:
+    """Cores of a run: as many as let the nodes hold so many runs at a time, each run on one node; at least 1."""
+    jobs = max(1, min(jobs, _room(have, 1, gpus)))  # more than that wait for their turn
+    most = int(sum(node.get("CPU", 0) for node in have)) // jobs
+    return next((cores for cores in range(most, 1, -1) if _room(have, cores, gpus) >= jobs), 1)
+
+
+def _room(have: Sequence[Node], cores: int, gpus: int) -> int:
+    """How many runs of so many cores and GPUs the nodes hold."""
+    wanted = {"CPU": cores, **({"GPU": gpus} if gpus else {})}
+    return int(sum(min(node.get(name, 0) // each for name, each in wanted.items()) for node in have))
 
 
 class Task:

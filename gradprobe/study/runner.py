@@ -132,10 +132,13 @@ class Study:
                 watcher.ended(entry)
 
     def _settle(self, entry: Entry, code: int) -> None:
-        if code == UNREADABLE and not entry.anew and folder.state(self.where.run(entry.run)) in (BEGUN, RESUMABLE):
+        state = folder.state(self.where.run(entry.run))
+        if code == UNREADABLE and not entry.anew and state in (BEGUN, RESUMABLE):
             entry.state, entry.anew = WAITING, True  # its checkpoint is of no use
-        elif code == 0 and folder.state(self.where.run(entry.run)) == FINISHED:
+        elif code == 0 and state == FINISHED:
             entry.state = DONE
+        elif state == RECORDING or (code == UNREADABLE and state == FINISHED):
+            entry.state, entry.anew = WAITING, False  # another study was faster, or only what started it was killed
         else:
             entry.state, entry.reason = FAILED, f"exit code {code}; {_last_line(self.where, entry.run)}"
 

@@ -68,7 +68,7 @@ def script(
         limit=f"%{jobs}" if jobs else "",
         cores=cores,
         gpus=f"#SBATCH --gres=gpu:{gpus}\n" if gpus else "",
-        logs=shlex.quote(str(where / "logs")),
+        logs=shlex.quote(str(where / "logs").replace("%", "%%")),  # a percent sign there begins %a, %j, ...
         here=shlex.quote(str(here)),
         script=shlex.quote(str(out / NAME)),
         runs="\n".join(shlex.quote(",".join(run.name for run in chain)) for chain in lines),

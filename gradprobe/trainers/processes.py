@@ -155,6 +155,7 @@ def counted(settings: Settings, environment: Mapping[str, str] = os.environ) -> 
         raise UsageError(f"--device mps: {count} processes cannot share one; take --device cpu, or one process.")
     if devices > 1 and devices != (here if running > 1 else count):
         raise UsageError(f"--device {settings.device} names {devices} devices for {count} processes: one for each.")
+    _check_devices(settings.device, here if running > 1 else count)
     if settings.batch_size % count:
         raise UsageError(
             f"--batch-size {settings.batch_size} is that of all {count} processes together, and no multiple of "
@@ -166,6 +167,31 @@ def counted(settings: Settings, environment: Mapping[str, str] = os.environ) -> 
             f"{count}; each process's part of a batch is one already."
         )
     return replace(settings, processes=count)
+
+
+def _check_devices(device: str, here: int) -> None:
+    """Whether so many processes of one machine can train together on what ``--device`` names."""
+    names = [name.strip() for name in device.split(",")]
+    accelerators = [name for name in names if name != "cpu"]
+    if here > 1 and accelerators and len(set(accelerators)) < here:
+        raise UsageError(
+            f"--device {device}: {here} processes need a GPU each, such as --device "
+            f"{','.join(map(str, range(here)))}; or all of them --device cpu."
+        )
+
+
+def check_there(device: str) -> None:
+    """Find out before processes are started whether this machine has the GPUs; counting them takes no memory on any.
+
+    Raises:
+        UsageError: It has fewer than ``--device`` names.
+    """
+    count = torch.cuda.device_count()
+    if any(name.strip().isdecimal() and int(name) >= count for name in device.split(",")):
+        raise UsageError(
+            f"--device {device}: torch finds {count} GPUs on this machine. On any machine: --device cpu, with "
+            "--processes for several."
+        )
 
 
 def own_device(device: str, environment: Mapping[str, str] = os.environ) -> str:
