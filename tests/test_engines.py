@@ -167,6 +167,19 @@ def test_runs_that_follow_each_other_are_one_task_and_gpus_are_asked_for():
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [({}, "4 4"), ({"SLURM_CPUS_PER_TASK": "2"}, "2 2"), ({"SLURM_CPUS_PER_TASK": "2", "OMP_NUM_THREADS": "1"}, "1 2")],
+)
+def test_a_task_has_the_threads_of_its_cores_unless_the_user_says_otherwise(environment, threads):
+    runs = make_runs(make_arms(["joint"], [], ("a", "b")), (0,), make_arms(["joint"], [], ("a", "b"))[0])
+    show = ["bash", "-c", 'echo "$OMP_NUM_THREADS $OPENBLAS_NUM_THREADS"']
+    there = {"out": Path("out"), "here": Path("/"), "cores": 4, "gpus": 0, "jobs": None}
+    text = slurm.script(runs, show, [], **there)
+    bare = {"PATH": os.environ["PATH"], **environment}
+    assert subprocess.run(["bash"], input=text, text=True, env=bare, capture_output=True).stdout.strip() == threads
+
+
 def test_the_command_in_the_job_fixes_the_same_plan(tmp_path):
     asked = Asked(
         out=tmp_path / "s",

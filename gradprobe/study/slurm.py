@@ -22,6 +22,10 @@ TEMPLATE = """\
 # Each task records the runs of one line, or goes on with them: after a lost node or the time limit submit this again.
 # What else the cluster wants is said to sbatch: sbatch --time=8:00:00 --partition=long {script}
 cd {here} || exit
+for name in OMP MKL OPENBLAS; do # a cluster need not hold a task to the cores that it asked for
+    threads=${{name}}_NUM_THREADS
+    export "$threads=${{!threads:-${{SLURM_CPUS_PER_TASK:-{cores}}}}}"
+done
 RUNS=(
 {runs}
 )
