@@ -357,7 +357,10 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     first = tmp_path / "s" / "joint-s0.h5"
     before = first.stat().st_mtime_ns
     assert folder.state(first) == "finished"
-    assert folder.state(tmp_path / "s" / "joint-s0-again.h5") == "resumable"
+    second, deadline = tmp_path / "s" / "joint-s0-again.h5", time.monotonic() + 60
+    while folder.state(second) == "recording" and time.monotonic() < deadline:  # killed, and not yet gone
+        time.sleep(0.05)
+    assert folder.state(second) == "resumable"
     launch = InProcess()
     asked = Asked(
         trainers="joint",
