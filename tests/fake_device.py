@@ -6,6 +6,7 @@ Run by itself, it trains a small model on it with a probe and prints what each s
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections import Counter
@@ -218,4 +219,5 @@ if __name__ == "__main__":
         found["caught"] = caught()
         for name, options in json.loads(sys.argv[1]).items():
             found[name] = train(options)
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # torch's thread for such a device is never joined, and at times ends the process with an abort
