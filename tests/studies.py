@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 from gradprobe.cli.app import run as command
 from gradprobe.cli.studying import Asked, prepare, run
+from gradprobe.study import folder
 
 
 class Ended:
@@ -49,3 +51,12 @@ def study(out: Path, *, launch=None, record=(), **asked) -> bool:
     """Run one; the trainings are short unless ``record`` says otherwise."""
     flags = ["--data", "dial:size=32", "--epochs", "1", "--every", "1", *record]
     return run(prepare(Asked(out=out, record=flags, **asked), check_extras=False), launch or InProcess())
+
+
+def wait_for_an_epoch(child, log: Path) -> None:
+    """Until the run that says so in ``log`` has a whole epoch; ``child`` is the study, which must go on."""
+    deadline = time.monotonic() + 200
+    while folder.progress(log) == 0 and time.monotonic() < deadline:
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.05)
+    assert time.monotonic() < deadline, log.read_text()

@@ -9,12 +9,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from studies import InProcess
+from studies import InProcess, wait_for_an_epoch
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
@@ -190,7 +189,7 @@ def test_the_command_in_the_job_fixes_the_same_plan(tmp_path):
         pairs="a>b",
         margin=0.3,
         outcome_margin=1e-3,
-        record=["--", *SMALL],
+        record=SMALL,
     )
     prepare(asked, check_extras=False)
     again = [*words(asked), "--dry-run", "--", *SMALL]
@@ -234,11 +233,7 @@ def test_stopping_a_study_on_ray_stops_its_runs_with_their_files_closed(cluster,
     ask = ["study", "--trainers", "joint", "--seeds", "1", "--out", tmp_path / "s", "--only", "joint-s0"]
     child = start(*ask, "--engine", "ray", "--data", "dial:size=8192", "--epochs", "50", *fast, env=cluster)
     log = tmp_path / "s" / "logs" / "joint-s0.log"
-    deadline = time.monotonic() + 150
-    while folder.progress(log) == 0 and time.monotonic() < deadline:
-        assert child.poll() is None, child.communicate()
-        time.sleep(0.05)
-    assert time.monotonic() < deadline, log.read_text()
+    wait_for_an_epoch(child, log)
     child.send_signal(signal.SIGTERM)
     _, err = child.communicate(timeout=100)
     assert child.returncode == 130, err

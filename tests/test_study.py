@@ -13,7 +13,7 @@ import time
 
 import pytest
 from run_factory import make_header, make_rows
-from studies import InProcess, study
+from studies import InProcess, study, wait_for_an_epoch
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
@@ -411,11 +411,7 @@ def test_stopping_a_study_stops_its_runs_with_their_files_closed(tmp_path):
     words = ["study", "--trainers", "joint", "--seeds", "1", "--out", tmp_path / "s", *FAST]
     child = gradprobe(*words, "--data", "dial:size=8192", "--epochs", "50", start_new_session=True)
     log = tmp_path / "s" / "logs" / "joint-s0.log"
-    deadline = time.monotonic() + 150
-    while folder.progress(log) == 0 and time.monotonic() < deadline:
-        assert child.poll() is None, child.communicate()
-        time.sleep(0.05)
-    assert time.monotonic() < deadline, log.read_text()
+    wait_for_an_epoch(child, log)
     child.send_signal(signal.SIGTERM)  # to the study alone
     child.communicate(timeout=100)
     assert child.returncode == 130

@@ -55,7 +55,7 @@ def by_slurm(asked: Asked, prepared: Prepared) -> bool:
     text = slurm.script(
         prepared.left,
         [sys.executable, "-m", "gradprobe", *words(asked)],
-        [word for word in asked.record if word != "--"],
+        asked.record,
         out=where,
         here=Path.cwd(),
         cores=cores_each(prepared.jobs or cores()),

@@ -62,7 +62,7 @@ def study(
         margin=margin,
         outcome_margin=outcome_margin,
         only=only,
-        record=list(context.args),
+        record=[word for word in context.args if word != "--"],
     )
     prepared = prepare(asked, check_extras=not dry_run)
     if dry_run:

@@ -116,7 +116,7 @@ def prepare(asked: Asked, *, check_extras: bool = True) -> Prepared:
     for name, value in (("margin", asked.margin), ("outcome-margin", asked.outcome_margin)):
         if not 0 < value < math.inf:
             raise UsageError(f"--{name} {value}: must be a positive number.")
-    words = [*(preset.record if preset else ()), *(word for word in asked.record if word != "--")]
+    words = [*(preset.record if preset else ()), *asked.record]
     data = _request(words).flags["data"] or Settings.data
     tasks = kind_of(data).tasks
     trainers = asked.trainers if asked.trainers is not None else preset.trainers if preset else ""
@@ -133,7 +133,7 @@ def prepare(asked: Asked, *, check_extras: bool = True) -> Prepared:
     chosen = choose(runs, asked.only)
     where = Folder(asked.out)
     plan.write(where.path, fixed)
-    notes = () if len(seeds) >= 3 else (f"{len(seeds)} seeds give a description and no verdict; take 3 or more.",)
+    notes = () if len(seeds) >= 3 else ("fewer than 3 seeds give a description and no verdict; take 3 or more.",)
     gpus = max(_gpus(each.device) for each in settings.values())
     return Prepared(where, fixed, chosen, common, asked.jobs, gpus, not asked.only, notes)
 
