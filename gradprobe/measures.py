@@ -225,13 +225,59 @@ def progress(gram: ArrayLike, weight: ArrayLike) -> Array:
     return result
 
 
+def reached(norms: ArrayLike, before: ArrayLike | None = None) -> NDArray[np.bool_]:
+    """Which task has had a gradient other than 0 on which layer, up to each row.
+
+    The graph alone does not tell: losses that come out of one vector, a compiled region, or a sum of zeros lead it to
+    layers on which a task's gradient is exactly 0.
+
+    Args:
+        norms: (n, L, T) of the rows in order; NaN: there is no gradient.
+        before: (L, T) bool, of rows before these.
+
+    Returns:
+        (n, L, T) bool.
+    """
+    found = np.asarray(norms, dtype=np.float64) > 0
+    if before is not None and len(found):
+        found[0] |= np.asarray(before, dtype=bool)
+    result: NDArray[np.bool_] = np.logical_or.accumulate(found, axis=0)
+    return result
+
+
+def counted(
+    norms: ArrayLike, before: ArrayLike | None = None, unknown: ArrayLike | None = None
+) -> NDArray[np.bool_]:
+    """Whose gradient counts on which layer in sums over the shared layers of each row.
+
+    A layer is shared where two tasks have had a gradient other than 0, up to the row. A task that has had none anywhere
+    tells nothing of what it reaches: its gradients of 0 count wherever it has some.
+
+    Args:
+        norms, before: As for :func:`reached`.
+        unknown: (n,) bool: rows in which NaN may be a gradient that is not finite, so that sums are not known. In others
+            NaN says that the task does not reach the layer at that row, and the sum is over what it does reach.
+
+    Returns:
+        (n, L, T) bool, for :func:`over_layers`.
+    """
+    norms = np.asarray(norms, dtype=np.float64)
+    there = ~np.isnan(norms)
+    seen = reached(norms, before)
+    seen = np.where(seen.any(axis=1, keepdims=True), seen, there)
+    shared = seen.sum(axis=-1, keepdims=True) >= 2
+    defined = there if unknown is None else there | np.asarray(unknown, dtype=bool)[:, None, None]
+    result: NDArray[np.bool_] = seen & shared & defined
+    return result
+
+
 def over_layers(gram: ArrayLike, reach: ArrayLike) -> tuple[Array, Array]:
     """Norms and cosines over a group of layers together, as if their parameters were one vector.
 
     Args:
         gram: (..., L, T, T).
-        reach: (L, T) bool, which task reaches which layer by the graph. A task's norm is taken over the
-            layers it reaches, a pair's cosine over those that both reach.
+        reach: (L, T) or (..., L, T) bool, whose gradient counts on which layer: of rows, from :func:`counted`. A task's
+            norm is taken over the layers it reaches, a pair's cosine over those that both reach.
 
     Returns:
         (..., T) norms and (..., P) cosines. A reached layer whose entry is NaN makes the sum NaN: a group is
@@ -239,9 +285,9 @@ def over_layers(gram: ArrayLike, reach: ArrayLike) -> tuple[Array, Array]:
     """
     gram = np.asarray(gram, dtype=np.float64)
     reach = np.asarray(reach, dtype=bool)
-    first, second = pair_index(reach.shape[1])
+    first, second = pair_index(reach.shape[-1])
     square = _masked_sum(_diagonal(gram), reach)
-    both = reach[:, first] & reach[:, second]
+    both = reach[..., first] & reach[..., second]
     inner = _masked_sum(gram[..., first, second], both)
     with np.errstate(invalid="ignore", divide="ignore"):
         length = np.sqrt(_masked_sum(gram[..., first, first], both)) * np.sqrt(
@@ -255,14 +301,14 @@ def over_all(gram: ArrayLike, reach: ArrayLike) -> Array:
 
     Args:
         gram: (..., L, T, T).
-        reach: (L, T) bool, which task reaches which layer by the graph.
+        reach: (L, T) or (..., L, T) bool, whose gradient counts on which layer.
 
     Returns:
         (..., T, T). A layer that a task does not reach adds nothing to its entries; a reached one whose entry is NaN
         makes the sum NaN.
     """
     reach = np.asarray(reach, dtype=bool)
-    both = reach[:, :, None] & reach[:, None, :]
+    both = reach[..., :, None] & reach[..., None, :]
     total: Array = np.where(both, np.asarray(gram, dtype=np.float64), 0.0).sum(axis=-3)
     return total
 
@@ -292,7 +338,7 @@ def _diagonal(gram: ArrayLike) -> Array:
 def _masked_sum(values: Array, mask: NDArray[np.bool_]) -> Array:
     """Sum over the layer axis (the last but one) of ``values`` where ``mask``; NaN where the mask is empty."""
     total = np.where(mask, values, 0.0).sum(axis=-2)
-    return np.where(mask.any(axis=0), total, np.nan)
+    return np.where(mask.any(axis=-2), total, np.nan)
 
 
 def match_norm(gram: ArrayLike, weight: ArrayLike, reference: ArrayLike) -> Array:

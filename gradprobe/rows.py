@@ -20,6 +20,20 @@ NONFINITE_GRADIENT = "a task's gradient is not finite"
 OVERFLOWED = "a gradient overflowed under the loss scale: the step is left out"
 NONFINITE_LOSS = "a task's loss is not finite"
 MISSING_GRADIENT = "a task does not reach a layer that it reached at first"
+"""Of files of earlier versions: such a row is measured now, over the layers that it has."""
+
+UNKNOWN_GRADIENT = (NONFINITE_GRADIENT, OVERFLOWED, NONFINITE_LOSS)
+"""In rows of such a status NaN may be a gradient that is not finite; in others it says that there is none."""
+
+
+def absent(tasks: Sequence[str]) -> str:
+    """The status of a row of a step from which some tasks are absent: what they share with others is not measured.
+
+    >>> absent(["cls"])
+    'absent at this step: cls'
+    """
+    return f"absent at this step: {', '.join(tasks)}"
+
 
 EARLIER_SOURCES = ("weight decay", "earlier momentum")
 """What an update comes from beside the tasks, in the order of the columns of a ledger."""
@@ -70,7 +84,9 @@ class Header:
         tasks: (T,) names.
         layers: (L,) names, in the order in which the forward runs them. Empty: the tasks share nothing.
         layer_size: (L,) numbers of parameters.
-        reach: (L, T) bool: which task's graph reaches which layer.
+        reach: (L, T) bool: which task has had a gradient other than 0 on which layer so far; of a task that has had
+            none at all, which its graph reaches. A layer with fewer than two is shared by the graph alone, and is left
+            out of every sum over shared layers.
         provenance: Where the run comes from.
         features: None until, or unless, features are measured; they are announced by ``start_features``.
         updates: Whether there are rows on what the optimizer made of the gradients; announced by ``start_updates``.
@@ -103,7 +119,8 @@ class Row:
         time: Seconds since the start.
         loss: (T,) unweighted losses.
         weight: (T,) weights in force at this step.
-        gram: (L, T, T) float64; NaN where a task does not reach a layer or its gradient is not finite.
+        gram: (L, T, T) float64; NaN where a task does not reach a layer or its gradient is not finite. L may have grown
+            since the first row, see :class:`GrowingSink`.
         lr: Learning rate of the optimizer's first group; NaN where the probe knows no optimizer.
         overhead: Seconds spent on measuring this row.
         batch_size: Samples in the batch; 0 where the probe was not told.
@@ -111,6 +128,8 @@ class Row:
         gram_noise: (L, T, T) float64: the noise part of ``gram``, see :func:`gradprobe.statistics.noise_part`; NaN
             where it is not known. None: the run is not measured in micro-batches.
         micro_batches: In how many the step was measured, over all processes; 1: as a whole.
+        reach: (L, T) bool: whose gradient counts on which layer in sums over the shared layers of this row, see
+            :func:`gradprobe.measures.counted`. None: as in the header.
     """
 
     step: int
@@ -125,10 +144,11 @@ class Row:
     status: str = MEASURED
     gram_noise: Array | None = None
     micro_batches: int = 1
+    reach: NDArray[np.bool_] | None = None
 
     def shared(self, reach: NDArray[np.bool_]) -> tuple[Array, Array]:
-        """Norms (T,) and pair cosines (P,) over all shared layers together."""
-        return over_layers(self.gram, reach)
+        """Norms (T,) and pair cosines (P,) over all shared layers together; ``reach`` of the header, (L, T)."""
+        return over_layers(self.gram, reach if self.reach is None else self.reach)
 
 
 @dataclass(frozen=True)
@@ -310,6 +330,19 @@ class Sink(Protocol):
 
     def close(self, end: str) -> None:
         """Called once, last. ``end`` says how the run ended: "finished", "interrupted", "failed: ..."."""
+
+
+@runtime_checkable
+class GrowingSink(Protocol):
+    """What a :class:`Sink` has besides, where it takes layers that are found to be shared after the start.
+
+    Others get rows of the layers that they were started with.
+    """
+
+    def grow(self, header: Header) -> None:
+        """Called before the first row that needs it: layers were added at the end, a layer has got more parameters, or
+        ``reach`` is known better.
+        """
 
 
 @runtime_checkable
