@@ -35,7 +35,7 @@ def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter], outputs: OutputGra
     wanted = [i for i, p in enumerate(parameters) if p.requires_grad and i not in skipped]
     edges = outputs.edges
     result: Gradients = [None] * len(parameters)
-    if not wanted and not edges:
+    if not (wanted or edges) or not loss.requires_grad:  # a task that is absent
         return result
     targets = (
         [parameters[i] for i in wanted]
