@@ -120,7 +120,9 @@ class Listener:
             handle.remove()
 
     def _hook(self, index: int) -> Callable[[Tensor], Tensor | None]:
-        def hook(gradient: Tensor) -> Tensor | None:
+        def hook(gradient: Tensor | None) -> Tensor | None:
+            if gradient is None:  # undefined: the task does not reach the parameter, whatever the graph says
+                return None
             started = time.perf_counter()
             try:
                 self._take(index, gradient)
