@@ -12,12 +12,14 @@ import pytest
 import torch
 import two_ranks
 from two_ranks import BATCH, STEPS, TASKS, WAYS
+from zoo import Collector
 
 import gradprobe
 from gradprobe import measures
 from gradprobe.errors import ProbeError
 from gradprobe.probes import GradientProbe
 from gradprobe.probes.ranks import Alone, Ranks
+from gradprobe.rows import MEASURED, absent
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
@@ -151,10 +153,39 @@ def test_the_first_process_decides_which_steps_a_budget_allows(results):
     assert 2 <= len(results[0]["budget"]) < 60
 
 
-def test_processes_that_share_different_layers_are_told(results):
-    for rank in range(2):
-        assert "the processes share different layers: process 1 has" in results[rank]["different"]
-        assert "Begin recording at a step at which every task has samples" in results[rank]["different"]
+def test_a_task_may_go_another_way_or_be_absent_in_one_process(results):
+    """Its gradient there is 0, as it is to the training, which averages over all processes."""
+    sink = results[0]["different"]
+    shared = [layer for layer, reach in zip(sink.header.layers, sink.header.reach, strict=True) if reach.sum() > 1]
+    assert shared == ["first", "norm", "second"]
+    model = two_ranks.make(torch.float64)
+    loss = two_ranks.losses(model, two_ranks.batch(0, torch.float64))["c"]
+    whole = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.first.parameters()])]).norm().item()
+    for row in sink.rows[:2]:
+        assert row.status == MEASURED
+        assert measures.norm(row.gram)[0, 2] == pytest.approx(whole / 2, rel=1e-9)
+    assert sink.rows[1].loss[2] == pytest.approx(loss.item())
+    assert sink.rows[2].status == absent(["c"])
+    assert np.isnan(measures.norm(sink.rows[2].gram)[:, 2]).all()
+
+
+@pytest.mark.parametrize("use", ["record", "backward"])
+@pytest.mark.parametrize("flags", two_ranks.FLAGS, ids=lambda flags: next(iter(flags)))
+def test_what_ddp_makes_of_the_graph_changes_neither_training_nor_numbers(flags, use, results):
+    name, *_ = flags
+    (bare, _), (probed, sink) = results[0][name, use]
+    assert all(torch.equal(p, q) for p, q in zip(bare, probed, strict=True))
+    plain = Collector()
+    with gradprobe.attach(model := two_ranks.make(torch.float64), TASKS, every=1, sinks=[plain]) as probe:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for step in range(STEPS):
+            probe.backward(two_ranks.losses(model, two_ranks.batch(step, torch.float64)), two_ranks.WEIGHTS)
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, two in zip(plain.rows, sink.rows, strict=True):
+        assert two.status == MEASURED
+        for found, expected in zip(two.shared(None), one.shared(None), strict=True):
+            assert found == pytest.approx(expected, rel=1e-7)
 
 
 def test_products_without_gradients_cannot_be_averaged(monkeypatch):

@@ -610,3 +610,45 @@ def test_a_micro_batch_may_lack_a_task():
     found = sink.rows[0].shared(sink.header.reach)
     assert found[0] == pytest.approx(norms, rel=1e-9)
     assert found[1] == pytest.approx([cosine], abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("flag", ["find_unused_parameters", "static_graph"])
+def test_ddp_in_one_process_changes_nothing(flag, use, one_process):
+    class Both(Net):
+        def forward(self, x):
+            return self.two(x)
+
+    def train(probed):
+        model, sink = nn.parallel.DistributedDataParallel(Both(), **{flag: True}), Collector()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        probe = GradientProbe(model, TASKS, [sink], every=1) if probed else None
+        expected = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for step in range(4):
+                expected.append(right(model.module, model.module(batch(step)), [model.module.trunk]))
+                losses = dict(zip(TASKS, model(batch(step)), strict=True))
+                if probe is not None and use == "backward":
+                    probe.backward(losses)
+                else:
+                    if probe is not None:
+                        probe.record(losses)
+                    sum(losses.values()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if probe is not None:
+                probe.close()
+        return model, sink, expected
+
+    (bare, _, _), (model, sink, expected) = train(False), train(True)
+    assert all(torch.equal(p, q) for p, q in zip(bare.parameters(), model.parameters(), strict=True))
+    check(sink, expected)

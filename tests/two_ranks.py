@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from zoo import Collector
 
 import gradprobe
-from gradprobe.errors import GradprobeError
 from gradprobe.probes import ranks
 from gradprobe.trainers.surgery import Surgery
 
@@ -162,6 +161,10 @@ def main(folder, rank):
     out["failing"] = failing(folder, rank, mine)
     out["budget"] = budgeted(rank, mine)
     out["different"] = different(rank)
+    for flags in FLAGS:
+        for use in ("record", "backward"):
+            name, *_ = flags
+            out[name, use] = [flagged(flags, use, mine, probed) for probed in (False, True)]
     torch.save(out, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -199,17 +202,44 @@ def budgeted(rank, mine):
 
 
 def different(rank):
-    model = DistributedDataParallel(make(torch.float32), find_unused_parameters=True)
-    probe = gradprobe.attach(model, TASKS, every=1)
-    found = losses(model, batch(0, torch.float32))
-    if rank == 1:
-        found["c"] = model.module.early(torch.ones(1, 16)).sum()
-    try:
-        probe.record(found)
-    except GradprobeError as error:
-        return str(error)
-    finally:
-        probe.close()
+    """In the second process a task goes another way, and at the next step it is absent there, then everywhere."""
+    model, sink = DistributedDataParallel(make(torch.float64), find_unused_parameters=True), Collector()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with gradprobe.attach(model, TASKS, every=1, sinks=[sink]) as probe:
+            for step in range(3):
+                found = losses(model, batch(0, torch.float64))
+                if step == 0 and rank == 1:
+                    found["c"] = model.module.early(torch.ones(1, 16, dtype=torch.float64)).sum()
+                if step == 2 or (step == 1 and rank == 1):
+                    del found["c"]
+                probe.record(found)
+    return sink
+
+
+FLAGS = ({"find_unused_parameters": True}, {"static_graph": True})
+
+
+def flagged(flags, use, mine, probed):
+    """Parameters at the end, and rows, of a training under DDP with such flags."""
+    model, sink = DistributedDataParallel(make(torch.float64), **flags), Collector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    probe = gradprobe.attach(model, TASKS, every=1, sinks=[sink]) if probed else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(STEPS):
+            found = losses(model, mine(batch(step, torch.float64)))
+            if probe is not None and use == "backward":
+                probe.backward(found, WEIGHTS)
+            else:
+                if probe is not None:
+                    probe.record(found, WEIGHTS)
+                sum(WEIGHTS[t] * found[t] for t in TASKS).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if probe is not None:
+            probe.close()
+    return [p.detach().clone() for p in model.parameters()], sink
 
 
 if __name__ == "__main__":

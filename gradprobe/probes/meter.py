@@ -28,7 +28,7 @@ from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.limits import refuse
 from gradprobe.probes.micro import MicroSum
 from gradprobe.probes.passes import Gradients, measure_explicitly
-from gradprobe.probes.ranks import Alone
+from gradprobe.probes.ranks import Alone, remember_wrapper
 from gradprobe.probes.sharing import Sharing
 from gradprobe.probes.sketch import Size
 from gradprobe.probes.sketched import SketchedMeasurement, Sketching, measure_sketched
@@ -169,7 +169,10 @@ class Meter:
                 "the new ones. An optimizer made before still updates the old ones: make it anew"
             )
         weights = self._sharing.weights
-        shared = self._sharing.look(losses, self._traced(list(losses.values()), keep=True))
+        graph = self._traced(list(losses.values()), keep=True)
+        if self.shared is None:
+            remember_wrapper(self._model, graph)
+        shared = self._sharing.look(losses, graph)
         self._warn_of_none()
         if self._sharing.weights != weights:
             self._warn(

@@ -15,7 +15,7 @@ from gradprobe.probes import walk
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.ranks import Alone
+from gradprobe.probes.ranks import Alone, reduction_kept
 
 Gradients = list["Tensor | None"]
 """One task's gradient on every shared parameter, in the order of ``SharedLayers.parameters``; None: no path."""
@@ -74,7 +74,8 @@ def state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
             torch.cuda.set_rng_state(state, device)
 
     try:
-        yield back
+        with reduction_kept(model):
+            yield back
     finally:
         back()
 

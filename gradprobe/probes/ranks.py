@@ -7,6 +7,7 @@ multiplies the same averages: all of them know the same Gramians, and decide ali
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
+from gradprobe.probes.trace import Trace
 
 T = TypeVar("T")
 
@@ -185,6 +187,39 @@ def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
         return torch.zeros_like(parameter).detach().reshape(-1)
     dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
     return dense.detach().resolve_conj().reshape(-1)
+
+
+_wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""Model -> the DDP module through which its forward went."""
+
+
+def remember_wrapper(model: nn.Module, graph: Trace) -> None:
+    """Find DDP in the graph of a forward: its sink is there with ``find_unused_parameters`` and ``static_graph``."""
+    for node in graph.nodes:
+        if type(node).__name__ == "_DDPSinkBackward" and hasattr(node, "ddp_weakref"):
+            _wrappers[model] = node.ddp_weakref
+
+
+@contextmanager
+def reduction_kept(model: nn.Module) -> Iterator[None]:
+    """Leave it to the training's own backward to average gradients.
+
+    With ``static_graph`` the first backward that comes through DDP's sink, and no later one, has all gradients averaged
+    at its end. If a pass of a probe were that first one, the first step of each process would stay its own.
+    """
+    wrapper = _wrappers.get(model)
+    ddp = wrapper() if wrapper is not None else None
+    waiting = ddp is not None and getattr(ddp, _ENQUEUED, True) is False
+    if waiting:
+        setattr(ddp, _ENQUEUED, True)
+    try:
+        yield
+    finally:
+        if waiting:
+            setattr(ddp, _ENQUEUED, False)
+
+
+_ENQUEUED = "_static_graph_delay_allreduce_enqueued"
 
 
 def replicas(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[nn.Module, Alone]:
