@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from gradprobe.trainers.data import landmarks
 from gradprobe.trainers.data.config import DataConfig, read_config
 from gradprobe.trainers.data.findings import Finding, SplitCounts
 from gradprobe.trainers.data.image_labels import classes_from_csv, classes_from_rows
-from gradprobe.trainers.data.labels import Box, LabelFile, parse_labels
+from gradprobe.trainers.data.labels import Box, LabelFile, long_rows, parse_labels
+from gradprobe.trainers.data.landmarks import Landmarks
 from gradprobe.trainers.data.leakage import duplicates, leaks
 from gradprobe.trainers.data.pixels import Decoded, Pixels, UnreadableImage, decode
+from gradprobe.trainers.data.places import read_text
 from gradprobe.trainers.data.splits import ImageFile, list_split
 
 DECODING_THREADS = min(4, os.cpu_count() or 1)
@@ -68,7 +71,12 @@ def check_data(file: str | Path | DataConfig, keep: Callable[[Path, Pixels], Non
     unique = list({image.path: image for image in reversed(images)}.values())[::-1]
 
     problems: dict[Path, list[Finding]] = defaultdict(list)
-    labels = {image.path: _read_labels(config, image, problems, findings) for image in unique}
+    texts = {image.path: _label_text(config, image, problems) for image in unique}
+    marks, found = _landmarks(config, unique, texts)
+    findings += found
+    labels = {
+        image.path: _parse(config, image, texts[image.path], marks, problems, findings) for image in unique
+    }
     classes, names, found = _image_classes(config, images, labels, problems)
     findings += found
     file_digests: dict[Path, str] = {}
@@ -121,20 +129,57 @@ def count(images: Iterable[CheckedImage], box_names: Sequence[str], image_names:
     return counts
 
 
-def _read_labels(
-    config: DataConfig, image: ImageFile, problems: dict[Path, list[Finding]], findings: list[Finding]
-) -> LabelFile:
-    """The label file of an image; its errors go to the image's problems, its warnings to the findings."""
-    shown = config.shown(image.label)
+def _label_text(config: DataConfig, image: ImageFile, problems: dict[Path, list[Finding]]) -> str:
+    """The label file of an image as it stands; an error goes to the image's problems."""
     try:
-        text = image.label.read_text(encoding="utf-8-sig")
+        return read_text(image.label)
     except FileNotFoundError:
-        return LabelFile()  # background
+        return ""  # background
     except (OSError, UnicodeDecodeError) as problem:
-        problems[image.path].append(Finding("error", shown, None, f"cannot be read: {problem}"))
-        return LabelFile()
-    expected = len(config.image_names) if config.image_names is not None else None
-    label = parse_labels(text, config.box_names, 0 if config.image_labels is not None else expected)
+        problems[image.path].append(Finding("error", config.shown(image.label), None, f"cannot be read: {problem}"))
+        return ""
+
+
+def _row_length(config: DataConfig) -> int | None:
+    """Numbers of a one-hot row; None where it is not known; 0 where there is none."""
+    if config.image_labels is not None:
+        return 0
+    return len(config.image_names) if config.image_names is not None else None
+
+
+def _landmarks(
+    config: DataConfig, images: Sequence[ImageFile], texts: Mapping[Path, str]
+) -> tuple[Landmarks, list[Finding]]:
+    """Which rows are a box with landmarks, and what to say of it at the first of them."""
+    if config.keypoints is not None:
+        return landmarks.declared(config.keypoints), []
+    rows = [
+        (config.shown(image.label), line, row)
+        for image in images
+        for line, row in long_rows(texts[image.path], _row_length(config))
+    ]
+    found, report = landmarks.judge([row for _, _, row in rows])
+    findings = []
+    for each in report:
+        alike = [place for place in rows if len(place[2]) == each.length]
+        shown, line, _ = next(place for place in alike if found.holds(place[2]) or not each.boxes)
+        files = len({file for file, _, row in alike if found.holds(row) or not each.boxes})
+        where = f"; in {files} files, first here" if files > 1 else ""
+        findings.append(Finding("warning", shown, line, each.message + where))
+    return found, findings
+
+
+def _parse(
+    config: DataConfig,
+    image: ImageFile,
+    text: str,
+    marks: Landmarks,
+    problems: dict[Path, list[Finding]],
+    findings: list[Finding],
+) -> LabelFile:
+    """The boxes of an image; errors go to the image's problems, warnings to the findings."""
+    shown = config.shown(image.label)
+    label = parse_labels(text, config.box_names, _row_length(config), marks)
     problems[image.path] += [Finding("error", shown, line, message) for line, message in label.problems]
     findings += [
         Finding("warning", shown, line, "the same box as an earlier line; it is used once") for line in label.repeated
