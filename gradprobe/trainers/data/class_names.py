@@ -6,6 +6,7 @@ YAML 1.1 reads ``no`` as a truth value, ``12:30`` as a number of seconds, ``1_00
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,7 +49,9 @@ def _numbered(node: Any, key: str, fail: Fail) -> list[str]:
     texts = [_text(number, f"a key of {key}", key, fail) for number, _ in node.value]
     if wrong := [text for text in texts if not (text.isascii() and text.isdigit())]:
         how = f"write 0: {wrong[0]}, 1: ..., or a list [{wrong[0]}, ...] in the order of the classes"
-        raise fail(key, f"the keys of {key} are not 0, 1, ..., {len(texts) - 1}: {wrong[0]!r} is no whole number; {how}")
+        raise fail(
+            key, f"the keys of {key} are not 0, 1, ..., {len(texts) - 1}: {wrong[0]!r} is no whole number; {how}"
+        )
     numbers = [int(text) for text in texts]
     if (twice := _twice(numbers)) is not None:
         raise fail(key, f"{key} numbers two classes {twice}; each class needs a number of its own")
@@ -73,8 +76,7 @@ def _text(node: Any, what: str, key: str, fail: Fail) -> str:
 
 
 def _twice(values: list[Any]) -> Any | None:
-    seen = set()
-    return next((value for value in values if value in seen or seen.add(value)), None)
+    return next((value for value, count in Counter(values).items() if count > 1), None)
 
 
 def _listed(numbers: list[int]) -> str:

@@ -150,13 +150,15 @@ def _keypoints(values: dict[str, Any], fail: Fail) -> tuple[int, int] | None:
         points, numbers = value
         if points >= 0 and numbers in (2, 3):
             return points, numbers
-    raise fail("kpt_shape", f"kpt_shape is {value!r}; write [points, 2] or [points, 3], and [0, 2] for rows without any")
+    raise fail(
+        "kpt_shape", f"kpt_shape is {value!r}; write [points, 2] or [points, 3], and [0, 2] for rows without any"
+    )
 
 
 def _path(values: dict[str, Any], key: str, fail: Fail) -> str | None:
     value = values.get(key)
     if value is not None and not isinstance(value, str):
-        raise fail(key, f"{key} is {value!r}; it has to be a path; put one that looks like something else in quotes")
+        raise fail(key, f"{key} is {value!r}; it has to be a path; put one that looks otherwise in quotes")
     return value
 
 
@@ -169,11 +171,12 @@ def _all_sources(values: dict[str, Any], lines: Mapping[str, int], fail: Fail) -
         if value is None:
             other = next((key for key in VAL if split == "val" and key in lines), None)
             hint = f"; rename the key {other!r} to {split!r}" if other else ""
-            raise fail(
-                split, f"no key {split!r}; give a folder of images, a txt file that lists them, or both{hint}"
-            )
+            raise fail(split, f"no key {split!r}; give a folder of images, a txt file that lists them, or both{hint}")
         entries = value if isinstance(value, list) else [value]
         if not entries or not all(isinstance(entry, str) for entry in entries):
-            raise fail(split, f"{split} is {value!r}; it has to be a path or a list of paths; put one that looks like something else in quotes")
+            raise fail(
+                split,
+                f"{split} is {value!r}; it has to be a path or a list of paths; put one that looks otherwise in quotes",
+            )
         sources[split] = tuple(entries)
     return sources

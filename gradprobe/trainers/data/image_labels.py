@@ -53,15 +53,15 @@ def classes_from_csv(config: DataConfig, images: Sequence[ImageFile]) -> tuple[C
             message = f"{name}: image class {class_name!r} is none of {', '.join(names)}"
             if _are_numbers(names) and class_name.isdigit():
                 message += "; where names are numbers, a number is taken for a name and not for an index"
-            findings.append(Finding("error", shown, line, message))
+            findings.append(Finding("error", shown, line, message, "class"))
         elif not found:
             unknown.append((line, name))
         elif len(found) > 1:
             message = f"{name}: {len(found)} images have this name; give the path relative to the root"
-            findings.append(Finding("error", shown, line, message))
+            findings.append(Finding("error", shown, line, message, "class"))
         elif classes.setdefault(path := next(iter(found)), image_class) != image_class:
             message = f"{name}: class {class_name!r}, but {names[classes[path]]!r} in an earlier row"
-            findings.append(Finding("error", shown, line, message))
+            findings.append(Finding("error", shown, line, message, "class"))
     if unknown:
         line, name = unknown[0]
         message = f"{len(unknown)} rows name no image of the data set; the first: {name}{hint(name)}"
@@ -129,5 +129,5 @@ def classes_from_rows(
         if isinstance(found, int):
             classes[image.path] = found
         else:
-            findings[image.path] = Finding("error", config.shown(image.label), label.one_hot_line, found)
+            findings[image.path] = Finding("error", config.shown(image.label), label.one_hot_line, found, "class")
     return classes, names, findings

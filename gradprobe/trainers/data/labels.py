@@ -69,7 +69,7 @@ def parse_labels(
 
 
 def long_rows(text: str, n_image_classes: int | None) -> list[tuple[int, tuple[float, ...]]]:
-    """Line and numbers of the rows of a label file that are longer than a box; those that are no numbers are left out."""
+    """Line and numbers of the rows that are longer than a box; those that are no numbers are left out."""
     rows = ((line, _numbers(tokens)) for line, tokens in _split(text, n_image_classes)[0] if len(tokens) > 6)
     return [(line, tuple(numbers)) for line, numbers in rows if not isinstance(numbers, str)]
 

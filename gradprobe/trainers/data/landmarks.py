@@ -1,14 +1,15 @@
 """Rows of a label file that hold a box and landmarks or keypoints behind it, told from polygons.
 
-A row of a class and 4 + 2k numbers may be a polygon of k + 2 points, or a box with k landmarks (YOLOv5-face: 15 numbers);
-with a third number for each point (YOLO-pose: how visible it is) a row has 5 + 3k. `kpt_shape: [k, 2]` or `[k, 3]` in
-data.yaml settles it, and `[0, 2]` says that there are none. Without it, numbers decide, over all rows of a length
-together, since the number of landmarks is the same in a whole data set while polygons have as many points as they need:
+A row of a class and 4 + 2k numbers may be a polygon of k + 2 points, or a box with k landmarks (YOLOv5-face: 15
+numbers); with a third number for each point (YOLO-pose: how visible it is) a row has 5 + 3k. `kpt_shape: [k, 2]` or
+`[k, 3]` in data.yaml settles it, and `[0, 2]` says that there are none. Without it, numbers decide, over all rows of a
+length together, since the number of landmarks is the same in a whole data set, while polygons have as many points as
+they need:
 
 - a row *fits* where the box lies in the image and holds its landmarks, and third numbers are 0, 1 or 2;
-- a row *tells* where it would also be no sane polygon: two landmarks are missing (negative, or 0 0), a third number is 2,
-  the point (width, height) lies further from all others than they from each other, or, where most long rows of the data
-  set have this length, its outline crosses itself;
+- a row *tells* where it would also be no sane polygon: two landmarks are missing (negative, or 0 0), a third number is
+  2, the point (width, height) lies further from all others than they from each other, or, where most long rows of the
+  data set have this length, its outline crosses itself;
 - rows of a length are boxes where nearly all fit and enough of them tell. Where not, only those are that tell by
   themselves. All others are polygons, or wrong where their number is even.
 
@@ -204,12 +205,7 @@ def _is_far(row: Sequence[float]) -> bool:
 def _crosses(points: Sequence[Point]) -> bool:
     count = len(points)
     sides = [(points[i], points[(i + 1) % count]) for i in range(count)]
-    return any(
-        _cross(sides[i], sides[j])
-        for i in range(count)
-        for j in range(i + 2, count)
-        if (j + 1) % count != i
-    )
+    return any(_cross(sides[i], sides[j]) for i in range(count) for j in range(i + 2, count) if (j + 1) % count != i)
 
 
 def _cross(one: tuple[Point, Point], other: tuple[Point, Point]) -> bool:

@@ -75,5 +75,3 @@ def _holds(is_there: Callable[[Path], bool], place: Path) -> bool:
         return is_there(place)
     except (OSError, ValueError):  # a name that is too long, or holds a NUL
         return False
-
-

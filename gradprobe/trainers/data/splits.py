@@ -44,7 +44,7 @@ def list_split(config: DataConfig, split: str) -> tuple[list[ImageFile], list[Fi
         path, file, line = entry
         resolved, shown = path.resolve(), config.shown(path)
         if resolved in images:
-            findings.append(Finding("warning", file, line, f"{split}: lists {shown} twice; it is used once"))
+            findings.append(Finding("warning", file, line, f"{split}: lists {shown} twice; it is used once", "twice"))
             continue
         # Labels lie beside the path as listed: a link to an image elsewhere has its labels here.
         images[resolved] = ImageFile(split, resolved, label_path(path), shown)
@@ -126,8 +126,8 @@ def _listed(config: DataConfig, listing: Path) -> Iterator[Entry | Finding]:
         path = find(places, Path.is_file)
         if path is None:
             message = f"lists {name}, which does not exist; {looked_for(name, places)}"
-            yield Finding("error", shown, number, message)
+            yield Finding("error", shown, number, message, "listed")
         elif path.suffix.lower() not in IMAGE_SUFFIXES:
-            yield Finding("error", shown, number, f"lists {name}, which is no image by its suffix")
+            yield Finding("error", shown, number, f"lists {name}, which is no image by its suffix", "listed")
         else:
             yield path, shown, number
