@@ -80,7 +80,13 @@ def _as_dict(result: CheckResult) -> dict[str, object]:
             for each in result.findings
         ],
         "splits": {split: counts.as_dict() for split, counts in result.counts.items()},
-        "grouping": {"rule": result.grouping.rule, "images_told": count, "example": example, "tells": told},
+        "grouping": {
+            "rule": result.grouping.rule,
+            "meaning": result.grouping.meaning,
+            "images_told": count,
+            "example": example,
+            "tells": told,
+        },
         "leakage": [_overlap(each) for each in result.overlaps],
     }
 
@@ -121,12 +127,12 @@ def _print(result: CheckResult, most: int | None) -> None:
 def _how_grouped(result: CheckResult) -> str:
     """Which rule makes clips and patients of names, with an example."""
     example, told, count = _example(result)
+    rule = f"--group-by {result.grouping.rule} ({result.grouping.meaning})"
     if not told:
-        known = f"no clip or patient is told (--group-by {result.grouping.rule})"
-        return f"{known}, such as by {example}: every image counts by itself" if example else known
+        return f"{rule}: no clip or patient is told{f' by {example}' * bool(example)}; each image counts by itself"
     parts = ", ".join(f"{level} {name!r}" for level, name in told.items())
     total = sum(len(images) for images in result.splits.values())
-    return f"--group-by {result.grouping.rule}: {example} is of {parts}; {count} of {total} images are told so"
+    return f"{rule}: {example} is of {parts}; told for {count} of {total} images"
 
 
 def _example(result: CheckResult) -> tuple[str, dict[str, str], int]:

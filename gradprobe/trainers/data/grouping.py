@@ -49,12 +49,22 @@ class Grouping:
     def cluster(self, path: str) -> str | None:
         """The largest thing that the image belongs to; None where its path tells none."""
         told = self.of(path)
-        return next((told[level] for level in LEVELS if level in told), None)
+        return told[largest(told)] if told else None
+
+    @property
+    def meaning(self) -> str:
+        """The rule in words."""
+        return CHOICES.get(self.rule, "a regular expression")
 
     @property
     def judged(self) -> str:
         """How it was judged, for a message."""
         return "judged from file names" if self.rule == AUTO else f"by --group-by {self.rule}"
+
+
+def largest(told: Told) -> str:
+    """The first of :data:`LEVELS` that is told."""
+    return next(level for level in LEVELS if level in told)
 
 
 def parse(rule: str) -> Grouping:

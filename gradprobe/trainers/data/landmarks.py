@@ -54,7 +54,7 @@ class Landmarks:
         """Whether the first five numbers of a row are a box."""
         size = len(row)
         if size in self.mixed:
-            return fits(row) and tells(row, crossing=False)
+            return fits(row) and tells(row, alone=True)
         return size in self.lengths and (self.declared or size % 2 == 1 or _has_visibility(row))
 
 
@@ -118,8 +118,8 @@ def judge(rows: Sequence[Row]) -> tuple[Landmarks, list[Judged]]:
         most = 2 * len(group) > len(rows)
         fitting = [row for row in group if fits(row)]
         agreed = len(fitting) >= FIT * len(group)
-        alone = sum(tells(row, crossing=False) for row in fitting)
-        telling = sum(tells(row, crossing=True) for row in fitting) if most else alone
+        alone = sum(tells(row, alone=True) for row in fitting)
+        telling = sum(tells(row, alone=False) for row in fitting) if most else alone
         if length % 2 == 0:  # no polygon has an even number
             boxes = sum(map(_has_visibility, group)) if fitting else 0
             lengths |= {length} if boxes else set()
@@ -151,12 +151,21 @@ def fits(row: Sequence[float]) -> bool:
     return all(abs(px - x) <= reach * width and abs(py - y) <= reach * height for px, py in _present(row))
 
 
-def tells(row: Sequence[float], crossing: bool) -> bool:
-    """Whether a row that fits would be no sane polygon; with `crossing`, also where its outline crosses itself."""
+def tells(row: Sequence[float], alone: bool) -> bool:
+    """Whether a row that fits would be no sane polygon.
+
+    Args:
+        row: Numbers.
+        alone: Whether it has to tell by itself, where nothing is known of others: then an outline that crosses itself
+            does not count, and a far point only from six points on (of polygons of random points 1 in 2,000 has one).
+    """
     missing = len(_landmarks(row)) - len(_present(row))
-    if missing >= 2 or (_has_visibility(row) and 2.0 in row[7::3]) or _is_far(row):
+    if missing >= 2 or (_has_visibility(row) and 2.0 in row[7::3]):
         return True
-    return crossing and len(row) >= 11 and _crosses(_outline(row))
+    points = len(row) // 2
+    if points >= (6 if alone else 4) and _is_far(row):
+        return True
+    return not alone and points >= 5 and _crosses(_outline(row))
 
 
 def is_plain_polygon(row: Sequence[float]) -> bool:
@@ -190,10 +199,8 @@ def _outline(row: Sequence[float]) -> list[Point]:
 
 
 def _is_far(row: Sequence[float]) -> bool:
-    """Whether the second point is further from the box around all others than that box is long; of four or more."""
+    """Whether the second point is further from the box around all others than that box is long."""
     first, second, *others = _outline(row)
-    if len(others) < 2:
-        return False
     away = extent = 0.0
     for axis in (0, 1):
         values = [first[axis], *(point[axis] for point in others)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gradprobe.trainers.data.config import DataConfig
 from gradprobe.trainers.data.findings import Finding
-from gradprobe.trainers.data.grouping import AUTO, LEVELS, Grouping, Told
+from gradprobe.trainers.data.grouping import AUTO, LEVELS, Grouping, Told, largest
 from gradprobe.trainers.data.splits import ImageFile
 
 
@@ -148,13 +148,16 @@ def _shared_clusters(
     grouping: Grouping,
 ) -> list[Finding]:
     here, there = _by_cluster(unseen_images, grouping), _by_cluster(seen_images, grouping)
-    what = "clip or patient" if grouping.rule == AUTO else "group"
+
+    def what(image: ImageFile) -> str:
+        return "clip or patient" if grouping.rule == AUTO else largest(grouping.of(image.shown))
+
     return [
         Finding(
             "warning",
             images[0].shown,
             None,
-            f"{unseen}: {what} {name!r} ({grouping.judged}) has {len(images)} images here and "
+            f"{unseen}: {what(images[0])} {name!r} ({grouping.judged}) has {len(images)} images here and "
             f"{len(there[name])} in {seen}, such as {there[name][0].shown}",
             "cluster",
             len(images),

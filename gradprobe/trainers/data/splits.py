@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +105,8 @@ def _images_in(folder: Path) -> list[Path]:
 
     As in YOLOv5, links to folders are followed and hidden files do not count: macOS leaves a `._a.jpg` beside `a.jpg`.
     """
-    found = glob.iglob(os.path.join(glob.escape(str(folder)), "**", "*"), recursive=True)
-    paths = (Path(each) for each in found)
+    pattern = str(Path(glob.escape(str(folder)), "**", "*"))
+    paths = map(Path, glob.iglob(pattern, recursive=True))  # noqa: PTH207  (Path.rglob follows no links)
     return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
