@@ -46,7 +46,7 @@ def is_null(node: Any) -> bool:
 
 
 def _numbered(node: Any, key: str, fail: Fail) -> list[str]:
-    texts = [_text(number, f"a key of {key}", key, fail) for number, _ in node.value]
+    texts = [_text(number, f"a key of {key}", key, fail).strip() for number, _ in node.value]
     if wrong := [text for text in texts if not (text.isascii() and text.isdigit())]:
         how = f"write 0: {wrong[0]}, 1: ..., or a list [{wrong[0]}, ...] in the order of the classes"
         raise fail(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-_DRIVE = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_DRIVE = re.compile(r"[A-Za-z]:|\\\\")
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
 
@@ -46,7 +46,7 @@ def hint(written: str) -> str:
         )
     if (control := _CONTROL.search(written)) is not None:
         return (
-            f"; it holds the control character {control.group()!r}: in double quotes YAML reads a backslash as the "
+            f"; it holds the control character {control.group()!r}: YAML reads a backslash in double quotes as the "
             "beginning of one, so write / between folders, or single quotes"
         )
     return "; it has backslashes, which were tried as they are and as /" if "\\" in written else ""
