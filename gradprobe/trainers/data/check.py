@@ -185,20 +185,26 @@ def _landmarks(
     """Which rows are a box with landmarks, and what to say of it at the first of them."""
     if config.keypoints is not None:
         return landmarks.declared(config.keypoints), []
-    rows = [
-        (config.shown(image.label), line, row)
-        for image in images
-        for line, row in long_rows(texts[image.path], _row_length(config))
-    ]
-    found, report = landmarks.judge([row for _, _, row in rows])
-    findings = []
-    for each in report:
-        alike = [place for place in rows if len(place[2]) == each.length]
-        shown, line, _ = next(place for place in alike if found.holds(place[2]) or not each.boxes)
-        files = len({file for file, _, row in alike if found.holds(row) or not each.boxes})
-        where = f"; in {files} files, first here" if files > 1 else ""
-        findings.append(Finding("warning", shown, line, each.message + where))
-    return found, findings
+
+    def rows() -> Iterator[tuple[str, int, tuple[float, ...]]]:
+        for image in images:
+            for line, row in long_rows(texts[image.path], _row_length(config)):
+                yield config.shown(image.label), line, row
+
+    marks, report = landmarks.judge(row for _, _, row in rows())
+    return marks, [_decided(rows(), marks, each) for each in report]
+
+
+def _decided(rows: Iterable[tuple[str, int, tuple[float, ...]]], marks: Landmarks, judged: landmarks.Judged) -> Finding:
+    """What was decided for the rows of a length, at the first of those that it concerns."""
+    places = [(file, line) for file, line, row in rows if len(row) == judged.length and _concerns(judged, marks, row)]
+    files = len({file for file, _ in places})
+    where = f"; in {files} files, first here" if files > 1 else ""
+    return Finding("warning", *places[0], judged.message + where)
+
+
+def _concerns(judged: landmarks.Judged, marks: Landmarks, row: Sequence[float]) -> bool:
+    return marks.holds(row) if judged.boxes else landmarks.fits(row)
 
 
 def _parse(

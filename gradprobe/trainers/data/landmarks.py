@@ -20,8 +20,8 @@ convex in the order of their points, as rotated boxes are.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 OUTSIDE = 0.01
 """How far a box may reach beyond the image: rounding, and tools that do not clip."""
@@ -31,6 +31,9 @@ BEYOND = 0.2
 
 FIT, TELL = 0.8, 0.2
 """Shares of the rows of a length that have to fit, and to tell, before all of them are boxes with landmarks."""
+
+SAMPLE = 500
+"""Rows of a length that are looked at closely: comparing all sides of all polygons would take long."""
 
 Row = tuple[float, ...]
 Point = tuple[float, float]
@@ -104,40 +107,64 @@ def declared(shape: tuple[int, int]) -> Landmarks:
     return Landmarks(frozenset({5 + points * numbers} if points else ()), declared=bool(points))
 
 
-def judge(rows: Sequence[Row]) -> tuple[Landmarks, list[Judged]]:
+@dataclass
+class _Tally:
+    """Counts of the rows of one length: all, those that fit, of these those that tell alone, and with visibilities."""
+
+    rows: int = 0
+    fitting: int = 0
+    alone: int = 0
+    visible: int = 0
+    sample: list[Row] = field(default_factory=list)  # of those that fit
+
+    def add(self, row: Row) -> None:
+        self.rows += 1
+        self.visible += _has_visibility(row)
+        if fits(row):
+            self.fitting += 1
+            self.alone += tells(row, alone=True)
+            if len(self.sample) < SAMPLE:
+                self.sample.append(row)
+
+    @property
+    def agreed(self) -> bool:
+        return self.fitting >= FIT * self.rows
+
+
+def judge(rows: Iterable[Row]) -> tuple[Landmarks, list[Judged]]:
     """Decide for all rows of a data set that are longer than a box.
 
     Returns:
         The decision, and what is worth reporting of it.
     """
-    by_length: dict[int, list[Row]] = defaultdict(list)
+    tallies: dict[int, _Tally] = defaultdict(_Tally)
     for row in rows:
-        by_length[len(row)].append(row)
+        tallies[len(row)].add(row)
+    total = sum(tally.rows for tally in tallies.values())
     lengths, mixed, report = set(), set(), []
-    for length, group in sorted(by_length.items()):
-        most = 2 * len(group) > len(rows)
-        fitting = [row for row in group if fits(row)]
-        agreed = len(fitting) >= FIT * len(group)
-        alone = sum(tells(row, alone=True) for row in fitting)
-        telling = sum(tells(row, alone=False) for row in fitting) if most else alone
+    for length, tally in sorted(tallies.items()):
+        most = 2 * tally.rows > total
         if length % 2 == 0:  # no polygon has an even number
-            boxes = sum(map(_has_visibility, group)) if fitting else 0
+            boxes = tally.visible if tally.fitting else 0
             lengths |= {length} if boxes else set()
-        elif agreed and telling >= TELL * len(group):
-            boxes = len(group)
+        elif tally.agreed and _share_that_tells(tally, most) >= TELL:
+            boxes = tally.rows
             lengths.add(length)
         else:
-            boxes = alone
+            boxes = tally.alone
             mixed |= {length} if boxes else set()
-        unsure = length % 2 == 1 and most and agreed and not all(map(is_plain_polygon, fitting))
+        unsure = length % 2 == 1 and most and tally.agreed and not all(map(is_plain_polygon, tally.sample))
         if boxes or unsure:
-            report.append(Judged(length, len(group), boxes, len(fitting), numbers_of(group)))
+            numbers = 3 if tally.visible == tally.rows else 2
+            report.append(Judged(length, tally.rows, boxes, tally.fitting, numbers))
     return Landmarks(frozenset(lengths), frozenset(mixed)), report
 
 
-def numbers_of(rows: Sequence[Row]) -> int:
-    """Of each landmark: 3 where every third number of all rows is a visibility, else 2."""
-    return 3 if all(_has_visibility(row) for row in rows) else 2
+def _share_that_tells(tally: _Tally, most: bool) -> float:
+    """Of the rows that fit."""
+    if not most:
+        return tally.alone / tally.fitting
+    return sum(tells(row, alone=False) for row in tally.sample) / len(tally.sample)
 
 
 def fits(row: Sequence[float]) -> bool:
