@@ -17,7 +17,7 @@ from PIL import Image
 from gradprobe.errors import DataError, UsageError
 from gradprobe.trainers.data.check import check_data
 from gradprobe.trainers.data.findings import errors, warnings
-from gradprobe.trainers.data.leakage import clip_of
+from gradprobe.trainers.data.grouping import clip_of
 from gradprobe.trainers.data.pixels import UnreadableImage, decode
 
 with python_warnings.catch_warnings():
@@ -80,7 +80,8 @@ def test_a_file_that_is_no_image_is_unreadable(tmp_path: Path, content: bytes) -
 def test_a_missing_folder_and_an_empty_one_are_errors_at_their_line(tmp_path: Path) -> None:
     yaml = make_set(tmp_path)
     shutil.rmtree(tmp_path / "images" / "val")
-    assert "data.yaml:3: val: images/val does not exist" in messages(yaml)
+    gone = tmp_path / "images" / "val"
+    assert f"data.yaml:3: val: images/val does not exist; looked for {gone}" in messages(yaml)
     (tmp_path / "images" / "val").mkdir()
     assert "data.yaml:3: val: no image in images/val" in messages(yaml)
 

@@ -115,7 +115,9 @@ def test_a_txt_file_that_lists_a_missing_image_is_named_with_its_line(tmp_path: 
     (tmp_path / "some.txt").write_text("./images/train/train_a.png\n./images/train/gone.png\n")
     rewrite(yaml, "train: images/train", "train: some.txt")
     found = errors(check_data(yaml).findings)
-    assert [str(each) for each in found] == ["some.txt:2: lists ./images/train/gone.png, which does not exist"]
+    gone = tmp_path / "images" / "train" / "gone.png"
+    message = f"some.txt:2: lists ./images/train/gone.png, which does not exist; looked for {gone}"
+    assert [str(each) for each in found] == [message]
 
 
 @pytest.mark.parametrize(

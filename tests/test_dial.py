@@ -128,7 +128,7 @@ def test_data_are_a_function_of_dials_and_seed():
 def test_the_test_split_is_made_of_clips_that_its_samples_resemble():
     data = make_data("dial:noise=2", seed=0)
     problem = problem_of(resolve({"data": "dial"}))
-    clips = [problem.cluster(name) for name in data.test.names]
+    clips = list(problem.clusters(data.test))
     assert len(set(clips)) == CLIPS
     assert [clips.count(clip) for clip in sorted(set(clips))] == [FRAMES] * CLIPS
     noise = (data.test.images - data.train.images.mean(0)).reshape(CLIPS, FRAMES, -1).double().numpy()

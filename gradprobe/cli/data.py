@@ -13,6 +13,10 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from gradprobe.trainers.data.check import CheckResult
+    from gradprobe.trainers.data.leakage import Overlap
+
+MOST = 10
+"""Findings of a kind that are listed unless all are asked for."""
 
 app = typer.Typer(help="Write the embedded data set, or check one of your own.", no_args_is_help=True)
 
@@ -36,18 +40,29 @@ def make(
 @app.command()
 def check(
     file: Annotated[Path, typer.Argument(metavar="DATA.YAML", help="A data set in YOLO format.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, with everything.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help=f"List every finding, not the worst {MOST} of a kind alone.")
+    ] = False,
+    group_by: Annotated[
+        str,
+        typer.Option(
+            help="Which images are of one clip or patient: auto (by file names such as patient012_frame03), folder, "
+            "prefix (up to the first _), none, or a regular expression with groups (?P<patient>...) and (?P<clip>...), "
+            "or with one group."
+        ),
+    ] = "auto",
 ) -> None:
-    """List everything wrong with a data set; exit 1 if anything keeps it from being trained on."""
+    """List what is wrong with a data set; exit 1 if anything keeps it from being trained on."""
     from gradprobe.trainers.data.check import check_data
     from gradprobe.trainers.data.findings import errors
 
     with Console(stderr=True).status(f"checking {file.name}"):
-        result = check_data(file)
+        result = check_data(file, group_by=group_by)
     if as_json:
         typer.echo(json.dumps(_as_dict(result), indent=2))
     else:
-        _print(result)
+        _print(result, None if everything else MOST)
     if errors(result.findings):
         raise typer.Exit(1)
 
@@ -55,6 +70,7 @@ def check(
 def _as_dict(result: CheckResult) -> dict[str, object]:
     from gradprobe.trainers.data.findings import errors, warnings
 
+    example, told, count = _example(result)
     return {
         "file": result.config.file.name,
         "errors": len(errors(result.findings)),
@@ -64,19 +80,67 @@ def _as_dict(result: CheckResult) -> dict[str, object]:
             for each in result.findings
         ],
         "splits": {split: counts.as_dict() for split, counts in result.counts.items()},
+        "grouping": {
+            "rule": result.grouping.rule,
+            "meaning": result.grouping.meaning,
+            "images_told": count,
+            "example": example,
+            "tells": told,
+        },
+        "leakage": [_overlap(each) for each in result.overlaps],
     }
 
 
-def _print(result: CheckResult) -> None:
-    from gradprobe.trainers.data.findings import errors, warnings
+def _overlap(overlap: Overlap) -> dict[str, object]:
+    levels = {
+        f"{level}s": {
+            "of": total,
+            "shared": len(overlap.shared[level]),
+            "names": [{"name": s.name, overlap.unseen: s.here, overlap.seen: s.there} for s in overlap.shared[level]],
+        }
+        for level, total in overlap.totals.items()
+    }
+    images = {"of": overlap.images, "shared": overlap.pictures}
+    return {"split": overlap.unseen, "also_in": overlap.seen, "images": images, **levels}
+
+
+def _print(result: CheckResult, most: int | None) -> None:
+    from gradprobe.trainers.data.findings import condensed, errors, warnings
 
     console = Console(soft_wrap=True)
     console.print(_table(result))
+    console.print(_how_grouped(result), markup=False, highlight=False)
+    for overlap in result.overlaps:
+        if overlap.totals or not overlap.is_clean:
+            console.print(overlap.message, style="" if overlap.is_clean else "yellow", markup=False, highlight=False)
     wrong, doubtful = errors(result.findings), warnings(result.findings)
-    for finding in wrong + doubtful:
-        style = "red" if finding.severity == "error" else "yellow"
-        console.print(f"[{style}]{finding.severity}[/{style}] {escape(str(finding))}", highlight=False)
-    console.print(f"{_plural(len(wrong), 'error')}, {_plural(len(doubtful), 'warning')}", highlight=False)
+    shown = 0
+    for style, severity, findings in (("red", "error", wrong), ("yellow", "warning", doubtful)):
+        for finding in condensed(findings, most):
+            console.print(f"[{style}]{severity}[/{style}] {escape(str(finding))}", highlight=False)
+            shown += not isinstance(finding, str)
+    left = len(wrong) + len(doubtful) - shown
+    more = f"; {left} of them not listed here: --all lists them" if left else ""
+    console.print(f"{_plural(len(wrong), 'error')}, {_plural(len(doubtful), 'warning')}{more}", highlight=False)
+
+
+def _how_grouped(result: CheckResult) -> str:
+    """Which rule makes clips and patients of names, with an example."""
+    example, told, count = _example(result)
+    rule = f"--group-by {result.grouping.rule} ({result.grouping.meaning})"
+    if not told:
+        return f"{rule}: no clip or patient is told{f' by {example}' * bool(example)}; each image counts by itself"
+    parts = ", ".join(f"{level} {name!r}" for level, name in told.items())
+    total = sum(len(images) for images in result.splits.values())
+    return f"{rule}: {example} is of {parts}; told for {count} of {total} images"
+
+
+def _example(result: CheckResult) -> tuple[str, dict[str, str], int]:
+    """The first image of which the rule tells most, what it tells, and of how many it tells anything."""
+    shown = [image.file.shown for images in result.splits.values() for image in images]
+    told = {path: dict(result.grouping.of(path)) for path in shown}
+    best = max(shown, key=lambda path: len(told[path]), default="")
+    return Path(best).name if best else "", told.get(best, {}), sum(bool(told[path]) for path in shown)
 
 
 def _table(result: CheckResult) -> Table:

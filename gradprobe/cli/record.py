@@ -134,6 +134,13 @@ def record(
         Path | None, Option(help="What was fixed before the runs (a JSON file); kept in the file as plan.*.")
     ] = None,
     arm: Annotated[str, Option(help="The arm of a study that the run belongs to. [default: its trainer]")] = "",
+    group_by: Annotated[
+        str | None,
+        Option(
+            help="Which images are of one clip or patient, as for `gradprobe data check`: auto, folder, prefix, none, "
+            f"or a regular expression with a group. [default: {D.group_by}]"
+        ),
+    ] = None,
     skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad images out instead of refusing the data.")] = False,
     keep_going: Annotated[bool, Option("--keep-going", help="Go on after a loss that is not finite.")] = False,
     project: Annotated[Path | None, Option(help="Folder of the run, as YOLOv5 names it.")] = None,

@@ -7,7 +7,7 @@ delete-one-cluster jackknife (Quenouille; Efron and Stein, "The Jackknife Estima
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,20 +24,19 @@ IMAGES = 10_000
 """Images that are looked at again, over all clusters: half a minute of COCO's average precision."""
 
 
-def leave_out(scores: Scores, cluster_of: Callable[[str], str]) -> TestClusters | None:
+def leave_out(scores: Scores, clusters: Sequence[str]) -> TestClusters | None:
     """The metrics without each cluster; None where there are fewer than two.
 
     Args:
         scores: Of a test split; the model is not asked again.
-        cluster_of: Name of a sample -> what it belongs to.
+        clusters: (N,) what each of the samples belongs to.
     """
-    names = [cluster_of(name) for name in scores.names]
-    order = list(dict.fromkeys(names))
+    order = list(dict.fromkeys(clusters))
     if len(order) < 2:
         return None
-    groups = grouped(order, max(FEWEST, min(MOST, IMAGES // len(names))))
+    groups = grouped(order, max(FEWEST, min(MOST, IMAGES // len(clusters))))
     place = {cluster: index for index, group in enumerate(groups) for cluster in group}
-    belongs = np.array([place[name] for name in names])
+    belongs = np.array([place[cluster] for cluster in clusters])
     without = [scores.metrics(np.flatnonzero(belongs != index).tolist()) for index in range(len(groups))]
     return TestClusters(
         tuple(_called(group) for group in groups),

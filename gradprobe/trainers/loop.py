@@ -103,7 +103,9 @@ def run(training: Training) -> Outcome:
     t.watcher.phase("testing")
     # Once, with the last weights: val chose nothing here, so nothing was fitted to the test split.
     scores = evaluate_on(t, t.test_loader)
-    return Outcome(scores.metrics(), leave_out(scores, t.problem.cluster), t.batches.state_dict())
+    return Outcome(
+        scores.metrics(), leave_out(scores, t.problem.clusters(t.test_loader.dataset)), t.batches.state_dict()
+    )
 
 
 def end_epoch(t: Training) -> None:

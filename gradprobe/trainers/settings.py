@@ -11,6 +11,7 @@ from typing import Any
 
 from gradprobe.errors import UsageError
 from gradprobe.trainers import registry
+from gradprobe.trainers.data import grouping
 from gradprobe.trainers.problems import YOLOV5, kind_of
 from gradprobe.trainers.problems.dial_spec import parse
 
@@ -79,6 +80,7 @@ class Settings:
     ledger_ends: str = "probe"  # whose gradients value an update: those of the fixed "probe" batch, or the "batch"'s
     ledger_images: int = 64  # of the fixed probe batch, drawn once from those that are trained on
     bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
+    group_by: str = grouping.AUTO  # which images are of one clip or patient: see gradprobe.trainers.data.grouping
     skip_bad: bool = False
     keep_going: bool = False
 
@@ -152,6 +154,9 @@ def _validate(s: Settings) -> None:
     if kind_of(s.data).name == "dial":
         parse(s.data)
     _validate_trainer(s, tasks)
+    grouping.parse(s.group_by)
+    if s.group_by != grouping.AUTO and kind_of(s.data).name == "dial":
+        raise UsageError(f"--group-by {s.group_by}: goes with images; the dial problem has clips of its own.")
     if s.optimizer not in ("AdamW", "SGD"):
         raise UsageError(_unknown("optimizer", s.optimizer, ("AdamW", "SGD")))
     if s.precision not in PRECISIONS:

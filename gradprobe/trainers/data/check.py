@@ -10,12 +10,17 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from gradprobe.errors import UsageError
+from gradprobe.trainers.data import landmarks
 from gradprobe.trainers.data.config import DataConfig, read_config
 from gradprobe.trainers.data.findings import Finding, SplitCounts
+from gradprobe.trainers.data.grouping import AUTO, Grouping, parse
 from gradprobe.trainers.data.image_labels import classes_from_csv, classes_from_rows
-from gradprobe.trainers.data.labels import Box, LabelFile, parse_labels
-from gradprobe.trainers.data.leakage import duplicates, leaks
+from gradprobe.trainers.data.labels import Box, LabelFile, long_rows, parse_labels
+from gradprobe.trainers.data.landmarks import Landmarks
+from gradprobe.trainers.data.leakage import Overlap, duplicates, leaks
 from gradprobe.trainers.data.pixels import Decoded, Pixels, UnreadableImage, decode
+from gradprobe.trainers.data.places import read_text
 from gradprobe.trainers.data.splits import ImageFile, list_split
 
 DECODING_THREADS = min(4, os.cpu_count() or 1)
@@ -41,34 +46,48 @@ class CheckResult:
     splits: dict[str, list[CheckedImage]]
     findings: list[Finding]  # errors and warnings, in the order of data.yaml, splits and images
     counts: dict[str, SplitCounts]
+    grouping: Grouping  # how it was told which images belong together
+    overlaps: list[Overlap]  # of each two splits
 
 
-def check_data(file: str | Path | DataConfig, keep: Callable[[Path, Pixels], None] | None = None) -> CheckResult:
+def check_data(
+    file: str | Path | DataConfig, keep: Callable[[Path, Pixels], None] | None = None, group_by: str = AUTO
+) -> CheckResult:
     """Check a data set in YOLO format; `gradprobe data check` on the command line.
 
     Errors: an unreadable image; a label line that is not a box or polygon with a known class inside [0, 1];
     an unknown image class; no image class at all; a missing or empty split. Warnings: an image without a
     class (it is left out of training); a picture or a box that stands twice; a picture, clip or patient in
-    two splits (`leakage.clip_of` says how file names are read).
+    two splits; rows that may be a box with landmarks or a polygon; an image that is odd, though readable;
+    a test split that is not there.
 
     Args:
         file: A data.yaml, or what `read_config` made of it.
         keep: Called with each readable image, decoded, so that a caller need not decode it again.
+        group_by: Which images belong together: see :func:`gradprobe.trainers.data.grouping.parse`.
 
     Raises:
         DataError: data.yaml itself is missing or malformed.
+        UsageError: `group_by` is no rule, or tells nothing of any image.
     """
+    grouping = parse(group_by)
     config = file if isinstance(file, DataConfig) else read_config(file)
     splits: dict[str, list[ImageFile]] = {}
     findings: list[Finding] = []
     for split in config.sources:
-        splits[split], found = list_split(config, split)
+        images, found = list_split(config, split)
         findings += found
+        if images or split != "test":
+            splits[split] = images
+    findings += _ungrouped(config, splits, grouping)
     images = [image for split in splits.values() for image in split]
     unique = list({image.path: image for image in reversed(images)}.values())[::-1]
 
     problems: dict[Path, list[Finding]] = defaultdict(list)
-    labels = {image.path: _read_labels(config, image, problems, findings) for image in unique}
+    texts = {image.path: _label_text(config, image, problems) for image in unique}
+    marks, found = _landmarks(config, unique, texts)
+    findings += found
+    labels = {image.path: _parse(config, image, texts[image.path], marks, problems, findings) for image in unique}
     classes, names, found = _image_classes(config, images, labels, problems)
     findings += found
     file_digests: dict[Path, str] = {}
@@ -76,16 +95,18 @@ def check_data(file: str | Path | DataConfig, keep: Callable[[Path, Pixels], Non
     for image, decoded in _decoded(unique):
         if isinstance(decoded, UnreadableImage):
             message = f"unreadable image: {decoded}"
-            problems[image.path].append(Finding("error", image.shown, None, message))
+            problems[image.path].append(Finding("error", image.shown, None, message, "image"))
             continue
         file_digests[image.path], pixel_digests[image.path] = decoded.file_digest, decoded.pixel_digest
         if keep is not None:
             keep(image.path, decoded.pixels)
+        findings += [Finding("warning", image.shown, None, note, "odd image") for note in decoded.notes]
 
     for image in unique:
         findings += problems[image.path]
     findings += _unlabelled(config, unique, classes, problems)
-    findings += duplicates(images, pixel_digests) + leaks(config, splits, pixel_digests)
+    overlaps, found = leaks(config, splits, pixel_digests, grouping)
+    findings += duplicates(images, pixel_digests) + found
     checked = {
         split: [
             CheckedImage(
@@ -100,7 +121,7 @@ def check_data(file: str | Path | DataConfig, keep: Callable[[Path, Pixels], Non
         for split in splits
     }
     counts = {split: count(checked[split], config.box_names, names) for split in checked}
-    return CheckResult(config, names, checked, findings, counts)
+    return CheckResult(config, names, checked, findings, counts, grouping, overlaps)
 
 
 def count(images: Iterable[CheckedImage], box_names: Sequence[str], image_names: Sequence[str]) -> SplitCounts:
@@ -121,23 +142,86 @@ def count(images: Iterable[CheckedImage], box_names: Sequence[str], image_names:
     return counts
 
 
-def _read_labels(
-    config: DataConfig, image: ImageFile, problems: dict[Path, list[Finding]], findings: list[Finding]
-) -> LabelFile:
-    """The label file of an image; its errors go to the image's problems, its warnings to the findings."""
-    shown = config.shown(image.label)
+def _ungrouped(config: DataConfig, splits: Mapping[str, Sequence[ImageFile]], grouping: Grouping) -> Iterator[Finding]:
+    """Images of which a rule that was asked for tells nothing."""
+    images = [image for split in splits.values() for image in split]
+    silent = [image for image in images if not grouping.of(image.shown)]
+    if grouping.rule in (AUTO, "none") or not silent:
+        return
+    if len(silent) == len(images):
+        raise UsageError(
+            f"--group-by {grouping.rule}: tells nothing of any of the {len(images)} images, such as {silent[0].shown}."
+        )
+    message = (
+        f"--group-by {grouping.rule} tells nothing of {len(silent)} of {len(images)} images, such as "
+        f"{silent[0].shown}; each of them counts by itself"
+    )
+    yield Finding("warning", config.shown_file, None, message)
+
+
+def _label_text(config: DataConfig, image: ImageFile, problems: dict[Path, list[Finding]]) -> str:
+    """The label file of an image as it stands; an error goes to the image's problems."""
     try:
-        text = image.label.read_text(encoding="utf-8-sig")
+        return read_text(image.label)
     except FileNotFoundError:
-        return LabelFile()  # background
+        return ""  # background
     except (OSError, UnicodeDecodeError) as problem:
-        problems[image.path].append(Finding("error", shown, None, f"cannot be read: {problem}"))
-        return LabelFile()
-    expected = len(config.image_names) if config.image_names is not None else None
-    label = parse_labels(text, config.box_names, 0 if config.image_labels is not None else expected)
-    problems[image.path] += [Finding("error", shown, line, message) for line, message in label.problems]
+        problems[image.path].append(
+            Finding("error", config.shown(image.label), None, f"cannot be read: {problem}", "label")
+        )
+        return ""
+
+
+def _row_length(config: DataConfig) -> int | None:
+    """Numbers of a one-hot row; None where it is not known; 0 where there is none."""
+    if config.image_labels is not None:
+        return 0
+    return len(config.image_names) if config.image_names is not None else None
+
+
+def _landmarks(
+    config: DataConfig, images: Sequence[ImageFile], texts: Mapping[Path, str]
+) -> tuple[Landmarks, list[Finding]]:
+    """Which rows are a box with landmarks, and what to say of it at the first of them."""
+    if config.keypoints is not None:
+        return landmarks.declared(config.keypoints), []
+
+    def rows() -> Iterator[tuple[str, int, tuple[float, ...]]]:
+        for image in images:
+            for line, row in long_rows(texts[image.path], _row_length(config)):
+                yield config.shown(image.label), line, row
+
+    marks, report = landmarks.judge(row for _, _, row in rows())
+    return marks, [_decided(rows(), marks, each) for each in report]
+
+
+def _decided(rows: Iterable[tuple[str, int, tuple[float, ...]]], marks: Landmarks, judged: landmarks.Judged) -> Finding:
+    """What was decided for the rows of a length, at the first of those that it concerns."""
+    places = [(file, line) for file, line, row in rows if len(row) == judged.length and _concerns(judged, marks, row)]
+    files = len({file for file, _ in places})
+    where = f"; in {files} files, first here" if files > 1 else ""
+    return Finding("warning", *places[0], judged.message + where)
+
+
+def _concerns(judged: landmarks.Judged, marks: Landmarks, row: Sequence[float]) -> bool:
+    return marks.holds(row) if judged.boxes else landmarks.fits(row)
+
+
+def _parse(
+    config: DataConfig,
+    image: ImageFile,
+    text: str,
+    marks: Landmarks,
+    problems: dict[Path, list[Finding]],
+    findings: list[Finding],
+) -> LabelFile:
+    """The boxes of an image; errors go to the image's problems, warnings to the findings."""
+    shown = config.shown(image.label)
+    label = parse_labels(text, config.box_names, _row_length(config), marks)
+    problems[image.path] += [Finding("error", shown, line, message, "label") for line, message in label.problems]
     findings += [
-        Finding("warning", shown, line, "the same box as an earlier line; it is used once") for line in label.repeated
+        Finding("warning", shown, line, "the same box as an earlier line; it is used once", "repeated")
+        for line in label.repeated
     ]
     return label
 
@@ -175,7 +259,7 @@ def _unlabelled(
         for image in images:
             if image.path not in classes and not problems[image.path]:
                 message = f"{image.split}: no image class; the image is left out of training"
-                yield Finding("warning", image.shown, None, message)
+                yield Finding("warning", image.shown, None, message, "no class")
     if images and not any(image.label.exists() for image in images):
         message = f"no image has a label file, so none has a box; looked for {config.shown(images[0].label)}"
         yield Finding("warning", config.shown_file, None, message)

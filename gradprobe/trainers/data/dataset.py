@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ class Item:
     name: str  # file name
     boxes: tuple[Box, ...]  # relative to the image, not to the square
     image_class: int
+    cluster: str = ""  # the clip or patient that it belongs to; empty: none is known
 
 
 class Sample(NamedTuple):
@@ -70,10 +72,17 @@ class Sample(NamedTuple):
 
 
 class ImageDataset(Dataset[Sample]):
-    """Letterboxed images, their boxes and their image classes."""
+    """Letterboxed images, their boxes and their image classes.
+
+    Attributes:
+        names: (N,) file names.
+        clusters: (N,) the clip or patient that each belongs to; where none is known its own name, numbered where two
+            images have it.
+    """
 
     def __init__(self, items: Sequence[Item], store: ImageStore) -> None:
         self.names = tuple(item.name for item in items)
+        self.clusters = _clusters(items)
         self._items, self._store = tuple(items), store
         self._boxes = [
             torch.from_numpy(place_boxes(item.boxes, store.placements[item.path]).astype(np.float32)) for item in items
@@ -86,3 +95,13 @@ class ImageDataset(Dataset[Sample]):
         item = self._items[index]
         pixels = np.ascontiguousarray(self._store.get(item.path).transpose(2, 0, 1))
         return Sample(torch.from_numpy(pixels), self._boxes[index], item.image_class, item.name)
+
+
+def _clusters(items: Sequence[Item]) -> tuple[str, ...]:
+    seen: Counter[str] = Counter()
+    clusters = []
+    for item in items:
+        seen[item.name] += not item.cluster
+        alone = item.name if seen[item.name] < 2 else f"{item.name} ({seen[item.name]})"
+        clusters.append(item.cluster or alone)
+    return tuple(clusters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ class Finding:
     file: str  # relative to the data set's root where it lies inside it
     line: int | None  # counted from 1; None where the file as a whole is meant
     message: str
+    kind: str = ""  # of which there may be hundreds; empty: shown in any case
+    size: int = 0  # images concerned, to show the worst of a kind first
 
     def __str__(self) -> str:
         where = self.file if self.line is None else f"{self.file}:{self.line}"
@@ -31,6 +33,23 @@ def errors(findings: Iterable[Finding]) -> list[Finding]:
 def warnings(findings: Iterable[Finding]) -> list[Finding]:
     """Those that training can live with."""
     return [finding for finding in findings if finding.severity == "warning"]
+
+
+def condensed(findings: Iterable[Finding], most: int | None) -> Iterator[Finding | str]:
+    """The worst of each kind, and how many more there are of it.
+
+    Args:
+        findings: All.
+        most: So many of a kind at most; None: all.
+    """
+    kinds: dict[str, list[Finding]] = {}
+    for place, finding in enumerate(findings):
+        kinds.setdefault(finding.kind or f"alone {place}", []).append(finding)
+    for alike in kinds.values():
+        worst = sorted(alike, key=lambda finding: -finding.size)
+        yield from worst[:most]
+        if more := len(worst[most:]) if most is not None else 0:
+            yield f"and {more} more like the last"
 
 
 @dataclass

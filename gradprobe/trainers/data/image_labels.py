@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from gradprobe.trainers.data.config import DataConfig
 from gradprobe.trainers.data.findings import Finding
 from gradprobe.trainers.data.labels import LabelFile, one_hot_class
+from gradprobe.trainers.data.places import candidates, find, hint, looked_for, read_text
 from gradprobe.trainers.data.splits import ImageFile
 
 Classes = dict[Path, int]
@@ -22,17 +24,20 @@ def classes_from_csv(config: DataConfig, images: Sequence[ImageFile]) -> tuple[C
     An image is named by its file name, or by its path relative to the root where two share a name; a class
     by its name in image_names or by its index.
     """
-    file = config.image_labels
-    assert file is not None
+    written = config.image_labels
+    assert written is not None
+    places = candidates(written, (config.root,))
+    file = find(places, Path.is_file)
+    if file is None:
+        message = f"does not exist; {looked_for(written, places)}; data.yaml names it in image_labels"
+        return {}, [Finding("error", written, None, message)]
     shown, names = config.shown(file), config.image_names or ()
     try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            header = [cell.strip().lower() for cell in next(reader, [])]
-            rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+        reader = csv.reader(io.StringIO(read_text(file), newline=""))
+        header = [cell.strip().lower() for cell in next(reader, [])]
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as problem:
-        reason = "does not exist" if isinstance(problem, FileNotFoundError) else f"cannot be read: {problem}"
-        return {}, [Finding("error", shown, None, f"{reason}; data.yaml names it in image_labels")]
+        return {}, [Finding("error", shown, None, f"cannot be read: {problem}; data.yaml names it in image_labels")]
     if header[:2] != ["image", "class"]:
         return {}, [Finding("error", shown, 1, "the header is not image,class")]
 
@@ -43,21 +48,23 @@ def classes_from_csv(config: DataConfig, images: Sequence[ImageFile]) -> tuple[C
     for line, row in rows:
         name, class_name = row[0].strip(), row[1].strip() if len(row) > 1 else ""
         image_class = _class_index(class_name, names)
-        found = paths.get(name.replace("\\", "/").removeprefix("./"), set())
+        found = _named(name, paths, (file.parent, config.root))
         if image_class is None:
             message = f"{name}: image class {class_name!r} is none of {', '.join(names)}"
-            findings.append(Finding("error", shown, line, message))
+            if _are_numbers(names) and class_name.isdigit():
+                message += "; where names are numbers, a number is taken for a name and not for an index"
+            findings.append(Finding("error", shown, line, message, "class"))
         elif not found:
             unknown.append((line, name))
         elif len(found) > 1:
             message = f"{name}: {len(found)} images have this name; give the path relative to the root"
-            findings.append(Finding("error", shown, line, message))
+            findings.append(Finding("error", shown, line, message, "class"))
         elif classes.setdefault(path := next(iter(found)), image_class) != image_class:
             message = f"{name}: class {class_name!r}, but {names[classes[path]]!r} in an earlier row"
-            findings.append(Finding("error", shown, line, message))
+            findings.append(Finding("error", shown, line, message, "class"))
     if unknown:
         line, name = unknown[0]
-        message = f"{len(unknown)} rows name no image of the data set; the first: {name}"
+        message = f"{len(unknown)} rows name no image of the data set; the first: {name}{hint(name)}"
         findings.append(Finding("warning", shown, line, message))
     return classes, findings
 
@@ -66,18 +73,33 @@ def _paths_by_name(images: Sequence[ImageFile]) -> Mapping[str, set[Path]]:
     """The images that a name may mean: by file name, and by path relative to the root."""
     paths: dict[str, set[Path]] = defaultdict(set)
     for image in images:
-        paths[image.name].add(image.path)
-        if "/" in image.shown:
-            paths[image.shown].add(image.path)
+        for name in (image.name, image.shown, str(image.path)):
+            paths[name].add(image.path)
     return paths
 
 
+def _named(name: str, paths: Mapping[str, set[Path]], folders: Sequence[Path]) -> set[Path]:
+    """What a cell of the csv names: as written, with slashes for backslashes, or as a path from one of the folders."""
+    slashes = name.replace("\\", "/")
+    for text in (name, slashes, slashes.removeprefix("./")):
+        if text in paths:
+            return paths[text]
+    place = find(candidates(name, folders), Path.is_file) if "/" in slashes else None
+    return paths.get(str(place.resolve()), set()) if place is not None else set()
+
+
 def _class_index(name: str, names: tuple[str, ...]) -> int | None:
-    if name in names:  # before the index: a class may be called "1"
-        return names.index(name)
-    if name.isascii() and name.isdigit() and int(name) < len(names):
+    texts = [each.strip() for each in names]  # as the cells of the csv
+    if name in texts:
+        return texts.index(name)
+    # With classes "1" and "2" an index 0 beside a name "1" would silently be the same class.
+    if name.isascii() and name.isdigit() and int(name) < len(names) and not _are_numbers(names):
         return int(name)
     return None
+
+
+def _are_numbers(names: Sequence[str]) -> bool:
+    return any(name.strip().isdigit() for name in names)
 
 
 def classes_from_rows(
@@ -107,5 +129,5 @@ def classes_from_rows(
         if isinstance(found, int):
             classes[image.path] = found
         else:
-            findings[image.path] = Finding("error", config.shown(image.label), label.one_hot_line, found)
+            findings[image.path] = Finding("error", config.shown(image.label), label.one_hot_line, found, "class")
     return classes, names, findings

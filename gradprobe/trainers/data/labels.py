@@ -1,5 +1,7 @@
 """A label file: boxes or polygons, one a line, and perhaps a one-hot row for the image's class.
 
+A box may have landmarks behind it, which are left out; `landmarks` tells such a row from a polygon.
+
 The one-hot row. It is the last line that is not empty, and holds 0s and a single 1, one number per image
 class. Rows of 5 numbers, and of 7, 9, 11, ..., could also be a box or a polygon (`0 0 0 1 0` reads as a box
 of class 0 with width 1 and height 0), so the last line is taken for the image's class where
@@ -16,6 +18,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+
+from gradprobe.trainers.data.landmarks import NONE, Landmarks
 
 Box = tuple[int, float, float, float, float]
 """Class, then centre x, centre y, width, height over the image's size, each in [0, 1]."""
@@ -35,26 +39,25 @@ class LabelFile:
     repeated: list[int] = field(default_factory=list)  # lines that repeat a box; left out
 
 
-def parse_labels(text: str, box_names: tuple[str, ...], n_image_classes: int | None) -> LabelFile:
+def parse_labels(
+    text: str, box_names: tuple[str, ...], n_image_classes: int | None, landmarks: Landmarks = NONE
+) -> LabelFile:
     """Parse a label file.
 
     Args:
         text: The whole file; empty means background.
         box_names: Names of the box classes.
         n_image_classes: Length of a one-hot row; None where it is not known; 0 where none is expected.
+        landmarks: Which rows hold landmarks behind a box.
     """
     result = LabelFile()
-    lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1)]
-    rows = [(number, tokens) for number, tokens in lines if tokens]
-    if rows:
-        number, tokens = rows[-1]
-        alone = number == 1 or not lines[number - 2][1]
-        if is_one_hot_row(tokens, alone, n_image_classes):
-            result.one_hot, result.one_hot_line = [float(token) for token in tokens], number
-            rows.pop()
+    rows, one_hot = _split(text, n_image_classes)
+    if one_hot is not None:
+        result.one_hot_line, tokens = one_hot
+        result.one_hot = [float(token) for token in tokens]
     seen = set()
     for number, tokens in rows:
-        box = parse_object(tokens, box_names)
+        box = parse_object(tokens, box_names, landmarks)
         if isinstance(box, str):
             result.problems.append((number, box))
         elif box in seen:
@@ -63,6 +66,28 @@ def parse_labels(text: str, box_names: tuple[str, ...], n_image_classes: int | N
             seen.add(box)
             result.boxes.append(box)
     return result
+
+
+def long_rows(text: str, n_image_classes: int | None) -> list[tuple[int, tuple[float, ...]]]:
+    """Line and numbers of the rows that are longer than a box; those that are no numbers are left out."""
+    rows = ((line, _numbers(tokens)) for line, tokens in _split(text, n_image_classes)[0] if len(tokens) > 6)
+    return [(line, tuple(numbers)) for line, numbers in rows if not isinstance(numbers, str)]
+
+
+Tokens = tuple[int, list[str]]
+"""A line's number, from 1, and its words."""
+
+
+def _split(text: str, n_image_classes: int | None) -> tuple[list[Tokens], Tokens | None]:
+    """The lines for objects, and that for the image's class."""
+    lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1)]
+    rows = [(number, tokens) for number, tokens in lines if tokens]
+    if rows:
+        number, tokens = rows[-1]
+        alone = number == 1 or not lines[number - 2][1]
+        if is_one_hot_row(tokens, alone, n_image_classes):
+            return rows[:-1], rows[-1]
+    return rows, None
 
 
 def is_one_hot_row(tokens: list[str], alone: bool, n_image_classes: int | None) -> bool:
@@ -79,14 +104,16 @@ def could_be_object(length: int) -> bool:
     return length == 5 or (length >= 7 and length % 2 == 1)
 
 
-def parse_object(tokens: list[str], box_names: tuple[str, ...]) -> Box | str:
+def parse_object(tokens: list[str], box_names: tuple[str, ...], landmarks: Landmarks = NONE) -> Box | str:
     """The box of one line, or what is wrong with the line."""
-    try:
-        numbers = [float(token) for token in tokens]
-    except ValueError:
-        return f"not a row of numbers: {' '.join(tokens)[:60]!r}"
-    if not all(math.isfinite(number) for number in numbers):
-        return f"a number that is not finite: {' '.join(tokens)[:60]!r}"
+    numbers = _numbers(tokens)
+    if isinstance(numbers, str):
+        return numbers
+    if landmarks.holds(numbers):
+        numbers = numbers[:5]
+    elif landmarks.declared and len(numbers) != 5:
+        wanted = " or ".join(map(str, sorted(landmarks.lengths)))
+        return f"{len(numbers)} numbers; by kpt_shape in data.yaml a box with its landmarks has {wanted}, a box alone 5"
     if not could_be_object(len(numbers)):
         return (
             f"{len(numbers)} numbers; a box has 5 (class cx cy w h), a polygon a class and 3 or more points, "
@@ -103,6 +130,16 @@ def parse_object(tokens: list[str], box_names: tuple[str, ...]) -> Box | str:
     if width <= 0.0 or height <= 0.0:
         return f"a box without area: width {width:g}, height {height:g}"
     return box_class, x, y, width, height
+
+
+def _numbers(tokens: list[str]) -> list[float] | str:
+    try:
+        numbers = [float(token) for token in tokens]
+    except ValueError:
+        return f"not a row of numbers: {' '.join(tokens)[:60]!r}"
+    if not all(math.isfinite(number) for number in numbers):
+        return f"a number that is not finite: {' '.join(tokens)[:60]!r}"
+    return numbers
 
 
 def polygon_box(coordinates: list[float]) -> tuple[float, float, float, float]:

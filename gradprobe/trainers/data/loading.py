@@ -14,6 +14,7 @@ from gradprobe.trainers.data import phantom
 from gradprobe.trainers.data.check import CheckedImage, CheckResult, check_data
 from gradprobe.trainers.data.dataset import ImageDataset, ImageStore, Item
 from gradprobe.trainers.data.findings import Finding, errors, warnings
+from gradprobe.trainers.data.grouping import AUTO, Grouping, parse
 from gradprobe.trainers.data.phantom import N_TEST, N_TRAIN, N_VAL
 
 STRIDE = 32
@@ -45,6 +46,7 @@ def load_data(
     n_train: int | None = None,
     n_val: int | None = None,
     n_test: int | None = None,
+    group_by: str = AUTO,
 ) -> LoadedData:
     """Load a data set for training.
 
@@ -58,9 +60,10 @@ def load_data(
         n_train: Number of phantoms to train on; N_TRAIN where None.
         n_val: Number of phantoms held out; N_VAL where None.
         n_test: Number of phantoms of the test split; N_TEST where None.
+        group_by: Which images belong together: see :func:`gradprobe.trainers.data.grouping.parse`.
 
     Raises:
-        UsageError: imgsz is no multiple of 32; a count is below 1, or given for a data.yaml.
+        UsageError: imgsz is no multiple of 32; a count is below 1, or given for a data.yaml; `group_by` is no rule.
         DataError: the data set has errors; says which, and what to do.
     """
     check_imgsz(imgsz)
@@ -71,8 +74,8 @@ def load_data(
             raise UsageError(f"{name} counts phantoms; a data.yaml says itself which images it has")
     if source == "phantom":
         counts = {"train": n_train or N_TRAIN, "val": n_val or N_VAL, "test": n_test or N_TEST}
-        return _load_phantoms(imgsz, seed, counts)
-    return _load_yaml(Path(source), imgsz, skip_bad)
+        return _load_phantoms(imgsz, seed, counts, parse(group_by))
+    return _load_yaml(Path(source), imgsz, skip_bad, group_by)
 
 
 def check_imgsz(imgsz: int) -> None:
@@ -82,7 +85,7 @@ def check_imgsz(imgsz: int) -> None:
         raise UsageError(f"imgsz {imgsz} is not a multiple of {STRIDE}; the next one is --imgsz {suitable}")
 
 
-def _load_phantoms(imgsz: int, seed: int, counts: Mapping[str, int]) -> LoadedData:
+def _load_phantoms(imgsz: int, seed: int, counts: Mapping[str, int], grouping: Grouping) -> LoadedData:
     store = ImageStore(imgsz)
     datasets = {}
     entries = []
@@ -90,7 +93,9 @@ def _load_phantoms(imgsz: int, seed: int, counts: Mapping[str, int]) -> LoadedDa
         items = []
         for index in range(count):
             drawn = phantom.draw_phantom(seed, split, index)
-            item = Item(Path(drawn.name), drawn.name, drawn.boxes, drawn.image_class)
+            item = Item(
+                Path(drawn.name), drawn.name, drawn.boxes, drawn.image_class, grouping.cluster(drawn.name) or ""
+            )
             store.add(item.path, drawn.image)
             items.append(item)
             entries.append((split, hashlib.sha256(drawn.image.tobytes()).hexdigest(), item))
@@ -108,9 +113,9 @@ def _load_phantoms(imgsz: int, seed: int, counts: Mapping[str, int]) -> LoadedDa
     )
 
 
-def _load_yaml(file: Path, imgsz: int, skip_bad: bool) -> LoadedData:
+def _load_yaml(file: Path, imgsz: int, skip_bad: bool, group_by: str) -> LoadedData:
     store = ImageStore(imgsz)
-    result = check_data(file, keep=store.add)
+    result = check_data(file, keep=store.add, group_by=group_by)
     _refuse(file, result, skip_bad)
     datasets: dict[str, ImageDataset] = {}
     entries, skipped = [], []
@@ -121,7 +126,8 @@ def _load_yaml(file: Path, imgsz: int, skip_bad: bool) -> LoadedData:
                 skipped.append(f"{split}: {image.file.name}: {reason}")
                 continue
             assert image.image_class is not None
-            item = Item(image.file.path, image.file.name, image.boxes, image.image_class)
+            cluster = result.grouping.cluster(image.file.shown) or ""
+            item = Item(image.file.path, image.file.name, image.boxes, image.image_class, cluster)
             items.append(item)
             entries.append((split, image.digest, item))
         if not items:
@@ -135,7 +141,7 @@ def _load_yaml(file: Path, imgsz: int, skip_bad: bool) -> LoadedData:
         val=datasets["val"],
         test=datasets.get("test"),
         skipped=tuple(skipped),
-        warnings=tuple(_portable(finding) for finding in warnings(result.findings)),
+        warnings=_told(result),
         fingerprint=fingerprint(result.config.box_names, result.image_names, entries),
     )
 
@@ -151,7 +157,7 @@ def _refuse(file: Path, result: CheckResult, skip_bad: bool) -> None:
     more = f"\n  and {len(wrong) - SHOWN_FINDINGS} more" if len(wrong) > SHOWN_FINDINGS else ""
     advice = "--skip-bad cannot help here" if skip_bad else "--skip-bad leaves the images concerned out"
     raise DataError(
-        f"{file}: {len(wrong)} errors:{listed}{more}\nList them all with: gradprobe data check {file}; {advice}."
+        f"{file}: {len(wrong)} errors:{listed}{more}\nList them all with: gradprobe data check {file} --all; {advice}."
     )
 
 
@@ -162,6 +168,12 @@ def _why_skipped(image: CheckedImage) -> str | None:
         line = "" if first.line is None else f"line {first.line}: "
         return f"{line}{first.message}{more}"
     return "no image class" if image.image_class is None else None
+
+
+def _told(result: CheckResult) -> tuple[str, ...]:
+    """What a check warns about, with one line for all clips and patients that two splits share."""
+    shared = [overlap.message for overlap in result.overlaps if any(overlap.shared.values())]
+    return (*shared, *(_portable(finding) for finding in warnings(result.findings) if finding.kind != "cluster"))
 
 
 def _portable(finding: Finding) -> str:

@@ -6,9 +6,13 @@ import hashlib
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Pixels = NDArray[np.uint8]
 """An image, shape (height, width, 3), RGB, 0 to 255."""
@@ -18,6 +22,16 @@ class UnreadableImage(Exception):  # noqa: N818  (never leaves this package)
     """An image that Pillow cannot decode; the message is the reason."""
 
 
+END = b"\xff\xd9"
+"""How a JPEG ends."""
+
+FILLERS = (b"\x55" * 64, b"\xaa\x1c" * 32)
+"""Bytes that change the picture if, and only if, its data has ended before it."""
+
+DARK = 2**14
+"""A 16-bit image in which no value reaches this may be one of 12 bits: of its grey levels few are left."""
+
+
 @dataclass(frozen=True)
 class Decoded:
     """An image, and what identifies it."""
@@ -25,17 +39,21 @@ class Decoded:
     pixels: Pixels
     file_digest: str  # sha256 of the file: does not depend on the version of a decoder
     pixel_digest: str  # of the decoded pixels: finds the same picture saved twice
+    notes: tuple[str, ...] = ()  # what is odd about it, though it can be used
 
 
 def decode(path: Path) -> Decoded:
-    """Read and decode an image, turned as its EXIF orientation says.
+    """Read and decode an image, turned as its EXIF orientation says. The file is never written to.
+
+    A JPEG without its end mark is used where all of its data are there.
 
     Raises:
         UnreadableImage: it cannot be read, is cut short, or has pixels of a kind without a grey scale.
     """
+    notes: list[str] = []
     try:
         content = path.read_bytes()
-        pixels = _pixels(content)
+        pixels = _whole(content, notes)
     except UnreadableImage:
         raise
     except Exception as problem:  # decoders of damaged files raise anything: struct.error, SyntaxError, ...
@@ -46,20 +64,79 @@ def decode(path: Path) -> Decoded:
         pixels=pixels,
         file_digest=hashlib.sha256(content).hexdigest(),
         pixel_digest=hashlib.blake2b(shape + pixels.tobytes(), digest_size=16).hexdigest(),
+        notes=tuple(notes),
     )
 
 
-def _pixels(content: bytes) -> Pixels:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def _whole(content: bytes, notes: list[str]) -> Pixels:
+    """The pixels, if all of them are in the file."""
+    if not content:
+        raise UnreadableImage("an empty file (0 bytes)")
+    if content.startswith(b"version https://git-lfs"):
+        raise UnreadableImage("a pointer of Git LFS instead of the image; get it with: git lfs pull")
+    is_jpeg = content.startswith(b"\xff\xd8")
+    try:
+        pixels = _pixels(content, notes)
+    except OSError as problem:
+        if not is_jpeg or "truncated" not in str(problem):
+            raise
+        notes.clear()
+        body = content.removesuffix(END[:1])
+        pixels = _pixels(body + END, notes)
+        _check_complete(body, pixels, f"cut short: {problem}")
+        notes.append("a JPEG without its end mark, but with all of its data; it is used as it is")
+        return pixels
+    if is_jpeg and _looks_cut(content, pixels):
+        _check_complete(content[: content.rfind(END)], pixels, "cut short: its data end before the picture does")
+    return pixels
+
+
+def _looks_cut(content: bytes, pixels: Pixels) -> bool:
+    """Whether a JPEG that decodes may lack data: what is missing is grey, or in a progressive one, unsharp."""
+    corners = pixels[[0, 0, -1, -1], [0, -1, 0, -1]]  # the last one decoded is any of them, once the image is turned
+    return content.rfind(END) > 0 and (bool((corners == 128).all(axis=1).any()) or b"\xff\xc2" in content)
+
+
+def _check_complete(body: bytes, pixels: Pixels, reason: str) -> None:
+    """Raise if a JPEG's data, without the end mark, are not all: then bytes added to them change the picture."""
+    try:
+        same = all(np.array_equal(_pixels(body + filler + END, []), pixels) for filler in FILLERS)
+    except OSError:
+        same = False
+    if not same:
+        raise UnreadableImage(f"{reason}; get the file anew")
+
+
+def _pixels(content: bytes, notes: list[str]) -> Pixels:
+    from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            image = ImageOps.exif_transpose(opened)
+            frames = getattr(opened, "n_frames", 1)
+            if frames > 1 and opened.format != "MPO":  # a camera's second picture of the same
+                notes.append(f"{frames} frames or pages; only the first is used")
+            image = _turned(opened, notes)
             if image.mode.startswith("I;16"):  # Pillow would clip at 255; keep the upper byte, as OpenCV does
-                grey = (np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=2)
+                deep = np.asarray(image).astype(np.uint16)
+                if 0 < (largest := int(deep.max(initial=0))) < DARK:
+                    notes.append(
+                        f"16 bits, but no value above {largest}: read by the upper 8 bits, as OpenCV does, it keeps "
+                        f"{(largest >> 8) + 1} grey levels of 256; stretch it to 0..65535, or save it with 8 bits"
+                    )
+                return np.repeat((deep >> 8).astype(np.uint8)[..., None], 3, axis=2)
             if image.mode in ("I", "F"):
                 raise UnreadableImage(f"pixels of mode {image.mode}; convert it to 8 or 16 bits")
             return np.asarray(image.convert("RGB"), dtype=np.uint8)
     except UnidentifiedImageError:
         raise UnreadableImage("not an image, or of an unknown format") from None
+
+
+def _turned(image: Image, notes: list[str]) -> Image:
+    from PIL import ImageOps
+
+    image.load()  # what is wrong with the pixels is not to be taken for a fault of the tags
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as problem:  # as above
+        notes.append(f"its EXIF tags cannot be read ({type(problem).__name__}), so it is not turned")
+        return image

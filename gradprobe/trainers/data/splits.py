@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import glob
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gradprobe.trainers.data.config import DataConfig
 from gradprobe.trainers.data.findings import Finding
+from gradprobe.trainers.data.places import candidates, find, looked_for, read_text
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -27,7 +29,7 @@ class ImageFile:
     @property
     def name(self) -> str:
         """The file name as listed: where it is a link, that of the link."""
-        return self.shown.replace("\\", "/").rsplit("/", 1)[-1]
+        return Path(self.shown).name
 
 
 def list_split(config: DataConfig, split: str) -> tuple[list[ImageFile], list[Finding]]:
@@ -41,11 +43,11 @@ def list_split(config: DataConfig, split: str) -> tuple[list[ImageFile], list[Fi
         path, file, line = entry
         resolved, shown = path.resolve(), config.shown(path)
         if resolved in images:
-            findings.append(Finding("warning", file, line, f"{split}: lists {shown} twice; it is used once"))
+            findings.append(Finding("warning", file, line, f"{split}: lists {shown} twice; it is used once", "twice"))
             continue
         # Labels lie beside the path as listed: a link to an image elsewhere has its labels here.
         images[resolved] = ImageFile(split, resolved, label_path(path), shown)
-    if not images and not findings:
+    if not images and not any(finding.severity == "error" or split == "test" for finding in findings):
         message = f"{split}: no image in {', '.join(config.sources[split])}"
         findings.append(Finding("error", config.shown_file, config.lines.get(split), message))
     return list(images.values()), findings
@@ -64,36 +66,67 @@ def label_path(image: Path) -> Path:
 def _entries(config: DataConfig, split: str) -> Iterator[Entry | Finding]:
     here, line = config.shown_file, config.lines.get(split)
     for source in config.sources[split]:
-        place = config.root / source
+        places = candidates(source, (config.root,))
+        place = find(places)
+        if place is None:
+            yield _missing(config, split, source, places)
+            continue
+        if (other := _other_reading(source, place, places)) is not None:
+            message = f"{split}: {source} is there as written, and without ../ as well ({other}); read as written"
+            yield Finding("warning", here, line, message)
         if place.is_dir():
-            for path in sorted(place.rglob("*")):
-                if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-                    yield path, here, line
+            for path in _images_in(place):
+                yield path, here, line
         elif place.is_file() and place.suffix.lower() == ".txt":
             yield from _listed(config, place)
         elif place.is_file() and place.suffix.lower() in IMAGE_SUFFIXES:
             yield place, here, line
         else:
-            what = "is neither a folder, a txt file nor an image" if place.exists() else "does not exist"
-            yield Finding("error", here, line, f"{split}: {source} {what}")
+            yield Finding("error", here, line, f"{split}: {source} is neither a folder, a txt file nor an image")
+
+
+def _missing(config: DataConfig, split: str, source: str, places: Sequence[Path]) -> Finding:
+    """An error; of the test split a warning, since exports name one that they do not hold."""
+    message = f"{split}: {source} does not exist; {looked_for(source, places)}"
+    if split == "test":
+        message += "; it is left out"
+    return Finding("warning" if split == "test" else "error", config.shown_file, config.lines.get(split), message)
+
+
+def _other_reading(source: str, place: Path, places: Sequence[Path]) -> Path | None:
+    """Another place that the path of a split may mean, where it begins with ../ and both are there."""
+    later = places[places.index(place) + 1 :]
+    other = find(later) if source.strip().startswith(("../", "..\\")) else None
+    return other if other is not None and other.resolve() != place.resolve() else None
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """All images below a folder, by path.
+
+    As in YOLOv5, links to folders are followed and hidden files do not count: macOS leaves a `._a.jpg` beside `a.jpg`.
+    """
+    pattern = str(Path(glob.escape(str(folder)), "**", "*"))
+    paths = map(Path, glob.iglob(pattern, recursive=True))  # noqa: PTH207  (Path.rglob follows no links)
+    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def _listed(config: DataConfig, listing: Path) -> Iterator[Entry | Finding]:
     """The images of a txt file: one path a line, relative to the txt file, or else to the root."""
     shown = config.shown(listing)
     try:
-        lines = listing.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(listing).splitlines()
     except (OSError, UnicodeDecodeError) as problem:
         yield Finding("error", shown, None, f"cannot be read: {problem}")
         return
     for number, text in enumerate(lines, start=1):
         if not (name := text.strip()):
             continue
-        candidates = (listing.parent / name, config.root / name)
-        path = next((candidate for candidate in candidates if candidate.is_file()), None)
+        places = candidates(text, (listing.parent, config.root))
+        path = find(places, Path.is_file)
         if path is None:
-            yield Finding("error", shown, number, f"lists {name}, which does not exist")
+            message = f"lists {name}, which does not exist; {looked_for(name, places)}"
+            yield Finding("error", shown, number, message, "listed")
         elif path.suffix.lower() not in IMAGE_SUFFIXES:
-            yield Finding("error", shown, number, f"lists {name}, which is no image by its suffix")
+            yield Finding("error", shown, number, f"lists {name}, which is no image by its suffix", "listed")
         else:
             yield path, shown, number

@@ -165,8 +165,8 @@ class Problem(Protocol):
     def fitness(self, metrics: Mapping[str, float]) -> float:
         """What chooses the best epoch; larger is better, NaN counts as 0."""
 
-    def cluster(self, name: str) -> str:
-        """What a sample of this name belongs to (a clip, a patient); its own name where that tells nothing."""
+    def clusters(self, split: Any) -> Sequence[str]:
+        """What each sample of a split belongs to (a clip, a patient), in order; a sample alone is one of its own."""
 
 
 def problem_of(settings: Settings) -> Problem:

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradprobe.trainers.data.leakage import clip_of
+from gradprobe.trainers.data.grouping import clip_of
 from gradprobe.trainers.data.loader import Loader
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models.dial import DialModel
@@ -181,9 +181,9 @@ class Dial:
         parts = (metrics["solved_a"], metrics["solved_b"])
         return sum(part for part in parts if not math.isnan(part)) / 2
 
-    def cluster(self, name: str) -> str:
-        """The clip."""
-        return clip_of(Path(name).stem) or name
+    def clusters(self, split: DialSplit) -> tuple[str, ...]:
+        """The clips."""
+        return tuple(clip_of(Path(name).stem) or name for name in split.names)
 
 
 def make_data(source: str, seed: int) -> DialData:

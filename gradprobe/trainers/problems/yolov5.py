@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 from gradprobe.trainers import data as datasets
 from gradprobe.trainers.data import LoadedData, Loader
 from gradprobe.trainers.data.dataset import ImageDataset
-from gradprobe.trainers.data.leakage import clip_of
 from gradprobe.trainers.evaluate import ImageScores, score
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification, build_model
@@ -28,7 +26,13 @@ class YOLOv5:
 
     def load(self, settings: Settings) -> LoadedData:
         """The phantoms, or what a data.yaml names."""
-        return datasets.load_data(settings.data, imgsz=settings.imgsz, seed=settings.seed, skip_bad=settings.skip_bad)
+        return datasets.load_data(
+            settings.data,
+            imgsz=settings.imgsz,
+            seed=settings.seed,
+            skip_bad=settings.skip_bad,
+            group_by=settings.group_by,
+        )
 
     def describe(self, data: LoadedData) -> dict[str, Any]:
         """Names and numbers."""
@@ -71,6 +75,6 @@ class YOLOv5:
         parts = (0.1 * metrics["mAP50"], 0.9 * metrics["mAP50-95"], metrics["accuracy"])
         return sum(part for part in parts if not math.isnan(part)) / 2
 
-    def cluster(self, name: str) -> str:
-        """The clip or patient that the file name tells."""
-        return clip_of(Path(name).stem) or name
+    def clusters(self, split: ImageDataset) -> tuple[str, ...]:
+        """The clip or patient that ``--group-by`` makes of each image's name or folder."""
+        return split.clusters
