@@ -22,6 +22,7 @@ GUIDE = (ROOT / "docs/integrations.md").read_text(encoding="utf-8")
 
 NEEDS = {
     "plain_loop": (),
+    "alternating_tasks": (),
     "resnet_fashion_pairs": ("torchvision",),
     "transformer_two_heads": ("transformers", "accelerate"),
     "ultralytics_phantoms": ("ultralytics",),
@@ -29,6 +30,7 @@ NEEDS = {
 }
 TASKS = {
     "plain_loop": ("height", "quarter"),
+    "alternating_tasks": ("height", "quarter"),
     "resnet_fashion_pairs": ("behind", "front"),
     "transformer_two_heads": ("topic", "marked"),
     "ultralytics_phantoms": ("box", "cls", "dfl"),
