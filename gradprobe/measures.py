@@ -245,9 +245,7 @@ def reached(norms: ArrayLike, before: ArrayLike | None = None) -> NDArray[np.boo
     return result
 
 
-def counted(
-    norms: ArrayLike, before: ArrayLike | None = None, unknown: ArrayLike | None = None
-) -> NDArray[np.bool_]:
+def counted(norms: ArrayLike, before: ArrayLike | None = None, unknown: ArrayLike | None = None) -> NDArray[np.bool_]:
     """Whose gradient counts on which layer in sums over the shared layers of each row.
 
     A layer is shared where two tasks have had a gradient other than 0, up to the row. A task that has had none anywhere
@@ -255,8 +253,8 @@ def counted(
 
     Args:
         norms, before: As for :func:`reached`.
-        unknown: (n,) bool: rows in which NaN may be a gradient that is not finite, so that sums are not known. In others
-            NaN says that the task does not reach the layer at that row, and the sum is over what it does reach.
+        unknown: (n,) bool: rows in which NaN may be a gradient that is not finite, so that sums are not known. In
+            others NaN says that the task does not reach the layer at that row, and the sum is over what it does reach.
 
     Returns:
         (n, L, T) bool, for :func:`over_layers`.
@@ -273,14 +271,14 @@ def counting(seen: ArrayLike, norms: ArrayLike, unknown: ArrayLike | None = None
 
 
 def by_several(reach: ArrayLike) -> NDArray[np.bool_]:
-    """(..., L, T) bool: who reaches what, less the layers that a task has for itself.
+    """(..., L, T) bool: who reaches what, less the layers that a task has for itself; of one task alone all it reaches.
 
     >>> by_several([[True, True], [True, False]])
     array([[ True,  True],
            [False, False]])
     """
     reach = np.asarray(reach, dtype=bool)
-    result: NDArray[np.bool_] = reach & (reach.sum(axis=-1, keepdims=True) >= 2)
+    result: NDArray[np.bool_] = reach & (reach.sum(axis=-1, keepdims=True) >= min(2, reach.shape[-1]))
     return result
 
 
@@ -331,6 +329,21 @@ def over_counted(gram: ArrayLike, reach: ArrayLike) -> Array:
     reach = np.asarray(reach, dtype=bool)
     both = reach[..., :, None] & reach[..., None, :]
     return np.where(both.any(axis=-3), over_all(gram, reach), np.nan)
+
+
+def over_rows(gram: ArrayLike, counts: ArrayLike) -> Array:
+    """As :func:`over_all`, of rows: NaN where a task counts on no layer of a row, but does in others.
+
+    Args:
+        gram: (n, L, T, T).
+        counts: (n, L, T) bool, from :func:`counted`.
+
+    Returns:
+        (n, T, T). Two tasks that share no layer have an inner product of 0: neither changes the other's loss.
+    """
+    counts = np.asarray(counts, dtype=bool)
+    gone: NDArray[np.bool_] = np.any(counts, axis=(0, 1)) & ~np.any(counts, axis=1)
+    return np.where(gone[:, :, None] | gone[:, None, :], np.nan, over_all(gram, counts))
 
 
 def from_norms(norms: ArrayLike, cosines: ArrayLike) -> Array:

@@ -50,7 +50,7 @@ class State:
 
     def see(self, norms: ArrayLike) -> None:
         """Rows with these norms (n, L, T) are in the file."""
-        found = (np.asarray(norms, dtype=np.float32) > 0).any(axis=0)
+        found: NDArray[np.bool_] = np.any(np.asarray(norms, dtype=np.float32) > 0, axis=0)
         before = found if self.seen is None else growth.widened(self.seen, len(found))
         self.seen = found | before
 
@@ -105,12 +105,11 @@ def update_columns(rows: Sequence[UpdateRow], header: Header, state: State) -> C
     layers, tasks = len(header.layers), len(header.tasks)
     names = tasks + len(EARLIER_SOURCES)
     parts = growth.stacked([row.parts for row in rows], (layers, names, names))
-    had = np.arange(layers)[None, :] < np.array([len(row.parts) for row in rows], dtype=np.intp)[:, None]
-    reach = state.reach(header)[None] & had[:, :, None]  # (n, L, T): layers that joined later are no part of the row
+    reach = growth.stacked([state.reach(header)[: len(row.parts)] for row in rows], (layers, tasks), fill=False)
     own = np.where(reach[..., :, None] & reach[..., None, :], parts[..., :tasks, :tasks], np.nan)
     shared = measures.by_several(reach)
     shared_norm, shared_cosine = measures.over_layers(own, shared)
-    together = shared.any(axis=-1)
+    together: NDArray[np.bool_] = np.any(shared, axis=-1)
     whole = np.where(together[..., None, None], parts, 0.0).sum(axis=1)
     values: dict[str, Any] = {
         "update_norm": measures.norm(own),
@@ -118,7 +117,7 @@ def update_columns(rows: Sequence[UpdateRow], header: Header, state: State) -> C
         "shared_update_norm": shared_norm,
         "shared_cosine": shared_cosine,
         "share": measures.share(parts),
-        "shared_share": measures.share(np.where(together.any(axis=-1)[:, None, None], whole, np.nan)),
+        "shared_share": measures.share(np.where(np.any(together, axis=-1)[:, None, None], whole, np.nan)),
         "status": [state.status_code(row.status) for row in rows],
     }
     return _stored(schema.UPDATES, rows, values, header)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from gradprobe.rows import FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, U
 BY_LAYER = ("gram", "gram_noise", "reach", "parts", "effect", "term")
 """What a row holds by layer, on the first axis."""
 
-AnyRow = TypeVar("AnyRow", Row, FeatureRow, UpdateRow, LedgerRow, ProbeLoaderRow)
+AnyRow = Row | FeatureRow | UpdateRow | LedgerRow | ProbeLoaderRow
 
 
 def begins_with(longer: Sequence[str], shorter: Sequence[str]) -> bool:

@@ -1,7 +1,7 @@
 """Who reaches what in a run, by effect: told by the norms of its rows, piece by piece, so that memory is bounded.
 
-Files of earlier versions say what graphs reach, and have sums over shared layers that go by that; the zeros of their rows
-say better, and so they are read.
+Files of earlier versions say what graphs reach, and have sums over shared layers that go by that; the zeros of their
+rows say better, and so they are read.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def look(run: Run, graph: NDArray[np.bool_]) -> Reaching:
 
 def gaps(run: Run) -> Gaps:
     """Read all norms."""
-    first, status = run.reaching.first, run["status"]
+    first, status = run.seen.first, run["status"]
     joined = np.full(len(first), NEVER, dtype=np.int64)
     lacking, rows = np.zeros(len(first), np.int64), 0
     for start, norms in norms_of(run):
@@ -162,7 +162,9 @@ def mended(
     """
     status = block["status"]
     lacks = codes(names, lambda name: name == MISSING_GRADIENT)[status]
-    changed = {"status": np.where(lacks, 0, status).astype(status.dtype)} if lacks.any() and table is schema.ROWS else {}
+    changed = (
+        {"status": np.where(lacks, 0, status).astype(status.dtype)} if lacks.any() and table is schema.ROWS else {}
+    )
     norms, cosines, *summed = (block[name] for name in SUMS[table])
     if table is schema.ROWS:
         due = lacks | (place[:, None, None] < np.where(found.graph, found.first, 0)).any(axis=(1, 2))
@@ -192,13 +194,14 @@ def _better(
     """Norms (n, T) and cosines (n, P) over what counts; those that were summed over the same are as they are."""
     first, second = measures.pair_index(norms.shape[-1])
     some = norms != 0  # NaN too
-    cases = (
-        (graph, counted, some),
-        (graph[:, first] & graph[:, second], counted[..., first] & counted[..., second], some[..., first] | some[..., second]),
+    of_pairs = (
+        graph[:, first] & graph[:, second],
+        counted[..., first] & counted[..., second],
+        some[..., first] | some[..., second],
     )
     sums = measures.over_layers(measures.from_norms(norms, cosines), counted)
     result = []
-    for (was, now, matters), old, new in zip(cases, stored, sums, strict=True):
+    for (was, now, matters), old, new in zip(((graph, counted, some), of_pairs), stored, sums, strict=True):
         other = (was & ~now & matters).any(axis=1) | ~now.any(axis=1)
         result.append(np.where(other, new, old).astype(old.dtype))
     return result

@@ -73,7 +73,7 @@ class Run:
             self.layer_size: NDArray[np.int64] = last["layer_size"][()]
             self._stored_reach: NDArray[np.bool_] = last["reach"][()].astype(bool)
         self.by_effect = all(piece.by_effect for piece in self._files)
-        self._reaching: reaching.Reaching | None = None
+        self._seen: reaching.Reaching | None = None
         self._gaps: reaching.Gaps | None = None
         self.provenance: dict[str, Any] = last.provenance
         self.status_names: Names = last.status_names
@@ -103,11 +103,11 @@ class Run:
     # ---- who reaches what
 
     @property
-    def reaching(self) -> reaching.Reaching:
+    def seen(self) -> reaching.Reaching:
         """Who reaches what, and from which row on: the first rows are read for it."""
-        if self._reaching is None:
-            self._reaching = reaching.look(self, self._stored_reach)
-        return self._reaching
+        if self._seen is None:
+            self._seen = reaching.look(self, self._stored_reach)
+        return self._seen
 
     @property
     def gaps(self) -> reaching.Gaps:
@@ -118,11 +118,11 @@ class Run:
 
     @property
     def reach(self) -> NDArray[np.bool_]:
-        """(L, T): which task has had a gradient other than 0 on which layer; of a task without any, whose graph goes there.
+        """(L, T): which task has had a gradient other than 0 on which layer; of a task without any: its graph.
 
         A layer with fewer than two is shared by the graph alone: it is in no sum over shared layers.
         """
-        return self._stored_reach if self.by_effect else self.reaching.reach
+        return self._stored_reach if self.by_effect else self.seen.reach
 
     @property
     def shared_reach(self) -> NDArray[np.bool_]:
@@ -142,7 +142,7 @@ class Run:
         return {name: int(step[row]) for name, row in zip(self.layers, self.gaps.joined, strict=True) if row}
 
     def lacking(self) -> dict[str, int]:
-        """In how many measured rows a task had no gradient on a layer on which it has had some, by layer; 0 is left out.
+        """By layer, in how many measured rows a task had no gradient there, though it has had some; 0 is left out.
 
         Such a row is measured on what is there. Rows before a layer joined do not count.
         """
@@ -160,7 +160,14 @@ class Run:
             seen = np.broadcast_to(self.reach, norms.shape)
             return reaching.counts_of(seen, self.status_names, norms, status)
         place = self.places(np.arange(len(norms)) * stride)
-        return reaching.counts(self.reaching, self.status_names, place, norms, status)
+        return reaching.counts(self.seen, self.status_names, place, norms, status)
+
+    def by_layer(self, name: str) -> NDArray[Any]:
+        """A dataset of gradients by layer, such as "cosine", as medians take it: NaN in rows that lack a task."""
+        values, present = self[name], self.present()
+        if present.all():
+            return values
+        return np.where(present.reshape(-1, *(1,) * (values.ndim - 1)), values, np.nan).astype(values.dtype)
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where rows are in the file."""
@@ -242,7 +249,9 @@ class Run:
         for place, piece, rows in self._stretches(table, ahead, stride):
             with piece.reading():
                 size = piece[name].nbytes if name in piece else 0
-                untrusted.check_memory(size * len(range(*rows.indices(piece.count(table)))) // max(piece.count(table), 1))
+                untrusted.check_memory(
+                    size * len(range(*rows.indices(piece.count(table)))) // max(piece.count(table), 1)
+                )
                 pieces.append(self._column(piece, table, field, place, rows, layers))
         values = np.concatenate(pieces)
         if field.name == "status" and values.size and values.max() >= len(self.status_names):
@@ -275,7 +284,7 @@ class Run:
             some = wanted[begin : begin + schema.CHUNK_ROWS]
             here = slice(int(some[0]), int(some[-1]) + 1, rows.step)
             block = {f.name: piece.column(table, f, here, among=len(self.layers)) for f in needed}
-            better = reaching.mended(self.reaching, self.status_names, table, block, place + some)
+            better = reaching.mended(self.seen, self.status_names, table, block, place + some)
             found[begin : begin + schema.CHUNK_ROWS] = better[field.name]
         return found
 
@@ -309,7 +318,7 @@ class Run:
                     block = {f.name: piece.column(table, f, here, among=len(self.layers)) for f in fields}
                 if not self.by_effect and table in reaching.SUMS:
                     place = done + np.arange(start, stop, stride)
-                    block = reaching.mended(self.reaching, self.status_names, table, block, place)
+                    block = reaching.mended(self.seen, self.status_names, table, block, place)
                 yield block
             done += max(length, 0)
 

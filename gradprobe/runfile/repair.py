@@ -198,7 +198,7 @@ def _statuses(
 
 
 def _header(pieces: list[Piece], report: Report) -> Header:
-    """Names and provenance; of several files the last that can be read says what reaches the layers, which it has all."""
+    """Names and provenance; of several files the last that can be read says who reaches the layers."""
     provenance: dict[str, Any] = {}
     for piece in reversed(pieces):
         try:

@@ -47,9 +47,9 @@ class ThinRun(Run):
         return values[start::stride][:, layers] if schema.LAYER in found[1].axes else values[start::stride]
 
     @property
-    def reaching(self) -> Reaching:
+    def seen(self) -> Reaching:
         """As of the run."""
-        return self.whole.reaching
+        return self.whole.seen
 
     @property
     def gaps(self) -> Gaps:

@@ -128,7 +128,7 @@ class RunWriter:
                 return
             if tuple(known.tasks) != tuple(header.tasks):
                 raise RunFileError(
-                    f"{self.path}: holds rows of tasks {list(known.tasks)}; layers cannot join for {list(header.tasks)}."
+                    f"{self.path}: holds rows of tasks {list(known.tasks)}; layers of {list(header.tasks)} cannot join."
                 )
             self._flusher.header, self._places = growth.joined(known, header)
             self._flusher.changed = True

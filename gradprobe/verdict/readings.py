@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.ledger.windows import Window, window
-from gradprobe.measures import Array
+from gradprobe.measures import Array, over_counted
 from gradprobe.statistics import Estimate, Mean, pooled, pooled_ratio
 from gradprobe.verdict.evidence import Evidence, Rows
 
@@ -94,7 +94,9 @@ def _over(
     where = np.ix_(np.flatnonzero(chosen), places(run, layers), columns, columns)
     gram, noise = (np.asarray(one[where], dtype=np.float64) for one in (rows.gram, rows.noise))
     if not apart:
-        gram, noise = gram.sum(axis=1), noise.sum(axis=1)
+        counts = np.ones(gram.shape[:-1], dtype=bool) if rows.counts is None else rows.counts[where[:-1]]
+        every = np.broadcast_to(counts.all(axis=-1, keepdims=True), counts.shape)  # what all of them reach at that row
+        gram, noise = over_counted(gram, every), over_counted(noise, every)
     return gram, noise, chosen
 
 
