@@ -240,9 +240,9 @@ def _probe(run: Run, pairs: Sequence[str]) -> Array | None:
     found = np.full((len(steps), len(run.pairs)), np.nan, np.float32)
     counts = run.counts(table=schema.PROBE_LOADER)
     for p, (a, b) in enumerate(zip(*measures.pair_index(len(run.tasks)), strict=True)):
-        both = counts[:, :, [a, b]].all(axis=2)
+        both: NDArray[np.bool_] = np.all(counts[:, :, [a, b]], axis=2)
         if both.any():  # a pair that shares no layer has no angle
-            every = np.broadcast_to(both[..., None], (*both.shape, len(run.tasks)))
+            every = np.repeat(both[..., None], len(run.tasks), axis=-1)
             total = bins.sums(measures.over_counted(true, every), where, len(steps))
             found[:, p] = heat.pooled(np.stack([total[:, a, b], total[:, a, a], total[:, b, b]], axis=-1))
     values = _columns(found, run.pairs, pairs)
