@@ -105,22 +105,37 @@ def update_columns(rows: Sequence[UpdateRow], header: Header, state: State) -> C
     layers, tasks = len(header.layers), len(header.tasks)
     names = tasks + len(EARLIER_SOURCES)
     parts = growth.stacked([row.parts for row in rows], (layers, names, names))
-    reach = growth.stacked([state.reach(header)[: len(row.parts)] for row in rows], (layers, tasks), fill=False)
+    held = growth.stacked([state.reach(header)[: len(row.parts)] for row in rows], (layers, tasks), fill=False)
+    measured = np.array([row.status == MEASURED for row in rows], dtype=bool)
+    none = np.isnan(np.diagonal(parts, axis1=2, axis2=3)) & measured[:, None, None]  # (n, L, S): no such part there
+    reach = held & ~none[..., :tasks]
     own = np.where(reach[..., :, None] & reach[..., None, :], parts[..., :tasks, :tasks], np.nan)
     shared = measures.by_several(reach)
     shared_norm, shared_cosine = measures.over_layers(own, shared)
     together: NDArray[np.bool_] = np.any(shared, axis=-1)
-    whole = np.where(together[..., None, None], parts, 0.0).sum(axis=1)
     values: dict[str, Any] = {
         "update_norm": measures.norm(own),
         "cosine": measures.pair_cosine(own),
         "shared_update_norm": shared_norm,
         "shared_cosine": shared_cosine,
         "share": measures.share(parts),
-        "shared_share": measures.share(np.where(np.any(together, axis=-1)[:, None, None], whole, np.nan)),
+        "shared_share": measures.share(_together(parts, none, together)),
         "status": [state.status_code(row.status) for row in rows],
     }
     return _stored(schema.UPDATES, rows, values, header)
+
+
+def _together(parts: measures.Array, none: NDArray[np.bool_], layers: NDArray[np.bool_]) -> measures.Array:
+    """Parts (n, L, S, S) over the chosen layers (n, L) of each row: (n, S, S).
+
+    A source that has no part on some of them (n, L, S) adds nothing there; NaN where it has one on none of them, and
+    where no layer is chosen.
+    """
+    some: NDArray[np.bool_] = np.any(~none & layers[..., None], axis=1)
+    nothing = none & some[:, None]
+    counted = np.where(nothing[..., :, None] | nothing[..., None, :], 0.0, parts)
+    total = np.where(layers[..., None, None], counted, 0.0).sum(axis=1)
+    return np.where(np.any(layers, axis=1)[:, None, None], total, np.nan)
 
 
 def ledger_columns(rows: Sequence[LedgerRow], header: Header, state: State) -> Columns:
