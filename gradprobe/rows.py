@@ -136,7 +136,7 @@ class Row:
             where it is not known. None: the run is not measured in micro-batches.
         micro_batches: In how many the step was measured, over all processes; 1: as a whole.
         reach: (L, T) bool: whose gradient counts on which layer in sums over the shared layers of this row, see
-            :func:`gradprobe.measures.counted`. None: as in the header.
+            :func:`gradprobe.measures.counted`. None: the run file goes by its rows so far, displays by the header.
     """
 
     step: int

@@ -12,7 +12,7 @@ LAYERS = ("trunk.0", "trunk.1", "late.0", "late.1", "late.2")
 SIZE = np.array([30, 12, 50, 7, 9])
 
 
-def header(layers=len(LAYERS), reach=None, **more):
+def header(layers=5, reach=None, **more):
     reach = np.ones((layers, 2), bool) if reach is None else reach
     return Header(TASKS, LAYERS[:layers], SIZE[:layers], reach, **more)
 

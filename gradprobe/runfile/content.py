@@ -9,12 +9,13 @@ from typing import Any
 
 import h5py
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from gradprobe import __version__, measures
 from gradprobe.rows import (
     EARLIER_SOURCES,
     MEASURED,
+    UNKNOWN_GRADIENT,
     FeatureRow,
     Header,
     LedgerRow,
@@ -48,9 +49,9 @@ class State:
     seen: NDArray[np.bool_] | None = None
     by_effect: bool = True
 
-    def see(self, norms: ArrayLike) -> None:
+    def see(self, norms: NDArray[np.float32]) -> None:
         """Rows with these norms (n, L, T) are in the file."""
-        found: NDArray[np.bool_] = np.any(np.asarray(norms, dtype=np.float32) > 0, axis=0)
+        found: NDArray[np.bool_] = np.any(norms > 0, axis=0)
         before = found if self.seen is None else growth.widened(self.seen, len(found))
         self.seen = found | before
 
@@ -75,8 +76,8 @@ class State:
 def columns(rows: Sequence[Row], header: Header, state: State) -> Columns:
     """Rows side by side, in the form in which they are stored."""
     gram = _gramians(rows, len(header.layers), len(header.tasks))
-    shared_norm, shared_cosine = measures.over_layers(gram, _counts(rows, header))
-    norms = measures.norm(gram)
+    norms = np.asarray(measures.norm(gram), dtype=np.float32)
+    shared_norm, shared_cosine = measures.over_layers(gram, _counts(rows, norms, state.seen))
     state.see(norms)
     values: dict[str, Any] = {
         "loss": [row.loss for row in rows],
@@ -169,10 +170,24 @@ def _gramians(rows: Sequence[GramRow], places: int, tasks: int) -> measures.Arra
     return growth.stacked([row.gram for row in rows], (places, tasks, tasks))
 
 
-def _counts(rows: Sequence[Row], header: Header) -> NDArray[np.bool_]:
-    """(n, L, T): whose gradient counts where in sums over shared layers. A row that lacks a task counts in none."""
-    of_rows = [None if says_absent(row.status) else row.counts(header.reach) for row in rows]
-    return growth.stacked(of_rows, (len(header.layers), len(header.tasks)), fill=False)
+def _counts(rows: Sequence[Row], norms: NDArray[np.float32], seen: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """(n, L, T): whose gradient counts where in sums over shared layers, as the rows say it, or else their norms.
+
+    A row from which a task is absent counts in none.
+
+    Args:
+        rows: n of them.
+        norms: (n, L, T).
+        seen: (L, T) who was seen to reach what in rows before these.
+    """
+    unknown = [row.status in UNKNOWN_GRADIENT for row in rows]
+    before = None if seen is None else growth.widened(seen, norms.shape[1])
+    counts = measures.counted(norms, before, unknown)
+    for place, row in enumerate(rows):
+        if row.reach is not None:
+            counts[place] = growth.widened(np.asarray(row.reach, dtype=bool), norms.shape[1])
+        counts[place] &= not says_absent(row.status)
+    return counts
 
 
 def _stored(

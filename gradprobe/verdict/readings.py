@@ -91,10 +91,13 @@ def _over(
 ) -> tuple[Array, Array, NDArray[np.bool_]]:
     chosen = inside(rows.step, span)
     columns = np.array([run.tasks.index(task) for task in tasks], dtype=np.intp)
-    where = np.ix_(np.flatnonzero(chosen), places(run, layers), columns, columns)
+    given, there = np.flatnonzero(chosen), places(run, layers)
+    where = np.ix_(given, there, columns, columns)
     gram, noise = (np.asarray(one[where], dtype=np.float64) for one in (rows.gram, rows.noise))
     if not apart:
-        counts = np.ones(gram.shape[:-1], dtype=bool) if rows.counts is None else rows.counts[where[:-1]]
+        counts = (
+            np.ones(gram.shape[:-1], dtype=bool) if rows.counts is None else rows.counts[np.ix_(given, there, columns)]
+        )
         every = np.broadcast_to(counts.all(axis=-1, keepdims=True), counts.shape)  # what all of them reach at that row
         gram, noise = over_counted(gram, every), over_counted(noise, every)
     return gram, noise, chosen
