@@ -85,7 +85,8 @@ class Display:
     def start(self, header: Header) -> None:
         """The shared layers are known."""
         self._header = header
-        self.say(f"{len(header.layers)} shared layers, {int(header.layer_size.sum()):,} parameters")
+        shared = measures.by_several(header.reach).any(axis=1)
+        self.say(f"{int(shared.sum())} shared layers, {int(header.layer_size[shared].sum()):,} parameters")
 
     def grow(self, header: Header) -> None:
         """More layers are shared, or it is known better who reaches them."""

@@ -167,10 +167,12 @@ def _run(arm: str, path: Path, seed: object, frame: Frame) -> tuple[RunData, hea
 def _heat(run: Run, frame: Frame) -> heat.RunHeat:
     place, count = bins.places(run["step"], frame.heat_borders), len(frame.heat_borders) - 1
     naive = heat.naive(run.by_layer("cosine"), run.pairs, frame.pairs, place, count)
+    shared = np.flatnonzero(run.shared_reach.any(axis=1))
+    names = [run.layers[i] for i in shared]
     if "gram_noise" not in run:
-        return heat.RunHeat(run.layers, naive, None)
+        return heat.RunHeat(names, naive[:, shared], None)
     true = run.gram() - run["gram_noise"]
-    return heat.RunHeat(run.layers, naive, heat.sums(true, run.pairs, frame.pairs, place, count))
+    return heat.RunHeat(names, naive[:, shared], heat.sums(true[:, shared], run.pairs, frame.pairs, place, count))
 
 
 def _columns(values: NDArray[Any], have: Sequence[str], want: Sequence[str]) -> Floats:

@@ -183,6 +183,6 @@ def ledger_by_layer(run: Evidence, found: Window, pair: Pair, layers: Sequence[s
     """Each layer's part of C, (L',) in the order of ``layers``; they sum to C."""
     i, j = run.tasks.index(pair.task), run.tasks.index(pair.by)
     order = [run.layers.index(name) for name in layers]
-    term = np.asarray(run.ledger["term"], dtype=np.float64)[found.rows][:, order, i, j].sum(axis=0)
-    result: Array = term / found.own[i]
+    term = np.asarray(run.ledger["term"], dtype=np.float64)[found.rows][:, order, i, j]
+    result: Array = np.nansum(term, axis=0) / found.own[i]  # a layer that joined later is in no row before
     return result
