@@ -18,8 +18,8 @@ from gradprobe.cli.replaying import replay_run
 from gradprobe.ledger.windows import window
 from gradprobe.plots.figure import make
 from gradprobe.report import gather, heat
-from gradprobe.rows import NONFINITE_GRADIENT, Header, ProbeLoaderRow, Row, absent
-from gradprobe.runfile import RunWriter, schema
+from gradprobe.rows import MISSING_GRADIENT, NONFINITE_GRADIENT, Header, ProbeLoaderRow, Row, absent
+from gradprobe.runfile import RunWriter, reaching, schema
 from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
 from gradprobe.runfile.repair import repair
@@ -161,6 +161,30 @@ def test_every_reader_of_an_old_file_goes_by_effect(old, tmp_path, capsys):
     assert said["dominance"]["a"] == pytest.approx(np.median(share[:, 0]), rel=1e-5)
 
 
+def test_rows_of_old_files_that_lack_a_layer_are_measured_in_every_table():
+    names, stored = ("measured", MISSING_GRADIENT, NONFINITE_GRADIENT), np.array([0, 1, 2, 1], np.uint8)
+    for table, expected in ((schema.ROWS, [0, 0, 2, 0]), (schema.PROBE_LOADER, [0, 0, 2, 0]), (schema.UPDATES, stored)):
+        np.testing.assert_array_equal(reaching.mended_status(names, table, stored), expected)
+
+
+def test_only_rows_that_may_change_are_looked_at(monkeypatch):
+    """Of a long file of an earlier version nearly all is read as it is stored."""
+    looked: list[int] = []
+    known = reaching.mended
+
+    def spy(found, names, table, block, place):
+        looked.extend(place.tolist())
+        return known(found, names, table, block, place)
+
+    monkeypatch.setattr(reaching, "mended", spy)
+    with open_run(FIXTURES / "run-1.0.h5") as run:
+        assert run["shared_cosine"].shape == (12, 3)
+    assert looked == []
+    with open_run(FIXTURES / "zero-heads.h5") as run:
+        assert run.read("shared_cosine", start=-2).shape == (2, 1)
+    assert looked == [8, 9]
+
+
 def test_old_sums_over_parts_of_updates_go_by_effect(tmp_path):
     with open_run(FIXTURES / "zero-heads.h5") as run:
         trunk = measures.from_norms(run["update/update_norm"][:, :3], run["update/cosine"][:, :3]).sum(axis=1)
@@ -249,6 +273,7 @@ def test_a_new_file_says_what_gradients_say(headed):
             np.testing.assert_allclose(run.cosine(over), measures.pair_cosine(trunk), atol=1e-6)
             np.testing.assert_allclose(run.norm(over), measures.norm(trunk), rtol=1e-6)
         assert np.isnan(run.norm("head.a")).all()
+        assert np.isnan(run.estimate("head.a").cosine).all()
         for source in ("training", "probe_loader"):
             whole, alone = run.estimate(source=source), run.estimate("trunk", source=source)
             np.testing.assert_array_equal(whole.cosine, alone.cosine)

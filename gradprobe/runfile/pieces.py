@@ -129,16 +129,15 @@ class Piece:
 
     def _among(self, path: str, field: schema.Field, rows: slice, layers: slice | int, among: int) -> Any:
         """Some layers of a run that has more of them than this file."""
-        wanted = np.arange(among)[layers]
-        own = np.flatnonzero(np.atleast_1d(wanted) < len(self.layers))
-        one = [wanted] if np.ndim(wanted) == 0 else wanted
+        wanted = np.atleast_1d(np.arange(among)[layers])
+        own = wanted[wanted < len(self.layers)]
         dataset = self.file[path]
-        values = np.full((dataset.shape[0], len(one), *dataset.shape[2:])[1:], field.missing, field.dtype)
-        found = np.broadcast_to(values, (len(range(*rows.indices(dataset.shape[0]))), *values.shape)).copy()
+        count = len(range(*rows.indices(dataset.shape[0])))
+        found = np.full((count, len(wanted), *dataset.shape[2:]), field.missing, field.dtype)
         if own.size:
-            chosen = np.asarray(one)[own]
-            found[:, own] = dataset[(rows, slice(int(chosen[0]), int(chosen[-1]) + 1))][:, chosen - chosen[0]]
-        return found[:, 0] if np.ndim(wanted) == 0 else found
+            first, last = int(own[0]), int(own[-1])
+            found[:, : len(own)] = dataset[(rows, slice(first, last + 1))][:, own - first]
+        return found[:, 0] if isinstance(layers, int) else found
 
     def _count(self, name: str) -> int:
         value: int = attribute(self.file, name, int)

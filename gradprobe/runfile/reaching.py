@@ -150,23 +150,43 @@ def counts_of(
     return measures.counting(seen, norms, unknown(names, status)) & ~absent(names, status)[:, None, None]
 
 
+def settled(found: Reaching, names: tuple[str, ...], table: schema.Table) -> int:
+    """From which place on no row of a file of an earlier version is to be :func:`mended`."""
+    if table is not schema.ROWS:
+        return NEVER if (found.graph & ~found.reach).any() else 0
+    return NEVER if MISSING_GRADIENT in names else int(np.where(found.graph, found.first, 0).max(initial=0))
+
+
+def mended_status(names: tuple[str, ...], table: schema.Table, status: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Statuses of a file of an earlier version: rows that lack a layer are measured."""
+    if table not in (schema.ROWS, schema.PROBE_LOADER) or MISSING_GRADIENT not in names:
+        return status
+    return np.where(_lacks(names, status), 0, status).astype(status.dtype)
+
+
+def _lacks(names: tuple[str, ...], status: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    return codes(names, lambda name: name == MISSING_GRADIENT)[status]
+
+
 def mended(
     found: Reaching, names: tuple[str, ...], table: schema.Table, block: Block, place: NDArray[np.int64]
 ) -> Block:
-    """Rows of a file of an earlier version, with sums over the layers that are shared by effect.
+    """Rows of a file of an earlier version: sums go over the layers that are shared by effect.
 
     Args:
         found: Of the run.
         names: Of its statuses.
         table: Which rows.
-        block: All of :data:`SUMS`, and the status; what need not be changed stays bit for bit.
+        block: All of :data:`SUMS`, where the table is in it, and the status. What need not be changed stays bit for bit.
         place: (n,) of the rows, among those of their table.
     """
+    if "status" not in block:
+        return block
     status = block["status"]
-    lacks = codes(names, lambda name: name == MISSING_GRADIENT)[status]
-    changed = (
-        {"status": np.where(lacks, 0, status).astype(status.dtype)} if lacks.any() and table is schema.ROWS else {}
-    )
+    changed = {"status": mended_status(names, table, status)}
+    if table not in SUMS:
+        return {**block, **changed}
+    lacks = _lacks(names, status)
     norms, cosines, *summed = (block[name] for name in SUMS[table])
     if table is schema.ROWS:
         due = lacks | (place[:, None, None] < np.where(found.graph, found.first, 0)).any(axis=(1, 2))

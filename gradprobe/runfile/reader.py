@@ -132,8 +132,8 @@ class Run:
     @property
     def graph_only(self) -> Names:
         """Names of layers that the graph alone calls shared: fewer than two tasks have had a gradient there."""
-        shared = self.reach.sum(axis=1) >= 2
-        return tuple(name for name, held in zip(self.layers, shared, strict=True) if not held)
+        alone: NDArray[np.bool_] = ~np.any(self.shared_reach, axis=1)
+        return tuple(name for name, left_out in zip(self.layers, alone, strict=True) if left_out)
 
     @property
     def joined(self) -> dict[str, int]:
@@ -274,14 +274,16 @@ class Run:
         self, piece: Piece, table: schema.Table, field: schema.Field, place: int, rows: slice, layers: slice | int
     ) -> NDArray[Any]:
         """Some rows of a file, whose first row is at ``place`` of the table."""
-        if self.by_effect or table not in reaching.SUMS or field.name not in (*reaching.SUMS[table][2:], "status"):
-            found: NDArray[Any] = piece.column(table, field, rows, layers, among=len(self.layers))
+        found: NDArray[Any] = piece.column(table, field, rows, layers, among=len(self.layers))
+        if not self.by_effect and field.name == "status":
+            return reaching.mended_status(self.status_names, table, found)
+        if self.by_effect or table not in reaching.SUMS or field.name not in reaching.SUMS[table][2:]:
             return found
         needed = [f for f in table.fields if f.name in (*reaching.SUMS[table], "status")]
         wanted = np.arange(piece.count(table))[rows]
-        found = piece.column(table, field, rows)
-        for begin in range(0, len(wanted), schema.CHUNK_ROWS):
-            some = wanted[begin : begin + schema.CHUNK_ROWS]
+        changed = wanted[: np.searchsorted(place + wanted, reaching.settled(self.seen, self.status_names, table))]
+        for begin in range(0, len(changed), schema.CHUNK_ROWS):
+            some = changed[begin : begin + schema.CHUNK_ROWS]
             here = slice(int(some[0]), int(some[-1]) + 1, rows.step)
             block = {f.name: piece.column(table, f, here, among=len(self.layers)) for f in needed}
             better = reaching.mended(self.seen, self.status_names, table, block, place + some)
@@ -316,7 +318,7 @@ class Run:
                 with piece.reading():
                     here = slice(start, stop, stride)
                     block = {f.name: piece.column(table, f, here, among=len(self.layers)) for f in fields}
-                if not self.by_effect and table in reaching.SUMS:
+                if not self.by_effect:
                     place = done + np.arange(start, stop, stride)
                     block = reaching.mended(self.seen, self.status_names, table, block, place)
                 yield block
