@@ -177,7 +177,7 @@ def mended(
         found: Of the run.
         names: Of its statuses.
         table: Which rows.
-        block: All of :data:`SUMS`, where the table is in it, and the status. What need not be changed stays bit for bit.
+        block: All of :data:`SUMS` (where the table is in it) and the status. What need not be changed stays as it is.
         place: (n,) of the rows, among those of their table.
     """
     if "status" not in block:
