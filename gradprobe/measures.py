@@ -179,14 +179,14 @@ def update_effect(effect: ArrayLike, reach: ArrayLike) -> Array:
 
     Args:
         effect: (..., L, T, S): by layer, task whose loss it is, and source of the part.
-        reach: (L, T) bool.
+        reach: (L, T) or (..., L, T) bool.
 
     Returns:
         (..., T, S), in units of loss; below 0: the loss falls. NaN where a layer that the task reaches is unknown.
     """
-    there = np.asarray(reach, dtype=bool)[:, :, None]
+    there = np.asarray(reach, dtype=bool)[..., None]
     total = np.where(there, np.asarray(effect, dtype=np.float64), 0.0).sum(axis=-3)
-    return np.where(there.any(axis=0), total, np.nan)
+    return np.where(there.any(axis=-3), total, np.nan)
 
 
 def update_interference(effect: ArrayLike) -> Array:
@@ -259,13 +259,26 @@ def counted(norms: ArrayLike, before: ArrayLike | None = None, unknown: ArrayLik
     Returns:
         (n, L, T) bool, for :func:`over_layers`.
     """
-    norms = np.asarray(norms, dtype=np.float64)
-    there = ~np.isnan(norms)
-    seen = reached(norms, before)
+    return counting(reached(norms, before), norms, unknown)
+
+
+def counting(seen: ArrayLike, norms: ArrayLike, unknown: ArrayLike | None = None) -> NDArray[np.bool_]:
+    """The same where it is known already who has been seen to reach what up to each row: (n, L, T), of any rows."""
+    seen, there = np.asarray(seen, dtype=bool), ~np.isnan(np.asarray(norms, dtype=np.float64))
     seen = np.where(seen.any(axis=1, keepdims=True), seen, there)
-    shared = seen.sum(axis=-1, keepdims=True) >= 2
     defined = there if unknown is None else there | np.asarray(unknown, dtype=bool)[:, None, None]
-    result: NDArray[np.bool_] = seen & shared & defined
+    return by_several(seen) & defined
+
+
+def by_several(reach: ArrayLike) -> NDArray[np.bool_]:
+    """(..., L, T) bool: who reaches what, less the layers that a task has for itself; of one task alone all it reaches.
+
+    >>> by_several([[True, True], [True, False]])
+    array([[ True,  True],
+           [False, False]])
+    """
+    reach = np.asarray(reach, dtype=bool)
+    result: NDArray[np.bool_] = reach & (reach.sum(axis=-1, keepdims=True) >= min(2, reach.shape[-1]))
     return result
 
 
@@ -309,6 +322,28 @@ def over_all(gram: ArrayLike, reach: ArrayLike) -> Array:
     both = reach[..., :, None] & reach[..., None, :]
     total: Array = np.where(both, np.asarray(gram, dtype=np.float64), 0.0).sum(axis=-3)
     return total
+
+
+def over_counted(gram: ArrayLike, reach: ArrayLike) -> Array:
+    """As :func:`over_all`, but NaN, and not 0, where no layer counts for a pair (on the diagonal: for a task)."""
+    reach = np.asarray(reach, dtype=bool)
+    both = reach[..., :, None] & reach[..., None, :]
+    return np.where(both.any(axis=-3), over_all(gram, reach), np.nan)
+
+
+def over_rows(gram: ArrayLike, counts: ArrayLike) -> Array:
+    """As :func:`over_all`, of rows: NaN where a task counts on no layer of a row, but does in others.
+
+    Args:
+        gram: (n, L, T, T).
+        counts: (n, L, T) bool, from :func:`counted`.
+
+    Returns:
+        (n, T, T). Two tasks that share no layer have an inner product of 0: neither changes the other's loss.
+    """
+    counts = np.asarray(counts, dtype=bool)
+    gone: NDArray[np.bool_] = np.any(counts, axis=(0, 1)) & ~np.any(counts, axis=1)
+    return np.where(gone[:, :, None] | gone[:, None, :], np.nan, over_all(gram, counts))
 
 
 def from_norms(norms: ArrayLike, cosines: ArrayLike) -> Array:

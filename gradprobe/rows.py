@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.measures import Array, over_layers
+from gradprobe.measures import Array, by_several, over_layers
 
 MEASURED = "measured"
 NONFINITE_GRADIENT = "a task's gradient is not finite"
@@ -32,8 +32,15 @@ def absent(tasks: Sequence[str]) -> str:
     >>> absent(["cls"])
     'absent at this step: cls'
     """
-    return f"absent at this step: {', '.join(tasks)}"
+    return f"{_ABSENT}{', '.join(tasks)}"
 
+
+def says_absent(status: str) -> bool:
+    """Whether a status is one of :func:`absent`."""
+    return status.startswith(_ABSENT)
+
+
+_ABSENT = "absent at this step: "
 
 EARLIER_SOURCES = ("weight decay", "earlier momentum")
 """What an update comes from beside the tasks, in the order of the columns of a ledger."""
@@ -129,7 +136,7 @@ class Row:
             where it is not known. None: the run is not measured in micro-batches.
         micro_batches: In how many the step was measured, over all processes; 1: as a whole.
         reach: (L, T) bool: whose gradient counts on which layer in sums over the shared layers of this row, see
-            :func:`gradprobe.measures.counted`. None: as in the header.
+            :func:`gradprobe.measures.counted`. None: the run file goes by its rows so far, displays by the header.
     """
 
     step: int
@@ -148,7 +155,11 @@ class Row:
 
     def shared(self, reach: NDArray[np.bool_]) -> tuple[Array, Array]:
         """Norms (T,) and pair cosines (P,) over all shared layers together; ``reach`` of the header, (L, T)."""
-        return over_layers(self.gram, reach if self.reach is None else self.reach)
+        return over_layers(self.gram, self.counts(reach))
+
+    def counts(self, reach: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Whose gradient counts on which of the layers that the row has; ``reach`` of the header, (L, T)."""
+        return by_several(np.asarray(reach)[: len(self.gram)]) if self.reach is None else np.asarray(self.reach)
 
 
 @dataclass(frozen=True)

@@ -22,22 +22,26 @@ def advise(
     """
     import json
 
+    import numpy as np
+
     from gradprobe.cli.interventions import LONG, gramians
     from gradprobe.errors import RunFileError
     from gradprobe.runfile import Run
     from gradprobe.verdict import advice
 
     with Run(file) as run:
-        if not run.layers:
+        if not run.shared_reach.any():
             raise RunFileError(
                 f"{file}: the tasks share no layer: interference is not applicable, and nothing to advise."
             )
         stride = max(1, len(run) // LONG)
         loss, weight = (run.read(name, stride=stride).astype(float) for name in ("loss", "weight"))
-        found = advice.advise(gramians(run), run.layer_size, run.reach, loss, weight)
+        shared = np.flatnonzero(run.shared_reach.any(axis=1))
+        layers, size = [run.layers[i] for i in shared], run.layer_size[shared]
+        found = advice.advise(gramians(run)[:, shared], size, run.counts(stride=stride)[:, shared], loss, weight)
         if not found.layers.ranked():
             raise RunFileError(f"{file}: has fewer than three measured rows, so there is nothing to go by.")
-        said = advice.as_json(found, run.layers, run.layer_size, run.tasks, run.pairs)
+        said = advice.as_json(found, layers, size, run.tasks, run.pairs)
         said = {
             "file": file.name,
             "rows": len(loss),

@@ -85,7 +85,15 @@ class Display:
     def start(self, header: Header) -> None:
         """The shared layers are known."""
         self._header = header
-        self.say(f"{len(header.layers)} shared layers, {int(header.layer_size.sum()):,} parameters")
+        shared = measures.by_several(header.reach).any(axis=1)
+        self.say(f"{int(shared.sum())} shared layers, {int(header.layer_size[shared].sum()):,} parameters")
+
+    def grow(self, header: Header) -> None:
+        """More layers are shared, or it is known better who reaches them."""
+        if self._header is not None and (more := len(header.layers) - len(self._header.layers)) > 0:
+            first = ", ".join(header.layers[len(self._header.layers) :][:4])
+            self.say(f"{more} more shared {'layer' if more == 1 else 'layers'}: {first}{', ...' if more > 4 else ''}")
+        self._header = header
 
     def write(self, row: Row) -> None:
         """A measured row."""

@@ -32,7 +32,7 @@ def replay_run(run: Run, names: list[str]) -> list[Replayed]:
     if not len(run) or not run.layers:
         what = "has no rows" if not len(run) else "its tasks share no layer: there is no interference to treat"
         raise RunFileError(f"{run.path}: {what}, so there is nothing to replay.")
-    gram = measures.over_all(run.gram(), run.reach)
+    gram = measures.over_rows(run.gram(), run.counts())
     static = np.array(setting(run, "task_weights", [1.0] * len(run.tasks)), dtype=np.float64)
     fixed = [("recorded", run["weight"].astype(np.float64)), ("joint", np.tile(static, (len(gram), 1)))]
     done = [effect(name, gram, static, weight) for name, weight in fixed]
@@ -80,6 +80,15 @@ def _method(run: Run, name: str, gram: Array, static: Array) -> Method:
     return lambda row: choose(weighting, gram[row], int(steps[row]), static, match=match)
 
 
+def _last_shared(run: Run) -> str:
+    """The last layer on which every task, or else two, have had a gradient."""
+    several = run.reach.sum(axis=1)
+    for found in (run.reach.all(axis=1), several >= 2, several >= 0):
+        if found.any():
+            return run.layers[int(np.flatnonzero(found)[-1])]
+    return run.layers[-1]
+
+
 def _gradnorm(run: Run, static: Array) -> Iterator[Array | None]:
     """The weights at each row of a GradNorm that sees the recorded rows alone, one after the other."""
     import torch
@@ -87,9 +96,10 @@ def _gradnorm(run: Run, static: Array) -> Iterator[Array | None]:
     from gradprobe.trainers.gradnorm import GradNorm
 
     d = Settings()
-    layer = setting(run, "gradnorm_layer", "") or run.provenance.get("model.last_shared_layer", run.layers[-1])
+    layer = setting(run, "gradnorm_layer", "") or run.provenance.get("model.last_shared_layer", _last_shared(run))
     chosen = run.layer_indices(layer)
-    norms = np.sqrt(np.square(run["grad_norm"].astype(np.float64)[:, chosen]).sum(axis=1))
+    counts, square = run.counts()[:, chosen], np.square(run["grad_norm"].astype(np.float64)[:, chosen])
+    norms = np.sqrt(np.where(counts.any(axis=1), np.where(counts, square, 0.0).sum(axis=1), np.nan))
     balancer = GradNorm(
         dict(zip(run.tasks, static.tolist(), strict=True)),
         [],

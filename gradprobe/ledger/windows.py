@@ -102,9 +102,11 @@ def window(
             (n, T; where it is missing nothing drifts) and ``status`` (n,); 0 is a row that counts.
         tasks: (T,) names.
         start, stop: Steps ``start <= step < stop``.
-        layers: Over which C is; None: all. The residual is over all of them always, as the loss is.
+        layers: Over which C is; None: all that two tasks reach, by the terms. A layer that one task has for itself is
+            a head: nobody can cancel what it gains there. The residual is over all of them always, as the loss is.
     """
     term = np.asarray(ledger["term"], dtype=np.float64)
+    layers = _shared(term) if layers is None else list(layers)
     head, change = (np.asarray(ledger[name], dtype=np.float64) for name in ("head", "loss_change"))
     drift = np.asarray(ledger["drift"], dtype=np.float64) if "drift" in ledger else np.zeros_like(change)
     step = np.asarray(ledger["step"])
@@ -119,15 +121,28 @@ def window(
         "momentum from before the burst is in it": inside & measured & known & ~settled,
     }
     rows = np.flatnonzero(settled)
-    chosen = whole if layers is None else np.nansum(term[:, list(layers)], axis=1)
+    chosen = whole if len(layers) == term.shape[1] else np.nansum(term[:, layers], axis=1)
     counts = {reason: int(which.sum()) for reason, which in left_out.items() if which.any()}
     return _summed(whole[rows], chosen[rows], head[rows], change[rows], drift[rows], tasks, rows, counts)
 
 
+def _shared(term: Array) -> list[int]:
+    """Which layers two tasks have had a gradient on; all of them where there is one task."""
+    reached = np.any(np.isfinite(term) & (term != 0), axis=(0, 3)).sum(axis=1)
+    return [int(layer) for layer in np.flatnonzero(reached >= min(2, term.shape[2]))]
+
+
 def _known(term: Array, head: Array, change: Array) -> NDArray[np.bool_]:
-    """(n,): a layer that a task does not reach is NaN in all rows, and no reason to leave any out."""
-    reached: NDArray[np.bool_] = np.any(np.isfinite(term), axis=(0, 3))  # (L, T)
-    there: NDArray[np.bool_] = np.all(np.isfinite(term) | ~reached[None, :, :, None], axis=(1, 2, 3))
+    """(n,): a layer that a task does not reach is NaN in all rows, and one that joined later in those before: no reason
+    to leave any out.
+    """
+    finite = np.isfinite(term)
+    reached: NDArray[np.bool_] = np.any(finite, axis=(0, 3))  # (L, T)
+    begun = np.logical_or.accumulate(finite.any(axis=(2, 3)), axis=0)[:, :, None, None]
+    needed = reached[None, :, :, None] & begun
+    there: NDArray[np.bool_] = np.all(finite | ~needed, axis=(1, 2, 3))
+    some: NDArray[np.bool_] = np.any(finite, axis=(1, 3))  # (n, T)
+    there &= np.all(some | ~reached.any(axis=0), axis=1)
     any_term = bool(reached.any()) or not term.shape[1]  # where nothing is shared there are heads alone
     found: NDArray[np.bool_] = there & np.isfinite(head).all(axis=1) & np.isfinite(change).all(axis=1)
     return found & any_term

@@ -57,7 +57,7 @@ def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, colorbar: bool = Tru
         _hatched(ax, steps, (empty & ~nothing).T, MISSING, "missing or not finite"),
         _hatched(ax, steps, (empty & nothing).T, ZERO, "a gradient is exactly zero"),
     ]
-    style.name_layers(ax, run.layers, room)
+    style.name_layers(ax, style.layer_names(run), room)
     ax.set(xlabel="training step", xlim=(steps[0], steps[-1]))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(False)
@@ -85,8 +85,8 @@ def _cells(
 ) -> tuple[NDArray[np.float32], NDArray[np.intp], NDArray[np.intp]]:
     """Per bin and layer, (B, L) each: the median cosine, the rows that have one, the rows with a zero gradient."""
     first, second = np.triu_indices(len(run.tasks), k=1)
-    cosine = run["cosine"][:, :, pair]
-    norm = run["grad_norm"][:, :, [first[pair], second[pair]]]
+    cosine = run.by_layer("cosine")[:, :, pair]
+    norm = run.by_layer("grad_norm")[:, :, [first[pair], second[pair]]]
     zero = (norm == 0).any(axis=-1)
     parts = [slice(a, b) for a, b in pairwise(edges)]
     return (

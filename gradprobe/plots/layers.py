@@ -52,7 +52,7 @@ def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, named: bool = True) 
     Returns:
         layer, pair; stochastic_conflict_rate, steps (measured), chance_low, chance_high.
     """
-    cosine = run["cosine"][:, :, pair]
+    cosine = run.by_layer("cosine")[:, :, pair]
     rate, steps = conflict_rate(cosine), np.isfinite(cosine).sum(axis=0)
     low, high = chance(steps)
     places = np.arange(len(run.layers))
@@ -75,7 +75,7 @@ def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, named: bool = True) 
         )
     for layer in places[steps == 0]:
         ax.broken_barh([(0, 1)], (layer - 0.5, 1), hatch="///", facecolor="white", edgecolor="#AAAAAA", lw=0)
-    style.name_layers(ax, run.layers, room)
+    style.name_layers(ax, style.layer_names(run), room)
     if not named:
         ax.set_ylabel("")
         ax.tick_params(labelleft=False, left=False)

@@ -210,6 +210,12 @@ def short(names: Sequence[str], limit: int = 30) -> list[str]:
     return [name if len(name) <= limit else f"{name[: half - 1]}…{name[-half:]}" for name in cut]
 
 
+def layer_names(run: Run) -> list[str]:
+    """Names of the layers as figures show them: those that are shared by the graph alone are in brackets."""
+    left_out = set(run.graph_only)
+    return [f"({name})" if name in left_out else name for name in run.layers]
+
+
 def name_layers(ax: Axes, names: Sequence[str], room: int) -> None:
     """Layers downwards in execution order, as many of them named as there is room for."""
     every = max(1, -(-len(names) // max(room, 1)))

@@ -17,7 +17,7 @@ from gradprobe.report import bins, heat
 from gradprobe.report.bins import Array
 from gradprobe.report.material import ArmData, Floats, Ledger, Material, RunData
 from gradprobe.report.names import clean, distinct
-from gradprobe.runfile import Run, thin
+from gradprobe.runfile import Run, schema, thin
 from gradprobe.verdict.readings import FIRST_STEPS_OF_ADAM
 
 ARMS, TASKS, PAIRS = 24, 6, 3
@@ -166,11 +166,13 @@ def _run(arm: str, path: Path, seed: object, frame: Frame) -> tuple[RunData, hea
 
 def _heat(run: Run, frame: Frame) -> heat.RunHeat:
     place, count = bins.places(run["step"], frame.heat_borders), len(frame.heat_borders) - 1
-    naive = heat.naive(run["cosine"], run.pairs, frame.pairs, place, count)
+    naive = heat.naive(run.by_layer("cosine"), run.pairs, frame.pairs, place, count)
+    shared = np.flatnonzero(run.shared_reach.any(axis=1))
+    names = [run.layers[i] for i in shared]
     if "gram_noise" not in run:
-        return heat.RunHeat(run.layers, naive, None)
+        return heat.RunHeat(names, naive[:, shared], None)
     true = run.gram() - run["gram_noise"]
-    return heat.RunHeat(run.layers, naive, heat.sums(true, run.pairs, frame.pairs, place, count))
+    return heat.RunHeat(names, naive[:, shared], heat.sums(true[:, shared], run.pairs, frame.pairs, place, count))
 
 
 def _columns(values: NDArray[Any], have: Sequence[str], want: Sequence[str]) -> Floats:
@@ -238,10 +240,12 @@ def _probe(run: Run, pairs: Sequence[str]) -> Array | None:
     true = measures.from_norms(table["grad_norm"], table["cosine"]) - table["gram_noise"]
     steps, where = np.unique(table["step"], return_inverse=True)
     found = np.full((len(steps), len(run.pairs)), np.nan, np.float32)
+    counts = run.counts(table=schema.PROBE_LOADER)
     for p, (a, b) in enumerate(zip(*measures.pair_index(len(run.tasks)), strict=True)):
-        both = run.reach[:, [a, b]].all(axis=1)
+        both: NDArray[np.bool_] = np.all(counts[:, :, [a, b]], axis=2)
         if both.any():  # a pair that shares no layer has no angle
-            total = bins.sums(true[:, both].sum(axis=1), where, len(steps))
+            every = np.repeat(both[..., None], len(run.tasks), axis=-1)
+            total = bins.sums(measures.over_counted(true, every), where, len(steps))
             found[:, p] = heat.pooled(np.stack([total[:, a, b], total[:, a, a], total[:, b, b]], axis=-1))
     values = _columns(found, run.pairs, pairs)
     return _spaced(np.concatenate([steps[:, None].astype(np.float64), values], axis=1))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import clusters, live, parts, schema
+from gradprobe.runfile import clusters, growth, live, parts, schema
 from gradprobe.runfile.pieces import Piece, span_of
 
 DAMAGED, INCOMPLETE, NOTE = "damaged", "incomplete", "note"
@@ -138,7 +138,8 @@ def _open_readable(path: Path, report: Report, pieces: list[Piece], lenient: boo
 
 def _of_one_run(pieces: list[Piece], piece: Piece) -> bool:
     known = {other.features for other in (*pieces, piece) if other.features}
-    return (piece.tasks, piece.layers) == (pieces[0].tasks, pieces[0].layers) and len(known) <= 1
+    same = piece.tasks == pieces[0].tasks and growth.begins_with(piece.layers, pieces[-1].layers)
+    return same and len(known) <= 1
 
 
 def _open_one(path: Path, report: Report, lenient: bool, *, part: bool) -> Piece | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -12,8 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe import __version__, measures
-from gradprobe.rows import EARLIER_SOURCES, MEASURED, FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, UpdateRow
-from gradprobe.runfile import clusters, schema
+from gradprobe.rows import (
+    EARLIER_SOURCES,
+    MEASURED,
+    UNKNOWN_GRADIENT,
+    FeatureRow,
+    Header,
+    LedgerRow,
+    ProbeLoaderRow,
+    Row,
+    UpdateRow,
+    says_absent,
+)
+from gradprobe.runfile import clusters, growth, schema
 
 GramRow = Row | FeatureRow | ProbeLoaderRow
 
@@ -23,12 +34,34 @@ Columns = dict[str, NDArray[Any]]
 
 @dataclass
 class State:
-    """What changes while a run is written."""
+    """What changes while a run is written.
+
+    Attributes:
+        seen: (L, T) bool: which task has had a gradient other than 0 on which layer in the rows so far; None: no rows.
+        by_effect: Whether the file's ``reach``, and its sums over shared layers, go by that. A copy of a file of an
+            earlier version is told by its zeros when it is read, as the file itself.
+    """
 
     end: str = ""
     merged_through: int = 0
     dropped: int = 0
     status_names: list[str] = field(default_factory=lambda: [MEASURED])
+    seen: NDArray[np.bool_] | None = None
+    by_effect: bool = True
+
+    def see(self, norms: NDArray[np.float32]) -> None:
+        """Rows with these norms (n, L, T) are in the file."""
+        found: NDArray[np.bool_] = np.any(norms > 0, axis=0)
+        before = found if self.seen is None else growth.widened(self.seen, len(found))
+        self.seen = found | before
+
+    def reach(self, header: Header) -> NDArray[np.bool_]:
+        """(L, T): what the file's rows say; of a task without any gradient, what the header says."""
+        known = np.asarray(header.reach, dtype=bool).reshape(len(header.layers), len(header.tasks))
+        if self.seen is None or not self.by_effect:
+            return known
+        seen = growth.widened(self.seen, len(known))
+        return np.where(seen.any(axis=0), seen, known)
 
     def status_code(self, reason: str) -> int:
         """The number under which ``reason`` is stored; the last one stands for all that come too late."""
@@ -43,19 +76,20 @@ class State:
 def columns(rows: Sequence[Row], header: Header, state: State) -> Columns:
     """Rows side by side, in the form in which they are stored."""
     gram = _gramians(rows, len(header.layers), len(header.tasks))
-    shared_norm, shared_cosine = measures.over_layers(gram, header.reach)
+    norms = np.asarray(measures.norm(gram), dtype=np.float32)
+    shared_norm, shared_cosine = measures.over_layers(gram, _counts(rows, norms, state.seen))
+    state.see(norms)
     values: dict[str, Any] = {
         "loss": [row.loss for row in rows],
         "weight": [row.weight for row in rows],
-        "grad_norm": measures.norm(gram),
+        "grad_norm": norms,
         "cosine": measures.pair_cosine(gram),
         "shared_grad_norm": shared_norm,
         "shared_cosine": shared_cosine,
         "status": [state.status_code(row.status) for row in rows],
     }
     if header.noise:
-        unknown = np.full(gram.shape[1:], np.nan)
-        values["gram_noise"] = [unknown if row.gram_noise is None else row.gram_noise for row in rows]
+        values["gram_noise"] = growth.stacked([row.gram_noise for row in rows], gram.shape[1:])
     return _stored(schema.ROWS, rows, values, header)
 
 
@@ -71,20 +105,38 @@ def update_columns(rows: Sequence[UpdateRow], header: Header, state: State) -> C
     """The same for rows on updates."""
     layers, tasks = len(header.layers), len(header.tasks)
     names = tasks + len(EARLIER_SOURCES)
-    parts = np.array([row.parts for row in rows], dtype=np.float64).reshape(len(rows), layers, names, names)
-    reach = np.asarray(header.reach, dtype=bool)
-    own = np.where(reach[:, :, None] & reach[:, None, :], parts[..., :tasks, :tasks], np.nan)
-    shared_norm, shared_cosine = measures.over_layers(own, header.reach)
+    parts = growth.stacked([row.parts for row in rows], (layers, names, names))
+    held = growth.stacked([state.reach(header)[: len(row.parts)] for row in rows], (layers, tasks), fill=False)
+    measured = np.array([row.status == MEASURED for row in rows], dtype=bool)
+    none = np.isnan(np.diagonal(parts, axis1=2, axis2=3)) & measured[:, None, None]  # (n, L, S): no such part there
+    reach = held & ~none[..., :tasks]
+    own = np.where(reach[..., :, None] & reach[..., None, :], parts[..., :tasks, :tasks], np.nan)
+    shared = measures.by_several(reach)
+    shared_norm, shared_cosine = measures.over_layers(own, shared)
+    together: NDArray[np.bool_] = np.any(shared, axis=-1)
     values: dict[str, Any] = {
         "update_norm": measures.norm(own),
         "cosine": measures.pair_cosine(own),
         "shared_update_norm": shared_norm,
         "shared_cosine": shared_cosine,
         "share": measures.share(parts),
-        "shared_share": measures.share(parts.sum(axis=1)),
+        "shared_share": measures.share(_together(parts, none, together)),
         "status": [state.status_code(row.status) for row in rows],
     }
     return _stored(schema.UPDATES, rows, values, header)
+
+
+def _together(parts: measures.Array, none: NDArray[np.bool_], layers: NDArray[np.bool_]) -> measures.Array:
+    """Parts (n, L, S, S) over the chosen layers (n, L) of each row: (n, S, S).
+
+    A source that has no part on some of them (n, L, S) adds nothing there; NaN where it has one on none of them, and
+    where no layer is chosen.
+    """
+    some: NDArray[np.bool_] = np.any(~none & layers[..., None], axis=1)
+    nothing = none & some[:, None]
+    counted = np.where(nothing[..., :, None] | nothing[..., None, :], 0.0, parts)
+    total = np.where(layers[..., None, None], counted, 0.0).sum(axis=1)
+    return np.where(np.any(layers, axis=1)[:, None, None], total, np.nan)
 
 
 def ledger_columns(rows: Sequence[LedgerRow], header: Header, state: State) -> Columns:
@@ -115,7 +167,27 @@ def tables(header: Header) -> list[schema.Table]:
 
 
 def _gramians(rows: Sequence[GramRow], places: int, tasks: int) -> measures.Array:
-    return np.array([row.gram for row in rows], dtype=np.float64).reshape(len(rows), places, tasks, tasks)
+    return growth.stacked([row.gram for row in rows], (places, tasks, tasks))
+
+
+def _counts(rows: Sequence[Row], norms: NDArray[np.float32], seen: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+    """(n, L, T): whose gradient counts where in sums over shared layers, as the rows say it, or else their norms.
+
+    A row from which a task is absent counts in none.
+
+    Args:
+        rows: n of them.
+        norms: (n, L, T).
+        seen: (L, T) who was seen to reach what in rows before these.
+    """
+    unknown = [row.status in UNKNOWN_GRADIENT for row in rows]
+    before = None if seen is None else growth.widened(seen, norms.shape[1])
+    counts = measures.counted(norms, before, unknown)
+    for place, row in enumerate(rows):
+        if row.reach is not None:
+            counts[place] = growth.widened(np.asarray(row.reach, dtype=bool), norms.shape[1])
+        counts[place] &= not says_absent(row.status)
+    return counts
 
 
 def _stored(
@@ -125,12 +197,15 @@ def _stored(
     header: Header,
 ) -> Columns:
     """What is not among ``values`` is an attribute of each row."""
-    return {
-        f.name: np.asarray(
-            values[f.name] if f.name in values else [getattr(row, f.name) for row in rows], dtype=f.dtype
-        ).reshape(lengths(f, header, len(rows)))
-        for f in fields(table, header)
-    }
+
+    def of(f: schema.Field, shape: tuple[int, ...]) -> Any:
+        if f.name in values:
+            return values[f.name]
+        own = [getattr(row, f.name) for row in rows]
+        return growth.stacked(own, shape[1:]) if schema.LAYER in f.axes else own
+
+    shapes = {f: lengths(f, header, len(rows)) for f in fields(table, header)}
+    return {f.name: np.asarray(of(f, shape), dtype=f.dtype).reshape(shape) for f, shape in shapes.items()}
 
 
 def fields(table: schema.Table, header: Header) -> tuple[schema.Field, ...]:
@@ -156,6 +231,13 @@ def lengths(field_: schema.Field, header: Header, rows: int = 0) -> tuple[int, .
         schema.OTHER_TASK: tasks,
     }
     return tuple(sizes[axis] for axis in field_.axes)
+
+
+def widened(field_: schema.Field, values: NDArray[Any], layers: int) -> NDArray[Any]:
+    """Rows of a file with fewer layers, as they go with those of one that has so many."""
+    if schema.LAYER not in field_.axes or values.shape[axis := field_.axes.index(schema.LAYER)] == layers:
+        return values
+    return growth.widened(values, layers, axis, field_.missing)
 
 
 def missing(field_: schema.Field, header: Header, rows: int) -> NDArray[Any]:
@@ -190,12 +272,17 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
     Args:
         file: Open for writing, empty.
         header: Names and provenance; where it has features, the file has their table.
-        state: How far the run is.
+        state: How far the run is, and who has been seen to reach what.
         content: The rows.
         epochs: Metrics per epoch.
     """
+    header = replace(header, reach=state.reach(header))
     _write_attributes(file, state)
     _write_names(file, header)
+    if state.by_effect:
+        file[schema.REACH].attrs[schema.BASIS] = schema.BY_EFFECT
+    else:
+        file[schema.REACH].attrs["long_name"] = schema.REACH_BY_GRAPH
     for table in tables(header):
         count = content.get(table.group, Stretch()).count
         for field_ in fields(table, header):

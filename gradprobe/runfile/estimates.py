@@ -37,15 +37,15 @@ def estimate(run: Run, group: str | Sequence[str] | None, window: tuple[int, int
             f"{run.path}: the noise of {source} rows was not measured, so nothing is told from it: {_HOW[source]}."
         )
     layers, rows = run.layer_indices(group), _rows(run, table, window)
-    reach = run.reach[layers]
+    counts = run.counts(table=table)[rows][:, layers]
     gram = measures.from_norms(_read(run, table, "grad_norm", rows, layers), _read(run, table, "cosine", rows, layers))
     noise = _read(run, table, schema.GRAM_NOISE.name, rows, layers)
     size = run[table.path("batch_size")][rows].astype(np.float64)
     size[size == 0] = np.nan  # unknown
-    whole = pooled(_summed(gram, reach), _summed(noise, reach), size)
-    if reach.all():
+    whole = pooled(measures.over_counted(gram, counts), measures.over_counted(noise, counts), size)
+    if (counts == counts[..., :1]).all():
         return whole
-    return _pair_by_pair(whole, gram, noise, reach, size)
+    return _pair_by_pair(whole, gram, noise, counts, size)
 
 
 def _rows(run: Run, table: schema.Table, window: tuple[int, int] | None) -> NDArray[np.bool_]:
@@ -67,26 +67,19 @@ def _read(
     return chosen[rows].astype(np.float64)
 
 
-def _summed(gram: measures.Array, reach: NDArray[np.bool_]) -> measures.Array:
-    """(n, T, T) over the layers that are reached; NaN where none is, or one of them is unknown."""
-    both = reach[:, :, None] & reach[:, None, :]
-    return np.where(both.any(axis=0), measures.over_all(gram, reach), np.nan)
-
-
 def _pair_by_pair(
-    whole: Estimate, gram: measures.Array, noise: measures.Array, reach: NDArray[np.bool_], size: measures.Array
+    whole: Estimate, gram: measures.Array, noise: measures.Array, counts: NDArray[np.bool_], size: measures.Array
 ) -> Estimate:
     """The same where some tasks share some of the layers only: a pair's squares are of the layers that both reach."""
     from gradprobe.statistics import pooled
 
-    first, second = measures.pair_index(reach.shape[1])
+    first, second = measures.pair_index(counts.shape[-1])
     by_pair: dict[str, list[float]] = {name: [] for name in _OF_PAIRS}
     for pair in zip(first, second, strict=True):
-        both, (rows, columns) = reach[:, pair].all(axis=1), np.ix_(pair, pair)
-        own = reach[both][:, pair]
-        found = pooled(
-            _summed(gram[:, both][:, :, rows, columns], own), _summed(noise[:, both][:, :, rows, columns], own), size
-        )
+        both, (rows, columns) = counts[..., pair].all(axis=-1), np.ix_(pair, pair)
+        own = np.stack([both, both], axis=-1)
+        squares, noises = (measures.over_counted(values[:, :, rows, columns], own) for values in (gram, noise))
+        found = pooled(squares, noises, size)
         for name, values in by_pair.items():
             values.append(getattr(found, name)[0])
     return replace(whole, **{name: np.array(values) for name, values in by_pair.items()})

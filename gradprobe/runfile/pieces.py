@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import h5py
 import numpy as np
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import parts, schema, untrusted
+from gradprobe.runfile import growth, parts, schema, untrusted
 from gradprobe.runfile.attributes import RefusedError, attribute, printable
 from gradprobe.runfile.sums import SummedFile
 
@@ -89,20 +90,54 @@ class Piece:
         if not all(isinstance(name, str) for name in names):
             raise RefusedError("attribute 'status_names' of /status is of the wrong type")
         self.status_names: tuple[str, ...] = tuple(names)
+        about = self.file["reach"].attrs
+        basis = attribute(self.file["reach"], schema.BASIS) if schema.BASIS in about else None
+        self.by_effect = basis == schema.BY_EFFECT
 
     def count(self, table: schema.Table) -> int:
         """Number of rows of a table; 0 where the file has no such table."""
         path = table.path(schema.STEP)
         return int(self.file[path].shape[0]) if path in self else 0
 
-    def column(self, table: schema.Table, field: schema.Field, rows: slice, *others: slice | int) -> Any:
-        """Some rows of a field; what stands for it, where the file has the table but not this optional field of it."""
+    def column(
+        self,
+        table: schema.Table,
+        field: schema.Field,
+        rows: slice,
+        layers: slice | int = slice(None),
+        *,
+        among: int | None = None,
+    ) -> Any:
+        """Some rows of a field; what stands for it, where the file has the table but not this optional field of it.
+
+        Args:
+            table, field: Which.
+            rows: Of the file.
+            layers: Of a field that has them.
+            among: How many layers the run has, where some have joined since this file; the file has the first of them.
+        """
         path = table.path(field.name)
+        others = (layers,) if schema.LAYER in field.axes else ()
         if path in self or field not in table.optional:
-            return self.file[path][(rows, *others)]
-        sizes = {schema.LAYER: len(self.layers), schema.TASK: len(self.tasks), schema.OTHER_TASK: len(self.tasks)}
+            if not others or among is None or among == len(self.layers):
+                return self.file[path][(rows, *others)]
+            return self._among(path, field, rows, layers, among)
+        sizes = {schema.TASK: len(self.tasks), schema.OTHER_TASK: len(self.tasks)}
+        sizes[schema.LAYER] = len(self.layers) if among is None else among
         shape = (self.count(table), *(sizes[axis] for axis in field.axes[1:]))
         return np.broadcast_to(np.asarray(field.missing, dtype=field.dtype), shape)[(rows, *others)]
+
+    def _among(self, path: str, field: schema.Field, rows: slice, layers: slice | int, among: int) -> Any:
+        """Some layers of a run that has more of them than this file."""
+        wanted = np.atleast_1d(np.arange(among)[layers])
+        own = wanted[wanted < len(self.layers)]
+        dataset = self.file[path]
+        count = len(range(*rows.indices(dataset.shape[0])))
+        found = np.full((count, len(wanted), *dataset.shape[2:]), field.missing, field.dtype)
+        if own.size:
+            first, last = int(own[0]), int(own[-1])
+            found[:, : len(own)] = dataset[(rows, slice(first, last + 1))][:, own - first]
+        return found[:, 0] if isinstance(layers, int) else found
 
     def _count(self, name: str) -> int:
         value: int = attribute(self.file, name, int)
@@ -209,12 +244,12 @@ def _take(path: Path, stands: dict[Identity, Piece], *, part: bool) -> Piece:
 
 def _check_same_run(pieces: list[Piece], stands: dict[Identity, Piece]) -> None:
     first = pieces[0]
-    for piece in pieces[1:]:
-        if (piece.tasks, piece.layers) != (first.tasks, first.layers):
+    for before, piece in pairwise(pieces):
+        if piece.tasks != first.tasks or not growth.begins_with(piece.layers, before.layers):
             _close(pieces, stands)
             raise RunFileError(
                 f"{piece.path}: is a part of another run: it has tasks {list(piece.tasks)} on {len(piece.layers)} "
-                f"layers, {first.path.name} has {list(first.tasks)} on {len(first.layers)}."
+                f"layers, {before.path.name} has {list(before.tasks)} on {len(before.layers)}."
             )
     features = {piece.features for piece in pieces if piece.features}
     if len(features) > 1:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import audits, clusters, estimates, schema, sessions, untrusted
+from gradprobe.runfile import audits, clusters, estimates, reaching, schema, sessions, untrusted
 from gradprobe.runfile.content import sources
 from gradprobe.runfile.pieces import Piece, open_pieces
 
@@ -66,12 +66,15 @@ class Run:
     def _read_header(self) -> None:
         first, last = self._files[0], self._files[-1]
         self.tasks: Names = first.tasks
-        self.layers: Names = first.layers
+        self.layers: Names = last.layers
         self.pairs: Names = first.pairs
         self.feature_names: Names = next((piece.features for piece in self._files if piece.features), ())
-        with first.reading():
-            self.layer_size: NDArray[np.int64] = first["layer_size"][()]
-            self.reach: NDArray[np.bool_] = first["reach"][()].astype(bool)
+        with last.reading():
+            self.layer_size: NDArray[np.int64] = last["layer_size"][()]
+            self._stored_reach: NDArray[np.bool_] = last["reach"][()].astype(bool)
+        self.by_effect = all(piece.by_effect for piece in self._files)
+        self._seen: reaching.Reaching | None = None
+        self._gaps: reaching.Gaps | None = None
         self.provenance: dict[str, Any] = last.provenance
         self.status_names: Names = last.status_names
         self.end: str = last.end
@@ -96,6 +99,87 @@ class Run:
                 piece.close()
         self._read_header()
         return self._files != before
+
+    # ---- who reaches what
+
+    @property
+    def seen(self) -> reaching.Reaching:
+        """Who reaches what, and from which row on: the first rows are read for it."""
+        if self._seen is None:
+            self._seen = reaching.look(self, self._stored_reach)
+        return self._seen
+
+    @property
+    def gaps(self) -> reaching.Gaps:
+        """What rows lack: all norms are read for it."""
+        if self._gaps is None:
+            self._gaps = reaching.gaps(self)
+        return self._gaps
+
+    @property
+    def reach(self) -> NDArray[np.bool_]:
+        """(L, T): which task has had a gradient other than 0 on which layer; of a task without any: its graph.
+
+        A layer with fewer than two is shared by the graph alone: it is in no sum over shared layers.
+        """
+        return self._stored_reach if self.by_effect else self.seen.reach
+
+    @property
+    def shared_reach(self) -> NDArray[np.bool_]:
+        """(L, T): the same without layers that only one task reaches, or none."""
+        return measures.by_several(self.reach)
+
+    @property
+    def graph_only(self) -> Names:
+        """Names of layers that the graph alone calls shared: fewer than two tasks have had a gradient there."""
+        alone: NDArray[np.bool_] = ~np.any(self.shared_reach, axis=1)
+        return tuple(name for name, left_out in zip(self.layers, alone, strict=True) if left_out)
+
+    @property
+    def joined(self) -> dict[str, int]:
+        """Layers that were found after the start, and the step of the first row that has them."""
+        step = self["step"]
+        return {name: int(step[row]) for name, row in zip(self.layers, self.gaps.joined, strict=True) if row}
+
+    def lacking(self) -> dict[str, int]:
+        """By layer, in how many measured rows a task had no gradient there, though it has had some; 0 is left out.
+
+        Such a row is measured on what is there. Rows before a layer joined do not count.
+        """
+        return {name: int(n) for name, n in zip(self.layers, self.gaps.lacking, strict=True) if n}
+
+    def counts(self, *, stride: int = 1, table: schema.Table = schema.ROWS) -> NDArray[np.bool_]:
+        """Whose gradient counts on which layer in sums over shared layers: (n, L, T), row by row.
+
+        Args:
+            stride: Every so many rows.
+            table: The rows at the root, or those of the probe loader.
+        """
+        norms, status = (self.read(table.path(name), stride=stride) for name in ("grad_norm", "status"))
+        if table is not schema.ROWS:
+            seen = np.broadcast_to(self.reach, norms.shape)
+            return reaching.counts_of(seen, self.status_names, norms, status)
+        place = self.places(np.arange(len(norms)) * stride)
+        return reaching.counts(self.seen, self.status_names, place, norms, status)
+
+    def by_layer(self, name: str) -> NDArray[Any]:
+        """A dataset of gradients by layer, such as "cosine", as medians take it: NaN in rows that lack a task."""
+        values, present = self[name], self.present()
+        if present.all():
+            return values
+        return np.where(present.reshape(-1, *(1,) * (values.ndim - 1)), values, np.nan).astype(values.dtype)
+
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where rows are in the file."""
+        return rows
+
+    def present(self, *, stride: int = 1) -> NDArray[np.bool_]:
+        """(n,): rows from which no task is absent."""
+        return ~reaching.absent(self.status_names, self.read("status", stride=stride))
+
+    def pieces(self, table: schema.Table) -> list[Piece]:
+        """The files that have a table, in order."""
+        return [piece for piece in self._files if table.path(schema.STEP) in piece]
 
     @property
     def sealed(self) -> bool:
@@ -151,30 +235,60 @@ class Run:
         held = [piece for piece in self._files if name in piece]
         if not held:
             raise RunFileError(f"{self.path}: no dataset {name!r} in this run (it holds: {', '.join(self.names())}).")
+        if name == schema.REACH:
+            return self.reach.astype(np.uint8)
         found = schema.row_field(name)
         if found is None:
-            with held[0].reading():
-                value = held[0][name]
+            with held[-1].reading():
+                value = held[-1][name]
                 return np.asarray(value.asstr()[()] if h5py.check_string_dtype(value.dtype) else value[()])
         table, field = found
-        if field in table.optional:  # rows of the other files are filled in
-            held = [piece for piece in self._files if table.path(schema.STEP) in piece]
-        total = sum(piece.count(table) for piece in held)
+        total = self.count(table)
         ahead = max(total + start, 0) if start < 0 else start  # rows until the next one that is wanted
-        columns = (layers,) if schema.LAYER in field.axes else ()
         pieces = []
-        for piece in held:
-            rows = piece.count(table)
-            if ahead < rows or piece is held[0]:  # the first one gives an empty result its shape
-                with piece.reading():
-                    size = piece[name].nbytes if name in piece else 0
-                    untrusted.check_memory(size * (rows - ahead) // max(rows * stride, 1))
-                    pieces.append(piece.column(table, field, slice(ahead, rows, stride), *columns))
-            ahead += len(range(ahead, rows, stride)) * stride - rows
+        for place, piece, rows in self._stretches(table, ahead, stride):
+            with piece.reading():
+                size = piece[name].nbytes if name in piece else 0
+                untrusted.check_memory(
+                    size * len(range(*rows.indices(piece.count(table)))) // max(piece.count(table), 1)
+                )
+                pieces.append(self._column(piece, table, field, place, rows, layers))
         values = np.concatenate(pieces)
         if field.name == "status" and values.size and values.max() >= len(self.status_names):
             raise RunFileError(f"{self.path}: is damaged: {name} {values.max()} has no name in status_names.")
         return values
+
+    def _stretches(self, table: schema.Table, ahead: int, stride: int) -> Iterator[tuple[int, Piece, slice]]:
+        """Every ``stride``-th row from ``ahead`` on: by file, with the place of its first row. The first one has none
+        where nothing is wanted of it: an empty result gets its shape from it.
+        """
+        done = 0
+        for number, piece in enumerate(self.pieces(table)):
+            rows = piece.count(table)
+            if ahead < rows or number == 0:
+                yield done, piece, slice(ahead, rows, stride)
+            ahead += len(range(ahead, rows, stride)) * stride - rows
+            done += rows
+
+    def _column(
+        self, piece: Piece, table: schema.Table, field: schema.Field, place: int, rows: slice, layers: slice | int
+    ) -> NDArray[Any]:
+        """Some rows of a file, whose first row is at ``place`` of the table."""
+        found: NDArray[Any] = piece.column(table, field, rows, layers, among=len(self.layers))
+        if not self.by_effect and field.name == "status":
+            return reaching.mended_status(self.status_names, table, found)
+        if self.by_effect or table not in reaching.SUMS or field.name not in reaching.SUMS[table][2:]:
+            return found
+        needed = [f for f in table.fields if f.name in (*reaching.SUMS[table], "status")]
+        wanted = np.arange(piece.count(table))[rows]
+        changed = wanted[: np.searchsorted(place + wanted, reaching.settled(self.seen, self.status_names, table))]
+        for begin in range(0, len(changed), schema.CHUNK_ROWS):
+            some = changed[begin : begin + schema.CHUNK_ROWS]
+            here = slice(int(some[0]), int(some[-1]) + 1, rows.step)
+            block = {f.name: piece.column(table, f, here, among=len(self.layers)) for f in needed}
+            better = reaching.mended(self.seen, self.status_names, table, block, place + some)
+            found[begin : begin + schema.CHUNK_ROWS] = better[field.name]
+        return found
 
     def names(self) -> list[str]:
         """Every dataset that can be read by name."""
@@ -202,7 +316,11 @@ class Run:
             for start in range(-done % stride, length, size - size % stride or stride):
                 stop = min(start + (size - size % stride or stride), length)
                 with piece.reading():
-                    block = {f.name: piece.column(table, f, slice(start, stop, stride)) for f in fields}
+                    here = slice(start, stop, stride)
+                    block = {f.name: piece.column(table, f, here, among=len(self.layers)) for f in fields}
+                if not self.by_effect:
+                    place = done + np.arange(start, stop, stride)
+                    block = reaching.mended(self.seen, self.status_names, table, block, place)
                 yield block
             done += max(length, 0)
 
@@ -212,7 +330,8 @@ class Run:
         """Gradient norms (n, T) over a group of layers together.
 
         Args:
-            group: None: all shared layers. A module path: the layers at or below it. Or a list of layer names.
+            group: None: all shared layers. A module path: the layers at or below it. Or a list of layer names. Of these
+                what the task shares with another at that row; NaN where it shares none, or a task is absent.
         """
         return self._over(group)[0]
 
@@ -221,8 +340,13 @@ class Run:
         return self._over(group)[1]
 
     def gram(self, *, stride: int = 1) -> measures.Array:
-        """The Gramians (n, L, T, T), from norms and cosines."""
-        return measures.from_norms(self.read("grad_norm", stride=stride), self.read("cosine", stride=stride))
+        """The Gramians (n, L, T, T), from norms and cosines; NaN in rows from which a task is absent.
+
+        Sums over layers go over what :meth:`counts`: ``measures.over_counted(run.gram(), run.counts())``.
+        """
+        gram = measures.from_norms(self.read("grad_norm", stride=stride), self.read("cosine", stride=stride))
+        gram[~self.present(stride=stride)] = np.nan
+        return gram
 
     def gram_noise(self, *, stride: int = 1) -> measures.Array | None:
         """The noise parts (n, L, T, T) of :meth:`gram`, in (loss per unit of parameter)^2.
@@ -279,7 +403,7 @@ class Run:
             return self["shared_grad_norm"].astype(np.float64), self["shared_cosine"].astype(np.float64)
         chosen = self.layer_indices(group)
         gram = measures.from_norms(self["grad_norm"][:, chosen], self["cosine"][:, chosen])
-        return measures.over_layers(gram, self.reach[chosen])
+        return measures.over_layers(gram, self.counts()[:, chosen])
 
     @property
     def features(self) -> dict[str, NDArray[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.rows import FeatureHeader, Header, TestClusters
-from gradprobe.runfile import clusters, content, live, schema
+from gradprobe.runfile import clusters, content, growth, live, schema
 from gradprobe.runfile.check import DAMAGED, NOTE, Report, open_readable
 from gradprobe.runfile.files import Disk, write_whole
 from gradprobe.runfile.pieces import Piece
@@ -61,6 +62,7 @@ def repair(path: Path, out: Path) -> Report:
 def _write(pieces: list[Piece], out: Path, report: Report) -> None:
     state = content.State(end=pieces[-1].end or KILLED, dropped=pieces[-1].rows_dropped)
     state.status_names = list(pieces[-1].status_names)
+    state.by_effect = all(piece.by_effect for piece in pieces)
     salvages = [Salvage(piece) for piece in pieces]
     kept = {table.group: _kept_in_all(salvages, table, report) for table in schema.TABLES}
     for table in schema.TABLES:  # once for what is lost, which the file says before its rows
@@ -147,8 +149,10 @@ def _blocks(
     salvages: list[Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], state: content.State, report: Report
 ) -> Iterator[content.Columns]:
     fields = max((table.held(salvage.piece) for salvage in salvages), key=len)
+    layers = max(len(salvage.piece.layers) for salvage in salvages)
     for salvage, rows in zip(salvages, kept, strict=True):
-        yield from _blocks_of(salvage, table, fields, rows, state, report)
+        for block in _blocks_of(salvage, table, fields, rows, state, report):
+            yield {f.name: content.widened(f, block[f.name], layers) for f in fields}
 
 
 def _blocks_of(
@@ -194,7 +198,7 @@ def _statuses(
 
 
 def _header(pieces: list[Piece], report: Report) -> Header:
-    """Names and provenance; of several files the first that can be read says what the layers are."""
+    """Names and provenance; of several files the last that can be read says who reaches the layers."""
     provenance: dict[str, Any] = {}
     for piece in reversed(pieces):
         try:
@@ -206,14 +210,24 @@ def _header(pieces: list[Piece], report: Report) -> Header:
         others = [name for name in piece.file if name not in _KNOWN]
         if others:
             report.add(piece.path, NOTE, f"what this version does not know is left out: {', '.join(others)}")
+    found: Header | None = None
+    for piece in pieces:
         try:
             with piece.reading():
                 size, reach = piece["layer_size"][()], piece["reach"][()].astype(bool)
         except RunFileError:
             report.add(piece.path, DAMAGED, "the sizes of its layers and who reaches them cannot be read")
             continue
-        return Header(piece.tasks, piece.layers, size, reach, provenance)
-    raise RunFileError(f"{pieces[0].path}: nothing can be saved: no file says which task reaches which layer.")
+        found = Header(piece.tasks, piece.layers, size, reach, provenance)
+    if found is None:
+        raise RunFileError(f"{pieces[0].path}: nothing can be saved: no file says which task reaches which layer.")
+    known = Header(found.tasks, pieces[-1].layers, np.zeros(len(pieces[-1].layers), np.int64), _nobody(pieces[-1]))
+    whole, _ = growth.joined(known, found)
+    return replace(found, layers=whole.layers, layer_size=whole.layer_size, reach=whole.reach)
+
+
+def _nobody(piece: Piece) -> NDArray[np.bool_]:
+    return np.zeros((len(piece.layers), len(piece.tasks)), dtype=bool)
 
 
 def _features(pieces: list[Piece], report: Report) -> FeatureHeader | None:

@@ -20,6 +20,10 @@ AUDIT = "audit"
 TEST = "test"
 """The group of what :mod:`gradprobe.runfile.clusters` writes."""
 
+REACH = "reach"
+BASIS, BY_EFFECT = "basis", "gradients"
+"""Attribute of ``reach`` and its value: reach and sums over shared layers go by what gradients were measured."""
+
 CHUNK_ROWS = 4096
 """Rows in a chunk, and in a piece of a run that is copied."""
 
@@ -72,10 +76,10 @@ ROW_FIELDS: tuple[Field, ...] = (
         "shared_grad_norm",
         "step task",
         "<f4",
-        "grad_norm over all layers that the task reaches",
+        "grad_norm over all layers that the task shares with another at that row",
         "loss per unit of parameter",
     ),
-    _field("shared_cosine", "step pair", "<f4", "cosine over all layers that both tasks reach"),
+    _field("shared_cosine", "step pair", "<f4", "cosine over all layers that both tasks reach at that row"),
     _field("lr", "step", "<f8", "learning rate of the optimizer's first group; NaN: unknown"),
     _field("overhead", "step", "<f4", "time spent measuring this row", "s"),
     _field("batch_size", "step", "<i4", "samples in the batch; 0: unknown"),
@@ -112,8 +116,16 @@ PROBE_LOADER_FIELDS: tuple[Field, ...] = (
 
 HEADER_FIELDS: tuple[Field, ...] = (
     _field("layer_size", "layer", "<i8", "number of parameters of the layer"),
-    _field("reach", "layer task", "|u1", "1: the task's graph reaches the layer"),
+    _field(
+        "reach",
+        "layer task",
+        "|u1",
+        "1: the task has had a gradient other than 0 on the layer (of a task without any: its graph reaches the layer)",
+    ),
 )
+
+REACH_BY_GRAPH = "1: the task's graph reaches the layer"
+"""What ``reach`` is in files of earlier versions."""
 
 FEATURE_FIELDS: tuple[Field, ...] = (
     _field("step", "step", "<i8", "training step of the row, from 0; measured before the step's update"),

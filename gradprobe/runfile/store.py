@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from gradprobe.errors import RunFileError
 from gradprobe.rows import FeatureHeader, Header
-from gradprobe.runfile import content, parts, schema, sessions
+from gradprobe.runfile import content, growth, parts, schema, sessions
 from gradprobe.runfile.files import Disk, write_whole
 from gradprobe.runfile.reader import Run
 
@@ -90,7 +91,7 @@ class Store:
             flat = dict(content.flatten(header.provenance))
             before = {k: v for k, v in old.provenance.items() if k != "sessions"}
             self.sessions = sessions.resumed(old.sessions, old.end, before, flat, step)
-            self._cut(header, kept, step)
+            self._cut(header, kept, step, None if old.by_effect else old)
         return header, kept
 
     # ---- while it goes on
@@ -136,11 +137,16 @@ class Store:
         """Cut the rows from ``step`` on, in one rename; the training has gone back."""
         self._cut(header, epochs, step)
 
-    def _cut(self, header: Header, epochs: content.Epochs, step: int) -> None:
+    def _cut(self, header: Header, epochs: content.Epochs, step: int, old: Run | None = None) -> None:
+        """Keep the rows before ``step``; those of a run of an earlier version as they are read now."""
         files = [p for p in (self.path, *parts.paths(self.path)) if p.exists()]
         files = [p for p in files if p == self.path or _above(p, _merged_through(self.path))]
+        self.state.seen = None
+        for norms in _norms(files, header, step):
+            self.state.see(norms)
         state = replace(self.state, merged_through=self._number)
-        self._write_main(header, epochs, stored(files, header, step), state)
+        rows = stored(files, header, step) if old is None else _read(old, header, step)
+        self._write_main(header, epochs, rows, state)
         self._remove_parts()
 
     def _compact(self, header: Header, epochs: content.Epochs, taken: int) -> None:
@@ -253,11 +259,45 @@ def blocks(
             for start in range(0, len(group[schema.STEP]) if group is not None else 0, size):
                 stop = min(start + size, len(group[schema.STEP]))
                 piece = {
-                    f.name: group[f.name][start:stop] if f.name in group else content.missing(f, header, stop - start)
+                    f.name: content.widened(f, group[f.name][start:stop], len(header.layers))
+                    if f.name in group
+                    else content.missing(f, header, stop - start)
                     for f in content.fields(table, header)
                 }
                 keep = slice(None) if before is None else piece[schema.STEP] < before
                 yield {name: values[keep] for name, values in piece.items()}
+
+
+def _norms(files: Iterable[Path], header: Header, before: int) -> Iterator[np.ndarray]:
+    """Norms (n, L, T) of the rows of steps below ``before``, piece by piece."""
+    (norm,) = (f for f in schema.ROW_FIELDS if f.name == "grad_norm")
+    for path in files:
+        with h5py.File(path, "r", locking=False) as file:
+            keep = file[schema.STEP][()] < before
+            for start in range(0, len(keep), schema.CHUNK_ROWS):
+                values = file[norm.name][start : start + schema.CHUNK_ROWS][keep[start : start + schema.CHUNK_ROWS]]
+                yield content.widened(norm, values, len(header.layers))
+
+
+def _read(run: Run, header: Header, before: int) -> dict[str, content.Stretch]:
+    """The rows of a run, as :class:`Run` reads them, to be written under this header."""
+
+    def kept(table: schema.Table) -> Iterator[content.Columns]:
+        for block in run.blocks(run.count(table), schema.CHUNK_ROWS, table=table):
+            keep = block[schema.STEP] < before
+            yield {
+                f.name: content.widened(f, block[f.name][keep], len(header.layers))
+                if f.name in block
+                else content.missing(f, header, int(keep.sum()))
+                for f in content.fields(table, header)
+            }
+
+    found = {}
+    for table in schema.TABLES:
+        if run.count(table):
+            count = int((run[table.path(schema.STEP)] < before).sum())
+            found[table.group] = content.Stretch(count, kept(table))
+    return found
 
 
 def _counts(files: Iterable[Path], table: schema.Table, before: int | None) -> Iterator[int]:
@@ -292,13 +332,18 @@ def _same_layers(path: Path, header: Header, old: Run, any_kept: bool) -> Header
     """
     if not header.layers and list(header.tasks) in ([], list(old.tasks)):
         return Header(old.tasks, old.layers, old.layer_size, old.reach, {**_unnumbered(old), **header.provenance})
-    same = list(old.layers) == list(header.layers) and list(old.tasks) == list(header.tasks)
+    shorter, longer = sorted((old.layers, tuple(header.layers)), key=len)
+    same = growth.begins_with(longer, shorter) and list(old.tasks) == list(header.tasks)
     if any_kept and not same:
         raise RunFileError(
             f"{path}: holds tasks {list(old.tasks)} on {len(old.layers)} layers, but the run to go on has "
             f"tasks {list(header.tasks)} on {len(header.layers)} layers. Resume with the same model."
         )
-    return header
+    if not same:
+        return header
+    known = Header(old.tasks, old.layers, old.layer_size, old.reach)
+    both, _ = growth.joined(known, header)
+    return replace(header, layers=both.layers, layer_size=both.layer_size, reach=both.reach)
 
 
 def _kept(old: Run, table: schema.Table, step: int) -> bool:

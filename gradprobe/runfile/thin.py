@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.runfile import schema
+from gradprobe.runfile.reaching import Gaps, Reaching
 from gradprobe.runfile.reader import Run
 
 ROWS = 10_000
@@ -44,6 +45,25 @@ class ThinRun(Run):
         if found is None:
             return values
         return values[start::stride][:, layers] if schema.LAYER in found[1].axes else values[start::stride]
+
+    @property
+    def seen(self) -> Reaching:
+        """As of the run."""
+        return self.whole.seen
+
+    @property
+    def gaps(self) -> Gaps:
+        """As of the run: of all rows."""
+        return self.whole.gaps
+
+    @property
+    def joined(self) -> dict[str, int]:
+        """As of the run."""
+        return self.whole.joined
+
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the rows that are looked at are in the file."""
+        return rows * self.every
 
     def count(self, table: schema.Table) -> int:
         """As of the run, of the rows that are looked at."""

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradprobe.errors import GradprobeError, RunFileError
 from gradprobe.rows import FeatureHeader, FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, TestClusters, UpdateRow
-from gradprobe.runfile import parts, schema
+from gradprobe.runfile import growth, parts, schema
 from gradprobe.runfile.backlog import AnyRow
 from gradprobe.runfile.files import Disk
 from gradprobe.runfile.flusher import Flusher
@@ -74,6 +75,7 @@ class RunWriter:
         self._store = Store(self.path, self._disk, self.merge_at)
         self._flusher = Flusher(self._store, flush_seconds, flush_rows, self.keep_bytes, self.part_bytes)
         self._notes: dict[str, Any] = {}
+        self._places: NDArray[np.intp] | None = None  # of the session's layers in the file; None: at its beginning
         self._lock = self._claim(overwrite or resume)
         _open.add(self)
 
@@ -111,6 +113,25 @@ class RunWriter:
         if row.gram_noise is not None:
             self._announce("noise")
         self._queue(row)
+
+    def grow(self, header: Header) -> None:
+        """Layers have joined; see :class:`gradprobe.rows.GrowingSink`. Rows before lack them: they get NaN there.
+
+        Raises:
+            RunFileError: The header has other tasks.
+        """
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            known = self._flusher.header
+            if known is None:
+                return
+            if tuple(known.tasks) != tuple(header.tasks):
+                raise RunFileError(
+                    f"{self.path}: holds rows of tasks {list(known.tasks)}; layers of {list(header.tasks)} cannot join."
+                )
+            self._flusher.header, self._places = growth.joined(known, header)
+            self._flusher.changed = True
 
     def start_features(self, header: FeatureHeader) -> None:
         """Announce the features; see :class:`gradprobe.rows.FeatureSink`.
@@ -176,7 +197,7 @@ class RunWriter:
         with self._flusher.lock:
             if self._flusher.closing:
                 return
-            self._flusher.backlog.put(row)
+            self._flusher.backlog.put(row if self._places is None else growth.moved(row, self._places))
             if len(self._flusher.backlog) == self._flusher.rows:
                 self._flusher.lock.notify_all()
 

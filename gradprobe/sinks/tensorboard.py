@@ -35,6 +35,10 @@ class TensorBoardSink:
         """Rows follow."""
         self._header = header
 
+    def grow(self, header: Header) -> None:
+        """Rows of more layers follow."""
+        self._header = header
+
     def write(self, row: Row) -> None:
         """Queue the row's scalars; a thread of TensorBoard's writes them."""
         assert self._header is not None

@@ -41,6 +41,10 @@ class WandbSink:
         """Rows follow."""
         self._header = header
 
+    def grow(self, header: Header) -> None:
+        """Rows of more layers follow."""
+        self._header = header
+
     def write(self, row: Row) -> None:
         """Hand the row's scalars to wandb, which sends them in the background."""
         assert self._header is not None

@@ -74,14 +74,14 @@ def shared_gram(run: Run) -> Array:
 
     Where some tasks share only some of the layers, an inner product is summed over those that both reach.
     """
-    if run.reach.all() and len(run.layers):
+    tasks, counts = len(run.tasks), run.counts()
+    if len(run.layers) and (counts == counts[..., :1]).all():
         return measures.from_norms(run.norm(), run.cosine())
-    both = run.reach[:, :, None] & run.reach[:, None, :]
-    pieces = [np.zeros((0, len(run.tasks), len(run.tasks)))]
-    rows = max(1, SUMMED // max(both.size, 1))
-    for block in run.blocks(len(run), rows):
+    pieces, done = [np.zeros((0, tasks, tasks))], 0
+    for block in run.blocks(len(run), max(1, SUMMED // max(len(run.layers) * tasks**2, 1))):
         gram = measures.from_norms(block["grad_norm"], block["cosine"])
-        pieces.append(np.where(both.any(axis=0), np.where(both, gram, 0.0).sum(axis=1), np.nan))
+        pieces.append(measures.over_counted(gram, counts[done : done + len(gram)]))
+        done += len(gram)
     return np.concatenate(pieces)
 
 
@@ -97,7 +97,7 @@ def summarise(run: Run) -> dict[str, Any]:
     """
     run, seen = thin.whole(run), thin.thin(run)
     gram, weight = shared_gram(seen), seen["weight"].astype(np.float64)
-    trainer = run.provenance.get("trainer")
+    trainer, shared = run.provenance.get("trainer"), run.shared_reach.any(axis=1)
     return {
         "file": run.path.name,
         "complete": run.complete,
@@ -110,8 +110,11 @@ def summarise(run: Run) -> dict[str, Any]:
         "steps": {"first": int(run["step"][0]), "last": int(run["step"][-1])} if len(run) else None,
         "level": run.provenance.get("probe.level", "parameters"),
         "sketch": _sketch(run),
-        "layers": len(run.layers),
-        "parameters": int(run.layer_size.sum()),
+        "layers": int(shared.sum()),
+        "parameters": int(run.layer_size[shared].sum()),
+        "layers_by_graph_only": list(run.graph_only),
+        "layers_joined": run.joined,
+        "lacking": {"rows": run.gaps.rows, "layers": run.lacking()},
         "tasks": _tasks(run, seen, measures.dominance(gram, weight)),
         "pairs": _pairs(seen),
         "features": _features(seen),
@@ -167,7 +170,7 @@ def _ends(values: NDArray[Any]) -> dict[str, float | None]:
 
 
 def _pairs(run: Run) -> dict[str, Any]:
-    shared, by_layer = run.cosine(), run["cosine"]
+    shared, by_layer = run.cosine(), run.by_layer("cosine")
     low, middle, high = quantiles(shared, (0.25, 0.5, 0.75))
     rate = conflict_rate(shared)
     return {

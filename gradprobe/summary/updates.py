@@ -28,7 +28,9 @@ def gradient_share(gram: Array, weight: Array) -> Array:
 
 def interference(run: Run) -> Array:
     """(m, T, T) of the real updates, see :func:`gradprobe.measures.update_interference`."""
-    return measures.update_interference(measures.update_effect(run["update/effect"], run.reach))
+    effect = run["update/effect"]
+    there = ~np.isnan(effect).all(axis=-1) | (run["update/status"] != 0)[:, None, None]  # else no path at that step
+    return measures.update_interference(measures.update_effect(effect, run.shared_reach & there))
 
 
 def summarise(run: Run, seen: Run, gradient: Array) -> dict[str, Any] | None:

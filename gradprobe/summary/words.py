@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from gradprobe.rows import says_absent
 from gradprobe.summary import crowd, estimated, ledger, updates
 
 CAUTION = (
@@ -18,6 +19,7 @@ CAUTION = (
 
 PAIRS_IN_WORDS = 3
 METRICS_IN_WORDS = 16
+NAMES_IN_WORDS = 4
 
 
 def sentences(summary: dict[str, Any]) -> list[str]:
@@ -77,9 +79,38 @@ def _gaps(summary: dict[str, Any]) -> list[str]:
     if missing:
         why = "; ".join(f"{reason} ({count})" for reason, count in missing.items())
         said.append(f"{sum(missing.values())} of {summary['rows']} rows hold less than a full measurement: {why}.")
+    said += _of_layers(summary)
     if summary["rows_dropped"]:
         said.append(f"{summary['rows_dropped']} rows were lost because the disk took none.")
     return said
+
+
+def _of_layers(summary: dict[str, Any]) -> list[str]:
+    """Layers that do not count, that came later, or that are not in every row."""
+    said, lacking = [], summary["lacking"]
+    if names := summary["layers_by_graph_only"]:
+        said.append(
+            f"{_count(len(names), 'layer')} left out of all sums: the graph leads two tasks there, but fewer than two "
+            f"ever had a gradient other than 0 ({_first(names)})."
+        )
+    if joined := summary["layers_joined"]:
+        names = [f"{name} from step {step}" for name, step in joined.items()]
+        said.append(f"{_count(len(names), 'layer')} joined the shared ones after the start ({_first(names)}).")
+    if lacking["rows"]:
+        often = sorted(lacking["layers"].items(), key=lambda item: -item[1])
+        names = [f"{name} in {rows}" for name, rows in often]
+        said.append(
+            f"{_count(lacking['rows'], 'row')} of {summary['rows']} lack layers, and are measured over those that they "
+            f"have; lacking most often: {_first(names)}."
+        )
+    if count := sum(n for reason, n in summary["rows_not_measured"].items() if says_absent(reason)):
+        said.append(f"{_count(count, 'row')} with absent tasks: their gradients are in no median and no sum.")
+    return said
+
+
+def _first(names: list[str]) -> str:
+    more = f", and {len(names) - NAMES_IN_WORDS} more" if len(names) > NAMES_IN_WORDS else ""
+    return f"{', '.join(names[:NAMES_IN_WORDS])}{more}"
 
 
 def _looked_at(summary: dict[str, Any]) -> list[str]:

@@ -68,11 +68,11 @@ def advise(gram: Array, size: NDArray[np.int64], reach: NDArray[np.bool_], loss:
     Args:
         gram: (n, L, T, T), n and L at least 1.
         size: (L,) numbers of parameters.
-        reach: (L, T) bool.
+        reach: (L, T) or (n, L, T) bool: whose gradient counts on which layer.
         loss: (n, T), unweighted.
         weight: (n, T), in force.
     """
-    total = measures.over_all(gram, reach)
+    total = measures.over_rows(gram, np.broadcast_to(reach, gram.shape[:-1]))
     shares = measures.dominance(total, weight)
     shares[(weight == 0).any(axis=1)] = math.nan  # a task that was switched off is no sign of another's size
     middle, quartiles = _equalising(total, loss)

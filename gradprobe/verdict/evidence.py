@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.measures import Array, from_norms
-from gradprobe.runfile import Run
+from gradprobe.runfile import Run, schema
 
 SINGLE = "single"
 """The trainer of the controls: one task alone."""
@@ -45,12 +45,14 @@ class Rows:
         step: (n,).
         gram, noise: (n, L, T, T); NaN where not measured.
         batch_size: (n,) samples behind a row; 0: unknown.
+        counts: (n, L, T) bool: whose gradient counts on which layer in a row's sums; None: everybody's.
     """
 
     step: NDArray[np.int64]
     gram: Array
     noise: Array
     batch_size: NDArray[np.int64]
+    counts: NDArray[np.bool_] | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ def _hash(run: Run, names: Sequence[str]) -> str:
 
 def _training(run: Run) -> Rows | None:
     noise = run.gram_noise()
-    return None if noise is None else Rows(run["step"], run.gram(), noise, run["batch_size"])
+    return None if noise is None else Rows(run["step"], run.gram(), noise, run["batch_size"], run.counts())
 
 
 def _probed(run: Run) -> Rows | None:
@@ -222,7 +224,8 @@ def _probed(run: Run) -> Rows | None:
     good = np.asarray(table["status"]) == 0
     gram = from_norms(table["grad_norm"][good], table["cosine"][good])
     noise = np.asarray(table["gram_noise"][good], dtype=np.float64)
-    return Rows(table["step"][good], gram, noise, table["batch_size"][good])
+    counts = run.counts(table=schema.PROBE_LOADER)[good]
+    return Rows(table["step"][good], gram, noise, table["batch_size"][good], counts)
 
 
 def _tested(run: Run) -> Scores:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.ledger.windows import Window, window
-from gradprobe.measures import Array
+from gradprobe.measures import Array, over_counted
 from gradprobe.statistics import Estimate, Mean, pooled, pooled_ratio
 from gradprobe.verdict.evidence import Evidence, Rows
 
@@ -91,10 +91,15 @@ def _over(
 ) -> tuple[Array, Array, NDArray[np.bool_]]:
     chosen = inside(rows.step, span)
     columns = np.array([run.tasks.index(task) for task in tasks], dtype=np.intp)
-    where = np.ix_(np.flatnonzero(chosen), places(run, layers), columns, columns)
+    given, there = np.flatnonzero(chosen), places(run, layers)
+    where = np.ix_(given, there, columns, columns)
     gram, noise = (np.asarray(one[where], dtype=np.float64) for one in (rows.gram, rows.noise))
     if not apart:
-        gram, noise = gram.sum(axis=1), noise.sum(axis=1)
+        counts = (
+            np.ones(gram.shape[:-1], dtype=bool) if rows.counts is None else rows.counts[np.ix_(given, there, columns)]
+        )
+        every = np.broadcast_to(counts.all(axis=-1, keepdims=True), counts.shape)  # what all of them reach at that row
+        gram, noise = over_counted(gram, every), over_counted(noise, every)
     return gram, noise, chosen
 
 
@@ -178,6 +183,6 @@ def ledger_by_layer(run: Evidence, found: Window, pair: Pair, layers: Sequence[s
     """Each layer's part of C, (L',) in the order of ``layers``; they sum to C."""
     i, j = run.tasks.index(pair.task), run.tasks.index(pair.by)
     order = [run.layers.index(name) for name in layers]
-    term = np.asarray(run.ledger["term"], dtype=np.float64)[found.rows][:, order, i, j].sum(axis=0)
-    result: Array = term / found.own[i]
+    term = np.asarray(run.ledger["term"], dtype=np.float64)[found.rows][:, order, i, j]
+    result: Array = np.nansum(term, axis=0) / found.own[i]  # a layer that joined later is in no row before
     return result
