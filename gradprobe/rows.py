@@ -162,6 +162,10 @@ class Row:
         return by_several(np.asarray(reach)[: len(self.gram)]) if self.reach is None else np.asarray(self.reach)
 
 
+BY_LAYER = ("gram", "gram_noise", "reach", "parts", "effect", "term")
+"""What the rows of a run have by layer, on the first axis; features' rows have none."""
+
+
 @dataclass(frozen=True)
 class FeatureRow:
     """The task gradients at the features that the heads share, at one step.

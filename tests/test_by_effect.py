@@ -312,14 +312,13 @@ THREE = ("a", "b", "c")
 
 @pytest.fixture
 def lacking_tasks(tmp_path):
-    """Three tasks; of every third row the last is absent, and what is there is a hundred times as long."""
+    """Three tasks; from every third row the last is absent."""
     writer = RunWriter(tmp_path / "run.h5")
     writer.start(Header(THREE, ("x", "y"), np.array([3, 4]), np.ones((2, 3), bool)))
     for step in range(30):
         grads = np.random.default_rng([5, step]).normal(size=(2, 3, 6))
         loss, reach, status = np.ones(3), np.ones((2, 3), bool), "measured"
         if step % 3 == 2:
-            grads[:, :2] = 100
             grads[:, 2] = np.nan
             loss[2], reach[:, 2], status = np.nan, False, absent(["c"])
         gram = grads @ grads.transpose(0, 2, 1)
@@ -328,33 +327,30 @@ def lacking_tasks(tmp_path):
     return tmp_path / "run.h5"
 
 
-def test_rows_that_lack_a_task_are_in_no_median_and_no_sum(lacking_tasks):
+def test_an_absent_task_is_in_no_median_and_no_sum(lacking_tasks):
     assert check(lacking_tasks).whole
-    grads = np.stack([np.random.default_rng([5, step]).normal(size=(2, 3, 6)) for step in range(30) if step % 3 != 2])
+    grads = np.stack([np.random.default_rng([5, step]).normal(size=(2, 3, 6)) for step in range(30)])
     gram = np.einsum("nlik,nljk->nij", grads, grads)
+    gram[2::3, 2] = gram[2::3, :, 2] = np.nan
     cosine, norm = measures.pair_cosine(gram), measures.norm(gram)
     with open_run(lacking_tasks) as run:
         found = summarise(run)
         said = "\n".join(sentences(run, found))
         for i, pair in enumerate(run.pairs):
             about = found["pairs"][pair]
-            assert about["cosine"]["median"] == pytest.approx(np.median(cosine[:, i]), abs=1e-6)
-            assert about["cosine"]["rows"] == 20
-            assert all(layer["cosine_median"] < 0.9 for layer in about["lowest_layers"])
+            assert about["cosine"]["median"] == pytest.approx(np.nanmedian(cosine[:, i]), abs=1e-6)
+            assert about["cosine"]["rows"] == (30 if pair == "a|b" else 20)
         for i, task in enumerate(THREE):
-            assert found["tasks"][task]["grad_norm"]["median"] == pytest.approx(np.median(norm[:, i]), rel=1e-6)
+            assert found["tasks"][task]["grad_norm"]["median"] == pytest.approx(np.nanmedian(norm[:, i]), rel=1e-6)
         for over in (None, list(run.layers)):
-            assert np.isnan(run.cosine(over)[2::3]).all()
-            assert np.isnan(run.norm(over)[2::3]).all()
-        assert np.isnan(run.gram()[2::3]).all()
+            assert run.cosine(over) == pytest.approx(cosine, abs=1e-6, nan_ok=True)
+            assert run.norm(over) == pytest.approx(norm, rel=1e-6, nan_ok=True)
         assert found["rows_not_measured"] == {"absent at this step: c": 10}
         assert "10 rows with absent tasks" in said
         assert run.lacking() == {}
-        rates = make(run, "layers")[1]["layers"]
-        assert max(rates.columns["steps"]) == 20
+        assert len(make(run)[1]) > 0
         replayed = replay_run(run, ["pcgrad"])
         assert np.isfinite(replayed[0].progress).all(axis=1).sum() == 20
-        assert len(make(run)[1]) > 0
 
 
 def test_loggers_follow_layers_that_join():

@@ -85,8 +85,8 @@ def _cells(
 ) -> tuple[NDArray[np.float32], NDArray[np.intp], NDArray[np.intp]]:
     """Per bin and layer, (B, L) each: the median cosine, the rows that have one, the rows with a zero gradient."""
     first, second = np.triu_indices(len(run.tasks), k=1)
-    cosine = run.by_layer("cosine")[:, :, pair]
-    norm = run.by_layer("grad_norm")[:, :, [first[pair], second[pair]]]
+    cosine = run["cosine"][:, :, pair]
+    norm = run["grad_norm"][:, :, [first[pair], second[pair]]]
     zero = (norm == 0).any(axis=-1)
     parts = [slice(a, b) for a, b in pairwise(edges)]
     return (

@@ -52,7 +52,7 @@ def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, named: bool = True) 
     Returns:
         layer, pair; stochastic_conflict_rate, steps (measured), chance_low, chance_high.
     """
-    cosine = run.by_layer("cosine")[:, :, pair]
+    cosine = run["cosine"][:, :, pair]
     rate, steps = conflict_rate(cosine), np.isfinite(cosine).sum(axis=0)
     low, high = chance(steps)
     places = np.arange(len(run.layers))

@@ -16,6 +16,7 @@ from gradprobe.errors import GradprobeError
 from gradprobe.measures import Array
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.rows import (
+    BY_LAYER,
     MEASURED,
     NONFINITE_GRADIENT,
     NONFINITE_LOSS,
@@ -41,9 +42,6 @@ T = TypeVar("T")
 
 SOON = 10
 """Measured steps after which a task that took part in none is asked after."""
-
-BY_LAYER = ("gram", "gram_noise", "reach", "parts", "effect", "term")
-"""What the rows of every table have by layer, features aside."""
 
 
 class Reporter:

@@ -166,7 +166,7 @@ def _run(arm: str, path: Path, seed: object, frame: Frame) -> tuple[RunData, hea
 
 def _heat(run: Run, frame: Frame) -> heat.RunHeat:
     place, count = bins.places(run["step"], frame.heat_borders), len(frame.heat_borders) - 1
-    naive = heat.naive(run.by_layer("cosine"), run.pairs, frame.pairs, place, count)
+    naive = heat.naive(run["cosine"], run.pairs, frame.pairs, place, count)
     shared = np.flatnonzero(run.shared_reach.any(axis=1))
     names = [run.layers[i] for i in shared]
     if "gram_noise" not in run:

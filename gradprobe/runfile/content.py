@@ -22,7 +22,6 @@ from gradprobe.rows import (
     ProbeLoaderRow,
     Row,
     UpdateRow,
-    says_absent,
 )
 from gradprobe.runfile import clusters, growth, schema
 
@@ -173,8 +172,6 @@ def _gramians(rows: Sequence[GramRow], places: int, tasks: int) -> measures.Arra
 def _counts(rows: Sequence[Row], norms: NDArray[np.float32], seen: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
     """(n, L, T): whose gradient counts where in sums over shared layers, as the rows say it, or else their norms.
 
-    A row from which a task is absent counts in none.
-
     Args:
         rows: n of them.
         norms: (n, L, T).
@@ -186,7 +183,6 @@ def _counts(rows: Sequence[Row], norms: NDArray[np.float32], seen: NDArray[np.bo
     for place, row in enumerate(rows):
         if row.reach is not None:
             counts[place] = growth.widened(np.asarray(row.reach, dtype=bool), norms.shape[1])
-        counts[place] &= not says_absent(row.status)
     return counts
 
 

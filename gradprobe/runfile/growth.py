@@ -12,10 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.rows import FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, UpdateRow
-
-BY_LAYER = ("gram", "gram_noise", "reach", "parts", "effect", "term")
-"""What a row holds by layer, on the first axis."""
+from gradprobe.rows import BY_LAYER, FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, UpdateRow
 
 AnyRow = Row | FeatureRow | UpdateRow | LedgerRow | ProbeLoaderRow
 

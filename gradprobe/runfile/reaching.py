@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe import measures
-from gradprobe.rows import MISSING_GRADIENT, UNKNOWN_GRADIENT, says_absent
+from gradprobe.rows import MISSING_GRADIENT, UNKNOWN_GRADIENT
 from gradprobe.runfile import schema
 
 if TYPE_CHECKING:
@@ -127,18 +127,10 @@ def unknown(names: tuple[str, ...], status: NDArray[np.uint8]) -> NDArray[np.boo
     return codes(names, lambda name: name in UNKNOWN_GRADIENT)[status]
 
 
-def absent(names: tuple[str, ...], status: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """(n,): whether a task is absent."""
-    return codes(names, says_absent)[status]
-
-
 def counts(
     found: Reaching, names: tuple[str, ...], place: NDArray[np.int64], norms: NDArray[Any], status: NDArray[np.uint8]
 ) -> NDArray[np.bool_]:
-    """Whose gradient counts where in rows at these places: (n, L, T), see :func:`gradprobe.measures.counted`.
-
-    In a row from which a task is absent nobody's does.
-    """
+    """Whose gradient counts where in rows at these places: (n, L, T), see :func:`gradprobe.measures.counted`."""
     seen = place[:, None, None] >= found.first
     return counts_of(seen, names, norms, status)
 
@@ -147,7 +139,7 @@ def counts_of(
     seen: NDArray[np.bool_], names: tuple[str, ...], norms: NDArray[Any], status: NDArray[np.uint8]
 ) -> NDArray[np.bool_]:
     """The same with who has been seen to reach what up to each row, (n, L, T)."""
-    return measures.counting(seen, norms, unknown(names, status)) & ~absent(names, status)[:, None, None]
+    return measures.counting(seen, norms, unknown(names, status))
 
 
 def settled(found: Reaching, names: tuple[str, ...], table: schema.Table) -> int:

@@ -162,20 +162,9 @@ class Run:
         place = self.places(np.arange(len(norms)) * stride)
         return reaching.counts(self.seen, self.status_names, place, norms, status)
 
-    def by_layer(self, name: str) -> NDArray[Any]:
-        """A dataset of gradients by layer, such as "cosine", as medians take it: NaN in rows that lack a task."""
-        values, present = self[name], self.present()
-        if present.all():
-            return values
-        return np.where(present.reshape(-1, *(1,) * (values.ndim - 1)), values, np.nan).astype(values.dtype)
-
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where rows are in the file."""
         return rows
-
-    def present(self, *, stride: int = 1) -> NDArray[np.bool_]:
-        """(n,): rows from which no task is absent."""
-        return ~reaching.absent(self.status_names, self.read("status", stride=stride))
 
     def pieces(self, table: schema.Table) -> list[Piece]:
         """The files that have a table, in order."""
@@ -340,13 +329,11 @@ class Run:
         return self._over(group)[1]
 
     def gram(self, *, stride: int = 1) -> measures.Array:
-        """The Gramians (n, L, T, T), from norms and cosines; NaN in rows from which a task is absent.
+        """The Gramians (n, L, T, T), from norms and cosines; NaN where a task is absent, or has no gradient.
 
         Sums over layers go over what :meth:`counts`: ``measures.over_counted(run.gram(), run.counts())``.
         """
-        gram = measures.from_norms(self.read("grad_norm", stride=stride), self.read("cosine", stride=stride))
-        gram[~self.present(stride=stride)] = np.nan
-        return gram
+        return measures.from_norms(self.read("grad_norm", stride=stride), self.read("cosine", stride=stride))
 
     def gram_noise(self, *, stride: int = 1) -> measures.Array | None:
         """The noise parts (n, L, T, T) of :meth:`gram`, in (loss per unit of parameter)^2.

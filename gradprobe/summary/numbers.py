@@ -170,7 +170,7 @@ def _ends(values: NDArray[Any]) -> dict[str, float | None]:
 
 
 def _pairs(run: Run) -> dict[str, Any]:
-    shared, by_layer = run.cosine(), run.by_layer("cosine")
+    shared, by_layer = run.cosine(), run["cosine"]
     low, middle, high = quantiles(shared, (0.25, 0.5, 0.75))
     rate = conflict_rate(shared)
     return {

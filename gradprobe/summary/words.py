@@ -104,7 +104,7 @@ def _of_layers(summary: dict[str, Any]) -> list[str]:
             f"have; lacking most often: {_first(names)}."
         )
     if count := sum(n for reason, n in summary["rows_not_measured"].items() if says_absent(reason)):
-        said.append(f"{_count(count, 'row')} with absent tasks: their gradients are in no median and no sum.")
+        said.append(f"{_count(count, 'row')} with absent tasks, which are in no median and no sum there.")
     return said
 
 
