@@ -271,3 +271,17 @@ def test_a_run_object_lets_go_of_its_files(tmp_path):
     run.close()
     run.close()
     assert run._files == []
+
+
+def test_a_program_may_change_its_folder_while_it_records(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    writer = write(Path("run.h5"), [])
+    for step in range(4):
+        writer.write(row(step))
+        assert writer.flush()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+    writer.close()
+    with open_run(tmp_path / "run.h5") as run:
+        assert run["step"].tolist() == [0, 1, 2, 3]
+    assert not list((tmp_path / "elsewhere").iterdir())

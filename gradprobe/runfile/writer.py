@@ -67,7 +67,7 @@ class RunWriter:
     ) -> None:
         if overwrite and resume:
             raise RunFileError(f"{path}: overwrite=True and resume=True contradict each other; leave one of them out.")
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # a program may change its folder while it records
         if not self.path.name or self.path.is_dir():
             raise RunFileError(f"{self.path}: is a folder, or no name. Name a file, such as --out conflict.h5.")
         self._resume, self._disk = resume, disk or Disk()
