@@ -4,20 +4,25 @@ The calls' batches are micro-batches of the step: the step's task gradient is th
 tell the noise of its Gramian. Each call hands its losses undivided; where a loop weights its calls, by their samples
 say, it multiplies each call's losses by that weight times the number of calls.
 
-Alive between two calls are T copies of the shared parameters.
+Calls of one forward are one micro-batch, of which each may hand in some of the tasks (one backward per loss, say); what
+was handed in before is not measured again. A task that is absent from some calls has the mean of the others.
+
+Alive between two calls are T copies of the shared parameters, and as many more after a call that lacks tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradprobe.measures import Array
 from gradprobe.probes.checks import Losses
+from gradprobe.probes.forwards import Uses, same_forward, uses_of
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.meter import Meter
@@ -55,6 +60,7 @@ class Call:
         batch_size: Samples of this process.
         noise: None: it was not measured in micro-batches.
         shares: Of the micro-batches that the call itself was measured in; [1.0]: as a whole.
+        present: (T,) bool: whose gradients there are; None: all.
     """
 
     step: int
@@ -67,6 +73,12 @@ class Call:
     batch_size: int
     noise: Noise | None
     shares: Sequence[float]
+    present: NDArray[np.bool_] | None = None
+
+    @property
+    def tasks(self) -> NDArray[np.bool_]:
+        """(T,) whose gradients there are."""
+        return np.ones(len(self.values), dtype=bool) if self.present is None else self.present
 
     @property
     def parts(self) -> Array:
@@ -82,61 +94,105 @@ class Accumulation:
     """Collects the calls of a step that is measured.
 
     Args:
+        tasks: (T,) names.
         meter: Makes the gradients.
         expected: Whether steps consist of several calls; None: the first step will tell.
-        by_gradients: Whether it is told by ``.grad`` if a further call belongs to the step; if not, every call does.
+        by_gradients: Whether it is told by ``.grad`` if a further call belongs to the step; if not, every call does
+            until so many were made, unless ``.grad`` was there and is gone.
         agree: Makes the first process's answer that of all.
         emit: Gets the calls of a step, the Gramian (L, T, T) of their mean and its noise.
+        loss_scale: The present one; it falls where a step is left out.
+        again: Told that the calls so far were dropped, and another is the first.
     """
 
     def __init__(
         self,
+        tasks: Sequence[str],
         meter: Meter,
         expected: bool | None,
         by_gradients: bool,
         agree: Callable[[bool], bool],
         emit: Callable[[Sequence[Call], Array | None, Noise | None], None],
+        loss_scale: Callable[[], float] = lambda: 1.0,
+        again: Callable[[], None] = lambda: None,
     ) -> None:
-        self._meter, self._by_gradients, self._agree, self._emit = meter, by_gradients, agree, emit
+        self._tasks, self._meter, self._by_gradients, self._agree, self._emit = tasks, meter, by_gradients, agree, emit
+        self._loss_scale, self._again = loss_scale, again
+        self._waits = expected is not False
         self._expected = expected if meter.keeps else False
         self._calls: list[Call] = []
+        self._uses: list[Uses | None] = []  # of each call, once it was asked for
         self._means: list[Gradients] = []
-        self._collecting = self._lent = self._stopped = False
+        self._counts: list[int] = []  # (T,) how many calls each mean is of
+        self._partial: list[Gradients] = []  # of the last call, where it lacks tasks
+        self._joined: int | None = None  # the call whose forward the present one is of
+        self._scale = 1.0
+        self._collecting = self._lent = self._seen = False
+
+    @property
+    def several(self) -> bool:
+        """Whether a step may have further calls, as far as is known."""
+        return self._expected is not False
 
     def stop(self) -> None:
         """The first call stands for its step from here on: what is beside the probe looks at single calls."""
-        self._expected, self._stopped = False, True
+        self._expected = self._waits = False
 
-    def due(self, first: bool, due: bool) -> bool:
+    def due(self, first: bool, due: bool, losses: Losses) -> bool:
         """Whether a call is measured.
 
         Args:
             first: Whether it is the first one of the step.
             due: Whether the step is, as far as the first call is concerned.
+            losses: Of the call.
         """
+        self._joined = None
         if first:
             self.finish()
             self._begin(due and self._expected is not False)
             return due
         if not self._calls:
-            self._expected = self._expected or (self._meter.keeps and not self._stopped and self._more())
             return False
-        if not self._more():  # what went before was dropped: a step that the scaler left out
+        if self._loss_scale() < self._scale:  # the scaler left a step out, and what went before is dropped
             self.finish()
             return False
-        self._begin(True)
-        return True
+        if (joined := self._of_one_forward(losses)) is not None:
+            return self._join(joined, losses)
+        if not self._more():  # dropped: the optimizer will not take them
+            self._forget()
+            self._again()
+            self._begin(self._expected is not False)
+            return True
+        several = self._expected is not False
+        self._expected = self._meter.keeps
+        if several:
+            self._begin(True)
+        return several
 
     def would_be_due(self, first: bool, due: bool) -> bool:
-        """What :meth:`due` would say, without asking."""
-        return due if first else bool(self._calls) and self._more()
+        """What :meth:`due` would say of a further forward, without asking."""
+        return due if first else bool(self._calls) and self._expected is not False and self._more()
 
-    def takes(self, call: Call) -> bool:
-        """Whether a call is kept until the step is complete; else its row is to be handed on at once."""
-        if not self._collecting:
+    def takes(self, call: Call, scale: float) -> bool:
+        """Whether a call is kept until the step is complete; else its row is to be handed on at once.
+
+        Args:
+            call: As it was measured.
+            scale: The loss scale that was in force.
+        """
+        if not self._waits:
             return False
-        self._add(self._meter.kept or [])
-        self._calls.append(call)
+        self._scale = scale
+        gradients = list(self._meter.kept or []) if self._collecting else []
+        call = replace(call, present=_present(call.values, gradients))
+        new = call.tasks if self._joined is None else call.tasks & ~self._calls[self._joined].tasks
+        if self._joined is not None:
+            self._merge(self._joined, call, gradients)
+        else:
+            self._calls.append(call)
+            self._uses.append(None)
+            self._partial = gradients if not call.tasks.all() else []
+        self._add(gradients, new)
         self._give_back()
         return True
 
@@ -144,18 +200,18 @@ class Accumulation:
         """The step is complete: hand on its row. Also called by the optimizer, before its step."""
         self._give_back()
         calls, means = self._calls, self._means
-        self._calls, self._means = [], []
+        self._forget()
         if not calls:
             return
         if len(calls) == 1:
             self._expected = self._expected or False
             self._emit(calls, calls[0].gram, calls[0].noise)
             return
-        self._expected = True
         if any(call.gram is None for call in calls) or self._meter.shared is None:
             self._emit(calls, None, Noise(None, len(calls)))
             return
-        gram = multiplied(self._meter.shared, means)
+        gram = multiplied(self._meter.shared, means) if means else calls[-1].gram
+        assert gram is not None
         if self._meter.kept is not None:
             self._meter.kept[:] = means
         self._emit(calls, gram, noise_of(calls, gram))
@@ -171,21 +227,108 @@ class Accumulation:
             self._meter.kept, self._lent = None, False
         self._collecting = False
 
+    def _forget(self) -> None:
+        self._calls, self._uses, self._means, self._counts, self._partial = [], [], [], [], []
+
     def _more(self) -> bool:
         """Whether gradients of earlier calls are there, to which those of this one are added."""
-        if not self._by_gradients:
-            return True
         parameters = self._meter.shared.parameters if self._meter.shared is not None else ()
-        return self._agree(any(p.grad is not None and bool(torch.count_nonzero(p.grad)) for p in parameters))
+        there = self._agree(any(p.grad is not None and bool(torch.count_nonzero(p.grad)) for p in parameters))
+        self._seen = self._seen or there
+        return there or not (self._by_gradients or self._seen)
 
-    def _add(self, gradients: Sequence[Gradients]) -> None:
-        if not self._calls:
+    def _of_one_forward(self, losses: Losses) -> int | None:
+        """The call whose forward some losses are of; the latest first."""
+        own = self._used(losses)
+        for place in reversed(range(len(self._calls))):
+            earlier = self._uses[place] or self._used(self._calls[place].losses)
+            self._uses[place] = earlier
+            if same_forward(own, earlier):
+                return place
+        return None
+
+    def _used(self, losses: Losses) -> Uses:
+        there = [loss for loss in losses.values() if isinstance(loss, Tensor)]
+        return uses_of(there, self._meter.shared.parameters if self._meter.shared is not None else ())
+
+    def _join(self, place: int, losses: Losses) -> bool:
+        """Whether a call of a forward that was measured brings tasks that were not."""
+        known = dict(zip(self._tasks, self._calls[place].tasks, strict=True))
+        if all(known.get(task, True) or loss is None for task, loss in losses.items()):
+            return False
+        able, self._expected = self._expected is not False, self._meter.keeps
+        if able:
+            self._joined = place
+            self._begin(True)
+        return able
+
+    def _merge(self, place: int, call: Call, gradients: Sequence[Gradients]) -> None:
+        """A call brings further tasks of a forward that another began."""
+        earlier = self._calls[place]
+        last = place == len(self._calls) - 1
+        both = _first_known(self._partial, gradients, earlier.tasks) if last and self._partial and gradients else []
+        gram = multiplied(self._meter.shared, both) if both and self._meter.shared is not None else None
+        if gram is None and earlier.gram is not None and call.gram is not None:  # their products are not known
+            gram = np.where(np.isnan(earlier.gram), call.gram, earlier.gram)
+        merged = joined(earlier, call, gram)
+        self._calls[place] = merged
+        self._uses[place] = None
+        if last:
+            self._partial = both if not merged.tasks.all() else []
+
+    def _add(self, gradients: Sequence[Gradients], new: NDArray[np.bool_]) -> None:
+        """Take the gradients of some tasks, (T,) bool, into the means."""
+        if not self._means:
             self._means = [list(own) for own in gradients]
+            self._counts = [int(there) for there in new][: len(gradients)]
             return
-        count = len(self._calls)
-        for mean, own in zip(self._means, gradients, strict=False):
+        for task, own in enumerate(gradients):
+            if not new[task]:
+                continue
+            mean, count = self._means[task], self._counts[task]
+            self._counts[task] += 1
             for index, gradient in enumerate(own):
-                mean[index] = _mean(mean[index], gradient, count)
+                mean[index] = _mean(mean[index], gradient, count) if count else gradient
+
+
+def _present(values: Array, gradients: Sequence[Gradients]) -> NDArray[np.bool_]:
+    """(T,): a task without a loss and without a gradient is absent."""
+    brought = [any(g is not None for g in own) for own in gradients] or [False] * len(values)
+    there: NDArray[np.bool_] = ~np.isnan(values) | np.array(brought, dtype=bool)
+    return there
+
+
+def _first_known(
+    one: Sequence[Gradients], other: Sequence[Gradients], known: NDArray[np.bool_]
+) -> list[Gradients]:
+    """(T) gradients: of the tasks that are known the first ones, of the others the second."""
+    return [mine if there else yours for mine, yours, there in zip(one, other, known, strict=True)]
+
+
+def joined(one: Call, other: Call, gram: Array | None) -> Call:
+    """Two calls of one forward as one, with the Gramian of both; its samples and its noise count once."""
+    parts = [call.noise.part for call in (one, other) if call.noise is not None and call.noise.part is not None]
+    other.watch.add(one.watch.seconds)
+    return replace(
+        other,
+        step=one.step,
+        losses={**other.losses, **{t: loss for t, loss in one.losses.items() if loss is not None}},
+        values=np.where(one.tasks, one.values, other.values),
+        weights=np.where(one.tasks, one.weights, other.weights),
+        gram=gram,
+        status=status_of_calls([one, other]),
+        watch=other.watch,
+        batch_size=max(one.batch_size, other.batch_size),
+        noise=other.noise and replace(other.noise, part=_either(parts)),
+        present=one.tasks | other.tasks,
+    )
+
+
+def _either(parts: Sequence[Array]) -> Array | None:
+    """Of two arrays, or one or none, what either knows."""
+    if len(parts) < 2:
+        return None
+    return np.where(np.isnan(parts[0]), parts[1], parts[0])
 
 
 def _mean(mean: Tensor | None, gradient: Tensor | None, count: int) -> Tensor | None:
@@ -210,16 +353,44 @@ def multiplied(shared: SharedLayers, gradients: Sequence[Gradients]) -> Array:
 
 
 def noise_of(calls: Sequence[Call], gram: Array) -> Noise:
-    """The noise part of the Gramian of the mean of some calls.
+    """The noise part of the Gramian of the mean of some calls; NaN for a task, or a pair, that is not in all of them.
 
     A layer that a task reaches in some calls only counts as a gradient of 0 in the others.
     """
     count = len(calls)
-    parts = np.sum([np.nan_to_num(call.parts) for call in calls], axis=0) / count**2
+    parts = np.sum([_known(call.parts) for call in calls], axis=0) / count**2
     shares = [share / count for call in calls for share in call.shares]
-    return Noise(noise_part(gram, parts, shares), len(shares))
+    there = np.all([call.tasks for call in calls], axis=0)
+    with np.errstate(invalid="ignore"):  # of gradients that are not finite
+        part = noise_part(gram, parts, shares)
+    return Noise(np.where(there[:, None] & there[None, :], part, np.nan), len(shares))
+
+
+def _known(parts: Array) -> Array:
+    return np.where(np.isnan(parts), 0.0, parts)
+
+
+def mean_values(calls: Sequence[Call]) -> Array:
+    """(T,) means of the losses over the calls in which each task is present; NaN where it is in none."""
+    there = np.array([call.tasks for call in calls])
+    total = np.where(there, [call.values for call in calls], 0.0).sum(axis=0)
+    return np.divide(total, there.sum(axis=0), out=np.full(total.shape, np.nan), where=there.any(axis=0))
+
+
+def latest_weights(calls: Sequence[Call]) -> Array:
+    """(T,) weights in force: of each task in the last call in which it is present."""
+    found = calls[-1].weights
+    for call in calls:
+        found = np.where(call.tasks, call.weights, found)
+    return found
+
+
+def all_losses(calls: Sequence[Call]) -> Losses:
+    """The latest losses of every task."""
+    return {task: loss for call in calls for task, loss in call.losses.items() if loss is not None}
 
 
 def status_of_calls(calls: Sequence[Call]) -> str:
     """Why there is no measurement, where one call failed."""
-    return next((call.status for call in calls if call.status != MEASURED), MEASURED)
+    failed = [call for call in calls if call.gram is None]
+    return next((call.status for call in failed or calls if call.status != MEASURED), MEASURED)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
@@ -17,7 +17,15 @@ from torch.optim import Optimizer
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes import transfer
-from gradprobe.probes.accumulation import Accumulation, Call, Noise, status_of_calls
+from gradprobe.probes.accumulation import (
+    Accumulation,
+    Call,
+    Noise,
+    all_losses,
+    latest_weights,
+    mean_values,
+    status_of_calls,
+)
 from gradprobe.probes.beside import Beside
 from gradprobe.probes.checks import Losses
 from gradprobe.probes.clock import StepClock
@@ -28,12 +36,15 @@ from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import Level
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.micro import MicroBatches
+from gradprobe.probes.moves import Moves
 from gradprobe.probes.on_loader import OnLoader
+from gradprobe.probes.points import Points
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.release import release
 from gradprobe.probes.report import Reporter, status_of
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.self_check import SELF_CHECKED, cosines_with_itself, fault
+from gradprobe.probes.stepping import Steps, learning_rate
 from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, OVERFLOWED, FeatureRow, Row
 from gradprobe.statistics import noise_part
@@ -64,11 +75,12 @@ class Measuring:
 
     Attributes:
         tasks: (T,) names, in the order of every array.
-        optimizer: Whose learning rate the rows carry.
+        optimizer: Whose learning rate the rows carry; another from when on another one steps.
         ranks: The processes that train together.
         epoch: Of the rows to come.
         beside: Looks at what the optimizer makes of what was measured.
         calls: Of the present step, where gradients are accumulated.
+        moves: Notices where the present step ended without a sign.
         loader: Measured besides.
         self_checked: Whether the probe has looked at itself, see :mod:`gradprobe.probes.self_check`.
     """
@@ -86,18 +98,63 @@ class Measuring:
     beside: Beside | None = None
     loader: OnLoader | None = None
     self_checked: bool = False
+    _listed: tuple[SharedLayers | None, Sequence[Tensor]] = (None, [])
 
     def __post_init__(self) -> None:
         several = True if self.clock.accumulate > 1 else None if self.optimizer is not None else False
-        known, agree = self.optimizer is None, self.ranks.first_says
-        self.calls = Accumulation(self.meter, several, not known, agree, self._emit_calls)
+        known, agree, now = self.optimizer is None, self.ranks.first_says, lambda: self.scale.now
+        self.calls = Accumulation(
+            self.tasks, self.meter, several, not known, agree, self._emit_calls, now, self.clock.again
+        )
+        self._hear()
+        self.moves = Moves(self.clock, Points(self.moving), self.calls.finish, self._warn)
+
+    def _hear(self) -> None:
+        """Count the steps of the optimizer, and of whichever updates the same parameters."""
+        if self.optimizer is None:
+            return
+        steps = Steps(self.optimizer, self.shared_parameters, self._stepped, self._warn)
+        steps.finish.append(self.calls.finish)
+        steps.followed_by.append(self._follow)
+        self.clock.steps = steps
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def _stepped(self, steps: int) -> None:
+        self.moves.stepped()
+        self.clock.stepped(steps)
+
+    def _warn(self, reason: str) -> None:
+        self.report.warn(self.clock.step, reason)
+
+    def shared_parameters(self) -> Sequence[Tensor]:
+        """Those of the shared layers, in one list as long as these are the same; none before they are found."""
+        shared = self.meter.shared
+        if shared is not self._listed[0]:
+            self._listed = (shared, shared.parameters if shared is not None else [])
+        return self._listed[1]
+
+    def moving(self) -> Sequence[Tensor]:
+        """By which it is told whether a step was made; where nothing is shared, all that the optimizer has."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return self.shared_parameters() or [p for group in groups for p in group["params"]]
+
+    @contextmanager
+    def call(self, losses: Losses) -> Iterator[Due]:
+        """One call of the probe; within it, what is to be measured is, and what is to be trained."""
+        self.moves.asked()
+        with self.clock.calling():
+            yield self.due(losses)
+        self.called()
 
     def called(self) -> None:
         """A call of the probe is over."""
-        if self.clock.completing:
+        if self.clock.completing or self.clock.stepped_within:
             self.calls.finish()
         if self.beside is not None:
             self.beside.called()
+        self.moves.called(self.calls.several)
         self.clock.called()
 
     def flush(self) -> bool:
@@ -114,13 +171,14 @@ class Measuring:
         if self.beside is not None:
             self.beside.close()
 
-    def due(self) -> Due:
+    def due(self, losses: Losses) -> Due:
         """Asked once per call of the probe."""
         first, due = self.clock.ask()
-        return self._due(first, self.calls.due(first, due))
+        return self._due(first, self.calls.due(first, due, losses))
 
     def due_next(self) -> Due:
         """What :meth:`due` would say if the probe were called now."""
+        self.moves.asked()
         first, due = self.clock.peek()
         return self._due(first, self.calls.would_be_due(first, due))
 
@@ -321,7 +379,7 @@ class Measuring:
         """Hand on the row of one call, or keep it until its step is complete."""
         values, shares, step = self._values(losses), self.meter.shares, self.clock.step
         call = Call(step, losses, values, weights, gram, status, watch, batch_size, noise, shares)
-        if not self.calls.takes(call):
+        if not self.calls.takes(call, self.scale.factor):
             self._emit_calls([call], gram, noise)
 
     def _emit_calls(self, calls: Sequence[Call], gram: Array | None, noise: Noise | None) -> None:
@@ -330,10 +388,10 @@ class Measuring:
         watch = last.watch
         for call in earlier:
             watch.add(call.watch.seconds)
-        own = [*np.mean([call.values for call in calls], axis=0), sum(call.batch_size for call in calls)]
+        own = [*mean_values(calls), sum(call.batch_size for call in calls)]
         *values, size = self.ranks.mean(np.array(own))
-        total, status = round(size * self.ranks.size), status_of_calls(calls)
-        self._hand_on(last.losses, np.array(values), last.weights, gram, status, watch, total, noise, last.step)
+        total, status, weights = round(size * self.ranks.size), status_of_calls(calls), latest_weights(calls)
+        self._hand_on(all_losses(calls), np.array(values), weights, gram, status, watch, total, noise, last.step)
 
     def _values(self, losses: Losses) -> Array:
         return np.array(transfer.values(self.ordered(losses)))
@@ -390,7 +448,7 @@ class Measuring:
                 loss=values,
                 weight=weights,
                 gram=gram,
-                lr=float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else float("nan"),
+                lr=learning_rate(self.optimizer),
                 overhead=watch.seconds,
                 batch_size=batch_size,
                 status=status,

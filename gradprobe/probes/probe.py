@@ -118,7 +118,7 @@ class GradientProbe:
         beside = readers[0].together(readers) if readers else None
         if beside is not None:
             schedule = Also(schedule, beside.wants)
-        clock = StepClock(schedule, None, accumulate)
+        clock = StepClock(schedule, accumulate)
         scale = LossScale(scaler)
         selection = Selection(model, shared, layers, nothing=not chosen.parameters, divided=_divided)
         how: dict[str, Any] = {"level": level, "memory": memory, "products": products}
@@ -159,9 +159,6 @@ class GradientProbe:
             ranks=ranks,
             loader=OnLoader(probe_loader, model) if probe_loader is not None else None,
         )
-        if optimizer is not None:
-            clock.follow(optimizer)
-            clock.around(optimizer, self._measuring.calls.finish, lambda *_: None)
         if beside is not None:
             beside.open(self._measuring, model)
             self._measuring.beside = beside
@@ -212,15 +209,14 @@ class GradientProbe:
         total = sum(applied[task] * losses[task] for task in losses)
         assert isinstance(total, Tensor)
         total = self._measuring.scale.apply(total)
-        due = self._measuring.due()
-        if due.loader:
-            self._measuring.on_loader()
-        if due.here:
-            check_mean(losses, parts)
-            self._measuring.backward(losses, values, total, due, batch_size, parts)
-        else:
-            total.backward()
-        self._measuring.called()
+        with self._measuring.call(losses) as due:
+            if due.loader:
+                self._measuring.on_loader()
+            if due.here:
+                check_mean(losses, parts)
+                self._measuring.backward(losses, values, total, due, batch_size, parts)
+            else:
+                total.backward()
 
     def record(
         self,
@@ -236,13 +232,12 @@ class GradientProbe:
         """
         losses, parts, batch_size = self._given(losses, micro, batch_size)
         values = weight_values(self.tasks, weights, self.step, lambda: self.is_due)
-        due = self._measuring.due()
-        if due.loader:
-            self._measuring.on_loader()
-        if due.here:
-            check_mean(losses, parts)
-            self._measuring.record(losses, values, due, batch_size, parts)
-        self._measuring.called()
+        with self._measuring.call(losses) as due:
+            if due.loader:
+                self._measuring.on_loader()
+            if due.here:
+                check_mean(losses, parts)
+                self._measuring.record(losses, values, due, batch_size, parts)
 
     def note(self, losses: Losses, weights: Weights | None, status: str, *, batch_size: int = 0) -> None:
         """Instead of the two above, for a step that the loop cannot take, such as one with a NaN loss.

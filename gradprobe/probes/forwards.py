@@ -1,0 +1,73 @@
+"""Whether two calls are of one forward: then they are one micro-batch, of which each call hands in some tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gradprobe.probes.trace import is_leaf, trace
+
+Operation = tuple[int, str]
+"""The sequence number of an operation, which a forward has for itself as long as it runs in one thread, and its kind."""
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What a call's losses were made by.
+
+    Attributes:
+        losses: The operations that made the losses themselves.
+        parameters: ``id`` of a parameter -> the operations that joined it with something else, such as a layer's input.
+    """
+
+    losses: frozenset[Operation]
+    parameters: dict[int, frozenset[Operation]]
+
+
+def uses_of(losses: Iterable[Tensor], parameters: Collection[Tensor]) -> Uses:
+    """Read off the graph.
+
+    What is made of a parameter alone (a transposed or a shorter copy) may be kept for several forwards, so such
+    operations are passed over.
+    """
+    roots, wanted = list(losses), {id(p) for p in parameters}
+    found: dict[int, set[Operation]] = {}
+    for node in trace(roots).nodes:
+        if is_leaf(node) or len(node.next_functions) == 1:
+            continue
+        for child, _ in node.next_functions:
+            leaf = _leaf_below(child)
+            if id(leaf) in wanted:
+                found.setdefault(id(leaf), set()).add(_name(node))
+    made = frozenset(_name(loss.grad_fn) for loss in roots if loss.grad_fn is not None)
+    return Uses(made, {leaf: frozenset(nodes) for leaf, nodes in found.items()})
+
+
+def same_forward(one: Uses, other: Uses) -> bool:
+    """Whether ``one`` is of the forward that ``other`` is of.
+
+    It is where all its losses are the other's, or where both use the parameters that they have in common by the same
+    operations. One may use a parameter more often than the other, as heads at different depths do; where each has a
+    use of its own, the forward ran twice, whatever else they share (a penalty that was made once, say).
+    """
+    if one.losses and one.losses <= other.losses:
+        return True
+    common = one.parameters.keys() & other.parameters.keys()
+    pairs = [(one.parameters[p], other.parameters[p]) for p in common]
+    return bool(pairs) and all(own <= theirs or theirs <= own for own, theirs in pairs)
+
+
+def _leaf_below(node: Any) -> object:
+    """The leaf that a chain of operations on one tensor begins with; None: there is none."""
+    while node is not None and not is_leaf(node):
+        if len(node.next_functions) != 1:
+            return None
+        node = node.next_functions[0][0]
+    return None if node is None else node.variable
+
+
+def _name(node: Any) -> Operation:
+    return node._sequence_nr(), type(node).__name__
