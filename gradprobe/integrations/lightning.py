@@ -104,8 +104,11 @@ class GradprobeCallback(_callback_class()):  # type: ignore[misc]
             _from_module(pl_module, self._losses, "losses"),
             weights if weights is None or isinstance(weights, Mapping) else _from_module(pl_module, weights, "weights"),
             batch_size=self._batch_size,
-            # What arrives is divided for gradient accumulation, and multiplied by a scaler where there is one.
-            total=loss * trainer.accumulate_grad_batches if _scaler(trainer) is None else None,
+            # What arrives is divided for gradient accumulation, and multiplied by a scaler where there is one. In manual
+            # optimization it may be one loss of several.
+            total=loss * trainer.accumulate_grad_batches
+            if _scaler(trainer) is None and pl_module.automatic_optimization
+            else None,
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

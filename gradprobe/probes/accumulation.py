@@ -32,6 +32,10 @@ from gradprobe.rows import MEASURED
 from gradprobe.statistics import noise_part
 
 
+DROPS = 3
+"""So often within a step what was measured is given up for the next call, in a loop whose ``.grad`` was never seen."""
+
+
 @dataclass(frozen=True)
 class Noise:
     """What a measurement in micro-batches tells besides.
@@ -126,7 +130,7 @@ class Accumulation:
         self._counts: list[int] = []  # (T,) how many calls each mean is of
         self._partial: list[Gradients] = []  # of the last call, where it lacks tasks
         self._joined: int | None = None  # the call whose forward the present one is of
-        self._scale = 1.0
+        self._scale, self._drops = 1.0, 0
         self._collecting = self._lent = self._seen = False
 
     @property
@@ -149,6 +153,7 @@ class Accumulation:
         self._joined = None
         if first:
             self.finish()
+            self._drops = 0
             self._begin(due and self._expected is not False)
             return due
         if not self._calls:
@@ -159,6 +164,9 @@ class Accumulation:
         if (joined := self._of_one_forward(losses)) is not None:
             return self._join(joined, losses)
         if not self._more():  # dropped: the optimizer will not take them
+            if self._drops >= DROPS and not self._seen:  # or gradients are kept elsewhere
+                return False
+            self._drops += 1
             self._forget()
             self._again()
             self._begin(self._expected is not False)
@@ -215,6 +223,13 @@ class Accumulation:
         if self._meter.kept is not None:
             self._meter.kept[:] = means
         self._emit(calls, gram, noise_of(calls, gram))
+
+    def settle(self) -> None:
+        """Hand on the row of what the present step has so far, unless that was dropped."""
+        if self._calls and self._seen and self._loss_scale() >= self._scale and not self._more():
+            self._give_back()
+            self._forget()
+        self.finish()
 
     def _begin(self, collecting: bool) -> None:
         self._collecting = collecting

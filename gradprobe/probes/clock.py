@@ -109,7 +109,6 @@ class StepClock:
     def again(self) -> None:
         """Steps are counted by calls, and what the present one had is dropped: the next call is its first."""
         self._calls -= self._calls % self.accumulate
-        self.in_step = 0
 
     def state_dict(self) -> dict[str, int]:
         """What :meth:`load_state_dict` needs to go on."""

@@ -160,13 +160,15 @@ class Measuring:
     def flush(self) -> bool:
         """Make all rows so far safe, that of the present step among them; whether they are."""
         if self.ranks.size == 1:  # others may be elsewhere, and not answer
-            self.calls.finish()
+            self.moves.asked()
+            self.calls.settle()
         return self.report.flush()
 
     def close(self) -> None:
         """Nothing more comes: hand on what the present step has, and let go of the optimizer."""
         if self.ranks.size == 1:  # others may be elsewhere, and not answer
-            self.calls.finish()
+            self.moves.asked()
+            self.calls.settle()
         self.clock.close()
         if self.beside is not None:
             self.beside.close()

@@ -7,9 +7,11 @@ a hook of torch's, and those that hold shared parameters get hooks of their own.
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -63,7 +65,7 @@ class Steps:
         self._leader = given  # whose step was counted last
         self._uncounted: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the leader's last step
         self._beside: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the last step of the one followed
-        self._running: list[Optimizer] = []  # steps within steps, the outermost first
+        self._running: list[tuple[Optimizer, FrameType]] = []  # steps within steps, the outermost first
         self._told = self._whole = self._own = False
         self._evaluating = 0
         self._called = self._calling = False
@@ -84,8 +86,7 @@ class Steps:
     @contextmanager
     def calling(self) -> Iterator[None]:
         """A call of the probe: a step within it, by a hook in the backward, is over when the call is."""
-        if not self._evaluating:
-            self._running.clear()  # what an exception left behind
+        self._drop_broken()
         self._calling, self._within = True, None
         try:
             yield
@@ -133,7 +134,8 @@ class Steps:
         return False
 
     def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], named: dict[str, Any]) -> Given | None:
-        self._running.append(optimizer)
+        self._drop_broken()
+        self._running.append((optimizer, sys._getframe(1)))
         if len(self._running) > 1 or self._calling:
             return None
         self._told = False
@@ -153,11 +155,22 @@ class Steps:
                 result = closure(*args, **named)
             finally:
                 self._evaluating -= 1
-            if not self._told and optimizer in self._running[:1]:
+            if not self._told and self._running and self._running[0][0] is optimizer:
                 self._tell(optimizer)
             return result
 
         return evaluated
+
+    def _drop_broken(self) -> None:
+        """Forget steps that an exception has ended."""
+        if not self._running:
+            return
+        frames: set[FrameType] = set()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            frames.add(frame)
+            frame = frame.f_back
+        self._running = [(optimizer, at) for optimizer, at in self._running if at in frames]
 
     def _tell(self, optimizer: Optimizer) -> None:
         self._told = True
@@ -168,10 +181,10 @@ class Steps:
             before(optimizer)
 
     def _over(self, optimizer: Optimizer, *_: Any) -> None:
-        if optimizer not in self._running:
+        places = [place for place, (running, _) in enumerate(self._running) if running is optimizer]
+        if not places:
             return
-        last = len(self._running) - 1 - self._running[::-1].index(optimizer)
-        del self._running[last:]
+        del self._running[places[-1] :]
         if self._running:
             return
         if self._calling:
