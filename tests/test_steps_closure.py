@@ -108,7 +108,9 @@ def test_updates_and_ledger_of_a_closure_are_those_of_the_plain_loop(tmp_path):
                 else:
                     optimizer.step(closure)
         with gradprobe.open_run(tmp_path / f"{name}.h5") as run:
-            found.append({"norms": run["grad_norm"], **run.updates, **{f"ledger {k}": v for k, v in run.ledger.items()}})
+            found.append(
+                {"norms": run["grad_norm"], **run.updates, **{f"ledger {k}": v for k, v in run.ledger.items()}}
+            )
             assert [run.status_names[code] for code in run.updates["status"]] == ["measured"] * 5
     plain, closure = found
     assert np.isfinite(plain["effect"]).all()

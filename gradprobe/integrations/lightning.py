@@ -100,15 +100,14 @@ class GradprobeCallback(_callback_class()):  # type: ignore[misc]
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Measure: the graph is whole, and no gradient of this batch is in ``.grad`` yet."""
         weights = self._weights
+        # What arrives is divided for gradient accumulation, and multiplied by a scaler where there is one. In manual
+        # optimization it may be one loss of several.
+        whole = _scaler(trainer) is None and pl_module.automatic_optimization
         self.recording.record(
             _from_module(pl_module, self._losses, "losses"),
             weights if weights is None or isinstance(weights, Mapping) else _from_module(pl_module, weights, "weights"),
             batch_size=self._batch_size,
-            # What arrives is divided for gradient accumulation, and multiplied by a scaler where there is one. In manual
-            # optimization it may be one loss of several.
-            total=loss * trainer.accumulate_grad_batches
-            if _scaler(trainer) is None and pl_module.automatic_optimization
-            else None,
+            total=loss * trainer.accumulate_grad_batches if whole else None,
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -31,7 +31,6 @@ from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import MEASURED
 from gradprobe.statistics import noise_part
 
-
 DROPS = 3
 """So often within a step what was measured is given up for the next call, in a loop whose ``.grad`` was never seen."""
 
@@ -313,9 +312,7 @@ def _present(values: Array, gradients: Sequence[Gradients]) -> NDArray[np.bool_]
     return there
 
 
-def _first_known(
-    one: Sequence[Gradients], other: Sequence[Gradients], known: NDArray[np.bool_]
-) -> list[Gradients]:
+def _first_known(one: Sequence[Gradients], other: Sequence[Gradients], known: NDArray[np.bool_]) -> list[Gradients]:
     """(T) gradients: of the tasks that are known the first ones, of the others the second."""
     return [mine if there else yours for mine, yours, there in zip(one, other, known, strict=True)]
 
@@ -376,20 +373,29 @@ def noise_of(calls: Sequence[Call], gram: Array) -> Noise:
     parts = np.sum([_known(call.parts) for call in calls], axis=0) / count**2
     shares = [share / count for call in calls for share in call.shares]
     there = np.all([call.tasks for call in calls], axis=0)
+    known = there[:, None] & there[None, :] & ~np.any([_lacks(call.parts) for call in calls], axis=0)
     with np.errstate(invalid="ignore"):  # of gradients that are not finite
         part = noise_part(gram, parts, shares)
-    return Noise(np.where(there[:, None] & there[None, :], part, np.nan), len(shares))
+    return Noise(np.where(known, part, np.nan), len(shares))
 
 
 def _known(parts: Array) -> Array:
     return np.where(np.isnan(parts), 0.0, parts)
 
 
+def _lacks(parts: Array) -> NDArray[np.bool_]:
+    """(L, T, T): pairs whose product is not known though both have a gradient: they came in calls far apart."""
+    there = ~np.isnan(np.diagonal(parts, axis1=-2, axis2=-1))
+    lacks: NDArray[np.bool_] = np.isnan(parts) & there[..., :, None] & there[..., None, :]
+    return lacks
+
+
 def mean_values(calls: Sequence[Call]) -> Array:
     """(T,) means of the losses over the calls in which each task is present; NaN where it is in none."""
     there = np.array([call.tasks for call in calls])
     total = np.where(there, [call.values for call in calls], 0.0).sum(axis=0)
-    return np.divide(total, there.sum(axis=0), out=np.full(total.shape, np.nan), where=there.any(axis=0))
+    means: Array = np.divide(total, there.sum(axis=0), out=np.full(total.shape, np.nan), where=there.any(axis=0))
+    return means
 
 
 def latest_weights(calls: Sequence[Call]) -> Array:

@@ -43,9 +43,7 @@ class StepClock:
         in_step: Calls in the present step.
     """
 
-    def __init__(
-        self, schedule: Schedule, accumulate: int = 1, now: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, schedule: Schedule, accumulate: int = 1, now: Callable[[], float] = time.perf_counter) -> None:
         self.schedule, self.accumulate, self._now = schedule, whole("accumulate", accumulate), now
         self.steps: Steps | None = None
         self.step = self.in_step = 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradprobe.probes.trace import is_leaf, trace
 
 Operation = tuple[int, str]
-"""The sequence number of an operation, which a forward has for itself as long as it runs in one thread, and its kind."""
+"""Sequence number and kind of an operation; the number is its own as long as the forwards run in one thread."""
 
 
 @dataclass(frozen=True)

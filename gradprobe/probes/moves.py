@@ -46,7 +46,10 @@ class Moves:
         self._by_hand = False
 
     def asked(self) -> None:
-        """Before each call, and whenever it is asked if one would measure: a step that ended unnoticed is counted, and no row goes on at other parameters."""
+        """Before each call, and before it is said whether one would measure.
+
+        A step that ended unnoticed is counted, and no row goes on at other parameters.
+        """
         clock = self._clock
         if self._needless or not clock.in_step or not self._points.moved():
             return

@@ -37,7 +37,7 @@ FOREIGN_GRADIENT = "the optimizer's gradient is no multiple of the weighted sum 
 FOREIGN_UPDATE = "the update is not the sum of its parts: something else than the optimizer's own rule made it"
 NOTHING_SHARED = "the tasks share no layer, so there is no update that both have a part in"
 NOT_KEPT = "the tasks' gradients of this step were not kept"
-UNSEEN = "the optimizer's step was made within the backward, or without its closure: its gradient could not be seen before"
+UNSEEN = "the step was made within the backward, or without its closure: its gradient could not be seen before"
 SCALED_INSIDE = "a fused optimizer takes the loss scale off within its step, where it cannot be seen"
 
 
