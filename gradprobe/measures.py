@@ -245,7 +245,9 @@ def reached(norms: ArrayLike, before: ArrayLike | None = None) -> NDArray[np.boo
     return result
 
 
-def counted(norms: ArrayLike, before: ArrayLike | None = None, unknown: ArrayLike | None = None) -> NDArray[np.bool_]:
+def counted(
+    norms: ArrayLike, before: ArrayLike | None = None, unknown: ArrayLike | None = None
+) -> NDArray[np.bool_]:
     """Whose gradient counts on which layer in sums over the shared layers of each row.
 
     A layer is shared where two tasks have had a gradient other than 0, up to the row. A task that has had none anywhere

@@ -13,6 +13,7 @@ from steps import BATCH, TASKS, Net, naive, total
 from zoo import Collector
 
 import gradprobe
+from gradprobe.errors import UsageError
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed"),
@@ -127,13 +128,16 @@ def test_a_row_is_of_all_micro_batches_of_its_step(fit, each, optimizer):
             np.testing.assert_allclose(row.gram_noise, noise, rtol=1e-7, atol=1e-12 * np.nanmax(gram))
 
 
-@pytest.mark.parametrize("optimizer", [adam, sgd])
-@pytest.mark.parametrize("each", [1, 2, 4])
-@pytest.mark.parametrize("clip", [None, 0.05])
-def test_updates_and_ledger_are_those_of_the_loop_by_hand(fit, tmp_path, each, optimizer, clip):
-    if clip and each > 1:
-        pytest.skip("one is enough")
+@pytest.mark.parametrize("option", [{"updates": True}, {"ledger": gradprobe.Ledger()}], ids=["updates", "ledger"])
+@pytest.mark.parametrize("each", [2, 4])
+def test_updates_of_several_batches_are_refused(fit, option, each):
+    with pytest.raises(UsageError, match=f"accumulate_grad_batches={each} makes each of {each}: leave {[*option][0]}="):
+        fit([callback(**option)], accumulate_grad_batches=each)
 
+
+@pytest.mark.parametrize("optimizer", [adam, sgd])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_updates_and_ledger_are_those_of_the_loop_by_hand(fit, tmp_path, optimizer, clip):
     def probe(model, made):
         ledger = gradprobe.Ledger(lambda: model.losses(77), ends="probe")
         return gradprobe.attach(
@@ -151,21 +155,18 @@ def test_updates_and_ledger_are_those_of_the_loop_by_hand(fit, tmp_path, each, o
     start = called.on_train_start
     called.on_train_start = lambda trainer, pl_module: (module.append(pl_module), start(trainer, pl_module))
     options = {"gradient_clip_val": clip} if clip else {}
-    probed = fit([called], accumulate_grad_batches=each, optimizer=optimizer, **options)
-    same(fit([], accumulate_grad_batches=each, optimizer=optimizer, **options), probed)
-    if not clip:
-        same(probed, by_hand(each, optimizer, probe=probe))
+    probed = fit([called], optimizer=optimizer, **options)
+    same(fit([], optimizer=optimizer, **options), probed)
     with gradprobe.open_run(tmp_path / "fit.h5") as run:
-        names = [run.status_names[code] for code in run.updates["status"]]
-        if each == 1:
-            assert names == ["measured"] * len(windows(1))
-            assert np.isfinite(run.updates["effect"]).all()
-            assert np.isfinite(run.ledger["term"][5:]).all()
-            assert (run.updates["clip_scale"] < 0.99).all() == bool(clip)
+        assert [run.status_names[code] for code in run.updates["status"]] == ["measured"] * len(windows(1))
+        assert np.isfinite(run.updates["effect"]).all()
+        assert np.isfinite(run.ledger["term"][5:]).all()
+        assert (run.updates["clip_scale"] < 0.99).all() == bool(clip)
         if clip:
             return
+        same(probed, by_hand(1, optimizer, probe=probe))
         with gradprobe.open_run(tmp_path / "hand.h5") as hand:
-            assert names == [hand.status_names[code] for code in hand.updates["status"]]
+            assert [hand.status_names[code] for code in hand.updates["status"]] == ["measured"] * len(windows(1))
             for found, by in ((run.updates, hand.updates), (run.ledger, hand.ledger)):
                 assert found.keys() == by.keys()
                 for name in found.keys() - {"time", "overhead", "epoch", "status", "source"}:
