@@ -168,3 +168,13 @@ def test_a_loss_of_another_forward_beside_one_that_is_kept_is_a_new_forward():
     one, two = ([model.trunk(torch.randn(3, 4)).mean(), penalty] for _ in range(2))
     assert not same_forward(used(model, two), used(model, one))
     assert same_forward(used(model, [penalty]), used(model, one))
+
+
+def test_forwards_behind_a_reentrant_checkpoint_are_told_apart():
+    from torch.utils.checkpoint import checkpoint
+
+    model = Net()
+    x = torch.randn(3, 4, requires_grad=True)
+    z, other = (checkpoint(model.trunk, x, use_reentrant=True) for _ in range(2))
+    assert same_forward(used(model, [model.b(z).mean()]), used(model, [model.a(z).mean()]))
+    assert not same_forward(used(model, [model.b(other).mean()]), used(model, [model.a(z).mean()]))

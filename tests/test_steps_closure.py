@@ -16,12 +16,25 @@ MAKE = {
 }
 
 
+class Wrapper:
+    """As accelerate's."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
 def calls_in_a_closure(make, each, use, given):
     """All but the last of a step's calls come before its closure, which makes the last one."""
 
     def loop(model, attach, expect):
         optimizer = make(model.parameters())
-        probe = attach(optimizer)
+        stepping = Wrapper(optimizer) if given == "wrapped" else optimizer
+        if given == "scheduled":  # a scheduler puts a step of its own in the optimizer's place
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+        probe = attach(stepping)
         for step in range(4):
             batches = range(each * step, each * (step + 1))
             evaluations = 0
@@ -45,7 +58,7 @@ def calls_in_a_closure(make, each, use, given):
             expect(step, batches)
             for batch in batches[:-1]:
                 call(batch)
-            result = optimizer.step(closure) if given == "first" else optimizer.step(closure=closure)
+            result = stepping.step(closure) if given == "first" else stepping.step(closure=closure)
             assert isinstance(result, torch.Tensor)
             optimizer.zero_grad()
 
@@ -53,7 +66,7 @@ def calls_in_a_closure(make, each, use, given):
 
 
 @pytest.mark.parametrize("use", ["record", "backward"])
-@pytest.mark.parametrize("given", ["first", "by name"])
+@pytest.mark.parametrize("given", ["first", "by name", "wrapped", "scheduled"])
 @pytest.mark.parametrize("each", [1, 3])
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_the_call_in_the_closure_is_in_the_row(make, each, use, given):

@@ -12,6 +12,7 @@ from steps import BATCH, TASKS, Net, both, check, total
 from torch.optim import optimizer as hooks_of
 from zoo import Collector
 
+import gradprobe
 from gradprobe.probes import GradientProbe
 from gradprobe.probes.moves import BY_HAND
 
@@ -47,6 +48,27 @@ def test_an_optimizer_that_is_made_anew_is_followed(use, every):
     rows, expected = both(loop, every=every)
     check(rows, expected)
     assert [row.lr for row in rows] == [0.1 if row.step < 3 else 0.025 for row in rows]
+
+
+@OTHER
+def test_updates_and_ledger_go_on_with_an_optimizer_that_is_made_anew(tmp_path):
+    torch.manual_seed(0)
+    model = Net().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    options = {"updates": True, "ledger": gradprobe.Ledger(), "every": 1, "optimizer": optimizer}
+    with gradprobe.attach(model, TASKS, tmp_path / "run.h5", **options) as probe:
+        for step in range(8):
+            if step == 3:
+                optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            probe.backward(micro=[model.losses(step), model.losses(step + 100)])
+            optimizer.step()
+            optimizer.zero_grad()
+    with gradprobe.open_run(tmp_path / "run.h5") as run:
+        assert run.updates["step"].tolist() == list(range(8))
+        assert [run.status_names[code] for code in run.updates["status"]] == ["measured"] * 8
+        # An update is the sum of its parts, whichever optimizer made it.
+        assert np.isfinite(run.updates["share"]).all()
+        assert run.ledger["step"].tolist() == list(range(8))
 
 
 def test_that_another_optimizer_steps_is_said_once():

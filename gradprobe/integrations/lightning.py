@@ -139,7 +139,7 @@ def _refuse_accumulated(batches: int, options: Mapping[str, Any]) -> None:
     if batches > 1 and asked:
         raise UsageError(
             f"{asked[0]}= takes the updates of single batches apart, and here accumulate_grad_batches={batches} makes "
-            f"each of {batches}: leave {asked[0]}= out (the gradients of all {batches} are measured), or accumulate none."
+            f"each of {batches}: leave {asked[0]}= out (gradients are measured on all {batches}), or accumulate none."
         )
 
 

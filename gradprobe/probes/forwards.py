@@ -21,10 +21,12 @@ class Uses:
     Attributes:
         losses: The operations that made the losses themselves.
         parameters: ``id`` of a parameter -> the operations that joined it with something else, such as a layer's input.
+        operations: All of them.
     """
 
     losses: frozenset[Operation]
     parameters: dict[int, frozenset[Operation]]
+    operations: frozenset[Operation]
 
 
 def uses_of(losses: Iterable[Tensor], parameters: Collection[Tensor]) -> Uses:
@@ -35,15 +37,17 @@ def uses_of(losses: Iterable[Tensor], parameters: Collection[Tensor]) -> Uses:
     """
     roots, wanted = list(losses), {id(p) for p in parameters}
     found: dict[int, set[Operation]] = {}
-    for node in trace(roots).nodes:
-        if is_leaf(node) or len(node.next_functions) == 1:
+    nodes = [node for node in trace(roots).nodes if not is_leaf(node)]
+    for node in nodes:
+        if len(node.next_functions) == 1:
             continue
         for child, _ in node.next_functions:
             leaf = _leaf_below(child)
             if id(leaf) in wanted:
                 found.setdefault(id(leaf), set()).add(_name(node))
     made = frozenset(_name(loss.grad_fn) for loss in roots if loss.grad_fn is not None)
-    return Uses(made, {leaf: frozenset(nodes) for leaf, nodes in found.items()})
+    used = {leaf: frozenset(by) for leaf, by in found.items()}
+    return Uses(made, used, frozenset(map(_name, nodes)))
 
 
 def same_forward(one: Uses, other: Uses) -> bool:
@@ -51,13 +55,16 @@ def same_forward(one: Uses, other: Uses) -> bool:
 
     It is where all its losses are the other's, or where both use the parameters that they have in common by the same
     operations. One may use a parameter more often than the other, as heads at different depths do; where each has a
-    use of its own, the forward ran twice, whatever else they share (a penalty that was made once, say).
+    use of its own, the forward ran twice, whatever else they share (a penalty that was made once, say). Where no
+    parameter is visible in both (behind a reentrant checkpoint), any operation in common will do.
     """
     if one.losses and one.losses <= other.losses:
         return True
     common = one.parameters.keys() & other.parameters.keys()
     pairs = [(one.parameters[p], other.parameters[p]) for p in common]
-    return bool(pairs) and all(own <= theirs or theirs <= own for own, theirs in pairs)
+    if not pairs:
+        return bool(one.operations & other.operations)
+    return all(own <= theirs or theirs <= own for own, theirs in pairs)
 
 
 def _leaf_below(node: Any) -> object:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-FEW = 8
+FEW = 4
 """So many parameters are looked at in a call that is not measured: an optimizer's step moves nearly all."""
 
 SAMPLE = 1024
@@ -37,7 +37,7 @@ class Points:
         of = self._parameters()
         self._of = of if closely else of[:: max(1, len(of) // FEW)]
         self._versions = tuple([p._version for p in self._of])
-        self._numbers = sample(self._of) if closely else None
+        self._numbers = _sampled(self._of) if closely else None
 
     def moved(self) -> bool:
         """Whether they are no longer where they were last remembered; False where nothing was."""
@@ -48,7 +48,8 @@ class Points:
             return True
         if self._numbers is None:
             return False
-        self.silent = not all(torch.equal(a, b) for a, b in zip(self._numbers, sample(self._of), strict=True))
+        now = _sampled(self._of)
+        self.silent = now is not None and not same(self._numbers, now)
         return self.silent
 
     def again(self) -> None:
@@ -63,3 +64,18 @@ def sample(parameters: Sequence[Tensor]) -> list[Tensor]:
         flat = p.detach().reshape(-1)
         found.setdefault((p.device, p.dtype), []).append(flat[:: max(1, flat.numel() // SAMPLE)])
     return [torch.cat(parts) for parts in found.values()]
+
+
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether two samples are the same in every bit."""
+    return len(one) == len(other) and all(
+        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _sampled(parameters: Sequence[Tensor]) -> list[Tensor] | None:
+    """None for tensors of a kind that cannot be sampled: the version counters must do."""
+    try:
+        return sample(parameters)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None

@@ -50,8 +50,8 @@ class GradientProbe:
         every: Measure at steps 0, every, 2 every, ...; default 10, and 1 at ``level="features"``.
         budget: Instead of ``every``: the share of the time that measuring may take, above 0 and below 1.
         optimizer: Where given, a training step is what its ``step()`` completes, or that of whichever optimizer updates
-            the shared parameters (:mod:`gradprobe.probes.stepping`), and rows carry its learning rate. The calls between
-            two steps, of gradient accumulation, make one row: see :mod:`gradprobe.probes.accumulation`.
+            the shared parameters (:mod:`gradprobe.probes.stepping`), and rows carry its learning rate. The calls
+            between two steps, of gradient accumulation, make one row: see :mod:`gradprobe.probes.accumulation`.
         scaler: Of mixed precision. :meth:`backward` scales the loss by it; :meth:`record` takes unscaled losses.
             Gradients are measured scaled, so that they do not vanish in float16, and stored unscaled.
         accumulate: Without an optimizer: how many calls make one step; fewer do where the parameters have changed.
