@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from steps import BATCH, TASKS, Net, naive
+from zoo import Collector
 
+from gradprobe.probes import GradientProbe, accumulation
 from gradprobe.probes.accumulation import Accumulation, Call, all_losses, latest_weights, mean_values, multiplied
 from gradprobe.probes.forwards import same_forward, uses_of
 from gradprobe.probes.graph import by_module, find_shared
@@ -129,6 +131,32 @@ def test_a_task_that_is_absent_from_all_calls_has_no_gradient():
     assert not np.isnan(gram[:, 0, 0]).any()
     assert np.isnan(mean_values(calls)[1])
     assert np.isnan(noise.part[:, 1]).all()
+
+
+@pytest.mark.parametrize("fails", ["_mean", "multiplied", "uses_of"])
+def test_a_failure_while_calls_are_put_together_is_a_status(monkeypatch, fails):
+    """Out of memory, say, within the optimizer's step."""
+    torch.manual_seed(0)
+    model, sink = Net().double(), Collector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with GradientProbe(model, TASKS, [sink], every=1, optimizer=optimizer) as probe:
+
+        def step(number):
+            for batch in (2 * number, 2 * number + 1):
+                losses = model.losses(batch)
+                probe.record(losses)
+                sum(losses.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step(0)
+        with monkeypatch.context() as broken:
+            broken.setattr(accumulation, fails, lambda *_: 1 / 0)
+            with pytest.warns(RuntimeWarning, match="division by zero"):
+                step(1)
+        step(2)
+    assert [row.step for row in sink.rows] == [0, 1, 2]
+    assert [row.status == "measured" for row in sink.rows] == [True, fails == "uses_of", True]
 
 
 # ---- one forward or two

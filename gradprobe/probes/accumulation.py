@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,6 +107,7 @@ class Accumulation:
         emit: Gets the calls of a step, the Gramian (L, T, T) of their mean and its noise.
         loss_scale: The present one; it falls where a step is left out.
         again: Told that the calls so far were dropped, and another is the first.
+        guarded: Gives a result, or None and why there is none.
     """
 
     def __init__(
@@ -118,9 +120,10 @@ class Accumulation:
         emit: Callable[[Sequence[Call], Array | None, Noise | None], None],
         loss_scale: Callable[[], float] = lambda: 1.0,
         again: Callable[[], None] = lambda: None,
+        guarded: Callable[[Callable[[], Any]], tuple[Any, str]] = lambda work: (work(), MEASURED),
     ) -> None:
         self._tasks, self._meter, self._by_gradients, self._agree, self._emit = tasks, meter, by_gradients, agree, emit
-        self._loss_scale, self._again = loss_scale, again
+        self._loss_scale, self._again, self._guarded = loss_scale, again, guarded
         self._waits = expected is not False
         self._expected = expected if meter.keeps else False
         self._calls: list[Call] = []
@@ -160,8 +163,9 @@ class Accumulation:
         if self._loss_scale() < self._scale:  # the scaler left a step out, and what went before is dropped
             self.finish()
             return False
-        if (joined := self._of_one_forward(losses)) is not None:
-            return self._join(joined, losses)
+        place, _ = self._guarded(lambda: self._of_one_forward(losses))
+        if place is not None:
+            return self._join(place, losses)
         if not self._more():  # dropped: the optimizer will not take them
             if self._drops >= DROPS and not self._seen:  # or gradients are kept elsewhere
                 return False
@@ -190,6 +194,14 @@ class Accumulation:
         if not self._waits:
             return False
         self._scale = scale
+        _, status = self._guarded(lambda: self._take(call))
+        if status != MEASURED:
+            self._forget()
+            self._calls, self._uses = [replace(call, gram=None, status=status)], [None]
+        self._give_back()
+        return True
+
+    def _take(self, call: Call) -> None:
         gradients = list(self._meter.kept or []) if self._collecting else []
         call = replace(call, present=_present(call.values, gradients))
         new = call.tasks if self._joined is None else call.tasks & ~self._calls[self._joined].tasks
@@ -200,8 +212,6 @@ class Accumulation:
             self._uses.append(None)
             self._partial = gradients if not call.tasks.all() else []
         self._add(gradients, new)
-        self._give_back()
-        return True
 
     def finish(self, *_: object) -> None:
         """The step is complete: hand on its row. Also called by the optimizer, before its step."""
@@ -217,11 +227,19 @@ class Accumulation:
         if any(call.gram is None for call in calls) or self._meter.shared is None:
             self._emit(calls, None, Noise(None, len(calls)))
             return
-        gram = multiplied(self._meter.shared, means) if means else calls[-1].gram
-        assert gram is not None
+        found, status = self._guarded(lambda: self._mean_of(calls, means))
+        if found is None:
+            self._emit([*calls[:-1], replace(calls[-1], gram=None, status=status)], None, Noise(None, len(calls)))
+            return
         if self._meter.kept is not None:
             self._meter.kept[:] = means
-        self._emit(calls, gram, noise_of(calls, gram))
+        self._emit(calls, *found)
+
+    def _mean_of(self, calls: Sequence[Call], means: Sequence[Gradients]) -> tuple[Array, Noise]:
+        assert self._meter.shared is not None
+        gram = multiplied(self._meter.shared, means) if means else calls[-1].gram
+        assert gram is not None
+        return gram, noise_of(calls, gram)
 
     def settle(self) -> None:
         """Hand on the row of what the present step has so far, unless that was dropped."""

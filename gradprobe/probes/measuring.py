@@ -104,7 +104,7 @@ class Measuring:
         several = True if self.clock.accumulate > 1 else None if self.optimizer is not None else False
         known, agree, now = self.optimizer is None, self.ranks.first_says, lambda: self.scale.now
         self.calls = Accumulation(
-            self.tasks, self.meter, several, not known, agree, self._emit_calls, now, self.clock.again
+            self.tasks, self.meter, several, not known, agree, self._emit_calls, now, self.clock.again, self.guarded
         )
         self._hear()
         self.moves = Moves(self.clock, Points(self.moving), self.calls.finish, self._warn)
