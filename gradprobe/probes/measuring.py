@@ -38,7 +38,7 @@ from gradprobe.probes.meter import Meter
 from gradprobe.probes.micro import MicroBatches
 from gradprobe.probes.moves import Moves
 from gradprobe.probes.on_loader import OnLoader
-from gradprobe.probes.points import Points
+from gradprobe.probes.points import Points, SharedParameters
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.release import release
 from gradprobe.probes.report import Reporter, status_of
@@ -81,6 +81,7 @@ class Measuring:
         beside: Looks at what the optimizer makes of what was measured.
         calls: Of the present step, where gradients are accumulated.
         moves: Notices where the present step ended without a sign.
+        shared_parameters: Gives those of the shared layers.
         loader: Measured besides.
         self_checked: Whether the probe has looked at itself, see :mod:`gradprobe.probes.self_check`.
     """
@@ -98,9 +99,9 @@ class Measuring:
     beside: Beside | None = None
     loader: OnLoader | None = None
     self_checked: bool = False
-    _listed: tuple[SharedLayers | None, Sequence[Tensor]] = (None, [])
 
     def __post_init__(self) -> None:
+        self.shared_parameters = SharedParameters(self.meter)
         several = True if self.clock.accumulate > 1 else None if self.optimizer is not None else False
         known, agree, now = self.optimizer is None, self.ranks.first_says, lambda: self.scale.now
         self.calls = Accumulation(
@@ -127,13 +128,6 @@ class Measuring:
 
     def _warn(self, reason: str) -> None:
         self.report.warn(self.clock.step, reason)
-
-    def shared_parameters(self) -> Sequence[Tensor]:
-        """Those of the shared layers, in one list as long as these are the same; none before they are found."""
-        shared = self.meter.shared
-        if shared is not self._listed[0]:
-            self._listed = (shared, shared.parameters if shared is not None else [])
-        return self._listed[1]
 
     def moving(self) -> Sequence[Tensor]:
         """By which it is told whether a step was made; where nothing is shared, all that the optimizer has."""

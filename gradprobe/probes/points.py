@@ -7,11 +7,34 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.meter import Meter
+
 FEW = 4
 """So many parameters are looked at in a call that is not measured: an optimizer's step moves nearly all."""
 
 SAMPLE = 1024
 """So many numbers of each parameter are compared where an update may leave no trace in a version counter."""
+
+
+class SharedParameters:
+    """Gives the parameters of the shared layers, as one list as long as these are the same; none before they are found.
+
+    Args:
+        meter: Finds them.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._of: SharedLayers | None = None
+        self._parameters: Sequence[Tensor] = []
+
+    def __call__(self) -> Sequence[Tensor]:
+        """(P,), layer by layer."""
+        shared = self._meter.shared
+        if shared is not self._of:
+            self._of, self._parameters = shared, shared.parameters if shared is not None else []
+        return self._parameters
 
 
 class Points:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -65,13 +66,13 @@ class Steps:
         self._leader = given  # whose step was counted last
         self._uncounted: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the leader's last step
         self._beside: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the last step of the one followed
-        self._running: list[tuple[Optimizer, FrameType]] = []  # steps within steps, the outermost first
+        self._running: list[tuple[Optimizer, FrameType | None]] = []  # steps within steps, the outermost first
         self._told = self._whole = self._own = False
         self._evaluating = 0
         self._called = self._calling = False
         self._within: Optimizer | None = None
         self._hook(given)
-        self._global = register_optimizer_step_pre_hook(self._heard)
+        self._global = register_optimizer_step_pre_hook(torch.compiler.disable(self._heard))
 
     @property
     def stepping(self) -> bool:
@@ -117,9 +118,9 @@ class Steps:
             self._hook(optimizer)
 
     def _hook(self, optimizer: Optimizer) -> None:
-        self._hooks[optimizer] = [
-            optimizer.register_step_pre_hook(self._begin),
-            optimizer.register_step_post_hook(self._over),
+        self._hooks[optimizer] = [  # of a compiled step they are no part
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._begin)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._over)),
         ]
 
     def _matters(self, optimizer: Optimizer) -> bool:
@@ -135,7 +136,7 @@ class Steps:
 
     def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], named: dict[str, Any]) -> Given | None:
         self._drop_broken()
-        self._running.append((optimizer, sys._getframe(1)))
+        self._running.append((optimizer, _step_of(sys._getframe(1))))
         if len(self._running) > 1 or self._calling:
             return None
         self._told = False
@@ -170,7 +171,7 @@ class Steps:
         while frame is not None:
             frames.add(frame)
             frame = frame.f_back
-        self._running = [(optimizer, at) for optimizer, at in self._running if at in frames]
+        self._running = [(optimizer, at) for optimizer, at in self._running if at is None or at in frames]
 
     def _tell(self, optimizer: Optimizer) -> None:
         self._told = True
@@ -253,6 +254,13 @@ def with_closure(args: tuple[Any, ...], named: Mapping[str, Any], closure: Calla
     if "closure" in named:
         return args, {**named, "closure": closure}
     return (args[0], closure, *args[2:]), dict(named)
+
+
+def _step_of(frame: FrameType | None) -> FrameType | None:
+    """The frame of the ``step()`` that a hook is called by; None: it is not there."""
+    while frame is not None and frame.f_globals.get("__name__") != Optimizer.__module__:
+        frame = frame.f_back
+    return frame
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
