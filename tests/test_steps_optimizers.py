@@ -216,6 +216,65 @@ def test_of_two_stages_the_row_is_of_the_first(given, probed, by, each):
     check(*both(loop), batch_size=BATCH * each)
 
 
+class Lookahead(torch.optim.Optimizer):
+    """Without hooks of its own: it is made without its base class."""
+
+    def __init__(self, inner):
+        self.optimizer, self.param_groups, self.state, self.defaults = inner, inner.param_groups, inner.state, {}
+        self.slow, self.steps = [[p.detach().clone() for p in g["params"]] for g in inner.param_groups], 0
+
+    def step(self, closure=None):
+        result, self.steps = self.optimizer.step(closure), self.steps + 1
+        if self.steps % 3 == 0:
+            for group, slow in zip(self.param_groups, self.slow, strict=True):
+                for p, q in zip(group["params"], slow, strict=True):
+                    p.data.copy_(q.add_(p.data - q, alpha=0.5))
+        return result
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "compiled", "clamped"])
+def test_steps_with_something_around_them(kind):
+    def loop(model, attach, expect):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        outer = Lookahead(optimizer) if kind == "wrapped" else optimizer
+        probe = attach(outer)
+        update = torch.compile(outer.step, backend="eager") if kind == "compiled" else outer.step
+        for step in range(6):
+            expect(step, [2 * step, 2 * step + 1])
+            for batch in (2 * step, 2 * step + 1):
+                losses = model.losses(batch)
+                probe.record(losses)
+                total(losses).backward()
+            update()
+            optimizer.zero_grad()
+            for p in model.parameters() if kind == "clamped" else ():
+                p.data.clamp_(-0.4, 0.4)
+
+    check(*both(loop))
+
+
+def test_a_loop_that_leaves_steps_out_by_itself():
+    """The row of a step is of the call whose gradient was taken, not of one before it that was dropped."""
+
+    def loop(model, attach, expect):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        probe = attach(optimizer)
+        step = 0
+        for batch in range(9):
+            taken = batch % 3 != 1
+            if taken:
+                expect(step, [batch])
+            losses = model.losses(batch)
+            probe.record(losses)
+            total(losses).backward()
+            if taken:
+                optimizer.step()
+                step += 1
+            optimizer.zero_grad()
+
+    check(*both(loop))
+
+
 @pytest.mark.parametrize("how", ["data", "in place", "replaced"])
 @pytest.mark.parametrize("optimized", [True, False])
 @pytest.mark.filterwarnings("ignore:.*the shared parameters change from call to call")
