@@ -318,24 +318,65 @@ def test_accumulated_gradients_are_counted_and_not_taken_apart(tmp_path):
     assert statuses(tmp_path / "run.h5") == [module.SEVERAL_CALLS] * 3
 
 
-def test_a_step_that_makes_its_own_gradient_says_so(tmp_path):
+def test_a_step_that_makes_its_own_gradient_is_taken_apart_as_any_other(tmp_path):
+    found = []
+    for name in ("plain", "closure"):
+        model = Net()
+        opt = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        with gradprobe.attach(model, TASKS, tmp_path / f"{name}.h5", every=1, optimizer=opt, updates=True) as probe:
+
+            def closure(opt=opt, model=model, probe=probe):
+                opt.zero_grad()
+                losses = losses_of(model, probe.step)
+                probe.backward(losses, WEIGHTS)
+                return losses["a"]
+
+            for step in range(4):
+                if name == "plain":
+                    closure()
+                    opt.step()
+                else:
+                    opt.step(closure) if step % 2 else opt.step(closure=closure)
+        assert statuses(tmp_path / f"{name}.h5") == ["measured"] * 4
+        found.append(updates_of(tmp_path / f"{name}.h5")[0])
+    plain, closure = found
+    assert closure["calls"].tolist() == [1] * 4
+    assert closure["skipped"].tolist() == [0] * 4
+    for name in ("share", "effect", "update_norm", "clip_scale", "joint_norm"):
+        assert np.isfinite(plain[name]).all()
+        np.testing.assert_array_equal(plain[name], closure[name])
+
+
+@pytest.mark.parametrize("kind", ["never", "late", "within the backward"])
+def test_a_step_whose_gradient_cannot_be_seen_says_so(tmp_path, kind):
+    """A closure that is not evaluated, or after the update alone; or the step is a hook of the backward."""
+
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            loss = super().step()
+            if kind == "late" and closure is not None:
+                with torch.enable_grad():
+                    closure()
+            return loss
+
+    torch.manual_seed(0)
     model = Net()
-    opt = torch.optim.SGD(model.parameters(), 0.1)
+    opt = Odd(model.parameters(), 0.1)
+    if kind == "within the backward":
+        whole = next(model.parameters())  # the last to get its gradient
+        whole.register_post_accumulate_grad_hook(lambda _: opt.step())
     with gradprobe.attach(model, TASKS, tmp_path / "run.h5", every=1, optimizer=opt, updates=True) as probe:
-
-        def closure():
+        steps = 1 if kind == "within the backward" else 3  # the next would be derived from the joint backward
+        for step in range(steps):
             opt.zero_grad()
-            losses = losses_of(model, probe.step)
-            probe.backward(losses, WEIGHTS)
-            return losses["a"]
-
-        for step in range(4):
-            opt.step(closure) if step % 2 else opt.step(closure=closure)
-    found, _, _ = updates_of(tmp_path / "run.h5")
-    assert statuses(tmp_path / "run.h5") == [module.CLOSURE] * 4
-    assert found["calls"].tolist() == [1] * 4
-    assert found["skipped"].tolist() == [0] * 4
-    assert np.isnan(found["share"]).all()
+            probe.backward(losses_of(model, step), WEIGHTS)
+            if kind != "within the backward":
+                opt.step(lambda: None)
+    told = statuses(tmp_path / "run.h5")
+    assert len(told) == steps
+    assert module.MEASURED not in told
+    if kind != "late":
+        assert told == [module.UNSEEN] * steps
 
 
 def test_steps_without_a_gradient_are_counted_as_skipped(tmp_path):

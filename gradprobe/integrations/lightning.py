@@ -52,7 +52,8 @@ class GradprobeCallback(_callback_class()):  # type: ignore[misc]
         sinks, overwrite, options: See :func:`gradprobe.attach`.
 
     Raises:
-        UsageError: On start, where the module has several optimizers; or a source gives no mapping.
+        UsageError: On start, where the module has several optimizers, or ``updates=`` or ``ledger=`` meets accumulated
+            gradients; or a source gives no mapping.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class GradprobeCallback(_callback_class()):  # type: ignore[misc]
                 f"{type(pl_module).__name__} has {len(trainer.optimizers)} optimizers; the callback measures a "
                 "training with one. Call gradprobe.attach in the module's own training_step instead."
             )
+        _refuse_accumulated(trainer.accumulate_grad_batches, self.recording.options)
         self.recording.open(
             pl_module,
             self._tasks,
@@ -100,12 +102,14 @@ class GradprobeCallback(_callback_class()):  # type: ignore[misc]
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Measure: the graph is whole, and no gradient of this batch is in ``.grad`` yet."""
         weights = self._weights
+        # What arrives is divided for gradient accumulation, and multiplied by a scaler where there is one. In manual
+        # optimization it may be one loss of several.
+        whole = _scaler(trainer) is None and pl_module.automatic_optimization
         self.recording.record(
             _from_module(pl_module, self._losses, "losses"),
             weights if weights is None or isinstance(weights, Mapping) else _from_module(pl_module, weights, "weights"),
             batch_size=self._batch_size,
-            # What arrives is divided for gradient accumulation, and multiplied by a scaler where there is one.
-            total=loss * trainer.accumulate_grad_batches if _scaler(trainer) is None else None,
+            total=loss * trainer.accumulate_grad_batches if whole else None,
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,6 +131,16 @@ class GradprobeCallback(_callback_class()):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts."""
         self._saved = state_dict or None
+
+
+def _refuse_accumulated(batches: int, options: Mapping[str, Any]) -> None:
+    """Raise where every update would be of several calls, which is not taken apart."""
+    asked = [name for name in ("updates", "ledger") if options.get(name)]
+    if batches > 1 and asked:
+        raise UsageError(
+            f"{asked[0]}= takes the updates of single batches apart, and here accumulate_grad_batches={batches} makes "
+            f"each of {batches}: leave {asked[0]}= out (gradients are measured on all {batches}), or accumulate none."
+        )
 
 
 def _from_module(module: LightningModule, source: str | Callable[[Any], Any], what: str) -> Any:

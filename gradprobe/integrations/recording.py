@@ -46,7 +46,7 @@ class Recording:
         **options: Any,
     ) -> None:
         self._trainer, self._out, self._sinks = trainer, out, sinks
-        self._overwrite, self._options = overwrite, options
+        self._overwrite, self.options = overwrite, options
         self._checked = False
         self._noted: set[str] = set()
         self._probe: GradientProbe | None = None
@@ -107,7 +107,7 @@ class Recording:
             resume=bool(step),
             process_group=_all_processes(),
             provenance={"trainer": self._trainer},
-            **{**self._options, **options},
+            **{**self.options, **options},
         )
         self._probe.epoch = epoch
         if step:

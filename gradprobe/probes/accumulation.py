@@ -4,27 +4,36 @@ The calls' batches are micro-batches of the step: the step's task gradient is th
 tell the noise of its Gramian. Each call hands its losses undivided; where a loop weights its calls, by their samples
 say, it multiplies each call's losses by that weight times the number of calls.
 
-Alive between two calls are T copies of the shared parameters.
+Calls of one forward are one micro-batch, of which each may hand in some of the tasks (one backward per loss, say); what
+was handed in before is not measured again. A task that is absent from some calls has the mean of the others.
+
+Alive between two calls are T copies of the shared parameters, and as many more after a call that lacks tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from gradprobe.measures import Array
-from gradprobe.probes.checks import Losses
+from gradprobe.probes.checks import Losses, is_present
+from gradprobe.probes.forwards import Uses, same_forward, uses_of
 from gradprobe.probes.gramian import GramianSum
-from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.graph import SharedLayers, padded
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.passes import Gradients
 from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import MEASURED
 from gradprobe.statistics import noise_part
+
+DROPS = 3
+"""So often within a step what was measured is given up for the next call, in a loop whose ``.grad`` was never seen."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class Call:
         batch_size: Samples of this process.
         noise: None: it was not measured in micro-batches.
         shares: Of the micro-batches that the call itself was measured in; [1.0]: as a whole.
+        present: (T,) bool: whose gradients there are; None: all.
     """
 
     step: int
@@ -67,6 +77,12 @@ class Call:
     batch_size: int
     noise: Noise | None
     shares: Sequence[float]
+    present: NDArray[np.bool_] | None = None
+
+    @property
+    def tasks(self) -> NDArray[np.bool_]:
+        """(T,) whose gradients there are."""
+        return np.ones(len(self.values), dtype=bool) if self.present is None else self.present
 
     @property
     def parts(self) -> Array:
@@ -82,83 +98,168 @@ class Accumulation:
     """Collects the calls of a step that is measured.
 
     Args:
+        tasks: (T,) names.
         meter: Makes the gradients.
         expected: Whether steps consist of several calls; None: the first step will tell.
-        by_gradients: Whether it is told by ``.grad`` if a further call belongs to the step; if not, every call does.
+        by_gradients: Whether it is told by ``.grad`` if a further call belongs to the step; if not, every call does
+            until so many were made, unless ``.grad`` was there and is gone.
         agree: Makes the first process's answer that of all.
         emit: Gets the calls of a step, the Gramian (L, T, T) of their mean and its noise.
+        loss_scale: The present one; it falls where a step is left out.
+        again: Told that the calls so far were dropped, and another is the first.
+        guarded: Gives a result, or None and why there is none.
     """
 
     def __init__(
         self,
+        tasks: Sequence[str],
         meter: Meter,
         expected: bool | None,
         by_gradients: bool,
         agree: Callable[[bool], bool],
         emit: Callable[[Sequence[Call], Array | None, Noise | None], None],
+        loss_scale: Callable[[], float] = lambda: 1.0,
+        again: Callable[[], None] = lambda: None,
+        guarded: Callable[[Callable[[], Any]], tuple[Any, str]] = lambda work: (work(), MEASURED),
     ) -> None:
-        self._meter, self._by_gradients, self._agree, self._emit = meter, by_gradients, agree, emit
+        self._tasks, self._meter, self._by_gradients, self._agree, self._emit = tasks, meter, by_gradients, agree, emit
+        self._loss_scale, self._again, self._guarded = loss_scale, again, guarded
+        self._waits = expected is not False
         self._expected = expected if meter.keeps else False
         self._calls: list[Call] = []
+        self._uses: list[Uses | None] = []  # of each call, once it was asked for
         self._means: list[Gradients] = []
-        self._collecting = self._lent = self._stopped = False
+        self._counts: list[int] = []  # (T,) how many calls each mean is of
+        self._partial: list[Gradients] = []  # of the last call, where it lacks tasks
+        self._of: SharedLayers | None = None  # which layers the gradients are of
+        self._joined: int | None = None  # the call whose forward the present one is of
+        self._scale, self._drops = 1.0, 0
+        self._collecting = self._lent = self._seen = False
+
+    @property
+    def several(self) -> bool:
+        """Whether a step may have further calls, as far as is known."""
+        return self._expected is not False
 
     def stop(self) -> None:
         """The first call stands for its step from here on: what is beside the probe looks at single calls."""
-        self._expected, self._stopped = False, True
+        self._expected = self._waits = False
 
-    def due(self, first: bool, due: bool) -> bool:
+    def due(self, first: bool, due: bool, losses: Losses) -> bool:
         """Whether a call is measured.
 
         Args:
             first: Whether it is the first one of the step.
             due: Whether the step is, as far as the first call is concerned.
+            losses: Of the call.
         """
+        self._joined = None
         if first:
             self.finish()
+            self._drops = 0
             self._begin(due and self._expected is not False)
             return due
         if not self._calls:
-            self._expected = self._expected or (self._meter.keeps and not self._stopped and self._more())
             return False
-        if not self._more():  # what went before was dropped: a step that the scaler left out
+        if self._loss_scale() < self._scale:  # the scaler left a step out, and what went before is dropped
             self.finish()
             return False
-        self._begin(True)
-        return True
+        place, _ = self._guarded(lambda: self._of_one_forward(losses))
+        if place is not None:
+            return self._join(place, losses)
+        if not self._more():  # dropped: the optimizer will not take them
+            if self._drops >= DROPS and not self._seen:  # or gradients are kept elsewhere
+                return False
+            self._drops += 1
+            self._forget()
+            self._again()
+            self._begin(self._expected is not False)
+            return True
+        several = self._expected is not False
+        self._expected = self._meter.keeps
+        if several:
+            self._begin(True)
+        return several
 
     def would_be_due(self, first: bool, due: bool) -> bool:
-        """What :meth:`due` would say, without asking."""
-        return due if first else bool(self._calls) and self._more()
+        """What :meth:`due` would say of a further forward, without asking."""
+        return due if first else bool(self._calls) and self._expected is not False and self._more()
 
-    def takes(self, call: Call) -> bool:
-        """Whether a call is kept until the step is complete; else its row is to be handed on at once."""
-        if not self._collecting:
+    def takes(self, call: Call, scale: float) -> bool:
+        """Whether a call is kept until the step is complete; else its row is to be handed on at once.
+
+        Args:
+            call: As it was measured.
+            scale: The loss scale that was in force.
+        """
+        if not self._waits:
             return False
-        self._add(self._meter.kept or [])
-        self._calls.append(call)
+        self._scale = scale
+        _, status = self._guarded(lambda: self._take(call))
+        if status != MEASURED:
+            self._forget()
+            self._calls, self._uses = [replace(call, gram=None, status=status)], [None]
         self._give_back()
         return True
+
+    def _take(self, call: Call) -> None:
+        gradients = list(self._meter.kept or []) if self._collecting else []
+        self._follow_layers()
+        if call.present is None:
+            call = replace(call, present=np.array([is_present(call.losses.get(task)) for task in self._tasks]))
+        new = call.tasks if self._joined is None else call.tasks & ~self._calls[self._joined].tasks
+        if self._joined is not None:
+            self._merge(self._joined, call, gradients)
+        else:
+            self._calls.append(call)
+            self._uses.append(None)
+            self._partial = gradients if not call.tasks.all() else []
+        self._add(gradients, new)
 
     def finish(self, *_: object) -> None:
         """The step is complete: hand on its row. Also called by the optimizer, before its step."""
         self._give_back()
+        self._follow_layers()
         calls, means = self._calls, self._means
-        self._calls, self._means = [], []
+        self._forget()
         if not calls:
             return
         if len(calls) == 1:
             self._expected = self._expected or False
             self._emit(calls, calls[0].gram, calls[0].noise)
             return
-        self._expected = True
         if any(call.gram is None for call in calls) or self._meter.shared is None:
             self._emit(calls, None, Noise(None, len(calls)))
             return
-        gram = multiplied(self._meter.shared, means)
+        found, status = self._guarded(lambda: self._mean_of(calls, means))
+        if found is None:
+            self._emit([*calls[:-1], replace(calls[-1], gram=None, status=status)], None, Noise(None, len(calls)))
+            return
         if self._meter.kept is not None:
             self._meter.kept[:] = means
-        self._emit(calls, gram, noise_of(calls, gram))
+        self._emit(calls, *found)
+
+    def _mean_of(self, calls: Sequence[Call], means: Sequence[Gradients]) -> tuple[Array, Noise]:
+        assert self._meter.shared is not None
+        gram = multiplied(self._meter.shared, means) if means else calls[-1].gram
+        assert gram is not None
+        return gram, noise_of(calls, gram)
+
+    def settle(self) -> None:
+        """Hand on the row of what the present step has so far, unless that was dropped."""
+        if self._calls and self._seen and self._loss_scale() >= self._scale and not self._more():
+            self._give_back()
+            self._forget()
+        self.finish()
+
+    def _follow_layers(self) -> None:
+        """Layers may have joined since the calls before: what they brought is put where it belongs now."""
+        shared, known = self._meter.shared, self._of
+        if shared is not None and known is not None and self._calls and known.layers is not shared.layers:
+            self._means = [_moved(own, known, shared) for own in self._means]
+            self._partial = [_moved(own, known, shared) for own in self._partial]
+            self._calls = [_widened(call, len(shared.layers)) for call in self._calls]
+        self._of = shared
 
     def _begin(self, collecting: bool) -> None:
         self._collecting = collecting
@@ -171,21 +272,117 @@ class Accumulation:
             self._meter.kept, self._lent = None, False
         self._collecting = False
 
+    def _forget(self) -> None:
+        self._calls, self._uses, self._means, self._counts, self._partial = [], [], [], [], []
+
     def _more(self) -> bool:
         """Whether gradients of earlier calls are there, to which those of this one are added."""
-        if not self._by_gradients:
-            return True
-        parameters = self._meter.shared.parameters if self._meter.shared is not None else ()
-        return self._agree(any(p.grad is not None and bool(torch.count_nonzero(p.grad)) for p in parameters))
+        parameters = self._parameters()
+        there = self._agree(any(p.grad is not None and bool(torch.count_nonzero(p.grad)) for p in parameters))
+        self._seen = self._seen or there
+        return there or not (self._by_gradients or self._seen)
 
-    def _add(self, gradients: Sequence[Gradients]) -> None:
-        if not self._calls:
+    def _of_one_forward(self, losses: Losses) -> int | None:
+        """The call whose forward some losses are of; the latest first."""
+        own = self._used(losses)
+        for place in reversed(range(len(self._calls))):
+            earlier = self._uses[place] or self._used(self._calls[place].losses)
+            self._uses[place] = earlier
+            if same_forward(own, earlier):
+                return place
+        return None
+
+    def _used(self, losses: Losses) -> Uses:
+        there = [loss for loss in losses.values() if is_present(loss)]
+        return uses_of(there, self._parameters())
+
+    def _parameters(self) -> Sequence[nn.Parameter]:
+        """The shared ones; the model's where none is known to be shared yet, as of a call that lacks tasks."""
+        shared = self._meter.shared
+        return shared.parameters if shared is not None and shared.layers else self._meter.parameters
+
+    def _join(self, place: int, losses: Losses) -> bool:
+        """Whether a call of a forward that was measured brings tasks that were not."""
+        known = dict(zip(self._tasks, self._calls[place].tasks, strict=True))
+        if all(known.get(task, True) or not is_present(loss) for task, loss in losses.items()):
+            return False
+        able, self._expected = self._expected is not False, self._meter.keeps
+        if able:
+            self._joined = place
+            self._begin(True)
+        return able
+
+    def _merge(self, place: int, call: Call, gradients: Sequence[Gradients]) -> None:
+        """A call brings further tasks of a forward that another began."""
+        earlier = self._calls[place]
+        last = place == len(self._calls) - 1
+        both = _first_known(self._partial, gradients, earlier.tasks) if last and self._partial and gradients else []
+        gram = multiplied(self._meter.shared, both) if both and self._meter.shared is not None else None
+        if gram is None and earlier.gram is not None and call.gram is not None:  # their products are not known
+            gram = np.where(np.isnan(earlier.gram), call.gram, earlier.gram)
+        merged = joined(earlier, call, gram)
+        self._calls[place] = merged
+        self._uses[place] = None
+        if last:
+            self._partial = both if not merged.tasks.all() else []
+
+    def _add(self, gradients: Sequence[Gradients], new: NDArray[np.bool_]) -> None:
+        """Take the gradients of some tasks, (T,) bool, into the means."""
+        if not self._means:
             self._means = [list(own) for own in gradients]
+            self._counts = [int(there) for there in new][: len(gradients)]
             return
-        count = len(self._calls)
-        for mean, own in zip(self._means, gradients, strict=False):
+        for task, own in enumerate(gradients):
+            if not new[task]:
+                continue
+            mean, count = self._means[task], self._counts[task]
+            self._counts[task] += 1
             for index, gradient in enumerate(own):
-                mean[index] = _mean(mean[index], gradient, count)
+                mean[index] = _mean(mean[index], gradient, count) if count else gradient
+
+
+def _first_known(one: Sequence[Gradients], other: Sequence[Gradients], known: NDArray[np.bool_]) -> list[Gradients]:
+    """(T) gradients: of the tasks that are known the first ones, of the others the second."""
+    return [mine if there else yours for mine, yours, there in zip(one, other, known, strict=True)]
+
+
+def _moved(gradients: Gradients, known: SharedLayers, shared: SharedLayers) -> Gradients:
+    """Gradients on the parameters of some layers as those on the parameters of more."""
+    there = {id(p): gradient for p, gradient in zip(known.parameters, gradients, strict=True)} if gradients else {}
+    return [there.get(id(p)) for p in shared.parameters]
+
+
+def _widened(call: Call, layers: int) -> Call:
+    noise = call.noise
+    if noise is not None and noise.part is not None:
+        noise = replace(noise, part=padded(noise.part, layers))
+    return replace(call, gram=None if call.gram is None else padded(call.gram, layers), noise=noise)
+
+
+def joined(one: Call, other: Call, gram: Array | None) -> Call:
+    """Two calls of one forward as one, with the Gramian of both; its samples and its noise count once."""
+    parts = [call.noise.part for call in (one, other) if call.noise is not None and call.noise.part is not None]
+    other.watch.add(one.watch.seconds)
+    return replace(
+        other,
+        step=one.step,
+        losses={**other.losses, **{task: loss for task, loss in one.losses.items() if is_present(loss)}},
+        values=np.where(one.tasks, one.values, other.values),
+        weights=np.where(one.tasks, one.weights, other.weights),
+        gram=gram,
+        status=status_of_calls([one, other]),
+        watch=other.watch,
+        batch_size=max(one.batch_size, other.batch_size),
+        noise=other.noise and replace(other.noise, part=_either(parts)),
+        present=one.tasks | other.tasks,
+    )
+
+
+def _either(parts: Sequence[Array]) -> Array | None:
+    """Of two arrays, or one or none, what either knows."""
+    if len(parts) < 2:
+        return None
+    return np.where(np.isnan(parts[0]), parts[1], parts[0])
 
 
 def _mean(mean: Tensor | None, gradient: Tensor | None, count: int) -> Tensor | None:
@@ -210,16 +407,54 @@ def multiplied(shared: SharedLayers, gradients: Sequence[Gradients]) -> Array:
 
 
 def noise_of(calls: Sequence[Call], gram: Array) -> Noise:
-    """The noise part of the Gramian of the mean of some calls.
+    """The noise part of the Gramian of the mean of some calls; NaN for a task, or a pair, that is not in all of them.
 
     A layer that a task reaches in some calls only counts as a gradient of 0 in the others.
     """
     count = len(calls)
-    parts = np.sum([np.nan_to_num(call.parts, posinf=0.0, neginf=0.0) for call in calls], axis=0) / count**2
+    parts = np.sum([_known(call.parts) for call in calls], axis=0) / count**2
     shares = [share / count for call in calls for share in call.shares]
-    return Noise(noise_part(gram, parts, shares), len(shares))
+    there = np.all([call.tasks for call in calls], axis=0)
+    known = there[:, None] & there[None, :] & ~np.any([_lacks(call.parts) for call in calls], axis=0)
+    with np.errstate(invalid="ignore"):  # of gradients that are not finite
+        part = noise_part(gram, parts, shares)
+    return Noise(np.where(known, part, np.nan), len(shares))
+
+
+def _known(parts: Array) -> Array:
+    return np.where(np.isfinite(parts), parts, 0.0)
+
+
+def _lacks(parts: Array) -> NDArray[np.bool_]:
+    """(L, T, T): pairs whose product is not known though both have a gradient: they came in calls far apart."""
+    there = ~np.isnan(np.diagonal(parts, axis1=-2, axis2=-1))
+    lacks: NDArray[np.bool_] = np.isnan(parts) & there[..., :, None] & there[..., None, :]
+    return lacks
+
+
+def mean_values(calls: Sequence[Call]) -> Array:
+    """(T,) means of the losses over the calls in which each task is present; NaN where it is in none."""
+    there = np.array([call.tasks for call in calls])
+    total = np.where(there, [call.values for call in calls], 0.0).sum(axis=0)
+    means: Array = np.divide(total, there.sum(axis=0), out=np.full(total.shape, np.nan), where=there.any(axis=0))
+    return means
+
+
+def latest_weights(calls: Sequence[Call]) -> Array:
+    """(T,) weights in force: of each task in the last call in which it is present."""
+    found = calls[-1].weights
+    for call in calls:
+        found = np.where(call.tasks, call.weights, found)
+    return found
+
+
+def latest_losses(calls: Sequence[Call]) -> Losses:
+    """The latest losses of every task, where it takes part in a call."""
+    there = {task: loss for call in calls for task, loss in call.losses.items() if is_present(loss)}
+    return {**calls[-1].losses, **there}
 
 
 def status_of_calls(calls: Sequence[Call]) -> str:
     """Why there is no measurement, where one call failed."""
-    return next((call.status for call in calls if call.status != MEASURED), MEASURED)
+    failed = [call for call in calls if call.gram is None]
+    return next((call.status for call in failed or calls if call.status != MEASURED), MEASURED)

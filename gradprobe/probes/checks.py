@@ -89,9 +89,9 @@ def all_losses(tasks: Sequence[str], losses: Given) -> dict[str, Tensor]:
     return present
 
 
-def is_present(loss: Tensor) -> bool:
-    """Whether a loss from :func:`all_losses` is of a task that takes part in the step."""
-    return loss.requires_grad
+def is_present(loss: object) -> bool:
+    """Whether a loss is of a task that takes part in the step."""
+    return isinstance(loss, Tensor) and loss.requires_grad
 
 
 def check_some(losses: Losses, given: Given) -> None:

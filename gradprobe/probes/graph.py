@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor, nn
+
+from gradprobe.measures import Array
 
 
 def reached(loss: Tensor) -> dict[int, int]:
@@ -68,6 +71,11 @@ class SharedLayers:
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of all layers, layer by layer."""
         return [p for layer in self.layers for p in layer.parameters]
+
+
+def padded(values: Array, layers: int) -> Array:
+    """(L, ...) with NaN for layers that have joined at the end."""
+    return np.concatenate([values, np.full((layers - len(values), *values.shape[1:]), np.nan)])
 
 
 def find_shared(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
@@ -18,23 +18,34 @@ from torch.optim import Optimizer
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes import transfer
-from gradprobe.probes.accumulation import Accumulation, Call, Noise, status_of_calls
+from gradprobe.probes.accumulation import (
+    Accumulation,
+    Call,
+    Noise,
+    latest_losses,
+    latest_weights,
+    mean_values,
+    status_of_calls,
+)
 from gradprobe.probes.beside import Beside
 from gradprobe.probes.checks import Losses, is_present
 from gradprobe.probes.clock import StepClock
 from gradprobe.probes.derived import DerivedMeasurement
 from gradprobe.probes.feature_meter import FeatureMeter
 from gradprobe.probes.features import Feature, JointFeatures
-from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.graph import SharedLayers, padded
 from gradprobe.probes.level import Level
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.micro import MicroBatches
+from gradprobe.probes.moves import Moves
 from gradprobe.probes.on_loader import OnLoader
+from gradprobe.probes.points import Points, SharedParameters
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.release import release
 from gradprobe.probes.report import Reporter, finite, status_of
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.self_check import SELF_CHECKED, cosines_with_itself, fault
+from gradprobe.probes.stepping import Steps, learning_rate
 from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, OVERFLOWED, FeatureRow, Row
 from gradprobe.statistics import noise_part
@@ -65,11 +76,13 @@ class Measuring:
 
     Attributes:
         tasks: (T,) names, in the order of every array.
-        optimizer: Whose learning rate the rows carry.
+        optimizer: Whose learning rate the rows carry; another from when on another one steps.
         ranks: The processes that train together.
         epoch: Of the rows to come.
         beside: Looks at what the optimizer makes of what was measured.
         calls: Of the present step, where gradients are accumulated.
+        moves: Notices where the present step ended without a sign.
+        shared_parameters: Gives those of the shared layers.
         loader: Measured besides.
         self_checked: Whether the probe has looked at itself, see :mod:`gradprobe.probes.self_check`.
     """
@@ -89,42 +102,83 @@ class Measuring:
     self_checked: bool = False
 
     def __post_init__(self) -> None:
+        self.shared_parameters = SharedParameters(self.meter)
         several = True if self.clock.accumulate > 1 else None if self.optimizer is not None else False
-        known, agree = self.optimizer is None, self.ranks.first_says
-        self.calls = Accumulation(self.meter, several, not known, agree, self._emit_calls)
+        known, agree, now = self.optimizer is None, self.ranks.first_says, lambda: self.scale.now
+        self.calls = Accumulation(
+            self.tasks, self.meter, several, not known, agree, self._emit_calls, now, self.clock.again, self.guarded
+        )
+        self._hear()
+        self.moves = Moves(self.clock, Points(self.moving), self.calls.finish, self._warn)
+
+    def _hear(self) -> None:
+        """Count the steps of the optimizer, and of whichever updates the same parameters."""
+        if self.optimizer is None:
+            return
+        steps = Steps(self.optimizer, self.shared_parameters, self._stepped, self._warn)
+        steps.finish.append(self.calls.finish)
+        steps.followed_by.append(self._follow)
+        self.clock.steps = steps
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def _stepped(self, steps: int) -> None:
+        self.moves.stepped()
+        self.clock.stepped(steps)
+
+    def _warn(self, reason: str) -> None:
+        self.report.warn(self.clock.step, reason)
+
+    def moving(self) -> Sequence[Tensor]:
+        """By which it is told whether a step was made; where nothing is shared, all that the optimizer has."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return self.shared_parameters() or [p for group in groups for p in group["params"]]
+
+    @contextmanager
+    def call(self, losses: Losses) -> Iterator[Due]:
+        """One call of the probe; within it, what is to be measured is, and what is to be trained."""
+        self.moves.asked()
+        with self.clock.calling():
+            yield self.due(losses)
+        self.called()
 
     def called(self) -> None:
         """A call of the probe is over."""
-        if self.clock.completing:
+        if self.clock.completing or self.clock.stepped_within:
             self.calls.finish()
         if self.beside is not None:
             self.beside.called()
+        self.moves.called(self.calls.several)
         self.clock.called()
         self.meter.let_go()
 
     def flush(self) -> bool:
         """Make all rows so far safe, that of the present step among them; whether they are."""
         if self.ranks.size == 1:  # others may be elsewhere, and not answer
-            self.calls.finish()
+            self.moves.asked()
+            self.calls.settle()
         return self.report.flush()
 
     def close(self) -> None:
         """Nothing more comes: hand on what the present step has, and let go of the optimizer."""
         if self.ranks.size == 1:  # others may be elsewhere, and not answer
-            self.calls.finish()
+            self.moves.asked()
+            self.calls.settle()
         self.clock.close()
         self.meter.tell(last=True)
         self.report.ask_after()
         if self.beside is not None:
             self.beside.close()
 
-    def due(self) -> Due:
+    def due(self, losses: Losses) -> Due:
         """Asked once per call of the probe."""
         first, due = self.clock.ask()
-        return self._due(first, self.calls.due(first, due))
+        return self._due(first, self.calls.due(first, due, losses))
 
     def due_next(self) -> Due:
         """What :meth:`due` would say if the probe were called now."""
+        self.moves.asked()
         first, due = self.clock.peek()
         return self._due(first, self.calls.would_be_due(first, due))
 
@@ -326,8 +380,9 @@ class Measuring:
     ) -> None:
         """Hand on the row of one call, or keep it until its step is complete."""
         values, shares, step = self._values(losses), self.meter.shares, self.clock.step
-        call = Call(step, losses, values, weights, gram, status, watch, batch_size, noise, shares)
-        if not self.calls.takes(call):
+        there = np.array([is_present(losses[task]) for task in self.tasks])
+        call = Call(step, losses, values, weights, gram, status, watch, batch_size, noise, shares, there)
+        if not self.calls.takes(call, self.scale.factor):
             self._emit_calls([call], gram, noise)
 
     def _emit_calls(self, calls: Sequence[Call], gram: Array | None, noise: Noise | None) -> None:
@@ -336,16 +391,13 @@ class Measuring:
         watch = last.watch
         for call in earlier:
             watch.add(call.watch.seconds)
-        there = np.array([[is_present(call.losses[task]) for task in self.tasks] for call in calls])
-        values = np.where(there, [call.values for call in calls], 0.0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
+        there = np.any([call.tasks for call in calls], axis=0)
         size = sum(call.batch_size for call in calls)
-        (*values, size), there = self.ranks.mean_of_present(
-            np.array([*values, size]), np.append(there.any(axis=0), True)
-        )
-        total, status = round(size * self.ranks.size), status_of_calls(calls)
-        self._hand_on(
-            last.losses, np.array(values), there[:-1], last.weights, gram, status, watch, total, noise, last.step
-        )
+        own, known = np.append(mean_values(calls), size), np.append(there, True)
+        mean, present = self.ranks.mean_of_present(own, known)
+        total, status, weights = round(mean[-1] * self.ranks.size), status_of_calls(calls), latest_weights(calls)
+        losses = latest_losses(calls)
+        self._hand_on(losses, mean[:-1], present[:-1], weights, gram, status, watch, total, noise, last.step)
 
     def _values(self, losses: Losses) -> Array:
         return np.array(transfer.values(self.ordered(losses)))
@@ -392,7 +444,7 @@ class Measuring:
             if gram is None:
                 gram = np.full((len(header.layers), len(self.tasks), len(self.tasks)), np.nan)
             elif status == MEASURED:
-                gram = _padded(self.scale.off(gram), len(header.layers))
+                gram = padded(self.scale.off(gram), len(header.layers))
                 reach = self.meter.counted(gram)
                 if self.meter.grown and self.meter.shared is not None:
                     self.report.grow(self.meter.shared)
@@ -409,7 +461,7 @@ class Measuring:
                 loss=values,
                 weight=weights,
                 gram=gram,
-                lr=float(self.optimizer.param_groups[0]["lr"]) if self.optimizer is not None else float("nan"),
+                lr=learning_rate(self.optimizer),
                 overhead=watch.seconds,
                 batch_size=batch_size,
                 status=status,
@@ -423,7 +475,7 @@ class Measuring:
         """(L, T, T), unscaled; NaN where it is not known."""
         if noise.part is None:
             return np.full_like(gram, np.nan)
-        return finite(_padded(self.scale.off(noise.part), len(gram)))
+        return finite(padded(self.scale.off(noise.part), len(gram)))
 
     def _due(self, first: bool, due: bool) -> Due:
         loader = first and self.loader is not None and self.loader.due(self.clock.step)
@@ -456,11 +508,6 @@ class Measuring:
     def now(self) -> float:
         """Seconds since recording started."""
         return time.perf_counter() - self.report.started
-
-
-def _padded(values: Array, layers: int) -> Array:
-    """(L, ...) with NaN for layers that have joined since."""
-    return np.concatenate([values, np.full((layers - len(values), *values.shape[1:]), np.nan)])
 
 
 def _device(losses: Losses) -> torch.device:

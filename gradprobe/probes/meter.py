@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
+from gradprobe.probes import walk
 from gradprobe.probes.binding import Selection
 from gradprobe.probes.blocks import measure_by_blocks
 from gradprobe.probes.checks import Losses, is_present
@@ -141,6 +142,11 @@ class Meter:
     def device(self) -> torch.device:
         """Where the model's parameters are."""
         return next((p.device for p in self._model.parameters()), torch.device("cpu"))
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The model's that are trained."""
+        return [p for p in walk.parameters(self._model) if p.requires_grad]
 
     @property
     def ranks(self) -> Alone:

@@ -62,11 +62,12 @@ class GradientProbe:
         sinks: Who gets the rows.
         every: Measure at steps 0, every, 2 every, ...; default 10, and 1 at ``level="features"``.
         budget: Instead of ``every``: the share of the time that measuring may take, above 0 and below 1.
-        optimizer: Where given, a training step is what its ``step()`` completes, and rows carry its learning rate. The
-            calls between two steps, of gradient accumulation, make one row: see :mod:`gradprobe.probes.accumulation`.
+        optimizer: Where given, a training step is what its ``step()`` completes, or that of whichever optimizer updates
+            the shared parameters (:mod:`gradprobe.probes.stepping`), and rows carry its learning rate. The calls
+            between two steps, of gradient accumulation, make one row: see :mod:`gradprobe.probes.accumulation`.
         scaler: Of mixed precision. :meth:`backward` scales the loss by it; :meth:`record` takes unscaled losses.
             Gradients are measured scaled, so that they do not vanish in float16, and stored unscaled.
-        accumulate: Without an optimizer: how many calls make one step.
+        accumulate: Without an optimizer: how many calls make one step; fewer do where the parameters have changed.
         shared: Overrides the search in the graph: module names, parameters, or a predicate of name and parameter.
         layers: How parameters are grouped: layer name -> parameters. Default: by the module that owns them.
         level: "parameters"; "features": where the tasks part, nearly free, see :mod:`gradprobe.probes.features`;
@@ -131,7 +132,7 @@ class GradientProbe:
         beside = readers[0].together(readers) if readers else None
         if beside is not None:
             schedule = Also(schedule, beside.wants)
-        clock = StepClock(schedule, None, accumulate)
+        clock = StepClock(schedule, accumulate)
         scale = LossScale(scaler)
         selection = Selection(model, shared, layers, nothing=not chosen.parameters, divided=_divided)
         how: dict[str, Any] = {"level": level, "memory": memory, "products": products}
@@ -172,9 +173,6 @@ class GradientProbe:
             ranks=ranks,
             loader=OnLoader(probe_loader, model) if probe_loader is not None else None,
         )
-        if optimizer is not None:
-            clock.follow(optimizer)
-            clock.around(optimizer, self._measuring.calls.finish, lambda *_: None)
         if beside is not None:
             beside.open(self._measuring, model)
             self._measuring.beside = beside
@@ -230,17 +228,16 @@ class GradientProbe:
         total = sum(applied[task] * loss for task, loss in given.losses.items() if is_present(loss))
         assert isinstance(total, Tensor)
         total = self._measuring.scale.apply(total)
-        due = self._measuring.due()
-        if due.loader:
-            self._measuring.on_loader()
-        if due.here and given.asked:
-            self._measuring.record(self._asked(given), values, due, batch_size)
-        elif due.here:
-            check_mean(given.losses, parts)
-            self._measuring.backward(given.losses, values, total, due, batch_size, parts)
-        if given.asked or not due.here:
-            total.backward()
-        self._measuring.called()
+        with self._measuring.call(given.losses) as due:
+            if due.loader:
+                self._measuring.on_loader()
+            if due.here and given.asked:
+                self._measuring.record(self._asked(given), values, due, batch_size)
+            elif due.here:
+                check_mean(given.losses, parts)
+                self._measuring.backward(given.losses, values, total, due, batch_size, parts)
+            if given.asked or not due.here:
+                total.backward()
 
     def record(
         self,
@@ -258,13 +255,12 @@ class GradientProbe:
         values = self._weights(given.losses, weights)
         if self.header is None and not given.asked:
             check_some(given.losses, given.said)
-        due = self._measuring.due()
-        if due.loader:
-            self._measuring.on_loader()
-        if due.here:
-            check_mean(given.losses, parts)
-            self._measuring.record(self._asked(given), values, due, batch_size, parts)
-        self._measuring.called()
+        with self._measuring.call(given.losses) as due:
+            if due.loader:
+                self._measuring.on_loader()
+            if due.here:
+                check_mean(given.losses, parts)
+                self._measuring.record(self._asked(given), values, due, batch_size, parts)
 
     def note(self, losses: Losses, weights: Weights | None, status: str, *, batch_size: int = 0) -> None:
         """Instead of the two above, for a step that the loop cannot take, such as one with a NaN loss.

@@ -52,6 +52,11 @@ class LossScale:
         return values(self.unread)[0] if self.unread else float(self._scaler.get_scale())
 
     @property
+    def now(self) -> float:
+        """By what the next loss would be multiplied. Asking makes the host wait for a GPU."""
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
+    @property
     def there(self) -> bool:
         """Whether losses are scaled, so that a gradient may overflow which is finite by itself."""
         return self._scaler is not None and self.factor != 1.0

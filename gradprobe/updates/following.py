@@ -37,7 +37,7 @@ FOREIGN_GRADIENT = "the optimizer's gradient is no multiple of the weighted sum 
 FOREIGN_UPDATE = "the update is not the sum of its parts: something else than the optimizer's own rule made it"
 NOTHING_SHARED = "the tasks share no layer, so there is no update that both have a part in"
 NOT_KEPT = "the tasks' gradients of this step were not kept"
-CLOSURE = "the optimizer's step makes its own gradient (a closure), which cannot be seen before the step"
+UNSEEN = "the step was made within the backward, or without its closure: its gradient could not be seen before"
 SCALED_INSIDE = "a fused optimizer takes the loss scale off within its step, where it cannot be seen"
 
 
@@ -153,7 +153,6 @@ class Following:
         self._calls = self._skipped = 0
         self._passed = 0  # updates since the last one that was taken apart
         self._scale: float | None = None
-        self._closure = False
 
     # ---- called by the probe
 
@@ -179,7 +178,11 @@ class Following:
         self._measuring, self.model, self.optimizer = measuring, model, measuring.optimizer
         for reader in self.readers:
             reader.open(self, model)
-        measuring.clock.around(self.optimizer, self._before_step, self._after_step)
+        steps = measuring.clock.steps
+        assert steps is not None, "without an optimizer nothing is beside a probe"
+        steps.followed_by.append(self._follow)
+        steps.before.append(self._before_step)
+        steps.after.append(self._after_step)
 
     def wants(self, step: int) -> bool:
         """Whether a reader wants this step to be measured."""
@@ -274,10 +277,11 @@ class Following:
             failed=self._failed,
         )
 
-    def _before_step(self, _: Optimizer, args: tuple[Any, ...], options: Mapping[str, Any]) -> None:
-        self._closure = any(given is not None for given in (*args[1:2], options.get("closure")))
-        if self._closure:
-            return
+    def _follow(self, optimizer: Optimizer) -> None:
+        """Another optimizer steps from here on: what is known of the moments of the one before does not hold."""
+        self.optimizer, self._kept = optimizer, {}
+
+    def _before_step(self, _: Optimizer) -> None:
         idle, at = self._counted(), self._at
         self._before, self._given = None, False
         if at is None:
@@ -294,12 +298,13 @@ class Following:
             at.status, before = foreign, None
         self._before = before
 
-    def _after_step(self, *_: Any) -> None:
-        if self._closure:  # by now it has been called, and with it the probe
+    def _after_step(self, _: Optimizer, seen: bool) -> None:
+        if not seen:
             self._counted()
-            self._given = False
+            self._before, self._given = None, False
             if self._at is not None and self._at.status == MEASURED:
-                self._at.status = CLOSURE
+                self._at.status = UNSEEN
+        self._calls = 0  # those that a closure made since are of this step
         at, before, given = self._at, self._before, self._given
         self._at = self._before = None
         if at is None:
@@ -334,7 +339,7 @@ class Following:
             self.optimizer, parameters, at.gradients, at.weights, self._kept, self._passed - 1, foreign
         )
         if not before.unexplained <= WHOLE:
-            at.status = FOREIGN_GRADIENT
+            at.status = SEVERAL_CALLS if at.calls > 1 else FOREIGN_GRADIENT
             return None
         return before
 
@@ -347,8 +352,6 @@ class Following:
             return NOT_KEPT
         if idle:
             return NO_GRADIENT
-        if at.calls > 1:
-            return SEVERAL_CALLS
         if nothing:
             return NOTHING_SHARED
         return SCALED_INSIDE if getattr(self.optimizer, "grad_scale", None) is not None else MEASURED

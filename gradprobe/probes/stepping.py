@@ -1,0 +1,267 @@
+"""Hears the steps of whichever optimizers update the shared parameters, and says when a gradient is whole.
+
+An optimizer may be made anew, be one of several, or have another inside. So every optimizer of the process is heard, by
+a hook of torch's, and those that hold shared parameters get hooks of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a ``step()``."""
+
+OTHER = (
+    "the shared parameters are updated by {other}, which is not the optimizer that the probe was given: its steps are "
+    "counted from here on, and its learning rate is stored. Where an optimizer is made anew, nothing needs to be done"
+)
+
+
+class Steps:
+    """What the optimizers do between the calls of a probe.
+
+    A step within another's ``step()`` belongs to it. Of several optimizers that step after one call the first one's
+    step counts; so does every further step of one that counted before, for loops that do not call at every step.
+
+    Args:
+        given: The loop's own, as far as the probe knows.
+        shared: Gives the shared parameters; none before they are found.
+        count: Told that so many steps are over.
+        warn: Told what the user should know.
+
+    Attributes:
+        followed: The optimizer whose learning rate is in force.
+        followed_by: Called with each optimizer that is followed from then on.
+        finish: Called whenever the gradient of a step is whole, before the optimizer uses it.
+        before: Called with the optimizer that is followed, after ``finish``.
+        after: Called with it when its step is over and counted, and with whether ``before`` was called.
+    """
+
+    def __init__(
+        self,
+        given: Optimizer,
+        shared: Callable[[], Sequence[Tensor]],
+        count: Callable[[int], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        self.followed = given
+        self._shared, self._count, self._warn = shared, count, warn
+        self.followed_by: list[Callable[[Optimizer], None]] = []
+        self.finish: list[Callable[[], None]] = []
+        self.before: list[Callable[[Optimizer], None]] = []
+        self.after: list[Callable[[Optimizer, bool], None]] = []
+        self._hooks: weakref.WeakKeyDictionary[Optimizer, list[Any]] = weakref.WeakKeyDictionary()
+        self._apart: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
+        self._leader = given  # whose step was counted last
+        self._uncounted: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the leader's last step
+        self._beside: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the last step of the one followed
+        self._running: list[tuple[Optimizer, FrameType | None]] = []  # steps within steps, the outermost first
+        self._told = self._whole = self._own = False
+        self._evaluating = 0
+        self._called = self._calling = False
+        self._within: Optimizer | None = None
+        self._hook(given)
+        self._global = register_optimizer_step_pre_hook(torch.compiler.disable(self._heard))
+
+    @property
+    def stepping(self) -> bool:
+        """Whether a step's closure is running."""
+        return self._evaluating > 0
+
+    @property
+    def within(self) -> bool:
+        """Whether a step was made within the present call."""
+        return self._within is not None
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """A call of the probe: a step within it, by a hook in the backward, is over when the call is."""
+        self._drop_broken()
+        self._calling, self._within = True, None
+        try:
+            yield
+        finally:
+            self._calling = False
+
+    def called(self) -> None:
+        """A call of the probe is over."""
+        self._called = True
+        if self._within is not None:
+            optimizer, self._within = self._within, None
+            self._own = self._follow(optimizer)
+            self._end(optimizer, seen=False)
+
+    def close(self) -> None:
+        """Take all hooks off."""
+        self._global.remove()
+        for hooks in self._hooks.values():
+            for hook in hooks:
+                hook.remove()
+        self._hooks.clear()
+
+    # ---- hooks
+
+    def _heard(self, optimizer: Optimizer, *_: Any) -> None:
+        """Of every optimizer in the process, before the hooks of its own."""
+        if optimizer not in self._hooks and self._matters(optimizer):
+            self._hook(optimizer)
+
+    def _hook(self, optimizer: Optimizer) -> None:
+        self._hooks[optimizer] = [  # of a compiled step they are no part
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._begin)),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._over)),
+        ]
+
+    def _matters(self, optimizer: Optimizer) -> bool:
+        """Whether it holds a shared parameter; before those are known, one of the optimizer's that is followed."""
+        shared = self._shared()
+        known = (sum(len(group["params"]) for group in optimizer.param_groups), len(shared))
+        if self._apart.get(optimizer) == known:
+            return False
+        if {id(p) for p in shared or _parameters(self.followed)} & {id(p) for p in _parameters(optimizer)}:
+            return True
+        self._apart[optimizer] = known
+        return False
+
+    def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], named: dict[str, Any]) -> Given | None:
+        self._drop_broken()
+        self._running.append((optimizer, _step_of(sys._getframe(1))))
+        if len(self._running) > 1 or self._calling:
+            return None
+        self._told = False
+        closure = closure_of(args, named)
+        if closure is None:
+            self._tell(optimizer)
+            return None
+        return with_closure(args, named, self._watched(optimizer, closure))
+
+    def _watched(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """The closure; after its first evaluation the gradient of the step is whole."""
+
+        @functools.wraps(closure, updated=())
+        def evaluated(*args: Any, **named: Any) -> Any:
+            self._evaluating += 1
+            try:
+                result = closure(*args, **named)
+            finally:
+                self._evaluating -= 1
+            if not self._told and self._running and self._running[0][0] is optimizer:
+                self._tell(optimizer)
+            return result
+
+        return evaluated
+
+    def _drop_broken(self) -> None:
+        """Forget steps that an exception has ended."""
+        if not self._running:
+            return
+        frames: set[FrameType] = set()
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            frames.add(frame)
+            frame = frame.f_back
+        self._running = [(optimizer, at) for optimizer, at in self._running if at is None or at in frames]
+
+    def _tell(self, optimizer: Optimizer) -> None:
+        self._told = True
+        self._own = self._follow(optimizer)
+        for finish in self.finish:
+            finish()
+        for before in self.before if self._own else ():
+            before(optimizer)
+
+    def _over(self, optimizer: Optimizer, *_: Any) -> None:
+        places = [place for place, (running, _) in enumerate(self._running) if running is optimizer]
+        if not places:
+            return
+        del self._running[places[-1] :]
+        if self._running:
+            return
+        if self._calling:
+            self._within = optimizer
+            return
+        seen = self._told
+        if not seen:  # the closure was never evaluated
+            self._own = self._follow(optimizer)
+            for finish in self.finish:
+                finish()
+        self._end(optimizer, seen)
+
+    def _end(self, optimizer: Optimizer, seen: bool) -> None:
+        if self._called or kin(optimizer, self._leader):
+            self._lead(optimizer, 1)
+        elif optimizer in self._uncounted:  # for the second time, while the leader rests
+            self._lead(optimizer, 2)
+        else:
+            self._uncounted.add(optimizer)
+        for after in self.after if self._own else ():
+            after(optimizer, seen)
+
+    def _lead(self, optimizer: Optimizer, steps: int) -> None:
+        self._leader, self._called = optimizer, False
+        self._uncounted.clear()
+        self._count(steps)
+
+    def _follow(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer that is about to step is the one to follow.
+
+        One that holds parameters of the other's has taken its place; one that holds others stands beside it (a second
+        one for the biases, say), unless the other no longer steps.
+        """
+        if not kin(optimizer, self.followed):
+            mine, known = ({id(p) for p in _parameters(o)} for o in (optimizer, self.followed))
+            if not (mine & known or optimizer in self._beside):
+                self._beside.add(optimizer)
+                return False
+            self._warn(OTHER.format(other=type(optimizer).__name__))
+        if optimizer is not self.followed:
+            self.followed = optimizer
+            for followed_by in self.followed_by:
+                followed_by(optimizer)
+        self._beside.clear()
+        return True
+
+
+def kin(one: Optimizer, other: Optimizer) -> bool:
+    """Whether two optimizers are one with respect to what they update, as a wrapper and what it wraps are."""
+    return one is other or any(a is b for a in one.param_groups for b in other.param_groups)
+
+
+def learning_rate(optimizer: Optimizer | None) -> float:
+    """Of the first group; NaN where there is none."""
+    return float("nan") if optimizer is None else float(optimizer.param_groups[0].get("lr", float("nan")))
+
+
+def closure_of(args: Sequence[Any], named: Mapping[str, Any]) -> Callable[..., Any] | None:
+    """The closure among the arguments of a ``step()``, the optimizer itself being the first; None: there is none."""
+    given = named["closure"] if "closure" in named else args[1] if len(args) > 1 else None
+    return given if callable(given) and not isinstance(given, nn.Module) else None
+
+
+def with_closure(args: tuple[Any, ...], named: Mapping[str, Any], closure: Callable[..., Any]) -> Given:
+    """The same arguments with another closure."""
+    if "closure" in named:
+        return args, {**named, "closure": closure}
+    return (args[0], closure, *args[2:]), dict(named)
+
+
+def _step_of(frame: FrameType | None) -> FrameType | None:
+    """The frame of the ``step()`` that a hook is called by; None: it is not there."""
+    while frame is not None and frame.f_globals.get("__name__") != Optimizer.__module__:
+        frame = frame.f_back
+    return frame
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
