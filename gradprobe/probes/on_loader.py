@@ -55,6 +55,7 @@ class OnLoader:
             if status == MEASURED:
                 reach = header.reach
                 status = status_of(loss, gram, reach, lambda: probe.meter.reach_now(probe.ordered(seen.last)))
+            status = probe.meter.guard.marked(status)
             if not probe.self_checked and found is not None:
                 probe.check_self(self._losses(probe))
         batches = self._loader.batches * probe.ranks.size

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradprobe.probes.doctor.finding import Finding, Patient
 from gradprobe.probes.features import Feature
-from gradprobe.probes.passes import state_kept
+from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import several
 
 
