@@ -5,7 +5,7 @@ Nothing is decided by it. What a check of the effect has found is given a name b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,7 +20,8 @@ _SAVED = "_raw_saved_"
 def operations(nodes: Iterable[Node]) -> list[str]:
     """Names of the operations that are not torch's own, in the order in which the forward ran them."""
     found: dict[str, None] = {}
-    for kind in dict.fromkeys(map(type, nodes)):
+    kinds: dict[Any, None] = dict.fromkeys(map(type, nodes))
+    for kind in kinds:
         name = _operation(kind)
         if name:
             found[name] = None
@@ -41,7 +42,8 @@ def unpack_hooks(nodes: Iterable[Node]) -> list[str]:
     found: dict[str, None] = {}
     seen: set[int] = set()
     for node in nodes:
-        for name in saved_names(type(node)):
+        kind: Any = type(node)
+        for name in saved_names(kind):
             saved = getattr(node, name)
             for one in saved if isinstance(saved, tuple | list) else (saved,):
                 hook = getattr(one, "unpack_hook", None)
@@ -86,7 +88,7 @@ def stepping(model: nn.Module) -> list[str]:
     return [name for name, p in model.named_parameters() if getattr(p, "_post_accumulate_grad_hooks", None)]
 
 
-def some(names: list[str], most: int = 3) -> str:
+def some(names: Sequence[str], most: int = 3) -> str:
     """The first few of some names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

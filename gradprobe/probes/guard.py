@@ -2,8 +2,8 @@
 
 A pass may run the user's code: operations of their own, hooks, parts of the forward that are recomputed. So what it
 must not move is noted before the passes of the 1st, 2nd, 4th, 8th, ... row and compared afterwards. What was moved is
-put back. At the first row that is a refusal, so that no training begins that a probe would change; later it is the end of
-measuring, never that of the training.
+put back. At the first row that is a refusal, so that no training begins that a probe would change; later it is the end
+of measuring, never that of the training.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Guard:
     def __init__(self, model: nn.Module, warn: Callable[[str], None], ranks: Alone | None = None) -> None:
         self._model, self._warn, self._ranks = model, warn, ranks or Alone()
         self._rows: Counter[str] = Counter()
-        self._proven, self._said, self._off = False, False, False
+        self._proven = self._off = self._said = self._told = False
         self._tried: set[str] = set()
         self._passes = done.count  # before the first of this probe
         self.stopped = self.mark = ""
@@ -257,8 +257,8 @@ class Guard:
     def _words_of_untried(hooks: list[str]) -> str:
         return (
             f"hooks on saved tensors ({some(hooks)}) are at work that were not at the first measured row. They may "
-            "hand each tensor out once, and the probe's passes would leave none to the training: rows with them are not "
-            "measured. Attach the probe when they are there, and it will try them"
+            "hand each tensor out once, and the probe's passes would leave none to the training: rows with them are "
+            "not measured. Attach the probe when they are there, and it will try them"
         )
 
     # ---- the joint gradient
@@ -287,7 +287,9 @@ class Guard:
                 self.mark = ""
             return
         self.mark = MARK
-        self._warn(words(found, layers, custom.operations(reachable(losses))))
+        if not self._told:
+            self._told = True
+            self._warn(words(found, layers, custom.operations(reachable(losses)), custom.hooked(self._model)))
 
 
 def _has_hooks(model: nn.Module) -> bool:

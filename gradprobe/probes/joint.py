@@ -66,7 +66,9 @@ class Apart:
     def worst(self, names: Sequence[str]) -> str:
         """The layers where it is largest, in words."""
         order = np.argsort(-np.nan_to_num(self.share))[:3]
-        return ", ".join(f"{names[place]} ({self.share[place]:.0%})" for place in order if self.share[place] > 0)
+        return ", ".join(
+            f"{names[place]} ({self.share[place]:.0%})" for place in order if self.share[place] > self.largest / 100
+        )
 
 
 def apart(gram: Array, weights: Array) -> Apart:
@@ -79,7 +81,8 @@ def apart(gram: Array, weights: Array) -> Apart:
     if not gram.size:
         return Apart(np.zeros(0))
     norms = np.diagonal(gram, axis1=-2, axis2=-1)
-    unknown = np.isinf(norms).any(axis=-1)
+    # A task without a gradient adds nothing; where one's is not finite, the joint one is not either.
+    unknown = np.isinf(norms).any(axis=-1) | (np.isnan(norms[:, -1]) & ~np.isnan(norms).all(axis=-1))
     factors = np.append(-np.asarray(weights, dtype=np.float64), 1.0)
     with np.errstate(invalid="ignore", over="ignore"):
         left = np.einsum("i,lij,j->l", factors, np.nan_to_num(gram), factors)
@@ -91,17 +94,15 @@ def apart(gram: Array, weights: Array) -> Apart:
     return Apart(np.where(unknown, np.nan, share))
 
 
-def words(found: Apart, layers: Sequence[str], operations: list[str]) -> str:
+def words(found: Apart, layers: Sequence[str], operations: Sequence[str], hooks: Sequence[str]) -> str:
     """What a person should know of gradients that do not add up."""
-    cause = (
-        f"Operations that are not torch's own may do it: {some(operations)}. "
-        if operations
-        else "No operation of the graph is a custom one: a hook, or a recomputed part that draws anew, may do it. "
-    )
+    causes = [f"operations that are not torch's own ({some(operations)})"] * bool(operations)
+    causes += [f"hooks on {some(hooks)}"] * bool(hooks)
+    cause = " or ".join(causes) or "a part that is recomputed and draws anew, or kernels that are not deterministic"
     return (
         f"the tasks' gradients do not add up to the joint one: they differ by {found.largest:.1%} of their norms, most "
-        f"in {found.worst(layers)}. Something in a backward clips, scales or adds gradients (auxiliary losses of "
-        f"experts do), and each task's pass gets it in full. {cause}What it adds seems to be every task's, so norms "
-        "and cosines of these layers are wrong by about as much. Make what it adds a loss of its own, a task or a term "
-        "of one, or measure with it off; until a later check finds that they add up, rows are marked"
+        f"in {found.worst(layers)}. Something in the backward clips, scales or adds gradients, as auxiliary losses of "
+        f"experts do: {cause} may. Each task's own pass gets it too, so norms and cosines of these layers are wrong by "
+        "about as much. Make what is added a loss of its own, a task or a term of one, or measure with it off; until a "
+        "later check finds that they add up, the rows' status says so"
     )

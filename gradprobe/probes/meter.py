@@ -28,7 +28,7 @@ from gradprobe.probes.derived import (
 from gradprobe.probes.ghost import find_ghosts
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.guard import MOVED, Guard, NotMeasured
-from gradprobe.probes.joint import COARSE, EXACT, apart, joint_loss, joint_weights
+from gradprobe.probes.joint import COARSE, EXACT, Apart, apart, joint_loss, joint_weights
 from gradprobe.probes.limits import refuse
 from gradprobe.probes.micro import MicroSum
 from gradprobe.probes.noted import Parameters
@@ -217,6 +217,8 @@ class Meter:
         """
         seen: list[Tensor] = []
 
+        held: list[Apart] = []
+
         def passes(closely: bool) -> tuple[Array, Array]:
             factors = joint_weights(weights) if closely and weights is not None else None
             if self.kept_micro is not None and not aside:
@@ -238,12 +240,14 @@ class Meter:
                 for gradients in self.kept_micro or ():
                     del gradients[tasks:]
             if factors is not None:
-                self._hold_against_joint(gram, factors, shared, seen)
+                held[:] = [apart(gram, factors)]
             return gram[:, :tasks, :tasks], noise[:, :tasks, :tasks]
 
         if isinstance(losses, Sequence):
             seen += [loss for one in losses for loss in one]
-        return self.guard.passes(seen, passes, kind="aside" if aside else "rows")
+        found = self.guard.passes(seen, passes, kind="aside" if aside else "rows")
+        self._hold_against_joint(held, shared, seen)
+        return found
 
     def explicit(
         self,
@@ -273,6 +277,8 @@ class Meter:
         if self._sketching is not None and draw is None:
             draw = self._sketching.next(shared)
 
+        held: list[Apart] = []
+
         def passes(closely: bool) -> Array:
             if not (closely or check):
                 return self._explicit(shared, losses, draw)
@@ -281,10 +287,12 @@ class Meter:
                 del self.kept[tasks:]
             if self._ranks.parts is not None:
                 self._ranks.parts = self._ranks.parts[:, :tasks, :tasks]
-            self._hold_against_joint(gram, factors, shared, losses)
+            held[:] = [apart(gram, factors)]
             return gram[:, :tasks, :tasks]
 
-        return self.guard.passes(losses, passes)
+        gram = self.guard.passes(losses, passes)
+        self._hold_against_joint(held, shared, losses)
+        return gram
 
     def _explicit(self, shared: SharedLayers, losses: Sequence[Tensor], draw: Draw | None) -> Array:
         if draw is not None:
@@ -296,10 +304,11 @@ class Meter:
         gram = measure_explicitly(self._model, shared, losses, find_ghosts(trace(losses), shared))
         return gram if self._ghosts_checked else self._check_ghosts(gram, shared, losses)
 
-    def _hold_against_joint(self, gram: Array, factors: Array, shared: SharedLayers, losses: Sequence[Tensor]) -> None:
-        exact = all(p.dtype in EXACT_TYPES for p in shared.parameters) and computed_exactly(shared, trace(losses))
-        names = [layer.name for layer in shared.layers]
-        self.guard.hold_against_joint(apart(gram, factors), EXACT if exact else COARSE, names, losses)
+    def _hold_against_joint(self, held: Sequence[Apart], shared: SharedLayers, losses: Sequence[Tensor]) -> None:
+        for found in held:
+            exact = all(p.dtype in EXACT_TYPES for p in shared.parameters) and computed_exactly(shared, trace(losses))
+            names = [layer.name for layer in shared.layers]
+            self.guard.hold_against_joint(found, EXACT if exact else COARSE, names, losses)
 
     def begin(self, shared: SharedLayers, losses: Sequence[Tensor], weights: Array) -> Array | DerivedMeasurement:
         """Either the Gramians, or a measurement that the joint backward completes.
