@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -121,56 +121,62 @@ class Guard:
             raise NotMeasured(why or ELSEWHERE, self._words_of_untried(hooks) if why == UNTRIED else "")
         self._rows[kind] += 1
         if self._rows[kind] & (self._rows[kind] - 1) and self._proven:
-            with self._hooks_off():
-                return self._made(losses, measure, hooks, closely=False)
+            before = done.count
+            try:
+                with self._hooks_off():
+                    return measure(False)
+            except Exception as error:
+                raise self._cause(error, losses, before) from error
         known = bool(losses)
         copies = not known or bool(hooks or custom.operations(nodes) or _has_hooks(self._model))
-        noted = Noted(self._model, nodes, copies=copies)
-        result, touched = self._looked_at(noted, losses, measure, hooks)
+        noted, before = Noted(self._model, nodes, copies=copies), done.count if self._proven else self._passes
+        result, touched, failure = self._looked_at(noted, measure)
         if not self._ranks.all(not self._may_be_hooks(touched)):
             self._hold_off(touched)
             if not known:
                 raise NotMeasured(TOUCHES)
-            result, touched = self._looked_at(noted, losses, measure, hooks)
+            result, touched, failure = self._looked_at(noted, measure)
         if not self._ranks.all(not touched):
             self._refuse(touched, reachable(losses))
+        if failure is not None:
+            raise self._cause(failure, losses, before) from failure
         if kind != BESIDE:  # that goes through parts of the graph only
             self._tried.update(hooks)
             self._proven = True
-        return result
+        return cast(T, result)
 
-    def _looked_at(
-        self, noted: Noted, losses: Sequence[Tensor], measure: Callable[[bool], T], hooks: list[str]
-    ) -> tuple[T, Touched]:
+    def _looked_at(self, noted: Noted, measure: Callable[[bool], T]) -> tuple[T | None, Touched, Exception | None]:
+        """The result or the failure, and what was touched, which is put back."""
+        result, failure = None, None
         try:
             with self._hooks_off():
-                result = self._made(losses, measure, hooks, closely=True)
-        finally:
-            touched = noted.back()
-        return result, touched
-
-    def _made(self, losses: Sequence[Tensor], measure: Callable[[bool], T], hooks: list[str], *, closely: bool) -> T:
-        """The result, or why there is none: a forward that was used up by the first pass fails in the second."""
-        before = done.count if self._proven else self._passes
-        try:
-            return measure(closely)
+                result = measure(True)
         except GradprobeError:
+            noted.back()
             raise
         except Exception as error:
-            if done.count == before or not losses or self._goes_through(losses[0]):
-                raise
-            why = self._words_of_one_backward(hooks or custom.unpack_hooks(reachable(losses)), error)
-            if not self._proven:
-                raise ProbeError(
-                    why + " Nothing can be measured here, and the training's own backward would fail after it: make "
-                    "the forward anew, without the probe, or without what allows one backward only."
-                ) from error
-            self.stopped = ONE_BACKWARD
-            said = (
-                why
-                + " This one is used up, so that the training's own backward will fail, too. No more passes are made"
+            failure = error
+        return result, noted.back(), failure
+
+    def _cause(self, error: Exception, losses: Sequence[Tensor], before: int) -> Exception:
+        """What is to be raised for a failure: a forward that the first pass used up fails in the second.
+
+        Args:
+            error: What was raised.
+            losses: Those the passes began at.
+            before: Passes that had gone through when these began.
+        """
+        if isinstance(error, GradprobeError) or done.count == before or not losses or self._goes_through(losses[0]):
+            return error
+        why = self._words_of_one_backward(custom.unpack_hooks(reachable(losses)), error)
+        if not self._proven:
+            return ProbeError(
+                why + " Nothing can be measured here, and the training's own backward would fail after it: make the "
+                "forward anew, without the probe, or without what allows one backward only."
             )
-            raise NotMeasured(ONE_BACKWARD, said) from error
+        self.stopped = ONE_BACKWARD
+        said = "This one is used up, so that the training's own backward will fail, too. No more passes are made"
+        return NotMeasured(ONE_BACKWARD, f"{why} {said}")
 
     def _goes_through(self, loss: Tensor) -> bool:
         """Whether a pass through this graph, where one went through before, does again."""

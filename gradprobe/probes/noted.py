@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class _Gradient:
         other = self._leaf.grad is not self._grad
         if other:
             self._leaf.grad = self._grad
-        moved = [value for value in self._held if value.moved()]
+        moved = [value for value in self._held if value.written() or value.moved()]
         for value in moved:
             value.back()
         return other or bool(moved)
@@ -85,17 +86,32 @@ class _Value:
         self._copy = tensor.detach().clone() if copy else None
         self._fingerprint = fingerprint(tensor) if not copy else None
 
+    def written(self) -> bool:
+        return self._version is not None and self._tensor._version != self._version
+
     def moved(self) -> bool:
         if self._copy is not None:
             return not same_bits(self._tensor, self._copy)
-        return (self._version is not None and self._tensor._version != self._version) or not _equal(
-            self._fingerprint, fingerprint(self._tensor)
-        )
+        return self.written() or not _equal(self._fingerprint, fingerprint(self._tensor))
 
     def back(self) -> bool:
-        if self._copy is not None:
-            self._tensor.data.copy_(self._copy)
-        return self._copy is not None
+        if self._copy is None:
+            return False
+        self._tensor.data.copy_(self._copy)
+        if self._version is not None and self._tensor._version != self._version:
+            _set_version(self._tensor, self._version)
+        return True
+
+
+def _set_version(tensor: Tensor, version: int) -> None:
+    """Let a graph that saved a tensor find it as it was: its numbers are put back to the last bit."""
+    setter: Any = getattr(torch._C._autograd, "_unsafe_set_version_counter", None)
+    if setter is None:
+        return
+    try:
+        setter((tensor,), (version,))
+    except TypeError:  # before torch 2.6 for one tensor
+        setter(tensor, version)
 
 
 class Parameters:

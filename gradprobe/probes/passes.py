@@ -99,7 +99,9 @@ class Listener:
             handle.remove()
 
     def _hook(self, index: int) -> Callable[[Tensor], Tensor | None]:
-        def hook(gradient: Tensor) -> Tensor | None:
+        def hook(gradient: Tensor | None) -> Tensor | None:
+            if gradient is None:  # undefined: nothing came this way
+                return None
             started = time.perf_counter()
             try:
                 self._take(index, gradient)
