@@ -99,6 +99,10 @@ class Guard:
             "oftener. If they keep a state, take them off or skip the steps at which probe.is_due"
         )
 
+    def will_look(self, kind: str = "rows") -> bool:
+        """Whether the next row of a kind will be looked at closely: the 1st, 2nd, 4th, 8th, ... is."""
+        return not self._proven or not self._rows[kind] & (self._rows[kind] + 1)
+
     # ---- passes
 
     def passes(self, losses: Sequence[Tensor], measure: Callable[[bool], T], *, kind: str = "rows") -> T:
@@ -119,8 +123,9 @@ class Guard:
         why = self.stopped or (UNTRIED if self._proven and not self._tried.issuperset(hooks) else "")
         if not self._ranks.all(not why):
             raise NotMeasured(why or ELSEWHERE, self._words_of_untried(hooks) if why == UNTRIED else "")
+        looks = self.will_look(kind)
         self._rows[kind] += 1
-        if self._rows[kind] & (self._rows[kind] - 1) and self._proven:
+        if not looks:
             before = done.count
             try:
                 with self._hooks_off():
