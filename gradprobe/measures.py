@@ -245,9 +245,7 @@ def reached(norms: ArrayLike, before: ArrayLike | None = None) -> NDArray[np.boo
     return result
 
 
-def counted(
-    norms: ArrayLike, before: ArrayLike | None = None, unknown: ArrayLike | None = None
-) -> NDArray[np.bool_]:
+def counted(norms: ArrayLike, before: ArrayLike | None = None, unknown: ArrayLike | None = None) -> NDArray[np.bool_]:
     """Whose gradient counts on which layer in sums over the shared layers of each row.
 
     A layer is shared where two tasks have had a gradient other than 0, up to the row. A task that has had none anywhere
@@ -255,8 +253,8 @@ def counted(
 
     Args:
         norms, before: As for :func:`reached`.
-        unknown: (n,) bool: rows in which NaN may be a gradient that is not finite, so that sums are not known. In others
-            NaN says that the task does not reach the layer at that row, and the sum is over what it does reach.
+        unknown: (n,) bool: rows in which NaN may be a gradient that is not finite, so that sums are not known. In
+            others NaN says that the task does not reach the layer at that row, and the sum is over what it does reach.
 
     Returns:
         (n, L, T) bool, for :func:`over_layers`.

@@ -320,13 +320,13 @@ def test_a_model_that_shares_nothing_can_be_measured():
 
 
 def wrong(case):
-    good, lacking = case.losses(0), {"t0": case.losses(0)["t0"]}
+    good, strange = case.losses(0), {"t9": case.losses(0)["t0"]}
     sums = {t: 2 * loss for t, loss in good.items()}
     return {
         "no losses": ({}, "give losses= .* or micro="),
         "a dict": ({"micro": good}, "must be a list with the losses of each micro-batch"),
         "none": ({"micro": []}, "must be a list"),
-        "a task missing": ({"micro": [good, lacking]}, r"micro\[1\]: .*lack \['t1'\]"),
+        "another task": ({"micro": [good, strange]}, r"micro\[1\]: .*unknown \['t9'\]"),
         "a size too few": ({"micro": [good, good], "batch_size": [4]}, "1 sizes for 2 micro-batches"),
         "an empty one": ({"micro": [good, good], "batch_size": [4, 0]}, "at least 1"),
         "too few samples": ({"micro": [good, good, good], "batch_size": 2}, "less than one for each"),

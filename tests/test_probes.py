@@ -16,7 +16,7 @@ from gradprobe.errors import ProbeError
 from gradprobe.probes import GradientProbe, derived, passes
 from gradprobe.probes.gramian import GramianSum, dot
 from gradprobe.probes.graph import Layer
-from gradprobe.rows import MEASURED, MISSING_GRADIENT, NONFINITE_GRADIENT, NONFINITE_LOSS
+from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 WEIGHTS = {"t0": 1.0, "t1": 0.3, "t2": 2.0, "t3": 0.7, "t4": 1.5}
@@ -132,12 +132,12 @@ def test_what_is_derived_is_as_good_as_explicit_whatever_the_weights(ratio):
                 assert_close(sink.rows[-1].gram, expected, 1e-5)
 
 
-def test_products_that_overflow_are_unknown_and_no_failure():
+def test_products_that_overflow_are_infinite_and_no_failure():
     layer = Layer("w", (torch.nn.Parameter(torch.zeros(2)),))
     total = GramianSum([layer], 2)
     total.add(0, [torch.full((2,), 1e200, dtype=torch.float64), torch.full((2,), -1e200, dtype=torch.float64)])
     total.add_products(0, [0, 1], torch.full((2, 2), float("inf")))
-    assert np.isnan(total.result()).all()
+    assert np.isinf(total.result()).all()
 
 
 def test_the_derived_task_is_the_one_that_cancels_least():
@@ -225,7 +225,12 @@ def test_a_task_that_does_not_reach_the_trunk_this_step_is_missing_in_that_row()
         probe.backward(losses if step == 0 else model.losses(x))
     assert np.isnan(sink.rows[1].gram[:, 2, 2]).all()
     assert np.isfinite(sink.rows[1].gram[:, 0, 1]).all()
-    assert [row.status for row in sink.rows] == [MEASURED, MISSING_GRADIENT, MEASURED]
+    assert [row.status for row in sink.rows] == [MEASURED] * 3
+    norms, cosines = sink.rows[1].shared(sink.header.reach)
+    assert np.isnan(norms[2])
+    assert np.isfinite(norms[:2]).all()
+    assert np.isfinite(cosines[0])
+    assert np.isnan(cosines[1:]).all()
     assert np.isfinite(sink.rows[2].gram[0]).all()
 
 
@@ -359,11 +364,11 @@ def test_steps_without_an_optimizer_are_counted_in_calls():
 def bad_calls():
     case = mlp(torch.float64)
     good = case.losses(0)
-    yield "lacks a task", {"t0": good["t0"]}, None, r"lack \['t1'\]"
+    yield "no task", {}, None, "no loss was given"
     yield "has a new task", {**good, "t9": good["t0"]}, None, r"unknown \['t9'\]"
-    yield "detached", {**good, "t1": good["t1"].detach()}, None, "'t1' has no graph"
+    yield "detached", {task: loss.detach() for task, loss in good.items()}, None, "'t0' has no graph"
     yield "a vector", {**good, "t1": good["t1"].expand(4)}, None, r"'t1' has shape \(4,\)"
-    yield "a number", {**good, "t1": 3.0}, None, "'t1' is a float"
+    yield "no tensor", {**good, "t1": "3.0"}, None, "'t1' is a str"
     yield "NaN weight", good, {"t0": 1.0, "t1": float("nan")}, "weight of task 't1' is nan"
     yield "missing weight", good, {"t0": 1.0}, r"weights lack \['t1'\]"
 

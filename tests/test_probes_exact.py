@@ -11,9 +11,10 @@ from test_probes import TOLERANCE, WEIGHTS, assert_close, make
 from torch import nn
 from zoo import ZOO, Collector, naive_gramian
 
+from gradprobe import measures
 from gradprobe.probes import GradientProbe, derived, passes
 from gradprobe.probes.gramian import products
-from gradprobe.rows import MEASURED, MISSING_GRADIENT
+from gradprobe.rows import MEASURED
 
 NAMES = [f"t{i}" for i in range(8)]
 
@@ -250,7 +251,9 @@ def test_a_parameter_frozen_in_mid_run_is_left_out_from_there_on():
     assert all(row.status != "measuring failed" for row in sink.rows)
     assert np.isfinite(sink.rows[1].gram).all()
     assert np.isnan(sink.rows[3].gram[0]).all()
-    assert [row.status for row in sink.rows] == [MEASURED] * 2 + [MISSING_GRADIENT] * 2
+    assert [row.status for row in sink.rows] == [MEASURED] * 4
+    over_the_rest = measures.over_layers(sink.rows[3].gram[1:], sink.header.reach[1:])
+    assert np.allclose(sink.rows[3].shared(sink.header.reach)[1], over_the_rest[1], rtol=1e-12)
     assert np.isfinite(sink.rows[3].gram[1]).all()
 
 

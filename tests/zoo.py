@@ -21,6 +21,9 @@ class Collector:
     def start(self, header):
         self.header = header
 
+    def grow(self, header):
+        self.header = header
+
     def write(self, row):
         self.rows.append(row)
 

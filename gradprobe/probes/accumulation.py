@@ -215,7 +215,7 @@ def noise_of(calls: Sequence[Call], gram: Array) -> Noise:
     A layer that a task reaches in some calls only counts as a gradient of 0 in the others.
     """
     count = len(calls)
-    parts = np.sum([np.nan_to_num(call.parts) for call in calls], axis=0) / count**2
+    parts = np.sum([np.nan_to_num(call.parts, posinf=0.0, neginf=0.0) for call in calls], axis=0) / count**2
     shares = [share / count for call in calls for share in call.shares]
     return Noise(noise_part(gram, parts, shares), len(shares))
 

@@ -12,7 +12,6 @@ from gradprobe.errors import ProbeError
 from gradprobe.probes import walk
 from gradprobe.probes.checks import check_names
 from gradprobe.probes.graph import Layer, SharedLayers, by_module, find_shared
-from gradprobe.probes.trace import Trace, several
 
 Shared = Iterable["str | nn.Parameter"] | Callable[[str, nn.Parameter], bool]
 """What is shared, said by the user: module names, parameters, or a predicate of name and parameter."""
@@ -69,24 +68,34 @@ class Selection:
         """Whether any parameter counts that two tasks reach, not only chosen ones."""
         return self._chosen is None
 
-    def find(self, losses: Mapping[str, Tensor]) -> SharedLayers:
-        """The shared layers as the graphs of these losses show them."""
+    def chosen(self) -> set[int] | None:
+        """``id`` of the parameters that may count, as they stand in the model now; None: all that tasks share."""
+        if self._chosen is None:
+            return None
         named = dict(self._model.named_parameters())
-        chosen = None if self._chosen is None else {id(_now(named, item)) for item in self._chosen}
-        return find_shared(self._groups(named), losses, chosen)
+        return {id(_now(named, item)) for item in self._chosen}
 
-    def _groups(self, named: Mapping[str, nn.Parameter]) -> dict[str, list[nn.Parameter]]:
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Layer name -> its parameters, as they stand in the model now."""
         if self._layers is None:
             return by_module(self._model)
+        named = dict(self._model.named_parameters())
         return {layer: [_now(named, item) for item in members] for layer, members in self._layers.items()}
 
-    def left_out(self, graph: Trace, known: Iterable[int]) -> str | None:
-        """The first layer that would be shared now and is not among ``known``, the ``id`` of parameters; else None."""
-        now = {leaf for leaf, mask in graph.leaves.items() if several(mask)}.difference(known)
-        if not now or not self.open:
-            return None
-        groups = self._groups(dict(self._model.named_parameters()))
-        return next((layer for layer, members in groups.items() if any(id(p) in now for p in members)), None)
+    @property
+    def outside(self) -> set[int]:
+        """``id`` of parameters in layers that are not the model's."""
+        if self._layers is None:
+            return set()
+        return {id(item) for members in self._layers.values() for item in members if not isinstance(item, str)}
+
+    def name(self, parameter: nn.Parameter) -> str:
+        """What the model calls it."""
+        return next((name for name, p in self._model.named_parameters() if p is parameter), "a parameter outside")
+
+    def find(self, losses: Mapping[str, Tensor]) -> SharedLayers:
+        """The shared layers as the graphs of these losses alone show them."""
+        return find_shared(self.groups(), losses, self.chosen())
 
 
 def _now(named: Mapping[str, nn.Parameter], item: str | nn.Parameter) -> nn.Parameter:

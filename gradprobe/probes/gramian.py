@@ -211,15 +211,15 @@ class GramianSum:
             change: (T, T); the Gramians wanted are those of ``change @ gradients``.
 
         Returns:
-            (L, T, T) float64, symmetric, in (loss per unit of parameter)^2. NaN where a task has no path to any
-            parameter of the layer, or a gradient is not finite.
+            (L, T, T) float64, symmetric, in (loss per unit of parameter)^2. NaN where a task brought no gradient to any
+            parameter of the layer; infinite where it brought one that is not finite.
         """
         bring([self])
         gram = self._summed(self._done, change)
         with np.errstate(invalid="ignore"):  # as above
             gram += self._summed(self._final, None)
+        gram[~np.isfinite(gram)] = np.inf
         gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
-        gram[~np.isfinite(gram)] = np.nan
         return gram
 
     def _summed(self, blocks: Iterable[tuple[int, list[int], Array]], change: Array | None) -> Array:

@@ -43,7 +43,7 @@ def joint_weights(weights: Array) -> Array:
 def joint_loss(losses: Sequence[Tensor], weights: Array) -> Tensor:
     """The weighted sum of the losses that have a graph."""
     terms = [loss * float(weight) for loss, weight in zip(losses, weights, strict=True) if loss.requires_grad]
-    return sum(terms[1:], start=terms[0])
+    return sum(terms[1:], start=terms[0]) if terms else losses[0]
 
 
 @dataclass(frozen=True)

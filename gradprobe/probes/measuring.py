@@ -11,6 +11,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,7 +20,7 @@ from gradprobe.measures import Array
 from gradprobe.probes import transfer
 from gradprobe.probes.accumulation import Accumulation, Call, Noise, status_of_calls
 from gradprobe.probes.beside import Beside
-from gradprobe.probes.checks import Losses
+from gradprobe.probes.checks import Losses, is_present
 from gradprobe.probes.clock import StepClock
 from gradprobe.probes.derived import DerivedMeasurement
 from gradprobe.probes.feature_meter import FeatureMeter
@@ -32,7 +33,7 @@ from gradprobe.probes.micro import MicroBatches
 from gradprobe.probes.on_loader import OnLoader
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.release import release
-from gradprobe.probes.report import Reporter, status_of
+from gradprobe.probes.report import Reporter, finite, status_of
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.self_check import SELF_CHECKED, cosines_with_itself, fault
 from gradprobe.probes.stopwatch import Stopwatch
@@ -100,6 +101,7 @@ class Measuring:
         if self.beside is not None:
             self.beside.called()
         self.clock.called()
+        self.meter.let_go()
 
     def flush(self) -> bool:
         """Make all rows so far safe, that of the present step among them; whether they are."""
@@ -112,6 +114,8 @@ class Measuring:
         if self.ranks.size == 1:  # others may be elsewhere, and not answer
             self.calls.finish()
         self.clock.close()
+        self.meter.tell(last=True)
+        self.report.ask_after()
         if self.beside is not None:
             self.beside.close()
 
@@ -281,6 +285,8 @@ class Measuring:
         """The shared layers, announced to the sinks when they are first found."""
         shared = self.meter.find({task: losses[task] for task in self.tasks})
         self.report.start(shared)
+        if self.meter.grown:
+            self.report.grow(shared)
         return shared
 
     def state_dict(self) -> dict[str, Any]:
@@ -334,10 +340,16 @@ class Measuring:
         watch = last.watch
         for call in earlier:
             watch.add(call.watch.seconds)
-        own = [*np.mean([call.values for call in calls], axis=0), sum(call.batch_size for call in calls)]
-        *values, size = self.ranks.mean(np.array(own))
+        there = np.array([[is_present(call.losses[task]) for task in self.tasks] for call in calls])
+        values = np.where(there, [call.values for call in calls], 0.0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
+        size = sum(call.batch_size for call in calls)
+        (*values, size), there = self.ranks.mean_of_present(
+            np.array([*values, size]), np.append(there.any(axis=0), True)
+        )
         total, status = round(size * self.ranks.size), status_of_calls(calls)
-        self._hand_on(last.losses, np.array(values), last.weights, gram, status, watch, total, noise, last.step)
+        self._hand_on(
+            last.losses, np.array(values), there[:-1], last.weights, gram, status, watch, total, noise, last.step
+        )
 
     def _values(self, losses: Losses) -> Array:
         return np.array(transfer.values(self.ordered(losses)))
@@ -352,6 +364,7 @@ class Measuring:
         self,
         losses: Losses,
         values: Array,
+        there: NDArray[np.bool_],
         weights: Array,
         gram: Array | None,
         status: str,
@@ -363,8 +376,9 @@ class Measuring:
         """Hand one row on.
 
         Args:
-            losses: Of this process; their graphs tell why a gradient is missing.
-            values: (T,) that are stored.
+            losses: Of this process.
+            values: (T,) that are stored; NaN: the task is absent, or its loss is NaN.
+            there: (T,) who takes part in the step, in some process.
             weights: (T,).
             gram: (L, T, T) of the gradients as they were scaled; None: there is no measurement; ``status`` says why.
             status: Why not, or :data:`MEASURED`.
@@ -373,18 +387,23 @@ class Measuring:
             noise: None: not measured in micro-batches.
             step: Of the training.
         """
+        self.report.took_part(there)
         header = self.report.header
         if header is None:
             return  # not even the layers could be found; the warning is out
+        reach = None
         with watch.running():
             if gram is None:
                 gram = np.full((len(header.layers), len(self.tasks), len(self.tasks)), np.nan)
             elif status == MEASURED:
-                gram = self.meter.last_gram = self.scale.off(gram)
-                self.meter.check_reach(self.tasks, gram)
-                status = status_of(values, gram, header.reach, lambda: self.meter.reach_now(self.ordered(losses)))
+                gram = _padded(self.scale.off(gram), len(header.layers))
+                reach = self.meter.counted(gram)
+                if self.meter.grown and self.meter.shared is not None:
+                    self.report.grow(self.meter.shared)
+                status = status_of(self.tasks, values, gram, there)
                 status = OVERFLOWED if status == NONFINITE_GRADIENT and self.scale.there else status
                 status = self.meter.guard.marked(status)
+                gram = self.meter.last_gram = finite(gram)
         if self.beside is not None:
             self.beside.measured(self.ordered(losses), weights, gram, status)
         self.report.row(
@@ -401,12 +420,15 @@ class Measuring:
                 status=status,
                 gram_noise=None if noise is None else self._noise_part(noise, gram),
                 micro_batches=1 if noise is None else noise.batches,
+                reach=reach,
             )
         )
 
     def _noise_part(self, noise: Noise, gram: Array) -> Array:
         """(L, T, T), unscaled; NaN where it is not known."""
-        return np.full_like(gram, np.nan) if noise.part is None else self.scale.off(noise.part)
+        if noise.part is None:
+            return np.full_like(gram, np.nan)
+        return finite(_padded(self.scale.off(noise.part), len(gram)))
 
     def _due(self, first: bool, due: bool) -> Due:
         loader = first and self.loader is not None and self.loader.due(self.clock.step)
@@ -439,6 +461,11 @@ class Measuring:
     def now(self) -> float:
         """Seconds since recording started."""
         return time.perf_counter() - self.report.started
+
+
+def _padded(values: Array, layers: int) -> Array:
+    """(L, ...) with NaN for layers that have joined since."""
+    return np.concatenate([values, np.full((layers - len(values), *values.shape[1:]), np.nan)])
 
 
 def _device(losses: Losses) -> torch.device:

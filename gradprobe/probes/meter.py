@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes.binding import Binding, Selection
+from gradprobe.probes.binding import Selection
 from gradprobe.probes.blocks import measure_by_blocks
-from gradprobe.probes.checks import Losses
+from gradprobe.probes.checks import Losses, is_present
 from gradprobe.probes.derived import (
     EXACT_TYPES,
     DerivedMeasurement,
@@ -34,6 +34,7 @@ from gradprobe.probes.micro import MicroSum
 from gradprobe.probes.noted import Parameters
 from gradprobe.probes.passes import Gradients, measure_explicitly
 from gradprobe.probes.ranks import Alone
+from gradprobe.probes.sharing import Sharing
 from gradprobe.probes.sketch import Draw, Size
 from gradprobe.probes.sketched import SketchedMeasurement, Sketching, measure_sketched
 from gradprobe.probes.trace import Trace, trace
@@ -57,7 +58,6 @@ class Meter:
 
     Attributes:
         guard: Stands around all passes.
-        shared: None before the first measurement.
         last_gram: (L, T, T) of the last row that was measured; None before.
         kept: (T) gradients of the last measurement, scaled as the losses were; None: nobody wants them, see
             :meth:`keep`. Of one in micro-batches: the means.
@@ -92,10 +92,10 @@ class Meter:
         self._model, self._selection, self._memory, self._warn = model, selection, memory, warn
         self._sketching = Sketching(sketch) if sketch is not None else None
         self._ghostly, self._ghosts_checked = products == "ghost", False
-        self._binding: Binding | None = None
-        self._looked, self._told = 0, False  # whether more is shared than at first
+        self._sharing: Sharing | None = None
+        self._graph: tuple[Sequence[Tensor], Trace] | None = None
         self._derived, self._trusted = 0, True  # rows with a derived task; whether these equal explicit ones
-        self.shared: SharedLayers | None = None
+        self._state: Mapping[str, Any] | None = None
         self.last_gram: Array | None = None
         self.kept: list[Gradients] | None = None
         self.kept_micro: list[list[Gradients]] | None = None
@@ -132,11 +132,15 @@ class Meter:
             "ghosts": (self._ghostly, self._ghosts_checked),
             "sketched": self._sketching.row if self._sketching is not None else 0,
             "guard": self.guard.state_dict(),
+            "sharing": self._sharing.state_dict() if self._sharing is not None else self._state,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another meter stopped."""
         gram, ghosts = state["last_gram"], state["ghosts"]
+        self._state = state.get("sharing")
+        if self._sharing is not None and self._state is not None:
+            self._sharing.load_state_dict(self._state)
         self.last_gram = None if gram is None else np.array(gram, dtype=np.float64)
         self._derived, self._trusted = state["derived"]
         if self._sketching is not None:
@@ -164,23 +168,69 @@ class Meter:
         Raises:
             ProbeError: Something hides gradients, or a shared parameter is gone.
         """
-        if self.shared is None or self._binding is None:
+        if self._sharing is None:
             refuse(self._model, list(losses.values()))
-            self.shared = self._selection.find(losses)
-            self._ranks.check_same(self.shared)
-            self._binding = Binding(self._model, self.shared)
-            self._warn_of_none()
-            return self.shared
-        replaced = self._binding.replaced(self.shared)
+            self._sharing = Sharing(self._model, self._selection, self._ranks, len(losses))
+            if self._state is not None:
+                self._sharing.load_state_dict(self._state)
+        replaced = self._sharing.replaced()
         if replaced:
             refuse(self._model, list(losses.values()))  # they may be shards now
-            self.shared = self._binding.again(self.shared)
             self._warn(
                 f"{len(replaced)} shared parameters were replaced, {replaced[0]!r} first; the probe goes on with "
                 "the new ones. An optimizer made before still updates the old ones: make it anew"
             )
-        self._warn_of_more(list(losses.values()))
-        return self.shared
+        weights = self._sharing.weights
+        shared = self._sharing.look(losses, self._traced(list(losses.values()), keep=True))
+        self._warn_of_none()
+        if self._sharing.weights != weights:
+            self._warn(
+                f"{', '.join(map(repr, self._sharing.weights))} only weigh losses, and no feature depends on them: "
+                "learned weights are no shared layer, and are left out"
+            )
+        return shared
+
+    @property
+    def shared(self) -> SharedLayers | None:
+        """The shared layers; None before the first measurement."""
+        return self._sharing.shared if self._sharing is not None else None
+
+    @property
+    def grown(self) -> bool:
+        """Whether the last :meth:`find` or :meth:`counted` has changed the layers, or who reaches them."""
+        return self._sharing is not None and (self._sharing.joined or self._sharing.changed)
+
+    def counted(self, gram: Array) -> NDArray[np.bool_]:
+        """(L, T) whose gradient counts on which layer of a row; see :meth:`Sharing.row`."""
+        assert self._sharing is not None
+        found = self._sharing.row(gram)
+        self.tell()
+        return found
+
+    def tell(self, *, last: bool = False) -> None:
+        """Say once of layers that they are shared by the graph alone."""
+        names = self._sharing.untold(last=last) if self._sharing is not None else []
+        if names:
+            listed = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            self._warn(
+                f"{listed}: shared by the graph alone, since no two tasks have had a gradient other than 0 there. Kept "
+                "in the file, and left out of every sum over shared layers until a second task has one"
+            )
+
+    def _traced(self, losses: Sequence[Tensor], *, keep: bool = False) -> Trace:
+        """The graph of these losses; walked once where they are asked for again."""
+        if self._graph is not None:
+            known, graph = self._graph
+            if len(known) == len(losses) and all(a is b for a, b in zip(known, losses, strict=True)):
+                return graph
+        graph = trace(losses)
+        if keep:
+            self._graph = losses, graph
+        return graph
+
+    def let_go(self) -> None:
+        """Of the step's graph, which would be alive as long as this holds it."""
+        self._graph = None
 
     def check_micro(self) -> None:
         """Whether it can be measured in micro-batches.
@@ -273,7 +323,8 @@ class Meter:
         tasks = len(losses)
         if not shared.layers:
             return np.zeros((0, tasks, tasks))
-        factors = joint_weights(np.ones(tasks) if weights is None else weights)
+        present = np.array([is_present(loss) for loss in losses])
+        factors = joint_weights(np.where(present, np.ones(tasks) if weights is None else weights, 0.0))
         if self._sketching is not None and draw is None:
             draw = self._sketching.next(shared)
 
@@ -298,15 +349,17 @@ class Meter:
         if draw is not None:
             return measure_sketched(self._model, shared, losses, draw, self._ranks)
         if self._memory == "low":
-            return measure_by_blocks(self._model, shared, losses, trace(losses), ranks=self._ranks)
+            return measure_by_blocks(self._model, shared, losses, self._traced(losses), ranks=self._ranks)
         if not self._ghostly:
             return measure_explicitly(self._model, shared, losses, ranks=self._ranks, kept=self.kept)
-        gram = measure_explicitly(self._model, shared, losses, find_ghosts(trace(losses), shared))
+        gram = measure_explicitly(self._model, shared, losses, find_ghosts(self._traced(losses), shared))
         return gram if self._ghosts_checked else self._check_ghosts(gram, shared, losses)
 
     def _hold_against_joint(self, held: Sequence[Apart], shared: SharedLayers, losses: Sequence[Tensor]) -> None:
         for found in held:
-            exact = all(p.dtype in EXACT_TYPES for p in shared.parameters) and computed_exactly(shared, trace(losses))
+            exact = all(p.dtype in EXACT_TYPES for p in shared.parameters) and computed_exactly(
+                shared, self._traced(losses)
+            )
             names = [layer.name for layer in shared.layers]
             self.guard.hold_against_joint(found, EXACT if exact else COARSE, names, losses)
 
@@ -322,10 +375,11 @@ class Meter:
         guard, ranks = self.guard, self._ranks
         if self._memory == "low" or self.last_gram is None or not self._trusted or guard.mark or not shared.layers:
             return self.explicit(shared, losses, weights)
+        weights = np.where([is_present(loss) for loss in losses], weights, 0.0)
         derived = task_to_derive(self.last_gram, weights, largest_cancellation(shared))
-        if derived is None:
+        if derived is None or self._sharing is None or not self._sharing.proven(derived):
             return self.explicit(shared, losses, weights)
-        graph = trace(losses)
+        graph = self._traced(losses)
         may = may_be_derived(self._model, shared, graph) and self._as_at_first(shared, graph) and not guard.moves
         if not ranks.all(may):
             return self.explicit(shared, losses, weights)
@@ -400,38 +454,13 @@ class Meter:
         if self._sketching is not None:
             raise ProbeError(f"{why}, of which sketch= keeps {self._sketching.size.numbers} numbers: leave it out.")
 
-    def reach_now(self, losses: Sequence[Tensor]) -> NDArray[np.bool_]:
-        """Which task's graph reaches which layer at this step: (L, T)."""
-        assert self.shared is not None
-        graph = trace(losses)
-        reach = [
-            [any(p.requires_grad and graph.reaches(task, p) for p in layer.parameters) for task in range(len(losses))]
-            for layer in self.shared.layers
-        ]
-        return np.array(reach, dtype=bool).reshape(len(self.shared.layers), len(losses))
-
     def _warn_of_none(self) -> None:
         assert self.shared is not None
-        if not (self.shared.layers or self._selection.nothing or self._selection.divided):
+        assert self._sharing is not None
+        if self._sharing.all_seen and not (self.shared.layers or self._selection.nothing or self._selection.divided):
             self._warn(
-                "no two tasks reach a parameter in common that is trained, so there is nothing to measure. Begin "
-                "recording at a step at which every task has samples, with the trunk not frozen; gradprobe.doctor "
-                "tells more"
-            )
-
-    def _warn_of_more(self, losses: Sequence[Tensor]) -> None:
-        """A file has the layers that it began with. Looked for ever more rarely: it costs a walk of the graph."""
-        assert self.shared is not None
-        self._looked += 1
-        if self._told or not self._selection.open or self._looked & (self._looked - 1):
-            return
-        layer = self._selection.left_out(trace(losses), {id(p) for p in self.shared.parameters})
-        if layer is not None:
-            self._told = True
-            self._warn(
-                f"layer {layer!r} is shared now but was not, or not all of it, when the layers were found, at the "
-                "first measured step, and is left out. Close the probe and attach a new one, or begin at a step at "
-                "which every task has samples and nothing is frozen that is trained later"
+                "no two tasks reach a parameter in common that is trained, so there is nothing to measure yet. Layers "
+                "are measured from the step on at which they are shared; gradprobe.doctor tells more"
             )
 
     def _check_ghosts(self, gram: Array, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
@@ -442,19 +471,3 @@ class Meter:
             self._ghostly = False
             self._warn("products without gradients differ from those of the gradients, which are made from here on")
         return direct
-
-    def check_reach(self, tasks: Sequence[str], gram: Array) -> None:
-        """Warn where a task reaches a layer now that it did not reach when the layers were found.
-
-        What such a step brings there is stored, but left out of quantities over all layers, so that they stay
-        comparable from step to step.
-        """
-        assert self.shared is not None
-        reach = np.array(self.shared.reach, dtype=bool).reshape(gram.shape[:2])
-        new = np.argwhere(~np.isnan(np.diagonal(gram, axis1=-2, axis2=-1)) & ~reach)
-        if len(new):
-            layer, task = new[0]
-            self._warn(
-                f"task {tasks[task]!r} reaches layer {self.shared.layers[layer].name!r} now but did not when the "
-                "layers were found, at the first measured step; begin recording at one at which every task has samples"
-            )

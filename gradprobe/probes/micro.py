@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes import transfer
-from gradprobe.probes.checks import Losses, check_losses
+from gradprobe.probes.checks import Given, Losses, all_losses, is_present
 from gradprobe.probes.ghost import OutputGradients
 from gradprobe.probes.gramian import GramianSum, bring
 from gradprobe.probes.graph import SharedLayers
@@ -69,8 +69,12 @@ def mean_losses(losses: Sequence[Losses], shares: Sequence[float]) -> dict[str, 
 
 
 def _weighted(losses: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    total = losses[0] * shares[0]
-    for loss, share in zip(losses[1:], shares[1:], strict=True):
+    """A micro-batch from which the task is absent adds nothing; absent from all, the task has no loss."""
+    present = [(loss, share) for loss, share in zip(losses, shares, strict=True) if is_present(loss)]
+    if not present:
+        return losses[0]
+    total = present[0][0] * present[0][1]
+    for loss, share in present[1:]:
         total = total + loss * share
     return total
 
@@ -84,7 +88,7 @@ def shares_of(sizes: Sequence[int]) -> tuple[float, ...]:
     return tuple(size / sum(sizes) for size in sizes)
 
 
-def micro_batches(tasks: tuple[str, ...], losses: Sequence[Losses], batch_size: BatchSize) -> MicroBatches:
+def micro_batches(tasks: tuple[str, ...], losses: Sequence[Given], batch_size: BatchSize) -> MicroBatches:
     """What ``micro=`` and ``batch_size=`` of a probe's call mean.
 
     Args:
@@ -99,21 +103,24 @@ def micro_batches(tasks: tuple[str, ...], losses: Sequence[Losses], batch_size: 
         raise ProbeError(
             "micro= must be a list with the losses of each micro-batch, such as [{'det': ..., 'cls': ...}]."
         )
-    for place, one in enumerate(losses):
-        try:
-            check_losses(tasks, one)
-        except ProbeError as error:
-            raise ProbeError(f"micro[{place}]: {error}") from error
-    count = len(losses)
+    checked = tuple(_checked(tasks, one, place) for place, one in enumerate(losses))
+    count = len(checked)
     if isinstance(batch_size, Sequence):
         sizes = [whole("batch_size", size) for size in batch_size]
         if len(sizes) != count:
             raise ProbeError(f"batch_size={sizes} has {len(sizes)} sizes for {count} micro-batches; give one for each.")
-        return MicroBatches(tuple(losses), shares_of(sizes), sum(sizes))
+        return MicroBatches(checked, shares_of(sizes), sum(sizes))
     total = whole("batch_size", batch_size, least=0)
     if 0 < total < count:
         raise ProbeError(f"batch_size={total} samples are less than one for each of {count} micro-batches.")
-    return MicroBatches(tuple(losses), (1 / count,) * count, total)
+    return MicroBatches(checked, (1 / count,) * count, total)
+
+
+def _checked(tasks: tuple[str, ...], losses: Given, place: int) -> Losses:
+    try:
+        return all_losses(tasks, losses)
+    except ProbeError as error:
+        raise ProbeError(f"micro[{place}]: {error}") from error
 
 
 def check_mean(losses: Losses, micro: MicroBatches | None) -> None:
@@ -127,6 +134,7 @@ def check_mean(losses: Losses, micro: MicroBatches | None) -> None:
     known = iter(transfer.values([one[task] for task in losses for one in (losses, *micro.losses)]))
     for task in losses:
         loss, *parts = itertools.islice(known, 1 + len(micro.losses))
+        parts = [part if is_present(one[task]) else 0.0 for part, one in zip(parts, micro.losses, strict=True)]
         mean = math.fsum(share * part for share, part in zip(micro.shares, parts, strict=True))
         scale = math.fsum(share * abs(part) for share, part in zip(micro.shares, parts, strict=True))
         if math.isfinite(mean) and abs(loss - mean) > _APART * scale:
@@ -198,7 +206,7 @@ class MicroSum:
             whole_batch.add(index, [gradients[index] for gradients in self.means])
         bring([whole_batch, self._parts])
         gram = whole_batch.result()
-        parts = self._ranks.mean(np.nan_to_num(self._parts.result())) / self._ranks.size
+        parts = self._ranks.mean(np.nan_to_num(self._parts.result(), posinf=0.0, neginf=0.0)) / self._ranks.size
         self.shares = self._ranks.shares(self.shares)
         return gram, noise_part(gram, parts, self.shares)
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes.checks import Losses, check_losses
+from gradprobe.probes.checks import Losses, all_losses, is_present
 from gradprobe.probes.loader import ProbeLoader, undisturbed
-from gradprobe.probes.report import status_of
+from gradprobe.probes.report import finite, status_of
 from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import MEASURED, ProbeLoaderRow
 
@@ -47,25 +49,23 @@ class OnLoader:
             header = probe.report.header
             if header is None:
                 return None
-            loss = probe.ranks.mean(seen.mean(self._loader.batches))
+            loss, there = probe.ranks.mean_of_present(seen.mean(self._loader.batches), seen.there)
             gram = noise = np.full((len(header.layers), len(probe.tasks), len(probe.tasks)), np.nan)
             if found is not None:
                 gram, noise = (probe.scale.off(part) for part in found)
-                probe.meter.check_reach(probe.tasks, gram)
             if status == MEASURED:
-                reach = header.reach
-                status = status_of(loss, gram, reach, lambda: probe.meter.reach_now(probe.ordered(seen.last)))
+                status = status_of(probe.tasks, loss, gram, there)
             status = probe.meter.guard.marked(status)
             if not probe.self_checked and found is not None:
-                probe.check_self(self._losses(probe))
+                probe.check_self(all_losses(probe.tasks, one) for one in self._losses(probe))
         batches = self._loader.batches * probe.ranks.size
         return ProbeLoaderRow(
             step=probe.clock.step,
             epoch=probe.epoch,
             time=probe.now(),
             loss=loss,
-            gram=gram,
-            gram_noise=noise,
+            gram=finite(gram),
+            gram_noise=finite(noise),
             micro_batches=batches,
             batch_size=batches * self._loader.batch_size,
             overhead=watch.seconds,
@@ -79,6 +79,7 @@ class OnLoader:
         made = self._losses(probe)
         waiting = [probe.ranks.together(lambda: seen.add(next(made)))]
         shared = probe.find(waiting[0])
+        probe.meter.let_go()
 
         def each() -> Iterator[list[Tensor]]:
             # Popped: the first forward's graph must not live until the last one's is gone.
@@ -94,17 +95,26 @@ class _Seen:
     def __init__(self, tasks: Sequence[str]) -> None:
         self._tasks = tuple(tasks)
         self._values: list[list[float]] = []
-        self.last: Losses = {}
+        self._there: list[list[bool]] = []
 
-    def add(self, losses: Losses) -> Losses:
-        check_losses(self._tasks, losses)
+    def add(self, given: Losses) -> Losses:
+        losses = all_losses(self._tasks, given)
+        lacking = [task for task in self._tasks if task not in given]
+        if lacking:
+            raise ProbeError(f"losses of the probe loader lack {lacking}; give None for a task that a batch has not.")
         self._values.append([float(losses[task].detach()) for task in self._tasks])
-        self.last = losses
+        self._there.append([is_present(losses[task]) for task in self._tasks])
         return losses
 
+    @property
+    def there(self) -> NDArray[np.bool_]:
+        """(T,) who took part in some micro-batch."""
+        return np.array([any(there) for there in zip(*self._there, strict=True)] or [False] * len(self._tasks))
+
     def mean(self, count: int) -> Array:
-        """(T,); NaN where fewer than ``count`` went by."""
+        """(T,) over the micro-batches in which a task takes part; NaN: in none, or fewer than ``count`` went by."""
         if len(self._values) < count:
             return np.full(len(self._tasks), np.nan)
-        mean: Array = np.array(self._values).mean(axis=0)
-        return mean
+        there = np.array(self._there, dtype=bool)
+        total = np.where(there, self._values, 0.0).sum(axis=0)
+        return np.where(there.any(axis=0), total / np.maximum(there.sum(axis=0), 1), np.nan)

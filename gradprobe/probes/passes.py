@@ -43,7 +43,7 @@ def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter], outputs: OutputGra
     wanted = [i for i, p in enumerate(parameters) if p.requires_grad and i not in skipped]
     edges = outputs.edges
     result: Gradients = [None] * len(parameters)
-    if not wanted and not edges:
+    if not (wanted or edges) or not loss.requires_grad:  # a task that is absent
         return result
     targets = (
         [parameters[i] for i in wanted]
@@ -100,7 +100,7 @@ class Listener:
 
     def _hook(self, index: int) -> Callable[[Tensor], Tensor | None]:
         def hook(gradient: Tensor | None) -> Tensor | None:
-            if gradient is None:  # undefined: nothing came this way
+            if gradient is None:  # undefined: the task does not reach the parameter, whatever the graph says
                 return None
             started = time.perf_counter()
             try:

@@ -6,10 +6,13 @@ import atexit
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
@@ -17,12 +20,22 @@ from torch.optim import Optimizer
 from gradprobe.errors import ProbeError
 from gradprobe.probes.beside import Joins
 from gradprobe.probes.binding import Groups, Selection, Shared
-from gradprobe.probes.checks import Losses, Weights, check_losses, task_names, weight_values
+from gradprobe.probes.checks import (
+    Given,
+    Losses,
+    Weights,
+    all_losses,
+    check_mapping,
+    check_some,
+    is_present,
+    task_names,
+    weight_values,
+)
 from gradprobe.probes.clock import StepClock, bare
 from gradprobe.probes.feature_meter import FeatureMeter
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.level import level_called
-from gradprobe.probes.loader import ProbeLoader
+from gradprobe.probes.loader import ProbeLoader, undisturbed
 from gradprobe.probes.measuring import Measuring
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.micro import BatchSize, MicroBatches, check_mean, micro_batches
@@ -184,10 +197,10 @@ class GradientProbe:
 
     def backward(
         self,
-        losses: Losses | None = None,
+        losses: Given | None = None,
         weights: Weights | None = None,
         *,
-        micro: Sequence[Losses] | None = None,
+        micro: Sequence[Given] | None = None,
         batch_size: BatchSize = 0,
     ) -> None:
         """The joint backward, and on due steps the measurement.
@@ -198,8 +211,12 @@ class GradientProbe:
         as after ``scaler.scale(sum(...)).backward()``.
 
         Args:
-            losses: Task -> unweighted scalar loss, as it comes from the model. May be left out beside ``micro``.
-            weights: Task -> weight in force; default 1 each.
+            losses: Task -> unweighted scalar loss, as it comes from the model. May be left out beside ``micro``. A task
+                that is left out, or whose loss is None or has no graph, is absent from this step: the others are
+                trained and measured, and the row says so. A function that makes a loss stands for a task that this
+                step does not train: it is called at due steps, with the parameters as they are, and what its forward
+                changes (buffers, random numbers) is put back.
+            weights: Task -> weight in force; default 1 each. An absent task needs none.
             micro: The losses of each of m micro-batches that make up the batch, each with a forward of its own: the
                 noise of the measurement is known then (``gram_noise``). ``losses`` must be their mean, weighted by
                 their samples, which is what is trained: :func:`gradprobe.probes.micro.mean_losses`.
@@ -207,45 +224,50 @@ class GradientProbe:
                 count as equally many.
 
         Raises:
-            ProbeError: A task is missing or unknown, a loss has no graph or is no scalar, a weight is NaN, a shared
-                parameter is gone, or ``losses`` are not the mean of ``micro``.
+            ProbeError: A task is unknown, all are absent, a loss is no scalar, a weight is NaN, a shared parameter is
+                gone, or ``losses`` are not the mean of ``micro``.
         """
-        losses, parts, batch_size = self._given(losses, micro, batch_size)
-        values = weight_values(self.tasks, weights, self.step, lambda: self.is_due)
+        given, parts, batch_size = self._given(losses, micro, batch_size)
+        values = self._weights(given.losses, weights)
         applied = weights if weights is not None else dict.fromkeys(self.tasks, 1.0)
-        total = sum(applied[task] * losses[task] for task in losses)
+        check_some(given.losses, given.said)
+        total = sum(applied[task] * loss for task, loss in given.losses.items() if is_present(loss))
         assert isinstance(total, Tensor)
         total = self._measuring.scale.apply(total)
         due = self._measuring.due()
         if due.loader:
             self._measuring.on_loader()
-        if due.here:
-            check_mean(losses, parts)
-            self._measuring.backward(losses, values, total, due, batch_size, parts)
-        else:
+        if due.here and given.asked:
+            self._measuring.record(self._asked(given), values, due, batch_size)
+        elif due.here:
+            check_mean(given.losses, parts)
+            self._measuring.backward(given.losses, values, total, due, batch_size, parts)
+        if given.asked or not due.here:
             total.backward()
         self._measuring.called()
 
     def record(
         self,
-        losses: Losses | None = None,
+        losses: Given | None = None,
         weights: Weights | None = None,
         *,
-        micro: Sequence[Losses] | None = None,
+        micro: Sequence[Given] | None = None,
         batch_size: BatchSize = 0,
     ) -> None:
         """Measure on due steps and change nothing; the loop's own backward comes after.
 
         Arguments and errors as for :meth:`backward`. Features cost a pass through each head here.
         """
-        losses, parts, batch_size = self._given(losses, micro, batch_size)
-        values = weight_values(self.tasks, weights, self.step, lambda: self.is_due)
+        given, parts, batch_size = self._given(losses, micro, batch_size)
+        values = self._weights(given.losses, weights)
+        if self.header is None and not given.asked:
+            check_some(given.losses, given.said)
         due = self._measuring.due()
         if due.loader:
             self._measuring.on_loader()
         if due.here:
-            check_mean(losses, parts)
-            self._measuring.record(losses, values, due, batch_size, parts)
+            check_mean(given.losses, parts)
+            self._measuring.record(self._asked(given), values, due, batch_size, parts)
         self._measuring.called()
 
     def note(self, losses: Losses, weights: Weights | None, status: str, *, batch_size: int = 0) -> None:
@@ -254,8 +276,8 @@ class GradientProbe:
         Hands on a row without a measurement: the losses, the weights, and the reason.
         """
         self._check_open()
-        values, batch_size = weight_values(self.tasks, weights, self.step), whole("batch_size", batch_size, least=0)
-        self._measuring.note(losses, values, status, batch_size)
+        losses, batch_size = all_losses(self.tasks, losses), whole("batch_size", batch_size, least=0)
+        self._measuring.note(losses, self._weights(losses, weights), status, batch_size)
         self._measuring.called()
 
     def log_metrics(self, epoch: int, **values: float) -> None:
@@ -373,27 +395,59 @@ class GradientProbe:
             raise ProbeError("this probe was closed, and its file is complete; attach a new one to go on.")
 
     def _given(
-        self, losses: Losses | None, micro: Sequence[Losses] | None, batch_size: BatchSize
-    ) -> tuple[Losses, MicroBatches | None, int]:
+        self, losses: Given | None, micro: Sequence[Given] | None, batch_size: BatchSize
+    ) -> tuple[_Given, MicroBatches | None, int]:
         """The losses of the batch, those of its micro-batches, and the number of samples."""
         self._check_open()
         if micro is None:
             if losses is None:
                 raise ProbeError("give losses= (task -> loss), or micro=, a list of them by micro-batch.")
-            check_losses(self.tasks, losses)
+            check_mapping("losses", losses)
+            asked = {task: loss for task, loss in losses.items() if callable(loss)}
+            trained = all_losses(self.tasks, {task: None if task in asked else losses[task] for task in losses})
             if isinstance(batch_size, Sequence):
                 raise ProbeError(f"batch_size={batch_size!r}: a list goes with micro=; give the samples of the batch.")
-            return losses, None, whole("batch_size", batch_size, least=0)
+            return _Given(trained, losses, asked), None, whole("batch_size", batch_size, least=0)
         self._measuring.check_micro()
         parts = micro_batches(self.tasks, micro, batch_size)
         if losses is None:
-            return parts.mean(), parts, parts.batch_size
-        check_losses(self.tasks, losses)
-        return losses, parts, parts.batch_size
+            return _Given(parts.mean(), micro[0]), parts, parts.batch_size
+        return _Given(all_losses(self.tasks, losses), losses), parts, parts.batch_size
+
+    def _asked(self, given: _Given) -> Losses:
+        """The losses with those of tasks that are measured alone: their forwards are made here, and change nothing."""
+        if not given.asked:
+            return given.losses
+        made: dict[str, Any] = {}
+        with undisturbed(self._model):
+            for task, ask in given.asked.items():
+                with torch.enable_grad():
+                    made[task] = ask()
+        trained = {task: loss for task, loss in given.losses.items() if is_present(loss)}
+        return all_losses(self.tasks, trained | made)
+
+    def _weights(self, losses: Losses, weights: Weights | None) -> NDArray[np.float64]:
+        absent = {task for task, loss in losses.items() if not is_present(loss)}
+        return weight_values(self.tasks, weights, self.step, lambda: self.is_due, absent)
 
     @property
     def _clock(self) -> StepClock:
         return self._measuring.clock
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a call was given.
+
+    Attributes:
+        losses: Of every task; see :func:`gradprobe.probes.checks.all_losses`.
+        said: As they were handed in.
+        asked: Task -> what makes its loss, where it is measured and not trained.
+    """
+
+    losses: Losses
+    said: Given
+    asked: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
 def _end(measuring: Measuring, report: Reporter | None, end: str) -> None:

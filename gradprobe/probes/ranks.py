@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes.graph import SharedLayers
 
 T = TypeVar("T")
 
@@ -47,6 +47,14 @@ class Alone:
         """Whether it holds in every process."""
         return flag
 
+    def any(self, flag: bool) -> bool:
+        """Whether it holds in some process."""
+        return not self.all(not flag)
+
+    def gathered(self, own: T) -> list[T]:
+        """What each process has, in the order of the processes."""
+        return [own]
+
     def first_says(self, flag: bool) -> bool:
         """What the first process says."""
         return flag
@@ -61,6 +69,12 @@ class Alone:
     def mean(self, values: Array) -> Array:
         """The mean over the processes of some numbers; NaN where one has NaN."""
         return values
+
+    def mean_of_present(self, values: Array, there: NDArray[np.bool_]) -> tuple[Array, NDArray[np.bool_]]:
+        """The mean of each number over the processes that have it, NaN where none has; and whether one has."""
+        part = self.mean(np.concatenate([np.where(there, values, 0.0), there]))
+        total, present = part[: len(values)], part[len(values) :]
+        return np.where(present > 0, total / np.maximum(present, 1 / self.size), np.nan), present > 0
 
     @contextmanager
     def equal_shares(self) -> Iterator[None]:
@@ -85,9 +99,6 @@ class Alone:
         Args:
             own: (L, T, T) Gramians of this process's gradients before they are averaged.
         """
-
-    def check_same(self, shared: SharedLayers) -> None:
-        """Make sure that all processes found the same layers."""
 
 
 class Ranks(Alone):
@@ -124,6 +135,12 @@ class Ranks(Alone):
         """See :class:`Alone`."""
         return bool(self._reduced(torch.tensor([float(flag)]), dist.ReduceOp.MIN))
 
+    def gathered(self, own: T) -> list[T]:
+        """See :class:`Alone`; pickled, so for what is rarely asked."""
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, own, group=self._group)
+        return found
+
     def first_says(self, flag: bool) -> bool:
         """See :class:`Alone`."""
         return bool(self._reduced(torch.tensor([float(flag and self.first)]), dist.ReduceOp.MAX))
@@ -150,30 +167,12 @@ class Ranks(Alone):
 
     def shares(self, own: Sequence[float]) -> list[float]:
         """See :class:`Alone`."""
-        found: list[list[float]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(found, [self.share * part for part in own], group=self._group)
+        found = self.gathered([self.share * part for part in own])
         return [share for process in found for share in process if share > 0]
 
     def spread(self, own: Array) -> None:
         """See :class:`Alone`. A task without a gradient in one process has a gradient of 0 there."""
-        self.parts = self.mean(np.nan_to_num(own)) / self.size
-
-    def check_same(self, shared: SharedLayers) -> None:
-        """See :class:`Alone`.
-
-        Raises:
-            ProbeError: They differ; names the first difference.
-        """
-        own = [(layer.name, layer.size, reach) for layer, reach in zip(shared.layers, shared.reach, strict=True)]
-        found: list[list[tuple[str, int, tuple[bool, ...]]]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(found, own, group=self._group)
-        for rank, other in enumerate(found):
-            if other != found[0]:
-                wrong = next((b for a, b in zip(found[0], other, strict=False) if a != b), "fewer or more layers")
-                raise ProbeError(
-                    f"the processes share different layers: process {rank} has {wrong}, process 0 has not. Begin "
-                    "recording at a step at which every task has samples in every process."
-                )
+        self.parts = self.mean(np.nan_to_num(own, posinf=0.0, neginf=0.0)) / self.size
 
     def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         values = values.to(self._device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,12 +18,12 @@ from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.guard import NotMeasured
 from gradprobe.rows import (
     MEASURED,
-    MISSING_GRADIENT,
     NONFINITE_GRADIENT,
     NONFINITE_LOSS,
     FeatureHeader,
     FeatureRow,
     FeatureSink,
+    GrowingSink,
     Header,
     LedgerRow,
     LedgerSink,
@@ -34,9 +35,16 @@ from gradprobe.rows import (
     Sink,
     UpdateRow,
     UpdateSink,
+    absent,
 )
 
 T = TypeVar("T")
+
+SOON = 10
+"""Measured steps after which a task that took part in none is asked after."""
+
+BY_LAYER = ("gram", "gram_noise", "reach", "parts", "effect", "term")
+"""What the rows of every table have by layer, features aside."""
 
 
 class Reporter:
@@ -59,6 +67,8 @@ class Reporter:
         self._tasks, self._sinks, self._provenance = tuple(tasks), list(sinks), dict(provenance or {})
         self._warned: set[str] = set()
         self._closed = False
+        self._began_with = 0  # layers
+        self._seen, self._steps = np.zeros(len(tasks), dtype=bool), 0
         self._last_feature_step = self._last_update_step = -1
         self._last_ledger_step = self._last_loader_step = -1
         self._updates_started = self._ledger_started = self._loader_started = False
@@ -73,16 +83,27 @@ class Reporter:
         """Announce the layers. A second call does nothing."""
         if self.header is not None:
             return
-        header = Header(
-            tasks=self._tasks,
-            layers=tuple(layer.name for layer in shared.layers),
-            layer_size=np.array([layer.size for layer in shared.layers], dtype=np.int64),
-            reach=np.array(shared.reach, dtype=bool).reshape(len(shared.layers), len(self._tasks)),
-            provenance=self._provenance,
-        )
+        self._began_with = len(shared.layers)
+        header = Header(**self._described(shared), tasks=self._tasks, provenance=self._provenance)
         self.header = header  # first: no sink is started twice, whatever happens below
         for sink in list(self._sinks):
             self._start(sink, sink.start, header)
+
+    def grow(self, shared: SharedLayers) -> None:
+        """Announce layers that have joined, or who reaches what as it is known now, to sinks that take it."""
+        if self.header is None:
+            return
+        self.header = replace(self.header, **self._described(shared))
+        for sink in self._sinks:
+            if isinstance(sink, GrowingSink):
+                self._hand(sink, max(self.last_step, 0), sink.grow, self.header)
+
+    def _described(self, shared: SharedLayers) -> dict[str, Any]:
+        return {
+            "layers": tuple(layer.name for layer in shared.layers),
+            "layer_size": np.array([layer.size for layer in shared.layers], dtype=np.int64),
+            "reach": np.array(shared.reach, dtype=bool).reshape(len(shared.layers), len(self._tasks)),
+        }
 
     def start_features(self, names: Sequence[str], sizes: Sequence[int]) -> None:
         """Announce the features. A second call does nothing."""
@@ -153,6 +174,22 @@ class Reporter:
         for sink in self._sinks:
             if isinstance(sink, ProbeLoaderSink):
                 self._hand(sink, row.step, sink.write_probe_loader, row)
+
+    def took_part(self, there: NDArray[np.bool_]) -> None:
+        """Of a measured step: (T,) who took part in it."""
+        self._seen |= there
+        self._steps += 1
+        if self._steps == SOON:
+            self.ask_after()
+
+    def ask_after(self) -> None:
+        """Say of a task once that it took part in no step: its loss may be detached by mistake."""
+        for task in (task for task, seen in zip(self._tasks, self._seen, strict=True) if self._steps and not seen):
+            self.warn(
+                max(self.last_step, 0),
+                f"task {task!r} has been absent from every measured step so far, so that nothing is known of it. Was "
+                "its loss left out, detached, or made under no_grad?",
+            )
 
     def annotate(self, values: Provenance) -> None:
         """Add to the provenance."""
@@ -238,7 +275,7 @@ class Reporter:
 
     def _hand(self, sink: Any, step: int, write: Callable[[Any], None], row: Any) -> None:
         try:
-            write(row)
+            write(row if isinstance(sink, GrowingSink) else _of_layers(row, self._began_with))
         except Exception as error:  # a display or a logger must not end a training
             self._failed(sink, step, error)
 
@@ -255,18 +292,30 @@ class Reporter:
         self.warn(step, f"{type(sink).__name__} failed: {type(error).__name__}: {error}")
 
 
-def status_of(losses: Array, gram: Array, reach: NDArray[np.bool_], reach_now: Callable[[], NDArray[np.bool_]]) -> str:
+def _of_layers(row: Any, count: int) -> Any:
+    """A row of as many layers as there were at first; the others joined at the end."""
+    if isinstance(row, FeatureRow):
+        return row
+    by_layer = [name for name in BY_LAYER if getattr(row, name, None) is not None and len(getattr(row, name)) > count]
+    return replace(row, **{name: getattr(row, name)[:count] for name in by_layer}) if by_layer else row
+
+
+def status_of(tasks: Sequence[str], losses: Array, gram: Array, there: NDArray[np.bool_]) -> str:
     """The status of a row whose passes went through.
 
     Args:
+        tasks: (T,) names.
         losses: (T,) values.
-        gram: (L, T, T).
-        reach: (L, T), when the layers were found.
-        reach_now: (L, T), at this step; a walk of the graph, so it is asked for only where something is unknown.
+        gram: (L, T, T); infinite where a gradient is not finite, NaN where a task brought none.
+        there: (T,) bool: who takes part in the step.
     """
-    if not np.isfinite(losses).all():
+    if not np.isfinite(losses[there]).all():
         return NONFINITE_LOSS
-    unknown = np.isnan(np.diagonal(gram, axis1=-2, axis2=-1)) & reach
-    if not unknown.any():
-        return MEASURED
-    return NONFINITE_GRADIENT if (unknown & reach_now()).any() else MISSING_GRADIENT
+    if np.isinf(gram).any():
+        return NONFINITE_GRADIENT
+    return MEASURED if there.all() else absent([t for t, here in zip(tasks, there, strict=True) if not here])
+
+
+def finite(values: Array) -> Array:
+    """What a row is handed on with: NaN in the place of what is not finite."""
+    return np.where(np.isfinite(values), values, np.nan)

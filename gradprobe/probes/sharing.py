@@ -1,0 +1,268 @@
+"""Which layers are shared, as it becomes known: by the graph of every measured step, and by the gradients themselves.
+
+A graph says where a gradient may come. It says too much where losses come out of one vector, and too little at a step
+at which a layer is frozen, left out by chance, or used by another expert. So every step's graph is looked at, layers
+join at the end as they become shared, and a layer counts once two tasks have had a gradient other than 0 on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gradprobe import measures
+from gradprobe.measures import Array
+from gradprobe.probes import walk
+from gradprobe.probes.binding import Binding, Selection
+from gradprobe.probes.graph import Layer, SharedLayers, reached
+from gradprobe.probes.loss_weights import loss_weights
+from gradprobe.probes.ranks import Alone
+from gradprobe.probes.trace import Trace, several
+
+Place = tuple[str, int]
+"""A parameter by the name of its layer and its place among the layer's, which are the same in all processes."""
+
+SURE = 2
+"""Rows after which a layer on which no second task has had a gradient is said to be shared by the graph alone: layers
+that begin at 0 have their first gradient at the second step."""
+
+
+@dataclass
+class Found:
+    """What graphs have shown of one parameter.
+
+    Attributes:
+        tasks: Bit mask of those whose loss depends on it.
+        order: When the forward used it first, among the others.
+        weighs: Whether it only weighs losses, see :mod:`gradprobe.probes.loss_weights`.
+    """
+
+    tasks: int
+    order: int
+    weighs: bool = False
+
+
+@dataclass
+class Sharing:
+    """The shared layers of a model.
+
+    Attributes:
+        model, selection, ranks: Whose; which of its parameters count; the processes that train it.
+        tasks: T, how many.
+        shared: None before the first look.
+        weights: Names of learned loss weights, which are no layers.
+        joined: Whether the last look has changed the layers.
+        changed: Whether the last row has changed who reaches what.
+    """
+
+    model: nn.Module
+    selection: Selection
+    ranks: Alone
+    tasks: int
+    shared: SharedLayers | None = None
+    weights: tuple[str, ...] = ()
+    joined: bool = False
+    changed: bool = False
+    _found: dict[Place, Found] = field(default_factory=dict)
+    _known: dict[int, int] = field(default_factory=dict)  # id of a parameter -> tasks that are known to reach it
+    _members: dict[str, set[int]] = field(default_factory=dict)  # layer, in the order of the file -> places
+    _binding: Binding | None = None
+
+    def __post_init__(self) -> None:
+        self._effect: NDArray[np.bool_] = np.zeros((0, self.tasks), dtype=bool)
+        self._by_graph = self._effect  # (L, T)
+        self._rows: list[int] = []  # that were measured since each layer has joined
+        self._told: set[str] = set()
+
+    # ---- what the graphs show
+
+    def look(self, losses: Mapping[str, Tensor], graph: Trace) -> SharedLayers:
+        """The shared layers at this step, those of earlier ones among them.
+
+        Args:
+            losses: In the order of the tasks.
+            graph: Of these losses.
+        """
+        fresh = {leaf: mask for leaf, mask in graph.leaves.items() if mask & ~self._known.get(leaf, 0)}
+        fresh = {leaf: fresh[leaf] for leaf in fresh.keys() & self._measurable()}
+        first = self.shared is None
+        self.joined = self.ranks.any(first or bool(fresh)) and self._learn(losses, graph, first)
+        assert self.shared is not None
+        return self.shared
+
+    def replaced(self) -> list[str]:
+        """Names of parameters that others have taken the place of, which are measured from here on.
+
+        Raises:
+            ProbeError: A parameter is gone, or has another shape.
+        """
+        if self.shared is None or self._binding is None:
+            return []
+        names = self._binding.replaced(self.shared)
+        if names:
+            self.shared = self._binding.again(self.shared)
+            self._remember()
+        return names
+
+    @property
+    def all_seen(self) -> bool:
+        """Whether every task has reached something."""
+        return all(any(found.tasks >> task & 1 for found in self._found.values()) for task in range(self.tasks))
+
+    def _measurable(self) -> set[int]:
+        return {id(p) for p in walk.parameters(self.model)} | self.selection.outside
+
+    def _learn(self, losses: Mapping[str, Tensor], graph: Trace, first: bool) -> bool:
+        """Take in what this step's graphs show, in all processes; whether layers have changed."""
+        groups = self.selection.groups()
+        places = _places(groups)
+        sizes = {id(p): p.numel() for members in groups.values() for p in members}
+        weighing = loss_weights(graph, sizes) if self.selection.open else set()
+        uses = [reached(loss) for loss in losses.values()]
+        own = {
+            places[leaf]: Found(mask, min(use[leaf] for use in uses if leaf in use), leaf in weighing)
+            for leaf, mask in graph.leaves.items()
+            if leaf in places
+        }
+        for other in self.ranks.gathered(own):
+            for place, found in other.items():
+                known = self._found.setdefault(place, found)
+                known.tasks |= found.tasks
+                known.weighs &= found.weighs
+        before = {layer: set(members) for layer, members in self._members.items()}
+        for place in sorted(self._joining(groups, places), key=self._order):
+            self._members.setdefault(place[0], set()).add(place[1])
+        self._build(groups)
+        return first or before != self._members
+
+    def _joining(self, groups: Mapping[str, list[nn.Parameter]], places: Mapping[int, Place]) -> set[Place]:
+        trained = {place for leaf, place in places.items() if groups[place[0]][place[1]].requires_grad}
+        chosen = self.selection.chosen()
+        if chosen is not None:
+            return {place for leaf, place in places.items() if leaf in chosen and place in trained}
+        shared = {place for place, found in self._found.items() if several(found.tasks)}
+        weighing = {place for place in shared if self._found[place].weighs}
+        self.weights = tuple(self.selection.name(groups[layer][at]) for layer, at in sorted(weighing))
+        return (shared - weighing) & trained
+
+    def _order(self, place: Place) -> int:
+        return self._found[place].order if place in self._found else 1 << 62
+
+    def _build(self, groups: Mapping[str, list[nn.Parameter]]) -> None:
+        layers = tuple(Layer(name, tuple(groups[name][at] for at in sorted(at))) for name, at in self._members.items())
+        grown = len(layers) - len(self._effect)
+        self._effect = np.vstack([self._effect, np.zeros((grown, self.tasks), dtype=bool)])
+        self._rows += [0] * grown
+        self._by_graph = np.array([self._tasks_of(*layer) for layer in self._members.items()], dtype=bool).reshape(
+            len(layers), self.tasks
+        )
+        self.shared = SharedLayers(layers, self._reach())
+        self._binding = Binding(self.model, self.shared)
+        self._remember()
+
+    def _remember(self) -> None:
+        places = _places(self.selection.groups())
+        self._known = {leaf: self._found[place].tasks for leaf, place in places.items() if place in self._found}
+
+    # ---- what the gradients show
+
+    def row(self, gram: Array) -> NDArray[np.bool_]:
+        """Whose gradient counts on which layer in a row that was measured, which adds to what is known.
+
+        Args:
+            gram: (L, T, T); NaN where a task brought no gradient, infinite where one is not finite.
+
+        Returns:
+            (L, T), see :func:`gradprobe.measures.counted`.
+        """
+        with np.errstate(invalid="ignore"):
+            norms = measures.norm(gram)
+        result: NDArray[np.bool_] = measures.counted(norms[None], before=self._effect)[0]
+        effect = self._effect | ((norms > 0) & np.isfinite(norms))
+        for layer, known in enumerate(norms):  # of a row that overflowed nothing is known
+            self._rows[layer] += int(np.isfinite(known).any() and not np.isinf(known).any())
+        self.changed = self.shared is not None and bool((effect != self._effect).any())
+        self._effect = effect
+        if self.shared is not None and self.changed:
+            self.shared = replace(self.shared, reach=self._reach())
+        return result
+
+    def untold(self, *, last: bool = False) -> list[str]:
+        """Layers that only graphs call shared, and that were not given here before.
+
+        Args:
+            last: No further row will come, so that what is known must do.
+        """
+        if self.shared is None or not self.selection.open:
+            return []
+        seen = self._effect.any(axis=0)
+        by_graph = self._by_graph[:, seen].sum(axis=1) >= 2
+        alone = by_graph & (self._effect.sum(axis=1) < 2)
+        found = [
+            layer.name
+            for layer, here, rows in zip(self.shared.layers, alone, self._rows, strict=True)
+            if here and rows >= (1 if last else SURE) and layer.name not in self._told
+        ]
+        self._told.update(found)
+        return found
+
+    def proven(self, task: int) -> bool:
+        """Whether a task has had a gradient other than 0 on every layer that its graphs lead to.
+
+        Where it has not, a difference of two gradients would be rounding instead of 0.
+        """
+        return bool((self._effect[:, task] | ~self._by_graph[:, task]).all())
+
+    def _tasks_of(self, layer: str, members: Iterable[int]) -> list[bool]:
+        """(T,) which tasks' graphs lead to some parameters of a layer."""
+        mask = 0
+        for at in members:
+            mask |= self._found[layer, at].tasks if (layer, at) in self._found else 0
+        return [bool(mask >> task & 1) for task in range(self.tasks)]
+
+    def _reach(self) -> tuple[tuple[bool, ...], ...]:
+        """By effect; of a task that has had no gradient other than 0 anywhere, by the graphs."""
+        found = np.where(self._effect.any(axis=0), self._effect, self._by_graph)
+        return tuple(tuple(bool(there) for there in row) for row in found)
+
+    # ---- going on
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a later one needs to go on: plain values."""
+        return {
+            "layers": [[name, sorted(members)] for name, members in self._members.items()],
+            "found": [[*place, found.tasks, found.order, found.weighs] for place, found in self._found.items()],
+            "effect": self._effect.tolist(),
+            "rows": list(self._rows),
+            "told": sorted(self._told),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one stopped; layers that have joined here since then stay."""
+        held = {name: set(members) for name, members in state["layers"]}
+        groups = self.selection.groups()
+        if any(name not in groups or max(members, default=0) >= len(groups[name]) for name, members in held.items()):
+            return  # of another model: what is shared in this one is yet to be seen
+        later = {name: members for name, members in self._members.items() if name not in held}
+        self._members = {**{name: members | self._members.get(name, set()) for name, members in held.items()}, **later}
+        for layer, at, tasks, order, weighs in state["found"]:
+            self._found[layer, at] = Found(tasks, order, weighs)
+        effect = np.array(state["effect"], dtype=bool).reshape(len(held), self.tasks)
+        self._effect = np.vstack([effect, np.zeros((len(later), self.tasks), dtype=bool)])
+        self._rows = [*state["rows"], *[0] * len(later)]
+        self._told = set(state["told"])
+        self._build(groups)
+
+
+def _places(groups: Mapping[str, Iterable[nn.Parameter]]) -> dict[int, Place]:
+    """``id`` of a parameter -> where it stands; one of two groups (tied weights) counts in the first."""
+    places: dict[int, Place] = {}
+    for layer, members in groups.items():
+        for at, parameter in enumerate(members):
+            places.setdefault(id(parameter), (layer, at))
+    return places
