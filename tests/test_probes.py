@@ -162,8 +162,8 @@ def test_one_explicit_pass_is_saved(monkeypatch):
         for step in range(4):
             probe.backward(case.losses(step))
             counts.append(len(passes_made))
-    # The 2nd, 4th, 8th, ... row is measured explicitly, too, and compared; and those are held against the joint gradient,
-    # as the first row is.
+    # The 2nd, 4th, 8th, ... row is measured explicitly, too, and compared; and those are held against the joint
+    # gradient, as the first row is.
     assert counts == [3, 7, 8, 12]
 
 
