@@ -157,3 +157,21 @@ def test_weights_that_sum_up_to_one_would_hide_what_is_added():
     assert abs(joint_weights(np.array([0.3, 0.7])).sum() - 1) > 0.5
     np.testing.assert_array_equal(joint_weights(np.array([2.0, 0.7])), [2.0, 0.7])
     np.testing.assert_array_equal(joint_weights(np.zeros(2)), [1.0, 1.0])
+
+
+def test_the_summary_says_by_how_much_a_derived_gradient_differed(tmp_path):
+    import gradprobe
+    from gradprobe.summary.numbers import summarise
+    from gradprobe.summary.words import in_words
+
+    path = tmp_path / "run.h5"
+    model = Net()
+    with gradprobe.attach(model, ("a", "b"), path, every=1) as probe:
+        for step in range(3):
+            probe.backward(model(batch(step)))
+        probe._measuring.meter._differs(1.4e-5)
+    with gradprobe.open_run(path) as run:
+        assert run.provenance["probe.level"] == "parameters"  # the rest of the provenance is still there
+        summary = summarise(run)
+        assert summary["joint_difference"] == {"step": 3.0, "value": 1.4e-5}
+        assert "differed by 1.4e-05 of the norms" in in_words(summary)

@@ -53,8 +53,9 @@ class GradientProbe:
     """Measures the Gramian of the task gradients on every shared layer while a model trains.
 
     Nothing it does changes the training: parameters, buffers, random numbers and ``.grad`` end as they would have
-    without it. A failure in measuring becomes a row that says why; only a wrong call raises. Hooks of your own on
-    activations see its passes too, and ``retain_grad()`` on one keeps the sum over them.
+    without it, which is checked by its effect, see docs/promise.md. A failure in measuring becomes a row that says why;
+    only a wrong call raises, and at the first row a model that would not end so. Hooks of your own see its passes too,
+    and ``retain_grad()`` on an activation keeps the sum over them.
 
     Args:
         model: Any module whose tasks share parameters.
