@@ -139,7 +139,7 @@ def _sketch(run: Run) -> int | None:
 
 
 def _joint_difference(run: Run) -> dict[str, float] | None:
-    """By how much a gradient derived from the joint one differed from the explicit one, and when; None: by too little to say."""
+    """By how much a gradient derived from the joint one differed from the explicit one; None: by too little."""
     step, value = (run.provenance.get(f"probe.joint_difference.{name}") for name in ("step", "value"))
     return None if step is None or value is None else {"step": float(step), "value": float(value)}
 

@@ -147,8 +147,8 @@ def _not_derived(summary: dict[str, Any]) -> list[str]:
     if not found:
         return []
     return [
-        f"From step {found['step']:.0f} on every task has had a pass of its own, and rows are exact: a gradient taken from "
-        f"the joint one differed by {found['value']:.1e} of the norms, by rounding within layers."
+        f"From step {found['step']:.0f} on every task has had a pass of its own, and rows are exact: a gradient "
+        f"taken from the joint one differed by {found['value']:.1e} of the norms, by rounding within layers."
     ]
 
 
