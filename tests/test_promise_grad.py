@@ -196,3 +196,37 @@ def test_hooks_on_tensors_that_move_parameters_are_held_off(mode, how):
     assert same(bare["tensors"], probed["tensors"])
     assert [row.status for row in sink.rows] == ["measured"] * 3
     assert any("held off" in words and "register_post_accumulate_grad_hook" in words for words in said)
+
+
+def test_passes_through_heads_alone_are_looked_at_too():
+    sow()
+    model = Net()
+    model.a = nn.Sequential(Reversible(), nn.Linear(8, 2))
+    losses = model(batch(0))
+    probe = GradientProbe(model, ("a", "b"), [Collector()], level="features")
+    with pytest.raises(ProbeError, match=r"into \.grad of a\.0\.block\.weight.*test_promise_grad\.Recompute"):
+        probe.record(losses)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("when", ["before", "later"])
+def test_hooks_of_the_users_are_named_once(when):
+    model, seen = Net(), []
+
+    def hook():
+        model.second.weight.register_hook(seen.append)
+        model.a.register_full_backward_hook(lambda *_: seen.append(1))
+
+    words = r"backward hooks of your own on parameter second\.weight, module a run in every pass"
+    if when == "before":
+        hook()
+        with pytest.warns(RuntimeWarning, match=words):
+            probe = GradientProbe(model, ("a", "b"), [Collector()], every=1)
+    else:
+        probe = GradientProbe(model, ("a", "b"), [Collector()], every=1)
+        probe.record(model(batch(0)))
+        hook()
+        with pytest.warns(RuntimeWarning, match=words):
+            probe.record(model(batch(1)))
+    probe.record(model(batch(2)))  # and not again
+    assert seen

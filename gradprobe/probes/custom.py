@@ -44,7 +44,10 @@ def unpack_hooks(nodes: Iterable[Node]) -> list[str]:
     for node in nodes:
         kind: Any = type(node)
         for name in saved_names(kind):
-            saved = getattr(node, name)
+            try:
+                saved = getattr(node, name)
+            except RuntimeError:  # it was freed by an earlier backward
+                continue
             for one in saved if isinstance(saved, tuple | list) else (saved,):
                 hook = getattr(one, "unpack_hook", None)
                 if hook is not None and id(hook) not in seen:

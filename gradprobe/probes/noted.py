@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from gradprobe.probes.state import large_attributes
 from gradprobe.probes.trace import Node, is_leaf
 
+_PLAIN = (Tensor, nn.Parameter)
+
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -83,8 +85,9 @@ class _Value:
     def __init__(self, tensor: Tensor, *, copy: bool) -> None:
         self._tensor = tensor
         self._version = None if tensor.is_inference() else tensor._version
-        self._copy = tensor.detach().clone() if copy else None
-        self._fingerprint = fingerprint(tensor) if not copy else None
+        # Of a parameter without numbers yet, or one that another library made its own, the version alone is looked at.
+        self._copy = tensor.detach().clone() if copy and type(tensor) in _PLAIN else None
+        self._fingerprint = fingerprint(tensor) if self._copy is None else None
 
     def written(self) -> bool:
         return self._version is not None and self._tensor._version != self._version
@@ -158,9 +161,9 @@ def _same_sparse(one: Tensor, other: Tensor) -> bool:
 
 def _bits(tensor: Tensor) -> Tensor | None:
     """The numbers of a strided tensor as integers of their size; None: it has no such numbers."""
-    plain = tensor.detach()
-    if plain.layout != torch.strided or plain.device.type == "meta" or type(plain) not in (Tensor, nn.Parameter):
+    if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.device.type == "meta":
         return None
+    plain = tensor.detach()
     plain = torch.view_as_real(plain.resolve_conj()) if plain.is_complex() else plain
     kind = _BITS.get(plain.element_size())
     return None if kind is None or plain.is_quantized else plain.view(kind)
