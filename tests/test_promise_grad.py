@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from promises import MODES, Net, batch, options, same, sow, train
@@ -230,3 +232,14 @@ def test_hooks_of_the_users_are_named_once(when):
             probe.record(model(batch(1)))
     probe.record(model(batch(2)))  # and not again
     assert seen
+
+
+def test_parameters_without_numbers_yet_are_no_obstacle():
+    model, sink = Net(), Collector()
+    model.unused = nn.LazyLinear(3)
+    with GradientProbe(model, ("a", "b"), [sink], every=1) as probe, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*backward hooks of your own")
+        model.a.weight.register_hook(lambda _: None)
+        for step in range(4):
+            probe.record(model(batch(step)))
+    assert [row.status for row in sink.rows] == ["measured"] * 4

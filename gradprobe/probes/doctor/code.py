@@ -55,7 +55,8 @@ def steps_within_the_backward(patient: Patient) -> Iterator[Finding]:
 def learned_weights(patient: Patient) -> Iterator[Finding]:
     """Parameters of the model that weigh its losses are no trunk."""
     named = dict(patient.model.named_parameters())
-    found = loss_weights(patient.graph, {id(p): p.numel() for p in named.values()})
+    used = [p for p in named.values() if id(p) in patient.graph.leaves]
+    found = loss_weights(patient.graph, {id(p): p.numel() for p in used})
     names = [name for name, p in named.items() if id(p) in found]
     if names:
         yield Finding(
