@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from gradprobe.probes.state import large_attributes
 from gradprobe.probes.trace import Node, is_leaf
@@ -47,7 +48,7 @@ class Noted:
     """
 
     def __init__(self, model: nn.Module, nodes: Iterable[Node], *, copies: bool) -> None:
-        named = {id(p): (name, p) for name, p in model.named_parameters()}
+        named = {id(p): (name, p) for name, p in model.named_parameters() if not is_lazy(p)}
         others = [node.variable for node in nodes if is_leaf(node)]
         unnamed = {id(t): (f"an input of shape {tuple(t.shape)}", t) for t in others if id(t) not in named}
         self._gradients = [_Gradient(name, leaf) for name, leaf in [*named.values(), *unnamed.values()]]
@@ -126,7 +127,7 @@ class Parameters:
     """
 
     def __init__(self, parameters: Sequence[Tensor], *, closely: bool) -> None:
-        self._parameters = list(parameters)
+        self._parameters = [p for p in parameters if not is_lazy(p)]
         self._versions = [p._version for p in self._parameters if not p.is_inference()]
         self._prints = [fingerprint(p) for p in self._parameters] if closely else []
 
