@@ -386,7 +386,7 @@ class Meter:
         draw = self._sketching.next(shared) if self._sketching is not None else None
         ghosts = find_ghosts(graph, shared) if self._ghostly else []
         by_passes = None
-        if not self._derived or guard.will_look():
+        if not (self._derived + 1) & self._derived or guard.will_look():
             by_passes = self.explicit(shared, losses, weights, draw=draw, check=True)
         model, kept = self._model, self.kept if by_passes is None else None
 
