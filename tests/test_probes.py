@@ -162,8 +162,8 @@ def test_one_explicit_pass_is_saved(monkeypatch):
         for step in range(4):
             probe.backward(case.losses(step))
             counts.append(len(passes_made))
-    # The 1st, 2nd, 4th, ... that is derived, and the 2nd, 4th, ... row, are compared with passes; and those are held against the joint
-    # gradient, as the first row is.
+    # The 1st, 2nd, 4th, ... that is derived and the 2nd, 4th, ... row are compared with passes, which are held against
+    # the joint gradient, as the first row is.
     assert counts == [3, 7, 11, 15]
 
 
