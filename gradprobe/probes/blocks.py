@@ -25,8 +25,9 @@ from torch.autograd.graph import GradientEdge
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.passes import state_kept
+from gradprobe.probes.passes import done
 from gradprobe.probes.ranks import Alone
+from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Node, Trace, is_leaf
 
 Edge = tuple[Node, int]
@@ -148,6 +149,7 @@ class _Walk:
                 retain_graph=True,
                 allow_unused=True,
             )
+        done.count += 1
         _gather(self.gradients, leaves, found)
         _gather(self._front, block.out, found[len(leaves) :])
 

@@ -15,9 +15,12 @@ from gradprobe.measures import Array
 from gradprobe.probes import walk
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.passes import Gradients, Listener, combined, meeting, pass_to, state_kept
+from gradprobe.probes.passes import Gradients, Listener, combined, meeting, pass_to
 from gradprobe.probes.ranks import Alone
+from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Trace
+
+EXACT_TYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 _TOLERANCE = {
     torch.float32: 1e-5,
@@ -60,6 +63,8 @@ class DerivedMeasurement:
         kept: list[Gradients] | None = None,
     ) -> None:
         self.shared, self.graph, self._weights, self._derived = shared, graph, weights, derived
+        self.by_passes: Array | None = None
+        """The same by explicit passes, where the two are to be compared."""
         # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
         self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in shared.parameters)
         self._paths = [graph.reaches(derived, p) for p in shared.parameters]
@@ -171,12 +176,15 @@ def may_be_derived(model: nn.Module, shared: SharedLayers, graph: Trace) -> bool
     It is not where a part is computed in a half type, under autocast, or in TF32 on a GPU; nor where a hook of the
     user's stands in the way, which may clip or replace what it sees.
     """
-    if _rounds_products(any(p.device.type == "cuda" for p in shared.parameters)):
-        return False
     hooked = any(p._backward_hooks for p in walk.parameters(model)) or any(
         m._backward_hooks or m._backward_pre_hooks for m in walk.modules(model)
     )
-    return not hooked and graph.exact
+    return not hooked and computed_exactly(shared, graph)
+
+
+def computed_exactly(shared: SharedLayers, graph: Trace) -> bool:
+    """Whether nothing is computed in less than float32: no half type, no autocast, no TF32."""
+    return graph.exact and not _rounds_products(any(p.device.type == "cuda" for p in shared.parameters))
 
 
 def _rounds_products(on_gpu: bool) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from gradprobe.measures import Array
 from gradprobe.probes.features import Feature, Origin, explicit_features, find_features, select, under_first_names
 from gradprobe.probes.graph import by_module
-from gradprobe.probes.passes import state_kept
+from gradprobe.probes.guard import Guard
+from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import trace
 
 
@@ -21,13 +22,16 @@ class FeatureMeter:
         model: Names the features by its modules.
         wanted: Modules whose outputs count; None: all at which tasks part.
         warn: Is told what the user should know.
+        guard: Stands around the passes; default one for these alone.
 
     Attributes:
         names: (F,) of the features; empty before any were found.
     """
 
-    def __init__(self, model: nn.Module, wanted: Iterable[str] | None, warn: Callable[[str], None]) -> None:
-        self._model, self._warn = model, warn
+    def __init__(
+        self, model: nn.Module, wanted: Iterable[str] | None, warn: Callable[[str], None], guard: Guard | None = None
+    ) -> None:
+        self._model, self._warn, self._guard = model, warn, guard or Guard(model, warn)
         self._wanted = [wanted] if isinstance(wanted, str) else None if wanted is None else list(wanted)
         self._owners: dict[int, str] = {}
         self._first: dict[str, Origin] = {}  # of all features at the first step, wanted or not
@@ -52,8 +56,12 @@ class FeatureMeter:
 
     def explicit(self, features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
         """(F, T, T) of this step's features by a pass through each head; see :func:`explicit_features`."""
-        with state_kept(self._model):
-            return explicit_features(features, losses, factors)
+
+        def passes(_: bool) -> Array:
+            with state_kept(self._model):
+                return explicit_features(features, losses, factors)
+
+        return self._guard.passes(losses, passes, kind="features")
 
     def arranged(self, features: Sequence[Feature], gram: Array) -> Array:
         """Gramians of this step's features in the places of the names; NaN for one that this step lacks."""

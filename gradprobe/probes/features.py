@@ -28,6 +28,7 @@ from torch.autograd.graph import GradientEdge
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import products
+from gradprobe.probes.passes import done
 from gradprobe.probes.trace import Node, Trace, is_leaf, several
 from gradprobe.probes.transfer import fetch
 
@@ -233,6 +234,7 @@ def explicit_features(features: Sequence[Feature], losses: Sequence[Tensor], fac
             continue
         edges = [GradientEdge(features[place].node, features[place].output) for place in places]
         found = torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+        done.count += 1
         for place, gradient in zip(places, found, strict=True):
             if gradient is not None:
                 gradients[place][task] = gradient

@@ -19,8 +19,8 @@ from torch import nn
 from gradprobe.errors import ProbeError
 from gradprobe.probes import walk
 from gradprobe.probes.checks import Losses
-from gradprobe.probes.passes import state_kept
 from gradprobe.probes.schedule import whole
+from gradprobe.probes.state import state_kept
 
 SPLITS = ("train", "val")
 

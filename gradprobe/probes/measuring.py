@@ -34,6 +34,7 @@ from gradprobe.probes.derived import DerivedMeasurement
 from gradprobe.probes.feature_meter import FeatureMeter
 from gradprobe.probes.features import Feature, JointFeatures
 from gradprobe.probes.graph import SharedLayers, padded
+from gradprobe.probes.guard import BESIDE
 from gradprobe.probes.level import Level
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.micro import MicroBatches
@@ -214,12 +215,13 @@ class Measuring:
                 hooks.enter_context(derived.at_outputs())
             if entering is not None:
                 hooks.enter_context(entering)
+            moving = hooks.enter_context(self.meter.guard.moving(due.rows))
             # The graph is kept until the result is checked: an explicit pass may have to replace it.
             total.backward(retain_graph=derived is not None)
         if derived is not None:
             watch.add(derived.listener.seconds)
             with watch.running():
-                plan, status = self.guarded(lambda: self.meter.finish(derived, scaled))
+                plan, status = self.guarded(lambda: self.meter.finish(derived, scaled, moving))
                 self.guarded(lambda: release(derived.graph))
         if entering is not None:
             feature_watch.add(entering.seconds)
@@ -250,7 +252,7 @@ class Measuring:
             self._emit_features(features or [], gram, feature_watch)
         if due.rows:
             with watch.running():
-                gram, status = self.guarded(lambda: self.meter.explicit(self.find(losses), scaled))
+                gram, status = self.guarded(lambda: self.meter.explicit(self.find(losses), scaled, weights))
             self._emit(losses, weights, gram, status, watch, batch_size, self._noise(micro, gram))
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
 
@@ -259,15 +261,17 @@ class Measuring:
         if self.beside is not None:
             self.guarded(lambda: self.find(losses))
             pieces = micro.losses if micro is not None and self._apart(micro) else (losses,)
-            self.beside.looked([self.scale.all(self.ordered(one)) for one in pieces])
+            scaled = [self.scale.all(self.ordered(one)) for one in pieces]
+            beside, every = self.beside, [loss for one in scaled for loss in one]
+            self.guarded(lambda: self.meter.guard.passes(every, lambda _: beside.looked(scaled), kind=BESIDE))
 
     def _in_micro_batches(self, losses: Losses, weights: Array, batch_size: int, micro: MicroBatches) -> None:
         watch = Stopwatch(_device(losses))
         with watch.running():
-            scaled = (self.scale.all(self.ordered(one)) for one in micro.losses)
+            scaled = [self.scale.all(self.ordered(one)) for one in micro.losses]
             transfer.take_along(self.ordered(losses))
             found, status = self.guarded(
-                lambda: self.meter.in_micro_batches(self.find(losses), scaled, micro.shares, len(self.tasks))
+                lambda: self.meter.in_micro_batches(self.find(losses), scaled, micro.shares, len(self.tasks), weights)
             )
             if found is not None:
                 self.check_self(micro.losses)
@@ -450,6 +454,7 @@ class Measuring:
                     self.report.grow(self.meter.shared)
                 status = status_of(self.tasks, values, gram, there)
                 status = OVERFLOWED if status == NONFINITE_GRADIENT and self.scale.there else status
+                status = self.meter.guard.marked(status)
                 gram = self.meter.last_gram = finite(gram)
         if self.beside is not None:
             self.beside.measured(self.ordered(losses), weights, gram, status)

@@ -17,7 +17,9 @@ from gradprobe.probes.binding import Selection
 from gradprobe.probes.blocks import measure_by_blocks
 from gradprobe.probes.checks import Losses, is_present
 from gradprobe.probes.derived import (
+    EXACT_TYPES,
     DerivedMeasurement,
+    computed_exactly,
     difference,
     largest_cancellation,
     may_be_derived,
@@ -26,12 +28,15 @@ from gradprobe.probes.derived import (
 )
 from gradprobe.probes.ghost import find_ghosts
 from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.guard import MOVED, Guard, NotMeasured
+from gradprobe.probes.joint import COARSE, EXACT, Apart, apart, joint_loss, joint_weights
 from gradprobe.probes.limits import refuse
 from gradprobe.probes.micro import MicroSum
+from gradprobe.probes.noted import Parameters
 from gradprobe.probes.passes import Gradients, measure_explicitly
 from gradprobe.probes.ranks import Alone, remember_wrapper
 from gradprobe.probes.sharing import Sharing
-from gradprobe.probes.sketch import Size
+from gradprobe.probes.sketch import Draw, Size
 from gradprobe.probes.sketched import SketchedMeasurement, Sketching, measure_sketched
 from gradprobe.probes.trace import Trace, trace
 
@@ -48,10 +53,12 @@ class Meter:
         memory: "normal", or "low": block by block, see :mod:`gradprobe.probes.blocks`.
         products: "direct", or "ghost": some weights' without their gradients, see :mod:`gradprobe.probes.ghost`.
         warn: Is told what the user should know.
+        differs: Is told once by how much a derived gradient differs from the explicit one, where it is too much.
         ranks: The processes whose gradients are averaged.
         sketch: How much is kept of each gradient, see :mod:`gradprobe.probes.sketched`; None: all.
 
     Attributes:
+        guard: Stands around all passes.
         last_gram: (L, T, T) of the last row that was measured; None before.
         kept: (T) gradients of the last measurement, scaled as the losses were; None: nobody wants them, see
             :meth:`keep`. Of one in micro-batches: the means.
@@ -69,6 +76,7 @@ class Meter:
         warn: Callable[[str], None],
         ranks: Alone | None = None,
         sketch: Size | None = None,
+        differs: Callable[[float], None] = lambda _: None,
     ) -> None:
         if memory not in MEMORY:
             raise ProbeError(f"memory={memory!r}: there are {' and '.join(map(repr, MEMORY))}.")
@@ -78,7 +86,8 @@ class Meter:
             raise ProbeError("sketch= and products='ghost' exclude each other: a sketch is made of every gradient.")
         if (memory, products) == ("low", "ghost"):
             raise ProbeError("memory='low' and products='ghost' exclude each other: blocks make every gradient.")
-        self._ranks = ranks or Alone()
+        self._ranks, self._differs = ranks or Alone(), differs
+        self.guard = Guard(model, warn, self._ranks)
         if products == "ghost" and self._ranks.size > 1:
             raise ProbeError("products='ghost' under data parallelism: averages need every gradient; leave it out.")
         self._model, self._selection, self._memory, self._warn = model, selection, memory, warn
@@ -123,6 +132,7 @@ class Meter:
             "derived": (self._derived, self._trusted),
             "ghosts": (self._ghostly, self._ghosts_checked),
             "sketched": self._sketching.row if self._sketching is not None else 0,
+            "guard": self.guard.state_dict(),
             "sharing": self._sharing.state_dict() if self._sharing is not None else self._state,
         }
 
@@ -137,6 +147,8 @@ class Meter:
         if self._sketching is not None:
             self._sketching.row = state.get("sketched", 0)
         self._ghostly, self._ghosts_checked = self._ghostly and ghosts[0], ghosts[1]
+        if "guard" in state:
+            self.guard.load_state_dict(state["guard"])
 
     @property
     def device(self) -> torch.device:
@@ -248,6 +260,7 @@ class Meter:
         losses: Iterable[Sequence[Tensor]],
         shares: Sequence[float],
         tasks: int,
+        weights: Array | None = None,
         *,
         aside: bool = False,
     ) -> tuple[Array, Array]:
@@ -258,43 +271,106 @@ class Meter:
             losses: (m, T); asked for one micro-batch after the other, so that each may be made and let go of.
             shares: (m,) of this process's batch.
             tasks: T.
+            weights: (T,) in force, for the check that gradients add up to the joint one; None: there is none.
             aside: It is no measurement of the training's own batch: nothing of it is kept.
         """
-        if self.kept_micro is not None and not aside:
-            self.kept_micro = []
-        total = MicroSum(self._model, shared, tasks, self._ranks, None if aside else self.kept_micro)
+        seen: list[Tensor] = []
 
-        def all_passes() -> None:
-            for one, share in zip(losses, shares, strict=True):
-                total.add(one, share)
+        held: list[Apart] = []
 
-        self._ranks.together(all_passes)
-        gram, noise = total.result()
-        if aside:
-            return gram, noise
-        self.shares = total.shares
-        if self.kept is not None:
-            self.kept[:] = total.means
-        return gram, noise
+        def passes(closely: bool) -> tuple[Array, Array]:
+            factors = joint_weights(weights) if closely and weights is not None else None
+            if self.kept_micro is not None and not aside:
+                self.kept_micro = []
+            kept = None if aside else self.kept_micro
+            total = MicroSum(self._model, shared, tasks + (factors is not None), self._ranks, kept)
 
-    def explicit(self, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
+            def all_passes() -> None:
+                for one, share in zip(losses, shares, strict=True):
+                    seen[:] = one
+                    total.add(one if factors is None else [*one, joint_loss(one, factors)], share)
+
+            self._ranks.together(all_passes)
+            gram, noise = total.result()
+            if not aside:
+                self.shares = total.shares
+                if self.kept is not None:
+                    self.kept[:] = total.means[:tasks]
+                for gradients in self.kept_micro or ():
+                    del gradients[tasks:]
+            if factors is not None:
+                held[:] = [apart(gram, factors)]
+            return gram[:, :tasks, :tasks], noise[:, :tasks, :tasks]
+
+        if isinstance(losses, Sequence):
+            seen += [loss for one in losses for loss in one]
+        found = self.guard.passes(seen, passes, kind="aside" if aside else "rows")
+        self._hold_against_joint(held, shared, seen)
+        return found
+
+    def explicit(
+        self,
+        shared: SharedLayers,
+        losses: Sequence[Tensor],
+        weights: Array | None = None,
+        *,
+        draw: Draw | None = None,
+        check: bool = False,
+    ) -> Array:
         """The Gramians by passes of their own.
+
+        At the 1st, 2nd, 4th, 8th, ... row one pass more tells whether the tasks' gradients add up to the joint one.
 
         Args:
             shared: From :meth:`find`.
             losses: (T,).
+            weights: (T,) in force; default 1 each.
+            draw: Of the row's sketches; default the next one.
+            check: Make that pass at this row, too.
         """
         self._as_a_whole()
+        tasks = len(losses)
         if not shared.layers:
-            return np.zeros((0, len(losses), len(losses)))
-        if self._sketching is not None:
-            return measure_sketched(self._model, shared, losses, self._sketching.next(shared), self._ranks)
+            return np.zeros((0, tasks, tasks))
+        present = np.array([is_present(loss) for loss in losses])
+        factors = joint_weights(np.where(present, np.ones(tasks) if weights is None else weights, 0.0))
+        if self._sketching is not None and draw is None:
+            draw = self._sketching.next(shared)
+
+        held: list[Apart] = []
+
+        def passes(closely: bool) -> Array:
+            if not (closely or check):
+                return self._explicit(shared, losses, draw)
+            gram = self._explicit(shared, [*losses, joint_loss(losses, factors)], draw)
+            if self.kept is not None:
+                del self.kept[tasks:]
+            if self._ranks.parts is not None:
+                self._ranks.parts = self._ranks.parts[:, :tasks, :tasks]
+            held[:] = [apart(gram, factors)]
+            return gram[:, :tasks, :tasks]
+
+        gram = self.guard.passes(losses, passes)
+        self._hold_against_joint(held, shared, losses)
+        return gram
+
+    def _explicit(self, shared: SharedLayers, losses: Sequence[Tensor], draw: Draw | None) -> Array:
+        if draw is not None:
+            return measure_sketched(self._model, shared, losses, draw, self._ranks)
         if self._memory == "low":
             return measure_by_blocks(self._model, shared, losses, self._traced(losses), ranks=self._ranks)
         if not self._ghostly:
             return measure_explicitly(self._model, shared, losses, ranks=self._ranks, kept=self.kept)
         gram = measure_explicitly(self._model, shared, losses, find_ghosts(self._traced(losses), shared))
         return gram if self._ghosts_checked else self._check_ghosts(gram, shared, losses)
+
+    def _hold_against_joint(self, held: Sequence[Apart], shared: SharedLayers, losses: Sequence[Tensor]) -> None:
+        for found in held:
+            exact = all(p.dtype in EXACT_TYPES for p in shared.parameters) and computed_exactly(
+                shared, self._traced(losses)
+            )
+            names = [layer.name for layer in shared.layers]
+            self.guard.hold_against_joint(found, EXACT if exact else COARSE, names, losses)
 
     def begin(self, shared: SharedLayers, losses: Sequence[Tensor], weights: Array) -> Array | DerivedMeasurement:
         """Either the Gramians, or a measurement that the joint backward completes.
@@ -305,46 +381,70 @@ class Meter:
             weights: (T,) in force.
         """
         self._as_a_whole()
-        if self._memory == "low" or self.last_gram is None or not self._trusted or not shared.layers:
-            return self.explicit(shared, losses)
-        present = np.array([is_present(loss) for loss in losses])
-        derived = task_to_derive(self.last_gram, np.where(present, weights, 0.0), largest_cancellation(shared))
+        guard, ranks = self.guard, self._ranks
+        if self._memory == "low" or self.last_gram is None or not self._trusted or guard.mark or not shared.layers:
+            return self.explicit(shared, losses, weights)
+        weights = np.where([is_present(loss) for loss in losses], weights, 0.0)
+        derived = task_to_derive(self.last_gram, weights, largest_cancellation(shared))
         if derived is None or self._sharing is None or not self._sharing.proven(derived):
-            return self.explicit(shared, losses)
-        weights = np.where(present, weights, 0.0)
+            return self.explicit(shared, losses, weights)
         graph = self._traced(losses)
-        if not self._ranks.all(may_be_derived(self._model, shared, graph) and self._as_at_first(shared, graph)):
-            return self.explicit(shared, losses)
+        may = may_be_derived(self._model, shared, graph) and self._as_at_first(shared, graph) and not guard.moves
+        if not ranks.all(may):
+            return self.explicit(shared, losses, weights)
+        draw = self._sketching.next(shared) if self._sketching is not None else None
         ghosts = find_ghosts(graph, shared) if self._ghostly else []
-        model, ranks, kept = self._model, self._ranks, self.kept
-        if self._sketching is not None:
-            draw = self._sketching.next(shared)
-            return ranks.together(
-                lambda: SketchedMeasurement(model, shared, losses, weights, derived, graph, draw, ranks)
-            )
-        return ranks.together(
-            lambda: DerivedMeasurement(model, shared, losses, weights, derived, graph, ghosts, ranks, kept)
-        )
+        by_passes = None
+        if not (self._derived + 1) & self._derived or guard.will_look():
+            by_passes = self.explicit(shared, losses, weights, draw=draw, check=True)
+        model, kept = self._model, self.kept if by_passes is None else None
 
-    def finish(self, measurement: DerivedMeasurement, losses: Sequence[Tensor]) -> Array:
-        """The Gramians once the joint backward has run, and kept the graph for a second look."""
-        shared, gram = measurement.shared, measurement.result()
-        if gram is None:
-            return self.explicit(shared, losses)
-        self._derived += 1
-        if self._derived & (self._derived - 1):  # checked at the 1st, 2nd, 4th, 8th, ...
+        def passes(_: bool) -> DerivedMeasurement:
+            if draw is not None:
+                return SketchedMeasurement(model, shared, losses, weights, derived, graph, draw, ranks)
+            return DerivedMeasurement(model, shared, losses, weights, derived, graph, ghosts, ranks, kept)
+
+        if by_passes is None:
+            return guard.passes(losses, lambda closely: ranks.together(lambda: passes(closely)))
+        measurement = ranks.together(lambda: passes(True))
+        measurement.by_passes = by_passes
+        return measurement
+
+    def finish(
+        self, measurement: DerivedMeasurement, losses: Sequence[Tensor], moving: Parameters | None = None
+    ) -> Array:
+        """The Gramians once the joint backward has run, and kept the graph for a second look.
+
+        Args:
+            measurement: From :meth:`begin`.
+            losses: As there.
+            moving: Tells whether the joint backward has moved the parameters: no pass can be made then.
+
+        Raises:
+            NotMeasured: A pass would have to be made.
+        """
+        shared, by_passes, parts = measurement.shared, measurement.by_passes, self._ranks.parts
+        gram = measurement.result()
+        if by_passes is not None:
+            self._derived += 1
+            self._ranks.parts = parts
+            if gram is not None:
+                self._compare(gram, by_passes, shared)
+            return by_passes
+        if gram is not None:
+            self._derived += 1
             return gram
-        by_passes = self._by_passes(measurement, losses)
-        apart = difference(gram, by_passes)
-        if apart > tolerance(shared):
-            self._trusted = False
-            self._warn(
-                f"a gradient derived from the joint one differs from the explicit one by {apart:.1e} of the norms, "
-                f"more than {tolerance(shared):.0e}: by rounding within this model's layers, or because the joint "
-                "gradient is not the weighted sum of the tasks' own (an operation that clips gradients, say). Every "
-                "task gets a pass of its own from here on"
-            )
-        return by_passes
+        if not self._ranks.all(moving is None or not moving.moved()):
+            raise NotMeasured(MOVED)
+        return self.explicit(shared, losses)
+
+    def _compare(self, gram: Array, by_passes: Array, shared: SharedLayers) -> None:
+        """Derive no more where a derived gradient is not the explicit one to the last digits; say by how much."""
+        found = difference(gram, by_passes)
+        if found <= tolerance(shared):
+            return
+        self._trusted = False
+        self._differs(found)
 
     def _as_a_whole(self) -> None:
         self.shares = [1.0]
@@ -358,12 +458,6 @@ class Meter:
             for layer, reach in zip(shared.layers, shared.reach, strict=True)
             for task, there in enumerate(reach)
         )
-
-    def _by_passes(self, measurement: DerivedMeasurement, losses: Sequence[Tensor]) -> Array:
-        """The same measurement without a derived task; of sketches with the same draw."""
-        if isinstance(measurement, SketchedMeasurement):
-            return measure_sketched(self._model, measurement.shared, losses, measurement.draw, self._ranks)
-        return self.explicit(measurement.shared, losses)
 
     def _refuse_sketch(self, why: str) -> None:
         if self._sketching is not None:

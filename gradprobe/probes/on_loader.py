@@ -55,6 +55,7 @@ class OnLoader:
                 gram, noise = (probe.scale.off(part) for part in found)
             if status == MEASURED:
                 status = status_of(probe.tasks, loss, gram, there)
+            status = probe.meter.guard.marked(status)
             if not probe.self_checked and found is not None:
                 probe.check_self(all_losses(probe.tasks, one) for one in self._losses(probe))
         batches = self._loader.batches * probe.ranks.size

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from gradprobe.measures import Array
-from gradprobe.probes import walk
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.ranks import Alone, reduction_kept
+from gradprobe.probes.ranks import Alone
+from gradprobe.probes.state import state_kept
+
+
+class _Done(threading.local):
+    count = 0
+
+
+done = _Done()
+"""Counts the passes of this thread that went through."""
 
 Gradients = list["Tensor | None"]
 """One task's gradient on every shared parameter, in the order of ``SharedLayers.parameters``; None: no path."""
@@ -43,41 +51,11 @@ def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter], outputs: OutputGra
         else [*map(get_gradient_edge, map(parameters.__getitem__, wanted)), *edges]
     )
     found = torch.autograd.grad(loss, targets, retain_graph=True, allow_unused=True)
+    done.count += 1
     for index, gradient in zip(wanted, found, strict=False):
         result[index] = gradient
     outputs.add(task, found[len(wanted) :])
     return result
-
-
-@contextmanager
-def state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Put every buffer, and the state of the random numbers, back afterwards.
-
-    A non-reentrant activation checkpoint runs its part of the forward again in every backward pass: BatchNorm counts
-    each of them, and dropout draws again where ``preserve_rng_state=False``. Without this, measuring would move the
-    running statistics, and all random numbers that follow.
-
-    Yields:
-        What puts them back at once. Called between two passes, it lets each see what the training's own backward will.
-    """
-    # Through .data: a graph that saved a buffer must not think that it changed.
-    buffers = [b.data for b in walk.buffers(model)]
-    before = [b.clone() for b in buffers]
-    random = torch.get_rng_state()
-    on_gpus = {d: torch.cuda.get_rng_state(d) for d in {p.device for p in walk.parameters(model)} if d.type == "cuda"}
-
-    def back() -> None:
-        if buffers:
-            torch._foreach_copy_(buffers, before)
-        torch.set_rng_state(random)
-        for device, state in on_gpus.items():
-            torch.cuda.set_rng_state(state, device)
-
-    try:
-        with reduction_kept(model):
-            yield back
-    finally:
-        back()
 
 
 class Listener:

@@ -53,8 +53,9 @@ class GradientProbe:
     """Measures the Gramian of the task gradients on every shared layer while a model trains.
 
     Nothing it does changes the training: parameters, buffers, random numbers and ``.grad`` end as they would have
-    without it. A failure in measuring becomes a row that says why; only a wrong call raises. Hooks of your own on
-    activations see its passes too, and ``retain_grad()`` on one keeps the sum over them.
+    without it, which is checked by its effect, see docs/promise.md. A failure in measuring becomes a row that says why;
+    only a wrong call raises, and at the first row a model that would not end so. Hooks of your own see its passes too,
+    and ``retain_grad()`` on an activation keeps the sum over them.
 
     Args:
         model: Any module whose tasks share parameters.
@@ -141,12 +142,15 @@ class GradientProbe:
         def warn(reason: str) -> None:
             report.warn(clock.step, reason)
 
+        def differs(value: float) -> None:
+            report.annotate({"probe.joint_difference.step": clock.step, "probe.joint_difference.value": value})
+
         size = size_of(sketch)
         if size is not None:
             if not chosen.parameters:
                 raise ProbeError("sketch= is of gradients on parameters: leave it out, or level='features'.")
             how |= {"sketch": size.numbers, "sketch_seed": size.seed}
-        meter = Meter(model, selection, memory, products, warn, ranks, size)
+        meter = Meter(model, selection, memory, products, warn, ranks, size, differs)
         if beside is not None:
             beside.check(self.tasks, chosen, optimizer, meter)
             how |= {reader.name: reader.about for reader in readers}
@@ -167,7 +171,7 @@ class GradientProbe:
             clock=clock,
             report=report,
             meter=meter,
-            features=FeatureMeter(model, features, warn),
+            features=FeatureMeter(model, features, warn, meter.guard),
             scale=scale,
             optimizer=optimizer,
             ranks=ranks,
@@ -179,6 +183,7 @@ class GradientProbe:
             self._measuring.calls.stop()
         self._model = model
         claim(model, self)
+        meter.guard.say_hooks()
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
         self._lost = weakref.finalize(self, _end, self._measuring, report if _open is not None else None, "not closed")
         self._lost.atexit = False

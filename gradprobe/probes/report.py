@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gradprobe.errors import GradprobeError
 from gradprobe.measures import Array
 from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.guard import NotMeasured
 from gradprobe.rows import (
     BY_LAYER,
     MEASURED,
@@ -244,6 +245,10 @@ class Reporter:
             return measure(), MEASURED
         except GradprobeError:
             raise  # a wrong call, or a file that cannot be written: for the user to see
+        except NotMeasured as why:
+            if why.said:
+                self.warn(step, why.said)
+            return None, str(why)
         except Exception as error:
             reason = f"measuring failed: {type(error).__name__}: {error}".splitlines()[0][:200]
             self.warn(step, reason)

@@ -121,7 +121,7 @@ class Sharing:
         """Take in what this step's graphs show, in all processes; whether layers have changed."""
         groups = self.selection.groups()
         places = _places(groups)
-        sizes = {id(p): p.numel() for members in groups.values() for p in members}
+        sizes = {id(p): p.numel() for members in groups.values() for p in members if id(p) in graph.leaves}
         weighing = loss_weights(graph, sizes) if self.selection.open else set()
         uses = [reached(loss) for loss in losses.values()]
         own = {

@@ -22,9 +22,10 @@ from gradprobe.probes.derived import DerivedMeasurement
 from gradprobe.probes.ghost import OutputGradients
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import Layer, SharedLayers
-from gradprobe.probes.passes import Listener, pass_to, state_kept
+from gradprobe.probes.passes import Listener, pass_to
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.sketch import Draw, Size
+from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Trace
 
 
@@ -142,7 +143,7 @@ class SketchedMeasurement(DerivedMeasurement):
         draw: Draw,
         ranks: Alone,
     ) -> None:
-        self.shared, self.graph, self.draw = shared, graph, draw
+        self.shared, self.graph, self.draw, self.by_passes = shared, graph, draw, None
         self._weights, self._derived, self._ranks = weights, derived, ranks
         others = [task for task in range(len(losses)) if task != derived]
         self._sum = _passes(model, shared, losses, draw, others)

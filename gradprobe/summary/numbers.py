@@ -110,6 +110,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "steps": {"first": int(run["step"][0]), "last": int(run["step"][-1])} if len(run) else None,
         "level": run.provenance.get("probe.level", "parameters"),
         "sketch": _sketch(run),
+        "joint_difference": _joint_difference(run),
         "layers": int(shared.sum()),
         "parameters": int(run.layer_size[shared].sum()),
         "layers_by_graph_only": list(run.graph_only),
@@ -138,6 +139,12 @@ def _sketch(run: Run) -> int | None:
     """Numbers that were kept of each gradient on a layer; None: all."""
     found = run.provenance.get("probe.sketch")
     return None if found is None else int(found)
+
+
+def _joint_difference(run: Run) -> dict[str, float] | None:
+    """By how much a gradient derived from the joint one differed from the explicit one; None: by too little."""
+    step, value = (run.provenance.get(f"probe.joint_difference.{name}") for name in ("step", "value"))
+    return None if step is None or value is None else {"step": float(step), "value": float(value)}
 
 
 def _tasks(run: Run, seen: Run, dominance: Array) -> dict[str, Any]:

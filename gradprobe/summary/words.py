@@ -36,6 +36,7 @@ def sentences(summary: dict[str, Any]) -> list[str]:
     elif summary["layers"]:
         gradients = [
             *_sketched(summary),
+            *_not_derived(summary),
             *_cosines(summary),
             *_first_order(summary),
             *updates.sentences(summary["updates"]),
@@ -170,6 +171,16 @@ def _cosines(summary: dict[str, Any]) -> list[str]:
         said.append(f"The {PAIRS_IN_WORDS} of {len(known)} pairs with the lowest median cosine (all: summary --json):")
         known = sorted(known, key=lambda name: pairs[name]["cosine"]["median"])[:PAIRS_IN_WORDS]
     return said + [_cosine(name, pairs[name]) for name in known]
+
+
+def _not_derived(summary: dict[str, Any]) -> list[str]:
+    found = summary["joint_difference"]
+    if not found:
+        return []
+    return [
+        f"From step {found['step']:.0f} on every task has had a pass of its own, and rows are exact: a gradient "
+        f"taken from the joint one differed by {found['value']:.1e} of the norms, by rounding within layers."
+    ]
 
 
 def _sketched(summary: dict[str, Any]) -> list[str]:

@@ -21,8 +21,8 @@ from gradprobe.errors import TrainingError
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers, by_module, find_shared, reached
-from gradprobe.probes.passes import state_kept
 from gradprobe.probes.ranks import replicas
+from gradprobe.probes.state import state_kept
 from gradprobe.trainers.balancer import Balancer, Setup, check_static
 from gradprobe.trainers.settings import Settings
 from gradprobe.trainers.weightings import Weighting

@@ -15,7 +15,8 @@ from gradprobe.ledger.update_parts import YOUNG, Rule, dot, own_factor, rules
 from gradprobe.measures import Array
 from gradprobe.probes import walk
 from gradprobe.probes.graph import SharedLayers, reached
-from gradprobe.probes.passes import state_kept
+from gradprobe.probes.passes import done
+from gradprobe.probes.state import state_kept
 from gradprobe.updates.taking_apart import WHOLE, length, long, second_moment
 
 Own = Sequence[Sequence[nn.Parameter]]
@@ -50,6 +51,7 @@ def _pass(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
     if not trained:
         return _nothing(parameters)
     found = iter(torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True))
+    done.count += 1
     return vector([next(found) if p.requires_grad else None for p in parameters], parameters)
 
 

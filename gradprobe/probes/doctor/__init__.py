@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from gradprobe.probes.doctor import batchnorm, loss, model
+from gradprobe.probes.doctor import batchnorm, code, loss, model
 from gradprobe.probes.doctor.finding import SEVERITIES, Finding, Patient
 
 __all__ = ["Finding", "SEVERITIES", "doctor"]
@@ -24,6 +24,10 @@ CHECKS = (
     batchnorm.over_a_divided_batch,
     batchnorm.in_two_forwards,
     model.own_hooks,
+    code.saved_tensor_hooks,
+    code.custom_operations,
+    code.steps_within_the_backward,
+    code.learned_weights,
     model.sparse_gradients,
     model.complex_parameters,
     model.tied_weights,
@@ -40,8 +44,7 @@ def doctor(model: nn.Module, losses: Mapping[str, Tensor]) -> list[Finding]:
 
     Returns:
         Findings, the most severe first; empty where nothing was found. What cannot be seen from outside is not found:
-        hooks on activations, and sums that a custom operation makes.
-
+    hooks on activations, and what a custom operation does in its backward.
     Example:
         >>> for finding in gradprobe.doctor(model, losses):            # doctest: +SKIP
         ...     print(finding)

@@ -9,19 +9,22 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradprobe.probes.doctor.finding import Finding, Patient
+from gradprobe.probes.doctor.finding import Finding, Patient, below
 from gradprobe.probes.features import Feature
-from gradprobe.probes.passes import state_kept
+from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import several
 
 
 def over_a_divided_batch(patient: Patient) -> Iterator[Finding]:
     """Tasks that use different samples of one batch, and meet in its statistics."""
-    shared = [name for name, norm in _norms(patient) if _reached_by_several(patient, norm)]
-    if not shared:
+    norms = {name: norm for name, norm in _norms(patient) if _reached_by_several(patient, norm)}
+    if not norms:
         return
     for feature in patient.features:
-        for first, second in _disjoint(patient, feature):
+        leaves, _ = below(feature.node)
+        # Of a list of losses the first axis is no axis of samples, even where learned weights multiply it.
+        shared = [name for name, norm in norms.items() if any(id(p) in leaves for p in norm.parameters(recurse=False))]
+        for first, second in _disjoint(patient, feature) if shared else ():
             yield Finding(
                 "warning",
                 "batchnorm",

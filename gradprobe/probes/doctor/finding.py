@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,6 +41,37 @@ class Finding:
         return f"{self.severity}: {where}{self.message} {self.advice}"
 
 
+def below(node: Node) -> tuple[set[int], bool]:
+    """What a tensor is made of other than by way of single numbers, such as losses are.
+
+    Args:
+        node: That made it.
+
+    Returns:
+        ``id`` of the leaf tensors on such ways, and whether a way ended at a single number.
+    """
+    leaves: set[int] = set()
+    single, seen, stack = False, {node}, [node]
+    while stack:
+        for child, output in stack.pop().next_functions:
+            if child is None or child in seen:
+                continue
+            if is_leaf(child):
+                leaves.add(id(child.variable))
+            elif child._input_metadata and math.prod(child._input_metadata[output].shape) == 1:
+                single = True
+            else:
+                seen.add(child)
+                stack.append(child)
+    return leaves, single
+
+
+def of_numbers(node: Node) -> bool:
+    """Whether a tensor is a list of single numbers, such as of all losses, and has no axis of samples."""
+    leaves, single = below(node)
+    return single and not leaves
+
+
 @dataclass(frozen=True)
 class Patient:
     """A model with the losses of one forward.
@@ -64,7 +96,8 @@ class Patient:
         sound = {task: loss for task, loss in losses.items() if not faults[task]}
         graph = trace(list(sound.values()))
         owners = {id(p): layer for layer, members in by_module(model).items() for p in members}
-        return cls(model, sound, {t: f for t, f in faults.items() if f}, graph, find_features(graph, owners))
+        features = [f for f in find_features(graph, owners) if not of_numbers(f.node)]
+        return cls(model, sound, {t: f for t, f in faults.items() if f}, graph, features)
 
     @property
     def tasks(self) -> list[str]:

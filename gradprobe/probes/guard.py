@@ -1,0 +1,330 @@
+"""Checks by their effect that passes of a probe leave a training alone, and that their gradients are the tasks'.
+
+A pass may run the user's code: operations of their own, hooks, parts of the forward that are recomputed. So what it
+must not move is noted before the passes of the 1st, 2nd, 4th, 8th, ... row and compared afterwards. What was moved is
+put back. At the first row that is a refusal, so that no training begins that a probe would change; later it is the end
+of measuring, never that of the training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from gradprobe.errors import GradprobeError, ProbeError
+from gradprobe.probes import custom, walk
+from gradprobe.probes.custom import some
+from gradprobe.probes.joint import MARK, Apart, words
+from gradprobe.probes.noted import Noted, Parameters, Touched
+from gradprobe.probes.passes import done
+from gradprobe.probes.ranks import Alone
+from gradprobe.probes.state import state_kept
+from gradprobe.probes.trace import Node
+from gradprobe.rows import MEASURED
+
+T = TypeVar("T")
+
+TOUCHES = "not measured: a backward pass writes into .grad or parameters by itself"
+ONE_BACKWARD = "not measured: this forward allows one backward only"
+MOVED = "not measured: the optimizer stepped within the backward, before the derived gradient was known"
+UNTRIED = "not measured: hooks on saved tensors that no measured row had tried"
+BESIDE = "beside"
+"""The kind of what is looked at besides rows."""
+
+ELSEWHERE = "not measured: so it is in another process"
+
+
+class NotMeasured(Exception):  # noqa: N818 (nothing went wrong)
+    """A row is not measured, and no failure is the cause. Its text is the row's status.
+
+    Attributes:
+        said: What the user should know; empty: it was said.
+    """
+
+    def __init__(self, status: str, said: str = "") -> None:
+        super().__init__(status)
+        self.said = said
+
+
+class Guard:
+    """Stands around the passes of a probe.
+
+    Args:
+        model: Whose parameters and hooks are watched.
+        warn: Is told what the user should know.
+        ranks: The processes that measure together.
+
+    Attributes:
+        stopped: Why no more passes are made; empty: they are.
+        mark: Status of rows whose gradients do not add up to the joint one; empty: they do, as far as is known.
+        moves: Whether parameters move while the joint backward runs, so that none can be looked at after it.
+    """
+
+    def __init__(self, model: nn.Module, warn: Callable[[str], None], ranks: Alone | None = None) -> None:
+        self._model, self._warn, self._ranks = model, warn, ranks or Alone()
+        self._rows: Counter[str] = Counter()
+        self._proven = self._off = self._said = self._told = False
+        self._tried: set[str] = set()
+        self._passes = done.count  # before the first of this probe
+        self.stopped = self.mark = ""
+        self.moves = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to look at the rows that this one would have looked at."""
+        return {"rows": dict(self._rows), "stopped": self.stopped, "mark": self.mark, "moves": self.moves}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another stopped; what it has tried is tried again."""
+        self._rows = Counter(state["rows"])
+        self.stopped, self.mark, self.moves = state["stopped"], state["mark"], state["moves"]
+
+    def marked(self, status: str) -> str:
+        """The status of a row of which all else is well."""
+        return self.mark or status if status == MEASURED else status
+
+    def say_hooks(self) -> None:
+        """Once: which hooks of the user's the passes run, too."""
+        if self._said or not _has_hooks(self._model):
+            return
+        self._said = True
+        names = custom.hooked(self._model)
+        self._warn(
+            f"backward hooks of your own on {some(names)} run in every pass of the probe, too, so once per task at "
+            "measured steps: what they change is measured changed, and what they count or collect is counted that much "
+            "oftener. If they keep a state, take them off or skip the steps at which probe.is_due"
+        )
+
+    def will_look(self, kind: str = "rows") -> bool:
+        """Whether the next row of a kind will be looked at closely: the 1st, 2nd, 4th, 8th, ... is."""
+        return not self._proven or not self._rows[kind] & (self._rows[kind] + 1)
+
+    # ---- passes
+
+    def passes(self, losses: Sequence[Tensor], measure: Callable[[bool], T], *, kind: str = "rows") -> T:
+        """The result of ``measure``, which makes passes and is told whether this is a row that is looked at closely.
+
+        Args:
+            losses: Those the passes begin at; may be filled while ``measure`` runs.
+            measure: May be called a second time, where what it is given is there already.
+            kind: Rows are counted by it.
+
+        Raises:
+            ProbeError: The passes would change the training, at the first row.
+            NotMeasured: They would at a later one, or nobody knows yet.
+        """
+        self.say_hooks()
+        nodes = reachable(losses)
+        hooks = custom.unpack_hooks(nodes)
+        why = self.stopped or (UNTRIED if self._proven and not self._tried.issuperset(hooks) else "")
+        if not self._ranks.all(not why):
+            raise NotMeasured(why or ELSEWHERE, self._words_of_untried(hooks) if why == UNTRIED else "")
+        looks = self.will_look(kind)
+        self._rows[kind] += 1
+        if not looks:
+            before = done.count
+            try:
+                with self._hooks_off():
+                    return measure(False)
+            except Exception as error:
+                raise self._cause(error, losses, before) from error
+        known = bool(losses)
+        copies = not known or bool(hooks or custom.operations(nodes) or _has_hooks(self._model))
+        noted, before = Noted(self._model, nodes, copies=copies), done.count if self._proven else self._passes
+        result, touched, failure = self._looked_at(noted, measure)
+        if not self._ranks.all(not self._may_be_hooks(touched)):
+            self._hold_off(touched)
+            if not known:
+                raise NotMeasured(TOUCHES)
+            result, touched, failure = self._looked_at(noted, measure)
+        if not self._ranks.all(not touched):
+            self._refuse(touched, reachable(losses))
+        if failure is not None:
+            raise self._cause(failure, losses, before) from failure
+        if kind != BESIDE:  # that goes through parts of the graph only
+            self._tried.update(hooks)
+            self._proven = True
+        return cast(T, result)
+
+    def _looked_at(self, noted: Noted, measure: Callable[[bool], T]) -> tuple[T | None, Touched, Exception | None]:
+        """The result or the failure, and what was touched, which is put back."""
+        result, failure = None, None
+        try:
+            with self._hooks_off():
+                result = measure(True)
+        except GradprobeError:
+            noted.back()
+            raise
+        except Exception as error:
+            failure = error
+        return result, noted.back(), failure
+
+    def _cause(self, error: Exception, losses: Sequence[Tensor], before: int) -> Exception:
+        """What is to be raised for a failure: a forward that the first pass used up fails in the second.
+
+        Args:
+            error: What was raised.
+            losses: Those the passes began at.
+            before: Passes that had gone through when these began.
+        """
+        if isinstance(error, GradprobeError) or done.count == before or not losses or self._goes_through(losses[0]):
+            return error
+        why = self._words_of_one_backward(custom.unpack_hooks(reachable(losses)), error)
+        if not self._proven:
+            return ProbeError(
+                why + " Nothing can be measured here, and the training's own backward would fail after it: make the "
+                "forward anew, without the probe, or without what allows one backward only."
+            )
+        self.stopped = ONE_BACKWARD
+        said = "This one is used up, so that the training's own backward will fail, too. No more passes are made"
+        return NotMeasured(ONE_BACKWARD, f"{why} {said}")
+
+    def _goes_through(self, loss: Tensor) -> bool:
+        """Whether a pass through this graph, where one went through before, does again."""
+        wanted = [p for p in walk.parameters(self._model) if p.requires_grad]
+        try:
+            with state_kept(self._model):
+                torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+        except Exception:
+            return False
+        return True
+
+    def _may_be_hooks(self, touched: Touched) -> bool:
+        return bool(touched.parameters) and not touched.lost and not self._off and _has_parameter_hooks(self._model)
+
+    def _hold_off(self, touched: Touched) -> None:
+        self._off = True
+        names = some(touched.parameters) or "parameters"
+        self._warn(
+            f"hooks on parameters move parameters ({names}) in every backward pass, as an optimizer's step does. They "
+            "were put back, and the hooks are held off during the probe's passes: what else they change is not "
+            "measured. torch's register_post_accumulate_grad_hook is called in the training's own backward alone"
+        )
+
+    @contextmanager
+    def _hooks_off(self) -> Iterator[None]:
+        """Where the user's hooks on parameters move parameters, let none of them run."""
+        tables = [p._backward_hooks for p in walk.parameters(self._model) if self._off and p._backward_hooks]
+        kept = [dict(table) for table in tables]
+        for table in tables:
+            table.clear()
+        try:
+            yield
+        finally:
+            for table, hooks in zip(tables, kept, strict=True):
+                table.update(hooks)
+
+    def _refuse(self, touched: Touched, nodes: list[Node]) -> None:
+        """Say what was touched; it is put back already."""
+        if not touched:
+            raise NotMeasured(ELSEWHERE)
+        what = self._words_of_touched(touched, custom.operations(nodes))
+        if not self._proven:
+            raise ProbeError(
+                f"{what} Replace it (torch.utils.checkpoint.checkpoint(..., use_reentrant=False) recomputes without), "
+                "or record level='features' with probe.backward, which makes no passes."
+            )
+        self.stopped = TOUCHES
+        raise NotMeasured(TOUCHES, f"{what} No more passes are made")
+
+    def _words_of_touched(self, touched: Touched, operations: list[str]) -> str:
+        wheres = {".grad": touched.gradients, "the values": touched.parameters, "the numbers": touched.attributes}
+        what = "; ".join(f"{where} of {some(names)}" for where, names in wheres.items() if names)
+        hooks = custom.hooked(self._model)
+        cause = (
+            f"Operations that are not torch's own may do it, by a backward within theirs: {some(operations)}."
+            if operations
+            else f"Hooks may do it, on {some(hooks)}."
+            if hooks
+            else "No operation or hook that is not torch's own was found."
+        )
+        back = (
+            f"{some(touched.lost)} could not be put back. " if touched.lost else "All of it was put back, bit for bit. "
+        )
+        return (
+            f"a backward pass that is to make one task's gradient alone writes into {what}: the passes of a probe "
+            f"would change what the optimizer steps on. {back}{cause}"
+        )
+
+    def _words_of_one_backward(self, hooks: list[str], error: Exception) -> str:
+        hooked = custom.hooked(self._model)
+        cause = (
+            f"hooks on saved tensors hand each out once ({some(hooks)})"
+            if hooks
+            else f"backward hooks on {some(hooked)} may use up what the forward left for them"
+            if hooked
+            else "an operation of the graph gives away what it saved"
+        )
+        return (
+            f"a second backward pass through the same forward fails, and the first does not go through again: {cause}. "
+            f"torch said: {type(error).__name__}: {error}."
+        )
+
+    @staticmethod
+    def _words_of_untried(hooks: list[str]) -> str:
+        return (
+            f"hooks on saved tensors ({some(hooks)}) are at work that were not at the first measured row. They may "
+            "hand each tensor out once, and the probe's passes would leave none to the training: rows with them are "
+            "not measured. Attach the probe when they are there, and it will try them"
+        )
+
+    # ---- the joint gradient
+
+    @contextmanager
+    def moving(self, measured: bool) -> Iterator[Parameters | None]:
+        """Around the joint backward of a measured row: find out whether parameters move within it.
+
+        Yields:
+            What tells it at once.
+        """
+        if not measured:
+            yield None
+            return
+        closely = not self._rows["rows"] & (self._rows["rows"] - 1) or _may_step(self._model)
+        parameters = Parameters(list(walk.parameters(self._model)), closely=closely and not self.moves)
+        yield parameters
+        self.moves = self.moves or parameters.moved()
+
+    def hold_against_joint(
+        self, found: Apart, tolerance: float, layers: Sequence[str], losses: Sequence[Tensor]
+    ) -> None:
+        """Mark rows from here on, or no more, by how far the tasks' gradients are from adding up to the joint one."""
+        if not found.largest > tolerance:
+            if found.largest <= tolerance:
+                self.mark = ""
+            return
+        self.mark = MARK
+        if not self._told:
+            self._told = True
+            self._warn(words(found, layers, custom.operations(reachable(losses)), custom.hooked(self._model)))
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    return _has_parameter_hooks(model) or any(m._backward_hooks or m._backward_pre_hooks for m in walk.modules(model))
+
+
+def _has_parameter_hooks(model: nn.Module) -> bool:
+    return any(p._backward_hooks for p in walk.parameters(model))
+
+
+def _may_step(model: nn.Module) -> bool:
+    return any(getattr(p, "_post_accumulate_grad_hooks", None) for p in walk.parameters(model))
+
+
+def reachable(losses: Sequence[Tensor]) -> list[Node]:
+    """Every operation below some losses, in no order."""
+    stack = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    seen: set[Node] = set(stack)
+    nodes: list[Node] = []
+    while stack:
+        node = stack.pop()
+        nodes.append(node)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return nodes
