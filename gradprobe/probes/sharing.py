@@ -135,7 +135,9 @@ class Sharing:
                 known.tasks |= found.tasks
                 known.weighs &= found.weighs
         before = {layer: set(members) for layer, members in self._members.items()}
-        for place in sorted(self._joining(groups, places), key=self._order):
+        joining = self._joining(groups, places)
+        # A compiled region uses all of its parameters at once: those are in the order of the model.
+        for place in sorted((place for place in places.values() if place in joining), key=self._order):
             self._members.setdefault(place[0], set()).add(place[1])
         self._build(groups)
         return first or before != self._members
