@@ -11,6 +11,7 @@ import torch._functorch.config as functorch
 from torch import nn
 from zoo import Collector
 
+import gradprobe
 from gradprobe import measures
 from gradprobe.probes import GradientProbe
 from gradprobe.rows import MEASURED, NONFINITE_LOSS, absent
@@ -652,3 +653,38 @@ def test_ddp_in_one_process_changes_nothing(flag, use, one_process):
     (bare, _, _), (model, sink, expected) = train(False), train(True)
     assert all(torch.equal(p, q) for p, q in zip(bare.parameters(), model.parameters(), strict=True))
     check(sink, expected)
+
+
+def test_what_the_optimizer_does_is_taken_apart_over_layers_that_join(tmp_path):
+    class Deep(Net):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Linear(6, 6).double()
+            self.stem.weight.requires_grad_(False)
+
+        def losses(self, step):
+            return dict(zip(TASKS, self.two(self.stem(batch(step)).tanh()), strict=True))
+
+    model = Deep()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    options = {"every": 1, "optimizer": optimizer, "updates": True, "ledger": gradprobe.Ledger()}
+    path = tmp_path / "run.h5"
+    with gradprobe.attach(model, TASKS, path, **options) as probe:
+        for step in range(10):
+            if step == 5:  # the layer gets its weight, before the bias that it has already
+                model.stem.weight.requires_grad_(True)
+            x = model.losses(step), model.losses(100 + step)
+            micro = [dict(one) for one in x]
+            probe.backward(micro=micro)
+            optimizer.step()
+            optimizer.zero_grad()
+    with gradprobe.open_run(path) as run:
+        assert run.layers == ("stem", "trunk")
+        assert run.layer_size.tolist() == [42, 56]
+        updates = run.updates
+        assert updates["status"].tolist() == [0] * 10
+        share = updates["shared_share"]
+        assert share.sum(axis=1) == pytest.approx(np.ones(10), abs=1e-5)
+        earlier = list(run.sources).index("earlier momentum")
+        assert (np.abs(share[[1, 2, 3, 4], earlier]) < 1e-5).all()  # its momentum is known by task ...
+        assert abs(share[5, earlier]) > 1e-3  # ... and no longer where the places have changed

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from gradprobe.errors import ProbeError
 from gradprobe.ledger.update_parts import why_not
 from gradprobe.measures import Array
-from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.graph import Layer, SharedLayers
 from gradprobe.probes.level import Level
 from gradprobe.probes.measuring import Measuring
 from gradprobe.probes.meter import Meter
@@ -108,6 +108,9 @@ class Reader:
         """Whether a step is to be measured for its sake."""
         return False
 
+    def grown(self) -> None:
+        """Layers have joined: what is known of parameters by their places is of other places now."""
+
     def looked(self, losses: Sequence[Sequence[Tensor]]) -> None:
         """A step will be measured: (m) of (T,) scaled losses while their graphs are alive, one per micro-batch."""
 
@@ -150,6 +153,7 @@ class Following:
         self._given = False
         self._kept: Kept = {}
         self._private: list[list[nn.Parameter]] | None = None
+        self._layers: Sequence[Layer] | None = None  # that the places of parameters are of
         self._calls = self._skipped = 0
         self._passed = 0  # updates since the last one that was taken apart
         self._scale: float | None = None
@@ -193,6 +197,11 @@ class Following:
         self._failed = {}
         for reader in self.readers:
             reader.seconds = 0.0
+        layers = self.shared.layers
+        if self._layers is not None and layers is not self._layers:
+            self._kept, self._private = {}, None
+            self._each(lambda reader: reader.grown(), self._failed)
+        self._layers = layers
         self._each(lambda reader: reader.looked(losses), self._failed)
 
     def measured(self, losses: Sequence[Tensor], weights: Array, gram: Array, status: str) -> None:

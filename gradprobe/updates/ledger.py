@@ -158,6 +158,10 @@ class Ledger(Reader):
         """All steps, those of bursts, and the one after each, which gives its last row the right end."""
         return self._counts(step) or (self.ends == "batch" and step > 0 and self._counts(step - 1))
 
+    def grown(self) -> None:
+        """The last row has no right end, as parts of its update would be looked for in the wrong places."""
+        self.close()
+
     def looked(self, losses: Sequence[Sequence[Tensor]]) -> None:
         """Gradients on the private parameters, by passes that end there."""
         self._row, self._heads, self._micro = None, None, []
