@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes import transfer
+from gradprobe.probes import transfer, walk
 from gradprobe.probes.accumulation import (
     Accumulation,
     Call,
@@ -140,9 +140,12 @@ class Measuring:
     def call(self, losses: Losses) -> Iterator[Due]:
         """One call of the probe; within it, what is to be measured is, and what is to be trained."""
         self.moves.asked()
-        with self.clock.calling():
-            yield self.due(losses)
-        self.called()
+        try:
+            with self.clock.calling(), walk.once(self.meter.model):
+                yield self.due(losses)
+            self.called()
+        finally:
+            self.meter.let_go()
 
     def called(self) -> None:
         """A call of the probe is over."""
@@ -152,7 +155,6 @@ class Measuring:
             self.beside.called()
         self.moves.called(self.calls.several)
         self.clock.called()
-        self.meter.let_go()
 
     def flush(self) -> bool:
         """Make all rows so far safe, that of the present step among them; whether they are."""
@@ -334,6 +336,7 @@ class Measuring:
         self.calls.finish()  # those before it in its step are measured, and have the step's row
         self.guarded(lambda: self.find(losses))
         self._emit(losses, weights, None, status, Stopwatch(_device(losses)), batch_size)
+        self.meter.let_go()
 
     def find(self, losses: Losses) -> SharedLayers:
         """The shared layers, announced to the sinks when they are first found."""

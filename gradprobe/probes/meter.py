@@ -156,6 +156,11 @@ class Meter:
         return next((p.device for p in self._model.parameters()), torch.device("cpu"))
 
     @property
+    def model(self) -> nn.Module:
+        """Whose gradients are measured; of DDP the module inside."""
+        return self._model
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """The model's that are trained."""
         return [p for p in walk.parameters(self._model) if p.requires_grad]

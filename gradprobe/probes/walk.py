@@ -5,13 +5,42 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 
+class _Held(threading.local):
+    def __init__(self) -> None:
+        self.modules: dict[int, list[nn.Module]] = {}
+
+
+_held = _Held()
+
+
+@contextmanager
+def once(model: nn.Module) -> Iterator[None]:
+    """Within it the modules of a model are walked through once; a measured row asks for them ten times."""
+    _held.modules[id(model)] = []
+    try:
+        yield
+    finally:
+        _held.modules.pop(id(model), None)
+
+
 def modules(model: nn.Module) -> list[nn.Module]:
     """Each module once, the model first."""
+    held = _held.modules.get(id(model))
+    if held is None:
+        return _modules(model)
+    if not held:
+        held += _modules(model)
+    return held
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
     found = {id(model): model}
     stack = [model]
     while stack:
