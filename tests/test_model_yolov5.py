@@ -11,8 +11,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo import Collector
 
 from gradprobe.errors import MissingExtraError, UsageError
+from gradprobe.probes import GradientProbe
+from gradprobe.rows import MEASURED, absent
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models._import_yolov5 import import_yolov5, package_folder
 from gradprobe.trainers.models.yolov5 import Outputs, YOLOv5WithClassification, build_model
@@ -492,3 +495,44 @@ def test_detections_equal_those_of_yolov5(model, batch):
         assert len(own["scores"]) == len(theirs) > 0
         torch.testing.assert_close(own["scores"], theirs[:, 4])
         torch.testing.assert_close(own["boxes"], theirs[:, :4].clamp(0, 64))
+
+
+def test_yolov5s_own_losses_have_no_graph_on_a_batch_without_boxes(monkeypatch):
+    """box and cls are absent from such a step; obj is trained and measured, and weights end as without a probe."""
+    tasks, cat = ("box", "obj", "cls"), torch.cat
+
+    def own_losses(criterion, predictions, boxes):
+        found = []
+
+        def heard(tensors, *args, **kwargs):
+            found.append(tensors)
+            return cat(tensors, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "cat", heard)
+            criterion(predictions, boxes)
+        return dict(zip(tasks, found[-1], strict=True))
+
+    def train(probed):
+        torch.manual_seed(0)
+        model = small()._detector[0].train()
+        criterion, sink = import_yolov5().ComputeLoss(model), Collector()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        probe = GradientProbe(model, tasks, [sink], every=1, optimizer=optimizer) if probed else None
+        for step in range(3):
+            images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(step))
+            boxes = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.3], [1, 2, 0.4, 0.6, 0.2, 0.3]])
+            losses = own_losses(criterion, model(images), boxes if step != 1 else boxes[:0])
+            if probe is not None:
+                probe.backward(losses)
+            else:
+                sum(losses.values()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if probe is not None:
+            probe.close()
+        return model, sink
+
+    (bare, _), (model, sink) = train(False), train(True)
+    assert all(torch.equal(p, q) for p, q in zip(bare.parameters(), model.parameters(), strict=True))
+    assert [row.status for row in sink.rows] == [MEASURED, absent(["box", "cls"]), MEASURED]
