@@ -42,8 +42,9 @@ def vector(model, a, b, how):
 def test_a_vector_of_losses_is_no_batch(how, size):
     model = Normed()
     found = gradprobe.doctor(model, vector(model, *model(torch.randn(size, 3, 8, 8)), how))
-    assert [f.check for f in found] == (["loss_weights"] if how == "weighted" else [])
-    assert all("weights only weigh losses" in f.message for f in found)
+    assert [f.check for f in found] == ["graph_alone", *(["loss_weights"] if how == "weighted" else [])]
+    assert all("weights only weigh losses" in f.message for f in found[1:])
+    assert "only one task has a gradient other than 0" in found[0].message
 
 
 def the(model, losses):

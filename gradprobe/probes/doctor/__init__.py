@@ -18,6 +18,7 @@ CHECKS = (
     model.sharded,
     model.data_parallel,
     loss.sharing_nothing,
+    loss.shared_by_the_graph_alone,
     loss.counted_twice,
     loss.scaled,
     loss.summed_over_the_batch,
@@ -39,12 +40,13 @@ def doctor(model: nn.Module, losses: Mapping[str, Tensor]) -> list[Finding]:
 
     Args:
         model: As it is trained, in training mode.
-        losses: Task -> loss, with the graph of one forward. The graph is kept and nothing is changed; at most one
-            pass through each head is made.
+        losses: Task -> loss, with the graph of one forward. The graph is kept and nothing is changed; at most one pass
+            of each task, and one more through each head, is made.
 
     Returns:
         Findings, the most severe first; empty where nothing was found. What cannot be seen from outside is not found:
-    hooks on activations, and what a custom operation does in its backward.
+        hooks on activations, and what a custom operation does in its backward.
+
     Example:
         >>> for finding in gradprobe.doctor(model, losses):            # doctest: +SKIP
         ...     print(finding)

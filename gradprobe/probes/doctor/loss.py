@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
+from gradprobe.probes import custom
+from gradprobe.probes.custom import some
 from gradprobe.probes.doctor.finding import Finding, Patient
+from gradprobe.probes.gramian import vector
+from gradprobe.probes.graph import by_module
 from gradprobe.probes.limits import reentrant_checkpoints
+from gradprobe.probes.ranks import remember_wrapper
+from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Node, is_leaf, several
 
 
@@ -34,6 +43,44 @@ def sharing_nothing(patient: Patient) -> Iterator[Finding]:
                 f"task {task!r} shares no parameter of the model with another task, so there is nothing to measure.",
                 "Check that its loss comes from this model's output, and that the trunk is not frozen or detached.",
             )
+
+
+def shared_by_the_graph_alone(patient: Patient) -> Iterator[Finding]:
+    """Losses out of one vector seem to reach each other's heads, with gradients of exactly 0."""
+    remember_wrapper(patient.model, patient.graph)
+    if custom.operations(patient.graph.nodes) or custom.unpack_hooks(patient.graph.nodes):
+        return  # a pass might use up the forward, or change something
+    layers = {
+        layer: [p for p in members if several(patient.graph.leaves.get(id(p), 0))]
+        for layer, members in by_module(patient.model).items()
+    }
+    reached: dict[str, set[str]] = {layer: set() for layer, members in layers.items() if members}
+    for task, loss in patient.losses.items():
+        for layer, moves in _moves(patient.model, loss, layers).items():
+            reached[layer] |= {task} if moves else set()
+    alone = [layer for layer, tasks in reached.items() if len(tasks) == 1]
+    if alone:
+        yield Finding(
+            "note",
+            "graph_alone",
+            alone[0],
+            f"only one task has a gradient other than 0 on {some(alone)}, though the graph leads several there (losses "
+            "out of one vector, heads that are concatenated, a sum of zeros).",
+            "Nothing to do: a probe leaves such layers out of every sum over shared layers.",
+        )
+
+
+def _moves(model: nn.Module, loss: Tensor, layers: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, bool]:
+    """Layer -> whether a loss has a gradient other than 0 on it; nothing where that cannot be told."""
+    parameters = [p for members in layers.values() for p in members]
+    try:
+        with state_kept(model):
+            found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) if parameters else ()
+    except RuntimeError:  # compiled, or freed: other checks tell
+        return {}
+    left = iter(found)
+    own = {layer: [next(left) for _ in members] for layer, members in layers.items() if members}
+    return {layer: any(g is not None and bool(vector(g).any()) for g in gradients) for layer, gradients in own.items()}
 
 
 def counted_twice(patient: Patient) -> Iterator[Finding]:
