@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from steps import BATCH, both, check, total
+
+from gradprobe.rows import FIRST_CALL, MEASURED
 
 
 def epochs_of_ten(by, update):
@@ -147,3 +151,25 @@ def test_averaged_weights_that_are_swapped_in_within_a_window_end_no_step(by, ev
             optimizer.zero_grad()
 
     check(*both(loop, every=every), batch_size=2 * BATCH)
+
+
+def test_steps_that_come_to_have_more_calls_say_which_row_is_of_the_first_alone():
+    """As in a warm-up of the number of micro-batches."""
+
+    def loop(model, attach, expect):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        probe = attach(optimizer)
+        for step, each in enumerate((1, 1, 2, 3, 1, 2)):
+            window = [10 * step + call for call in range(each)]
+            expect(step, window[:1] if step == 2 else window)
+            for batch in window:
+                losses = model.losses(batch)
+                probe.record(losses, batch_size=BATCH)
+                total(losses).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    rows, expected = both(loop)
+    assert [row.status for row in rows] == [MEASURED, MEASURED, FIRST_CALL, *[MEASURED] * 3]
+    assert [row.batch_size for row in rows] == [BATCH * each for each in (1, 1, 1, 3, 1, 2)]
+    check([replace(row, status=MEASURED) for row in rows], expected)

@@ -29,7 +29,7 @@ from gradprobe.probes.graph import SharedLayers, padded
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.passes import Gradients
 from gradprobe.probes.stopwatch import Stopwatch
-from gradprobe.rows import MEASURED
+from gradprobe.rows import FIRST_CALL, MEASURED
 from gradprobe.statistics import noise_part
 
 DROPS = 3
@@ -179,6 +179,8 @@ class Accumulation:
         self._expected = self._meter.keeps
         if several:
             self._begin(True)
+        elif self._expected:  # steps that grow, as in a warm-up: seen too late for this one
+            self._calls[-1] = replace(self._calls[-1], status=FIRST_CALL)
         return several
 
     def would_be_due(self, first: bool, due: bool) -> bool:
