@@ -56,12 +56,17 @@ class Points:
         self.silent = False
         """Whether the last move that was found left the version counters as they were."""
 
-    def keep(self, *, closely: bool) -> None:
-        """Remember where they are, on their device; closely: all, and not some of them alone."""
+    def keep(self, *, closely: bool, numbers: bool = False) -> None:
+        """Remember where some of them are; closely: all, with their numbers, on their device.
+
+        Args:
+            closely: See there.
+            numbers: Of some, too.
+        """
         of = self._parameters()
         self._of = of if closely else of[:: max(1, len(of) // FEW)]
         self._versions = tuple([p._version for p in self._of])
-        self._numbers, self._closely = _sampled(self._of), closely
+        self._numbers, self._closely = _sampled(self._of) if closely or numbers else None, closely
 
     def moved(self) -> bool:
         """Whether they are no longer where they were last remembered; False where nothing was.
@@ -84,7 +89,7 @@ class Points:
 
     def again(self) -> None:
         """Remember where they are now, as closely as the last time."""
-        self.keep(closely=self._closely)
+        self.keep(closely=self._closely, numbers=self._numbers is not None)
 
 
 def sample(parameters: Sequence[Tensor]) -> list[Tensor]:
