@@ -17,6 +17,8 @@ from gradprobe.measures import Array, by_several, over_layers
 
 MEASURED = "measured"
 NONFINITE_GRADIENT = "a task's gradient is not finite"
+FIRST_CALL = "only the first of this step's calls was measured: the steps before had a single one"
+JOINED_WITHIN = "layers joined between this step's calls: what earlier ones brought there is missing"
 OVERFLOWED = "a gradient overflowed under the loss scale: the step is left out"
 NONFINITE_LOSS = "a task's loss is not finite"
 MISSING_GRADIENT = "a task does not reach a layer that it reached at first"

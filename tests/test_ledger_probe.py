@@ -14,6 +14,7 @@ from torch import nn
 import gradprobe
 from gradprobe.errors import ProbeError
 from gradprobe.ledger.windows import window
+from gradprobe.rows import absent
 from gradprobe.updates import ledger as module
 from gradprobe.updates.following import FOREIGN_GRADIENT, NO_GRADIENT
 from gradprobe.verdict import evidence
@@ -476,3 +477,21 @@ def test_what_is_detached_elsewhere_than_before_is_not_known(tmp_path):
     found, _ = ledger_of(tmp_path / "run.h5")
     assert np.isfinite(found["drift"][0]).all()
     assert np.isnan(found["drift"][1]).all()
+
+
+def test_a_step_from_which_a_task_is_absent_is_a_row_that_says_so(tmp_path):
+    model = Net(0).double()
+    data = [v.double() if v.is_floating_point() else v for v in population()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradprobe.attach(model, TASKS, tmp_path / "run.h5", optimizer=optimizer, every=1, ledger=True) as probe:
+        for step in range(5):
+            losses = dict(zip(TASKS, model.losses(*[v[8 * step : 8 * step + 8] for v in data]), strict=True))
+            if step == 2:
+                losses[TASKS[1]] = None
+            probe.backward(losses)
+            optimizer.step()
+            optimizer.zero_grad()
+    found = statuses(tmp_path / "run.h5")
+    assert found[2] == absent([TASKS[1]])
+    assert found[1] == found[4] == module.OPEN  # what was to be the right end lacks a task
+    assert not any("failed" in status for status in found)

@@ -305,6 +305,27 @@ def test_what_scales_a_feature_is_a_layer(samples):
     assert not told
 
 
+@pytest.mark.parametrize("shared", [None, ["trunk"]])
+def test_weights_of_losses_within_a_compiled_region_are_said(shared):
+    model = Weighing()
+    both = torch.compile(lambda x: tuple(softmax(model, *model.two(x)).values()), backend="aot_eager")
+    _, _, told = rows_of(model, lambda step: dict(zip(TASKS, both(batch(step)), strict=True)), shared=shared)
+    assert len([text for text in told if "'s' may only weigh losses" in text]) == (1 if shared is None else 0)
+
+
+def test_a_small_layer_within_a_compiled_region_is_passed_over():
+    model = Weighing(1)
+    model.s = nn.Parameter(torch.full((1,), 0.25, dtype=torch.float64))
+
+    def two(x):
+        z = nn.functional.prelu(model.trunk(x), model.s)
+        return model.a(z).square().mean(), model.b(z).logsumexp(1).mean()
+
+    both = torch.compile(two, backend="aot_eager")
+    _, _, told = rows_of(model, lambda step: dict(zip(TASKS, both(batch(step)), strict=True)))
+    assert not any("weigh" in text for text in told)
+
+
 def test_what_was_asked_for_by_name_is_measured_all_the_same():
     model = Weighing()
     sink, _, _ = rows_of(model, lambda step: softmax(model, *model.two(batch(step))), shared=["s", "trunk"])

@@ -15,7 +15,7 @@ from gradprobe.probes.accumulation import Accumulation, Call, latest_losses, lat
 from gradprobe.probes.forwards import same_forward, uses_of
 from gradprobe.probes.graph import by_module, find_shared
 from gradprobe.probes.stopwatch import Stopwatch
-from gradprobe.rows import MEASURED
+from gradprobe.rows import JOINED_WITHIN, MEASURED
 
 
 class Step:
@@ -131,6 +131,31 @@ def test_a_task_that_is_absent_from_all_calls_has_no_gradient():
     assert not np.isnan(gram[:, 0, 0]).any()
     assert np.isnan(mean_values(calls)[1])
     assert np.isnan(noise.part[:, 1]).all()
+
+
+@pytest.mark.parametrize("lacks", ["a task", "an expert"])
+def test_layers_that_join_within_a_step_mark_a_row_that_lacks_what_was_before(lacks):
+    """The gradient of an earlier call on what was no layer then was not kept."""
+    torch.manual_seed(0)
+    model = Net().double()
+    model.expert = torch.nn.Linear(4, 4).double()
+    sink, optimizer = Collector(), torch.optim.SGD(model.parameters(), lr=0.1)
+    with GradientProbe(model, TASKS, [sink], every=1, optimizer=optimizer) as probe:
+        for step in range(3):
+            for call in range(2):
+                losses = model.losses(2 * step + call)
+                if call == 0 and lacks == "a task":
+                    losses["b"] = None
+                for task in TASKS if lacks == "an expert" else ():
+                    if step == 1 and (call == 1 or task == "a"):
+                        z = model.expert(torch.ones(4, dtype=torch.float64)).tanh()
+                        losses[task] = losses[task] + model.trunk(z).square().mean()
+                probe.record(losses)
+                sum(loss for loss in losses.values() if loss is not None).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    late = 0 if lacks == "a task" else 1
+    assert [row.status for row in sink.rows] == [JOINED_WITHIN if step == late else MEASURED for step in range(3)]
 
 
 @pytest.mark.parametrize("fails", ["_mean", "multiplied", "uses_of"])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from steps import BATCH, both, check, total
+
+from gradprobe.rows import FIRST_CALL, MEASURED
 
 
 def epochs_of_ten(by, update):
@@ -120,3 +124,52 @@ def test_two_forwards_that_share_a_penalty_are_two_micro_batches():
             optimizer.zero_grad()
 
     check(*both(loop), batch_size=2 * BATCH)
+
+
+@pytest.mark.parametrize("by", ["optimizer", "accumulate"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_averaged_weights_that_are_swapped_in_within_a_window_end_no_step(by, every):
+    """As an evaluation in the middle of it does: the parameters have been written to, and are what they were."""
+
+    def loop(model, attach, expect):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        probe = attach(optimizer) if by == "optimizer" else attach(accumulate=2)
+        averaged = [p.detach() * 0.5 for p in model.parameters()]
+        for step in range(6):
+            if step % every == 0:
+                expect(step, [2 * step, 2 * step + 1])
+            for batch in (2 * step, 2 * step + 1):
+                losses = model.losses(batch)
+                probe.record(losses, batch_size=BATCH)
+                total(losses).backward()
+                with torch.no_grad():
+                    kept = [p.clone() for p in model.parameters()]
+                    for values in (averaged, kept):
+                        for p, value in zip(model.parameters(), values, strict=True):
+                            p.copy_(value)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    check(*both(loop, every=every), batch_size=2 * BATCH)
+
+
+def test_steps_that_come_to_have_more_calls_say_which_row_is_of_the_first_alone():
+    """As in a warm-up of the number of micro-batches."""
+
+    def loop(model, attach, expect):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        probe = attach(optimizer)
+        for step, each in enumerate((1, 1, 2, 3, 1, 2)):
+            window = [10 * step + call for call in range(each)]
+            expect(step, window[:1] if step == 2 else window)
+            for batch in window:
+                losses = model.losses(batch)
+                probe.record(losses, batch_size=BATCH)
+                total(losses).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    rows, expected = both(loop)
+    assert [row.status for row in rows] == [MEASURED, MEASURED, FIRST_CALL, *[MEASURED] * 3]
+    assert [row.batch_size for row in rows] == [BATCH * each for each in (1, 1, 1, 3, 1, 2)]
+    check([replace(row, status=MEASURED) for row in rows], expected)

@@ -25,11 +25,11 @@ from gradprobe.measures import Array
 from gradprobe.probes.checks import Losses, is_present
 from gradprobe.probes.forwards import Uses, same_forward, uses_of
 from gradprobe.probes.gramian import GramianSum
-from gradprobe.probes.graph import SharedLayers, padded
+from gradprobe.probes.graph import SharedLayers, padded, reached
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.passes import Gradients
 from gradprobe.probes.stopwatch import Stopwatch
-from gradprobe.rows import MEASURED
+from gradprobe.rows import FIRST_CALL, JOINED_WITHIN, MEASURED
 from gradprobe.statistics import noise_part
 
 DROPS = 3
@@ -179,6 +179,8 @@ class Accumulation:
         self._expected = self._meter.keeps
         if several:
             self._begin(True)
+        elif self._expected:  # steps that grow, as in a warm-up: seen too late for this one
+            self._calls[-1] = replace(self._calls[-1], status=FIRST_CALL)
         return several
 
     def would_be_due(self, first: bool, due: bool) -> bool:
@@ -259,6 +261,8 @@ class Accumulation:
             self._means = [_moved(own, known, shared) for own in self._means]
             self._partial = [_moved(own, known, shared) for own in self._partial]
             self._calls = [_widened(call, len(shared.layers)) for call in self._calls]
+            if _reach_more(self._calls, known, shared):
+                self._calls[-1] = replace(self._calls[-1], status=JOINED_WITHIN)
         self._of = shared
 
     def _begin(self, collecting: bool) -> None:
@@ -350,6 +354,12 @@ def _moved(gradients: Gradients, known: SharedLayers, shared: SharedLayers) -> G
     """Gradients on the parameters of some layers as those on the parameters of more."""
     there = {id(p): gradient for p, gradient in zip(known.parameters, gradients, strict=True)} if gradients else {}
     return [there.get(id(p)) for p in shared.parameters]
+
+
+def _reach_more(calls: Sequence[Call], known: SharedLayers, shared: SharedLayers) -> bool:
+    """Whether some calls had a gradient on parameters that were no part of a layer then."""
+    new = {id(p) for p in shared.parameters} - {id(p) for p in known.parameters}
+    return any(new & reached(loss).keys() for call in calls for loss in call.losses.values() if is_present(loss))
 
 
 def _widened(call: Call, layers: int) -> Call:

@@ -102,7 +102,9 @@ def check_some(losses: Losses, given: Given) -> None:
     """
     if any(map(is_present, losses.values())):
         return
-    how = [f"{task!r} {loss_fault(loss).split(',')[0].rstrip('.')}" for task, loss in given.items() if loss is not None]
+    how = [
+        f"{task!r} {loss_fault(loss).split(', so')[0].rstrip('.')}" for task, loss in given.items() if loss is not None
+    ]
     raise ProbeError(
         f"no task takes part in this step, so that there is no gradient to make or to measure: "
         f"{'; '.join(how) or 'no loss was given'}. Leave such a step out, as the loop has to leave out its backward."

@@ -98,7 +98,8 @@ def words(found: Apart, layers: Sequence[str], operations: Sequence[str], hooks:
     """What a person should know of gradients that do not add up."""
     causes = [f"operations that are not torch's own ({some(operations)})"] * bool(operations)
     causes += [f"hooks on {some(hooks)}"] * bool(hooks)
-    cause = " or ".join(causes) or "a part that is recomputed and draws anew, or kernels that are not deterministic"
+    unnamed = "hooks on tensors, a part that is recomputed and draws anew, or kernels that are not deterministic"
+    cause = " or ".join(causes) or unnamed
     return (
         f"the tasks' gradients do not add up to the joint one: they differ by {found.largest:.1%} of their norms, most "
         f"in {found.worst(layers)}. Something in the backward clips, scales or adds gradients, as auxiliary losses of "

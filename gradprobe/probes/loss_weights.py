@@ -32,6 +32,9 @@ _OF_ITSELF = re.compile(
 )
 """Operations that make a positive weight, or weights that sum to one, out of a parameter."""
 
+_HIDING = ("CompiledFunction", "DifferentiableGraph")
+"""Operations that stand for a whole compiled or scripted region."""
+
 
 @dataclass
 class _Below:
@@ -54,7 +57,7 @@ def loss_weights(graph: Trace, size: Mapping[int, int]) -> set[int]:
         size: ``id`` of each parameter that is in question -> how many numbers it has.
 
     Returns:
-        Their ``id``. Empty where a compiled region hides what is done with them.
+        Their ``id``. Those that a compiled region hides are given by :func:`hidden`.
     """
     if not any(0 < numbers <= FEW for leaf, numbers in size.items() if leaf in graph.leaves):
         return set()
@@ -75,6 +78,18 @@ def loss_weights(graph: Trace, size: Mapping[int, int]) -> set[int]:
             if child not in tail:
                 used_otherwise |= below[child].leaves
     return {leaf for leaf in met - used_otherwise if size.get(leaf, FEW + 1) <= FEW}
+
+
+def hidden(graph: Trace, size: Mapping[int, int], most: int) -> set[int]:
+    """``id`` of the parameters that may weigh losses within a compiled region, where it cannot be seen.
+
+    Args:
+        graph, size: As for :func:`loss_weights`.
+        most: Numbers that such a parameter has at most.
+    """
+    inputs = [child for node in graph.nodes if _kind(node) in _HIDING for child, _ in node.next_functions]
+    leaves = {id(child.variable) for child in inputs if child is not None and is_leaf(child)}
+    return {leaf for leaf in leaves if 0 < size.get(leaf, 0) <= most}
 
 
 def _below(graph: Trace, size: Mapping[int, int]) -> dict[Node, _Below]:

@@ -222,7 +222,14 @@ class Meter:
         return found
 
     def tell(self, *, last: bool = False) -> None:
-        """Say once of layers that they are shared by the graph alone."""
+        """Say once of layers that they are shared by the graph alone, or may be learned loss weights."""
+        doubtful = self._sharing.doubtful() if self._sharing is not None else []
+        if doubtful:
+            self._warn(
+                f"{', '.join(map(repr, doubtful))} may only weigh losses: so few numbers with so long a gradient often "
+                "do, and a compiled region hides what is done with them. They count as shared; if they are learned "
+                "weights, the cosines over all shared layers are mostly theirs: leave them out by shared="
+            )
         names = self._sharing.untold(last=last) if self._sharing is not None else []
         if names:
             listed = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -71,7 +71,8 @@ class Moves:
         calls = self._clock.in_step + 1
         measured = self._clock.is_due and (several or calls > 1)
         now_and_then = calls >= FIRST_LOOK and not calls & (calls - 1)
-        self._points.keep(closely=measured or now_and_then or (self._by_hand and self._points.silent))
+        closely = measured or now_and_then or (self._by_hand and self._points.silent)
+        self._points.keep(closely=closely, numbers=self._clock.by_calls)
         if calls == PATIENCE and not self._clock.by_calls:
             self._warn(WAITING.format(calls=calls))
 

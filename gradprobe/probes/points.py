@@ -52,39 +52,52 @@ class Points:
         self._of: Sequence[Tensor] = ()
         self._versions: tuple[int, ...] | None = None
         self._numbers: list[Tensor] | None = None
+        self._closely = False
         self.silent = False
         """Whether the last move that was found left the version counters as they were."""
 
-    def keep(self, *, closely: bool) -> None:
-        """Remember where they are; closely: their numbers too, on their device."""
+    def keep(self, *, closely: bool, numbers: bool = False) -> None:
+        """Remember where some of them are; closely: all, with their numbers, on their device.
+
+        Args:
+            closely: See there.
+            numbers: Of some, too.
+        """
         of = self._parameters()
         self._of = of if closely else of[:: max(1, len(of) // FEW)]
         self._versions = tuple([p._version for p in self._of])
-        self._numbers = _sampled(self._of) if closely else None
+        self._numbers, self._closely = _sampled(self._of) if closely or numbers else None, closely
 
     def moved(self) -> bool:
-        """Whether they are no longer where they were last remembered; False where nothing was."""
+        """Whether they are no longer where they were last remembered; False where nothing was.
+
+        A new version of the same numbers is no move: averaged weights were swapped in for an evaluation, say, and out
+        again. Where all versions are old the numbers are looked at, for which a device must be waited for, if they were
+        remembered closely.
+        """
         if self._versions is None:
             return False
-        if tuple([p._version for p in self._of]) != self._versions:
+        versions = tuple([p._version for p in self._of])
+        written = versions != self._versions
+        now = _sampled(self._of) if written or self._closely else None
+        if self._numbers is None or now is None:
             self.silent = False
-            return True
-        if self._numbers is None:
-            return False
-        now = _sampled(self._of)
-        self.silent = now is not None and not same(self._numbers, now)
-        return self.silent
+            return written
+        moved = not same(self._numbers, now)
+        self.silent, self._versions = moved and not written, versions
+        return moved
 
     def again(self) -> None:
         """Remember where they are now, as closely as the last time."""
-        self.keep(closely=self._numbers is not None)
+        self.keep(closely=self._closely, numbers=self._numbers is not None)
 
 
 def sample(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Some numbers of each parameter, as one tensor per device and type; where they are asked for, nobody waits."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in parameters:
-        flat = p.detach().reshape(-1)
+        # In the order in which they lie in memory, as what is not contiguous (channels last) would be copied.
+        flat = p.detach().permute(sorted(range(p.dim()), key=p.stride, reverse=True)).reshape(-1)
         found.setdefault((p.device, p.dtype), []).append(flat[:: max(1, flat.numel() // SAMPLE)])
     return [torch.cat(parts) for parts in found.values()]
 

@@ -20,7 +20,7 @@ from gradprobe.measures import Array
 from gradprobe.probes import walk
 from gradprobe.probes.binding import Binding, Selection
 from gradprobe.probes.graph import Layer, SharedLayers, reached
-from gradprobe.probes.loss_weights import loss_weights
+from gradprobe.probes.loss_weights import hidden, loss_weights
 from gradprobe.probes.ranks import Alone
 from gradprobe.probes.trace import Trace, several
 
@@ -30,6 +30,9 @@ Place = tuple[str, int]
 SURE = 2
 """Rows after which a layer on which no second task has had a gradient is said to be shared by the graph alone: layers
 that begin at 0 have their first gradient at the second step."""
+
+MUCH = 0.1
+"""Share of a task's squared norm over all shared layers from which on it is said that a layer may be no layer."""
 
 
 @dataclass
@@ -78,6 +81,8 @@ class Sharing:
         self._by_graph = self._effect  # (L, T)
         self._rows: list[int] = []  # that were measured since each layer has joined
         self._told: set[str] = set()
+        self._hidden: set[Place] = set()  # that may be learned loss weights in a compiled region
+        self._doubtful: list[str] = []
 
     # ---- what the graphs show
 
@@ -123,6 +128,8 @@ class Sharing:
         places = _places(groups)
         sizes = {id(p): p.numel() for members in groups.values() for p in members if id(p) in graph.leaves}
         weighing = loss_weights(graph, sizes) if self.selection.open else set()
+        if self.selection.open:
+            self._hidden |= {places[leaf] for leaf in hidden(graph, sizes, self.tasks)}
         uses = [reached(loss) for loss in losses.values()]
         own = {
             places[leaf]: Found(mask, min(use[leaf] for use in uses if leaf in use), leaf in weighing)
@@ -190,6 +197,7 @@ class Sharing:
             self._rows[layer] += int(np.isfinite(known).any() and not np.isinf(known).any())
         self.changed = self.shared is not None and bool((effect != self._effect).any())
         self._effect = effect
+        self._doubt(np.where(result, norms, 0.0))
         if self.shared is not None and self.changed:
             self.shared = replace(self.shared, reach=self._reach())
         return result
@@ -212,6 +220,22 @@ class Sharing:
         ]
         self._told.update(found)
         return found
+
+    def doubtful(self) -> list[str]:
+        """Layers that may be learned loss weights, hidden in a compiled region, and that matter; each given once."""
+        found, self._doubtful = self._doubtful, []
+        return found
+
+    def _doubt(self, norms: Array) -> None:
+        """(L, T), 0 where none counts."""
+        if not self._hidden:
+            return
+        squares = np.nan_to_num(norms, posinf=0.0) ** 2
+        much = (squares > MUCH * squares.sum(axis=0)).any(axis=1)
+        for (name, members), here in zip(self._members.items(), much, strict=True):
+            if here and name not in self._told and all((name, at) in self._hidden for at in members):
+                self._told.add(name)
+                self._doubtful.append(name)
 
     def proven(self, task: int) -> bool:
         """Whether a task has had a gradient other than 0 on every layer that its graphs lead to.

@@ -14,6 +14,7 @@ from gradprobe.errors import ProbeError
 from gradprobe.ledger.terms import correction, effects, noise_products, term
 from gradprobe.ledger.update_parts import rules
 from gradprobe.measures import Array
+from gradprobe.probes.checks import is_present
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.passes import Gradients
 from gradprobe.probes.schedule import whole
@@ -165,6 +166,8 @@ class Ledger(Reader):
     def looked(self, losses: Sequence[Sequence[Tensor]]) -> None:
         """Gradients on the private parameters, by passes that end there."""
         self._row, self._heads, self._micro = None, None, []
+        if not all(is_present(loss) for one in losses for loss in one):
+            return  # a task is absent: the row will say so
         following = self._now
         own = following.private(losses[0])
         self._common = heads.common_to_several(self._model, following.shared, losses[0])
