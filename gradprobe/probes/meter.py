@@ -234,7 +234,7 @@ class Meter:
         if names:
             listed = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             self._warn(
-                f"{listed}: shared by the graph alone, since no two tasks have had a gradient other than 0 there. Kept "
+                f"{listed}: shared by the graph alone, since only one task has had a gradient other than 0 there. Kept "
                 "in the file, and left out of every sum over shared layers until a second task has one"
             )
 

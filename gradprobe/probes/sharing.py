@@ -212,7 +212,8 @@ class Sharing:
             return []
         seen = self._effect.any(axis=0)
         by_graph = self._by_graph[:, seen].sum(axis=1) >= 2
-        alone = by_graph & (self._effect.sum(axis=1) < 2)
+        # Where no task has had one yet (a scale without boxes, an expert that idles) nothing is known.
+        alone = by_graph & (self._effect.sum(axis=1) == 1)
         found = [
             layer.name
             for layer, here, rows in zip(self.shared.layers, alone, self._rows, strict=True)
