@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from steps import BATCH, both, check, total
+from steps import BATCH, Net, both, check, total
+from zoo import Collector
 
+from gradprobe.probes import GradientProbe
 from gradprobe.rows import FIRST_CALL, MEASURED
 
 
@@ -173,3 +175,19 @@ def test_steps_that_come_to_have_more_calls_say_which_row_is_of_the_first_alone(
     assert [row.status for row in rows] == [MEASURED, MEASURED, FIRST_CALL, *[MEASURED] * 3]
     assert [row.batch_size for row in rows] == [BATCH * each for each in (1, 1, 1, 3, 1, 2)]
     check([replace(row, status=MEASURED) for row in rows], expected)
+
+
+def test_a_step_that_the_loop_cannot_take_has_its_row_at_once():
+    model, sink = Net().double(), Collector()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with GradientProbe(model, tuple(model.losses(0)), [sink], every=1, optimizer=optimizer) as probe:
+        for step in range(3):
+            losses = model.losses(step)
+            if step == 2:
+                probe.note(losses, None, "the loop stops here")
+                assert sink.rows[-1].status == "the loop stops here"
+                break
+            probe.backward(losses)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [row.step for row in sink.rows] == [0, 1, 2]
