@@ -212,7 +212,7 @@ def test_a_trainer_that_begins_above_0_says_with_which_flag(bundled, capsys):
 def test_every_flag_of_record_that_changes_the_training_is_one_of_the_audit():
     flags, own = (set(inspect.signature(one).parameters) for one in (record, audit_command))
     of_the_file = {"arm", "list_trainers", "name", "overwrite", "plan", "project", "resume"}
-    of_measuring = {"bn_batches", "every", "keep_going", "updates"}  # the training is the same bit for bit
+    of_measuring = {"bn_batches", "every", "group_by", "keep_going", "updates"}  # the training is the same bit for bit
     of_measuring |= {name for name in flags if name.startswith(("ledger", "probe_"))}
     assert flags - own == of_the_file | of_measuring | {"processes"}  # the audit's arms have one process
 

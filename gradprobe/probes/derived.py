@@ -65,6 +65,8 @@ class DerivedMeasurement:
         self.shared, self.graph, self._weights, self._derived = shared, graph, weights, derived
         self.by_passes: Array | None = None
         """The same by explicit passes, where the two are to be compared."""
+        self.explicit = True
+        """Whether those are what the row is to have."""
         # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
         self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in shared.parameters)
         self._paths = [graph.reaches(derived, p) for p in shared.parameters]

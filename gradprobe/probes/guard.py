@@ -100,8 +100,12 @@ class Guard:
         )
 
     def will_look(self, kind: str = "rows") -> bool:
-        """Whether the next row of a kind will be looked at closely: the 1st, 2nd, 4th, 8th, ... is."""
-        return not self._proven or not self._rows[kind] & (self._rows[kind] + 1)
+        """Whether the next row of a kind will be looked at closely: the first of a session is, too."""
+        return not self._proven or self.scheduled(kind)
+
+    def scheduled(self, kind: str = "rows") -> bool:
+        """Whether it is the 1st, 2nd, 4th, 8th, ... of a run."""
+        return not self._rows[kind] & (self._rows[kind] + 1)
 
     # ---- passes
 

@@ -407,9 +407,11 @@ class Meter:
         draw = self._sketching.next(shared) if self._sketching is not None else None
         ghosts = find_ghosts(graph, shared) if self._ghostly else []
         by_passes = None
-        if not (self._derived + 1) & self._derived or guard.will_look():
+        # The first row of a session is looked at besides: its numbers are those that a run in one go would have.
+        explicit = not (self._derived + 1) & self._derived or guard.scheduled()
+        if explicit or guard.will_look():
             by_passes = self.explicit(shared, losses, weights, draw=draw, check=True)
-        model, kept = self._model, self.kept if by_passes is None else None
+        model, kept = self._model, None if explicit else self.kept
 
         def passes(_: bool) -> DerivedMeasurement:
             if draw is not None:
@@ -419,7 +421,7 @@ class Meter:
         if by_passes is None:
             return guard.passes(losses, lambda closely: ranks.together(lambda: passes(closely)))
         measurement = ranks.together(lambda: passes(True))
-        measurement.by_passes = by_passes
+        measurement.by_passes, measurement.explicit = by_passes, explicit
         return measurement
 
     def finish(
@@ -439,9 +441,11 @@ class Meter:
         gram = measurement.result()
         if by_passes is not None:
             self._derived += 1
-            self._ranks.parts = parts
             if gram is not None:
                 self._compare(gram, by_passes, shared)
+            if gram is not None and not measurement.explicit:
+                return gram
+            self._ranks.parts = parts
             return by_passes
         if gram is not None:
             self._derived += 1

@@ -144,6 +144,7 @@ class SketchedMeasurement(DerivedMeasurement):
         ranks: Alone,
     ) -> None:
         self.shared, self.graph, self.draw, self.by_passes = shared, graph, draw, None
+        self.explicit = True
         self._weights, self._derived, self._ranks = weights, derived, ranks
         others = [task for task in range(len(losses)) if task != derived]
         self._sum = _passes(model, shared, losses, draw, others)
