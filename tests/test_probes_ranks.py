@@ -169,6 +169,33 @@ def test_a_task_may_go_another_way_or_be_absent_in_one_process(results):
     assert np.isnan(measures.norm(sink.rows[2].gram)[:, 2]).all()
 
 
+def test_processes_may_take_different_experts(results):
+    sink = results[0]["experts"]
+    torch.manual_seed(0)
+    model = two_ranks.Experts()
+    shared = [
+        *model.first.parameters(),
+        *model.norm.parameters(),
+        *model.second.parameters(),
+        *model.experts.parameters(),
+    ]
+    for step, row in enumerate(sink.rows):
+        assert row.status == MEASURED
+        parts = two_ranks.batch(step, torch.float64).chunk(2)
+        both = [model.losses(x, two_ranks.expert_of(step, rank)) for rank, x in enumerate(parts)]
+        found = [
+            torch.autograd.grad(sum(one[task] for one in both) / 2, shared, allow_unused=True, retain_graph=True)
+            for task in ("a", "b")
+        ]
+        one, two = (
+            torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(own, shared, strict=True)])
+            for own in found
+        )
+        norms, cosines = row.shared(None)
+        assert norms[:2] == pytest.approx([one.norm().item(), two.norm().item()], rel=1e-9)
+        assert cosines[0] == pytest.approx((one @ two / one.norm() / two.norm()).item(), abs=1e-9)
+
+
 @pytest.mark.parametrize("use", ["record", "backward"])
 @pytest.mark.parametrize("flags", two_ranks.FLAGS, ids=lambda flags: next(iter(flags)))
 def test_what_ddp_makes_of_the_graph_changes_neither_training_nor_numbers(flags, use, results):

@@ -161,6 +161,7 @@ def main(folder, rank):
     out["failing"] = failing(folder, rank, mine)
     out["budget"] = budgeted(rank, mine)
     out["different"] = different(rank)
+    out["experts"] = routed(rank, mine)
     for flags in FLAGS:
         for use in ("record", "backward"):
             name, *_ = flags
@@ -214,6 +215,41 @@ def different(rank):
                 if step == 2 or (step == 1 and rank == 1):
                     del found["c"]
                 probe.record(found)
+    return sink
+
+
+class Experts(Net):
+    """Four experts behind the trunk, of which each process takes its own."""
+
+    def __init__(self):
+        super().__init__(torch.float64)
+        self.experts = nn.ModuleList(nn.Linear(8, 8, dtype=torch.float64) for _ in range(4))
+
+    def forward(self, x, expert):
+        one = self.norm(self.first(x).tanh())
+        two = self.second(one).tanh()
+        two = two + self.experts[expert](two).tanh()
+        return self.heads[0](two), self.heads[1](two), self.early(one)
+
+    def losses(self, x, expert, forward=None):
+        a, b, c = (forward or self)(x, expert)
+        return {"a": a.square().mean(), "b": b.cosh().mean(), "c": c.cosh().mean()}
+
+
+def expert_of(step, rank):
+    return (step + rank * (step % 3)) % 4
+
+
+def routed(rank, mine):
+    torch.manual_seed(0)
+    model, sink = DistributedDataParallel(Experts(), find_unused_parameters=True), Collector()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with gradprobe.attach(model, TASKS, every=1, sinks=[sink]) as probe:
+            for step in range(STEPS):
+                x = mine(batch(step, torch.float64))
+                probe.backward(model.module.losses(x, expert_of(step, rank), model))
+                model.zero_grad()
     return sink
 
 

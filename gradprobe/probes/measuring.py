@@ -335,8 +335,7 @@ class Measuring:
         """A row without a measurement."""
         self.calls.finish()  # those before it in its step are measured, and have the step's row
         self.guarded(lambda: self.find(losses))
-        call = self._call(losses, weights, None, status, Stopwatch(_device(losses)), batch_size)
-        self._emit_calls([call], None, None)  # at once: no optimizer will take this step
+        self._emit(losses, weights, None, status, Stopwatch(_device(losses)), batch_size, at_once=True)
         self.meter.let_go()
 
     def find(self, losses: Losses) -> SharedLayers:
@@ -385,25 +384,15 @@ class Measuring:
         watch: Stopwatch,
         batch_size: int,
         noise: Noise | None = None,
+        *,
+        at_once: bool = False,
     ) -> None:
-        """Hand on the row of one call, or keep it until its step is complete."""
-        call = self._call(losses, weights, gram, status, watch, batch_size, noise)
-        if not self.calls.takes(call, self.scale.factor):
-            self._emit_calls([call], gram, noise)
-
-    def _call(
-        self,
-        losses: Losses,
-        weights: Array,
-        gram: Array | None,
-        status: str,
-        watch: Stopwatch,
-        batch_size: int,
-        noise: Noise | None = None,
-    ) -> Call:
+        """Hand on the row of one call: at once where no optimizer will take its step, else when that is complete."""
         values, shares, step = self._values(losses), self.meter.shares, self.clock.step
         there = np.array([is_present(losses[task]) for task in self.tasks])
-        return Call(step, losses, values, weights, gram, status, watch, batch_size, noise, shares, there)
+        call = Call(step, losses, values, weights, gram, status, watch, batch_size, noise, shares, there)
+        if at_once or not self.calls.takes(call, self.scale.factor):
+            self._emit_calls([call], gram, noise)
 
     def _emit_calls(self, calls: Sequence[Call], gram: Array | None, noise: Noise | None) -> None:
         """Hand on the row of a step, and of all processes: the mean of their losses, and all their samples."""
