@@ -117,20 +117,19 @@ class Model(torch.nn.Module):
 
 
 class Rows:
+    tables = ("features",)
+
     def __init__(self):
         self.rows, self.features = [], []
 
     def start(self, header):
         self.header = header
 
+    def grow(self, header):
+        self.header = header
+
     def write(self, row):
-        self.rows.append(row)
-
-    def start_features(self, header):
-        pass
-
-    def write_features(self, row):
-        self.features.append(row)
+        (self.features if row.table.name == "features" else self.rows).append(row)
 
     def flush(self):
         return True

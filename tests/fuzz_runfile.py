@@ -31,7 +31,7 @@ def content(path: Path) -> dict[str, bytes | None]:
     with open_run(path) as run:
         words = (run.tasks, run.layers, run.pairs, run.status_names, run.end, run.rows_dropped, run.provenance)
         found: dict[str, bytes | None] = {"words": repr(words).encode()}
-        takes = {f.name: functools.partial(run.read, f.name) for f in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS)}
+        takes = {f.name: functools.partial(run.read, f.name) for f in (*schema.ROWS.held(()), *schema.HEADER_FIELDS)}
         for name, take in {**takes, "epochs": lambda: np.array(list(run.epochs.values()))}.items():
             try:
                 array = take()

@@ -92,21 +92,17 @@ def filled(values, among):
     return wide
 
 
-def start(writer, layers, *, tables=True):
+def start(writer, layers):
     writer.start(header(layers))
-    if tables:
-        writer.start_updates(header(layers))
-        writer.start_ledger(header(layers))
-        writer.start_probe_loader(header(layers))
 
 
 def put(writer, step, layers, among=None, *, tables=True, **more):
     writer.write(row(step, layers, among, **more))
     if tables:
         update, ledger, probed = others(step, layers, among)
-        writer.write_updates(update)
-        writer.write_ledger(ledger)
-        writer.write_probe_loader(probed)
+        writer.write(update)
+        writer.write(ledger)
+        writer.write(probed)
 
 
 def expected(counts, lacking=None):

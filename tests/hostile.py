@@ -282,10 +282,10 @@ def metric_longer_than_its_axis(path):
         file["epochs/odd"] = np.zeros(3)
 
 
-@hostile("no dataset 'cosine'")
+@hostile("no dataset 'step'")
 def dataset_missing(path):
     with changed(path) as file:
-        drop(file, "cosine")
+        drop(file, "step")
 
 
 @hostile("no dataset 'cosine'")

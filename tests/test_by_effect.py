@@ -249,13 +249,12 @@ def headed(tmp_path):
     """A new file of a run whose graph leads each task to both heads."""
     writer = RunWriter(tmp_path / "run.h5")
     writer.start(graph_says())
-    writer.start_probe_loader(graph_says())
     for step in range(12):
         gram = zero_heads(step)
         writer.write(
             Row(step, 0, step, np.ones(2), np.ones(2), gram, batch_size=8, gram_noise=0.01 * gram, micro_batches=2)
         )
-        writer.write_probe_loader(ProbeLoaderRow(step, 0, step, np.ones(2), gram, 0.01 * gram, 4, 32))
+        writer.write(ProbeLoaderRow(step, 0, step, np.ones(2), gram, 0.01 * gram, 4, 32))
     writer.close()
     return tmp_path / "run.h5"
 
@@ -387,7 +386,6 @@ def test_loggers_follow_layers_that_join():
 def test_reach_of_probe_loader_rows_goes_by_row(headed, tmp_path):
     writer = RunWriter(tmp_path / "lacks.h5")
     writer.start(graph_says(2))
-    writer.start_probe_loader(graph_says(2))
     full = [np.random.default_rng([6, s]).normal(size=(2, 2, 4)) for s in range(10)]
     grams = [g @ g.transpose(0, 2, 1) for g in full]
     for step, gram in enumerate(grams):
@@ -395,7 +393,7 @@ def test_reach_of_probe_loader_rows_goes_by_row(headed, tmp_path):
         part = gram.copy()
         if step % 2:
             part[1, :, 1] = part[1, 1] = np.nan  # the second task does not reach the second layer at that row
-        writer.write_probe_loader(ProbeLoaderRow(step, 0, step, np.ones(2), part, 0 * part, 4, 32))
+        writer.write(ProbeLoaderRow(step, 0, step, np.ones(2), part, 0 * part, 4, 32))
     writer.close()
     pooled = sum(g[0] + (g[1] if step % 2 == 0 else 0) for step, g in enumerate(grams))
     expected = pooled[0, 1] / np.sqrt(pooled[0, 0] * pooled[1, 1])

@@ -220,7 +220,6 @@ def make_table(path, reach, rows=30, bad=()):
     rng, put = np.random.default_rng(0), []
     writer = RunWriter(path)
     writer.start(header)
-    writer.start_probe_loader(header)
     for step in range(rows):
         g = rng.normal(size=(3, 3, 5)) + np.arange(1, 4)[:, None, None]
         e = rng.normal(size=(3, 3, 5)) / 4
@@ -228,9 +227,7 @@ def make_table(path, reach, rows=30, bad=()):
         gram, noise = (np.where(there, v @ np.swapaxes(v, -1, -2), np.nan) for v in (g, e))
         put.append((gram, noise))
         status = "measuring failed" if step in bad else "measured"
-        writer.write_probe_loader(
-            ProbeLoaderRow(5 * step, 0, 0.1 * step, np.ones(3), gram, noise, 4, 32, status=status)
-        )
+        writer.write(ProbeLoaderRow(5 * step, 0, 0.1 * step, np.ones(3), gram, noise, 4, 32, status=status))
     writer.close()
     return np.array([g for g, _ in put]), np.array([e for _, e in put])
 

@@ -65,7 +65,7 @@ needs_h5dump = pytest.mark.skipif(shutil.which("h5dump") is None, reason="h5dump
 @needs_h5dump
 def test_h5dump_shows_only_types_that_every_tool_has(path):
     text = subprocess.run(["h5dump", "-H", path], check=True, capture_output=True, text=True).stdout
-    for name in [f.name for f in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS)]:
+    for name in [f.name for f in (*schema.ROWS.held(()), *schema.HEADER_FIELDS)]:
         assert f'DATASET "{name}"' in text
     bare = "\n".join(text.split("ATTRIBUTE"))  # what is inside attributes is looked at below
     assert "H5T_ENUM" not in bare
@@ -139,7 +139,7 @@ def test_pandas_takes_a_stride_and_every_kind_of_table(run):
 def test_xarray_holds_all_of_it(run):
     pytest.importorskip("xarray")
     data = run.to_xarray()
-    assert set(data.data_vars) >= {f.name for f in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS)} - {"step"}
+    assert set(data.data_vars) >= {f.name for f in (*schema.ROWS.held(()), *schema.HEADER_FIELDS)} - {"step"}
     np.testing.assert_array_equal(
         data.cosine.sel(layer=LAYER, pair="det|cls"), run["cosine"][:, run.layers.index(LAYER), 0]
     )

@@ -61,7 +61,7 @@ def test_it_is_the_gradient_at_the_output_that_the_heads_share(name, tasks, use)
                 expected = naive(losses.values(), feature)
             getattr(probe, use)(losses, {t: WEIGHTS[t] for t in names})
             np.testing.assert_allclose(sink.feature_rows[-1].gram[0], expected, rtol=1e-9, atol=1e-12)
-    assert sink.feature_header.features == probe.features
+    assert sink.header.features.features == probe.features
     assert len(probe.features) == 1
     assert probe.features[0].startswith(SHARED_OUTPUT[name])
     assert [row.step for row in sink.feature_rows] == [0, 1, 2]
@@ -102,7 +102,7 @@ def test_a_task_counts_where_all_of_its_way_is_its_own():
     model, sink = Split().double(), Collector()
     with GradientProbe(model, ("a", "b", "c"), [sink], level="features") as probe:
         probe.backward(model.losses(torch.randn(5, 4, dtype=torch.float64)))
-    assert sink.feature_header.features == ("second",)
+    assert sink.header.features.features == ("second",)
     gram = sink.feature_rows[0].gram[0]
     assert np.isfinite(gram[:2, :2]).all()
     assert np.isnan(gram[2]).all()
@@ -127,9 +127,9 @@ def test_several_outputs_of_one_layer_are_several_features():
     with GradientProbe(layer, ("a", "b"), [sink], level="features") as probe:
         one, other = layer(torch.randn(5, 3)).split(2, dim=1)
         probe.backward({"a": one.mean() + other.sum(), "b": one.pow(2).mean() + other.pow(2).mean()})
-    assert len(set(sink.feature_header.features)) == 2
-    assert sink.feature_header.features[1].endswith("#2")
-    assert sink.feature_header.feature_size.tolist() == [10, 10]
+    assert len(set(sink.header.features.features)) == 2
+    assert sink.header.features.features[1].endswith("#2")
+    assert sink.header.features.feature_size.tolist() == [10, 10]
 
 
 def test_a_feature_keeps_its_name_at_a_step_that_lacks_another_of_its_layer():
@@ -190,7 +190,7 @@ def test_features_can_be_named():
 
     with GradientProbe(model, ("a", "b"), [sink], level="features", features=["first"]) as probe:
         probe.backward(losses())
-    assert sink.feature_header.features == ("first",)
+    assert sink.header.features.features == ("first",)
     with (
         GradientProbe(model, ("a", "b"), level="features", features="second") as probe,
         pytest.raises(ProbeError, match=r"features=\['second'\]: tasks part at no output.*outputs of: first"),
@@ -204,7 +204,7 @@ def test_a_detectors_feature_is_its_pyramids_end(detector):
         losses = detection_losses(detector)
         expected = naive(losses.values(), outputs[-1])
         probe.backward(losses, {"det": 1.0, "cls": 0.1})
-    assert sink.feature_header.features == ("model.9.cv2.bn",)
+    assert sink.header.features.features == ("model.9.cv2.bn",)
     np.testing.assert_allclose(sink.feature_rows[0].gram[0], expected, rtol=1e-4)
 
 
@@ -279,9 +279,13 @@ def feature_rows(steps, seed=0):
         yield FeatureRow(step, step // 10, float(step), np.einsum("fik,fjk->fij", g, g), overhead=0.001)
 
 
+def header(features=None):
+    return Header(TASKS, (), np.zeros(0, np.int64), np.zeros((0, 2), bool), features=features)
+
+
 def writer(path, **options):
     made = RunWriter(path, flush_seconds=1000.0, flush_rows=10**9, **options)
-    made.start(Header(TASKS, (), np.zeros(0, np.int64), np.zeros((0, 2), bool)))
+    made.start(header())
     return made
 
 
@@ -291,19 +295,19 @@ HEADER = FeatureHeader(TASKS, ("p4", "p5"), np.array([640, 320]))
 
 def rows_written(path, steps, **options):
     made = writer(path, **options)
-    made.start_features(HEADER)
+    made.grow(header(HEADER))
     for row in feature_rows(steps):
-        made.write_features(row)
+        made.write(row)
     return made
 
 
 def test_feature_rows_survive_parts_and_merges(tmp_path):
     path, rows = tmp_path / "run.h5", list(feature_rows(range(30)))
     made = writer(path)
-    made.start_features(HEADER)
+    made.grow(header(HEADER))
     for start in range(0, 30, 10):
         for row in rows[start : start + 10]:
-            made.write_features(row)
+            made.write(row)
         made.flush()
         with gradprobe.open_run(path) as run:  # in its parts
             assert run.features["step"].tolist() == list(range(start + 10))
@@ -329,9 +333,9 @@ def test_many_parts_of_features_are_put_together(tmp_path, monkeypatch):
     monkeypatch.setattr(RunWriter, "merge_at", 4)
     path = tmp_path / "run.h5"
     made = writer(path)
-    made.start_features(HEADER)
+    made.grow(header(HEADER))
     for row in feature_rows(range(40)):
-        made.write_features(row)
+        made.write(row)
         made.flush()
         with gradprobe.open_run(path) as run:
             assert run["features/step"].tolist() == list(range(row.step + 1))
@@ -346,12 +350,12 @@ def test_a_resumed_run_goes_on_behind_its_cut_features(tmp_path):
     rows_written(path, range(20)).close()
     made = RunWriter(path, resume=True)
     made.rewind(12, -1)
-    made.start(Header(TASKS, (), np.zeros(0, np.int64), np.zeros((0, 2), bool)))
+    made.start(header())
     with gradprobe.open_run(path) as run:
         assert run.features["step"].tolist() == list(range(12))
-    made.start_features(FeatureHeader(TASKS, ("p4", "p5"), np.array([64, 32])))  # of a smaller batch
+    made.grow(header(FeatureHeader(TASKS, ("p4", "p5"), np.array([64, 32]))))  # of a smaller batch
     for row in feature_rows(range(12, 15), seed=1):
-        made.write_features(row)
+        made.write(row)
     made.rewind(14, -1)  # and the training goes back once more
     made.close()
     with gradprobe.open_run(path) as run:
@@ -364,9 +368,9 @@ def test_a_resumed_run_with_other_features_is_refused_and_one_without_keeps_them
     rows_written(path, range(6)).close()
     made = RunWriter(path, resume=True)
     made.rewind(5, -1)
-    made.start(Header(TASKS, (), np.zeros(0, np.int64), np.zeros((0, 2), bool)))
+    made.start(header())
     with pytest.raises(RunFileError, match=r"holds rows of the features \['p4', 'p5'\].*has \['p3'\]"):
-        made.start_features(FeatureHeader(TASKS, ("p3",), np.array([64])))
+        made.grow(header(FeatureHeader(TASKS, ("p3",), np.array([64]))))
     made.close()
     with gradprobe.open_run(path) as run:
         assert run["features/step"].tolist() == list(range(5))
@@ -376,11 +380,11 @@ def test_feature_rows_that_the_disk_does_not_take_are_dropped_with_a_count(tmp_p
     monkeypatch.setattr(RunWriter, "keep_bytes", 10 * (FEATURE_BYTES + 1000))
     path = tmp_path / "run.h5"
     made = writer(path)
-    made.start_features(HEADER)
+    made.grow(header(HEADER))
     with monkeypatch.context() as broken:
-        broken.setattr("gradprobe.runfile.content.feature_columns", lambda *_: 1 / 0)
+        broken.setattr("gradprobe.runfile.content.columns", lambda *_: 1 / 0)
         for row in feature_rows(range(25)):
-            made.write_features(row)
+            made.write(row)
         assert not made.flush()
     made.close()
     with gradprobe.open_run(path) as run:
@@ -488,11 +492,11 @@ def test_a_run_without_features_lacks_that_figure(tmp_path):
     ("change", "message"),
     [
         (lambda g: g.pop("feature"), "no dataset 'features/feature'"),
-        (lambda g: g.pop("cosine"), "no dataset 'features/cosine'"),
+        (lambda g: g.pop("step"), "no dataset 'features/step'"),
         (lambda g: (g.pop("time"), g.create_dataset("time", data=np.zeros(2))), "'features/time' has shape"),
         (lambda g: (g.pop("step"), g.create_dataset("step", data=np.zeros(3, "<i4"))), "'features/step' holds int32"),
     ],
-    ids=["no names", "no cosines", "short", "of another type"],
+    ids=["no names", "no steps", "short", "of another type"],
 )
 def test_a_group_of_features_that_is_not_one_is_refused(change, message, tmp_path):
     path = tmp_path / "run.h5"

@@ -35,7 +35,7 @@ def test_the_file_is_whole_and_plain_tools_read_the_table(path):
     assert command(["check", str(path)]) == 0
     with h5py.File(path) as file:
         assert list(file["ledger/source"].asstr()) == list(SOURCES)
-        for field in schema.LEDGER_FIELDS:
+        for field in schema.LEDGER.fields:
             dataset = file[f"ledger/{field.name}"]
             assert dataset.dtype == field.dtype
             assert dataset.attrs["long_name"] == field.meaning

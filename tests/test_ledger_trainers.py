@@ -10,7 +10,7 @@ from test_micro_trainers import available, options
 
 from gradprobe.errors import UsageError
 from gradprobe.ledger.windows import window
-from gradprobe.rows import MEASURED
+from gradprobe.rows import LEDGER, MEASURED
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import TASKS, resolve
 from gradprobe.updates import ledger as module
@@ -21,14 +21,17 @@ SMALL = {"optimizer": "SGD", "lr": 0.01, "ledger": True, "ledger_images": 16}
 class Kept:
     """A sink that keeps rows of a ledger."""
 
+    tables = ("ledger",)
+
     def __init__(self):
         self.ledger = []
 
-    def start_ledger(self, header):
+    def start(self, header):
         self.header = header
 
-    def write_ledger(self, row):
-        self.ledger.append(row)
+    def write(self, row):
+        if row.table is LEDGER:
+            self.ledger.append(row)
 
     def __getattr__(self, name):
         return lambda *_: None

@@ -15,7 +15,7 @@ from zoo import Checkpointed, Collector, Heads
 
 import gradprobe
 from gradprobe.cli.app import run as command
-from gradprobe.errors import ProbeError, RunFileError
+from gradprobe.errors import ProbeError
 from gradprobe.probes import passes
 from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
@@ -30,17 +30,18 @@ DRAWN = [[36, 20, 21, 14, 16, 12], [2, 21, 1, 17, 6, 11], [17, 3, 6, 24, 31, 24]
 class Noisy(Collector):
     """Also takes rows of the probe loader, and notes."""
 
+    tables = ("features", "probe_loader")
+
     def __init__(self):
         super().__init__()
-        self.loader_rows, self.notes, self.loader_header = [], {}, None
+        self.loader_rows, self.notes = [], {}
 
-    def start_probe_loader(self, header):
-        assert header is self.header
-        self.loader_header = header
-
-    def write_probe_loader(self, row):
-        assert self.loader_header is not None
-        self.loader_rows.append(row)
+    def write(self, row):
+        if row.table.name == "probe_loader":
+            assert self.header is not None
+            self.loader_rows.append(row)
+        else:
+            super().write(row)
 
     def annotate(self, values):
         self.notes.update(values)
@@ -428,15 +429,19 @@ def test_repair_keeps_it(path, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["probe_loader/loss", "probe_loader/gram_noise", "other_task"])
-def test_a_file_with_a_part_of_it_is_refused(path, tmp_path, name):
+def test_what_a_file_lacks_of_it_is_missing_and_told(path, tmp_path, name):
     copy = tmp_path / "copy.h5"
     copy.write_bytes(path.read_bytes())
     with h5py.File(copy, "r+") as file:
         del file[name]
     with copy.open("rb+") as raw:
         seal(raw)
-    with pytest.raises(RunFileError, match=f"no dataset '{name}'"):
-        gradprobe.open_run(copy)
+    with gradprobe.open_run(copy) as run, gradprobe.open_run(path) as whole:
+        for field, values in run.probe_loader.items():
+            lost = name == f"probe_loader/{field}"
+            np.testing.assert_array_equal(values, np.full_like(values, np.nan) if lost else whole.probe_loader[field])
+    told = [finding.what for finding in check(copy).findings]
+    assert told == ([] if name == "other_task" else [f"has no {name}: read as missing"])
 
 
 # ---- wrong calls

@@ -63,7 +63,7 @@ def test_every_make_target_exists():
 def test_every_dataset_named_is_in_the_schema_and_the_other_way_round():
     (table,) = re.findall(r"^\| dataset \|.*?\n\n", README, re.DOTALL | re.MULTILINE)
     named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line)))
-    known = {field.name for field in (*schema.ROW_FIELDS, *schema.NOISE_FIELDS, *schema.HEADER_FIELDS)} | {
+    known = {field.name for field in (*schema.ROWS.fields, *schema.HEADER_FIELDS)} | {
         "layer",
         "task",
         "pair",

@@ -581,12 +581,11 @@ def probed(path, rows, reach):
     header = make_header(2, ("a", "b", "c"), reach=np.array(reach, dtype=bool))
     writer = RunWriter(path)
     writer.start(header)
-    writer.start_probe_loader(header)
     there = header.reach[:, :, None] & header.reach[:, None, :]
     for k, true in enumerate(rows):
         each = np.where(there, np.array(true, dtype=float) / np.maximum(there.sum(axis=0), 1), np.nan)
         noise = np.where(there, np.abs(each) * 0 + 9 * np.eye(3), np.nan)
-        writer.write_probe_loader(ProbeLoaderRow(10 * k, 0, 0.1 * k, np.ones(3), each + noise, noise, 4, 32))
+        writer.write(ProbeLoaderRow(10 * k, 0, 0.1 * k, np.ones(3), each + noise, noise, 4, 32))
     writer.close()
 
 

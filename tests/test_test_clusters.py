@@ -153,7 +153,7 @@ def test_they_are_repaired(run, tmp_path):
 def test_what_cannot_be_is_found(tmp_path):
     wrong = TestClusters(("a", "b"), np.array([0, 1]), ("m",), np.array([[math.inf], [1.0]]))
     found = [finding.what for finding in check(written(tmp_path / "run.h5", wrong)).findings]
-    assert found == ["test/size holds a cluster without images", "test/without is infinite"]
+    assert found == ["test/size is below 1", "test/without is infinite"]
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,13 @@ def test_a_long_run_is_not_read_whole(tmp_path, monkeypatch):
 
 def long_run(path: Path, rows: int) -> Path:
     """Written as the merge writes it."""
+    from gradprobe.rows import ROWS
     from gradprobe.runfile import content, files
 
     header = make_header(1)
     (row,) = make_rows(header, 1)
     state = content.State(end="finished")
-    block = content.columns([row] * 10_000, header, state)
+    block = content.columns(ROWS, [row] * 10_000, header, state)
     blocks = [{**block, "step": np.arange(i, i + 10_000)} for i in range(0, rows, 10_000)]
     stretch = {"": content.Stretch(rows, blocks)}
     files.write_whole(

@@ -214,13 +214,11 @@ def write(folder: Path, run: Evidence) -> Path:
             row = replace(row, gram=run.training.gram[k], gram_noise=run.training.noise[k], micro_batches=len(MICRO))
         writer.write(row)
     if run.probed is not None:
-        writer.start_probe_loader(header)
         for row in probed_rows(run):
-            writer.write_probe_loader(row)
+            writer.write(row)
     if run.ledger:
-        writer.start_ledger(header)
         for row in ledger_rows(run):
-            writer.write_ledger(row)
+            writer.write(row)
     writer.annotate({"test": dict(run.tested.values)})
     writer.write_test(clusters(run))
     writer.close("finished")

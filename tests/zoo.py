@@ -14,9 +14,11 @@ from torch.utils.checkpoint import checkpoint
 class Collector:
     """A sink that keeps everything in memory."""
 
+    tables = ("features",)
+
     def __init__(self):
         self.header, self.rows, self.epochs, self.end = None, [], {}, None
-        self.feature_header, self.feature_rows = None, []
+        self.feature_rows = []
 
     def start(self, header):
         self.header = header
@@ -25,14 +27,11 @@ class Collector:
         self.header = header
 
     def write(self, row):
-        self.rows.append(row)
-
-    def start_features(self, header):
-        assert self.header is not None
-        self.feature_header = header
-
-    def write_features(self, row):
-        self.feature_rows.append(row)
+        if row.table.name == "features":
+            assert self.header.features is not None
+            self.feature_rows.append(row)
+        else:
+            self.rows.append(row)
 
     def write_epoch(self, epoch, values):
         self.epochs.setdefault(epoch, {}).update(values)

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes import transfer
+from gradprobe.rows.limits import MAX_NAME
 
 Weights = Mapping[str, "float | Tensor"]
 Losses = Mapping[str, Tensor]
@@ -51,6 +52,10 @@ def check_names(what: str, names: Iterable[object]) -> None:
     for name in names:
         if not isinstance(name, str) or not name or _CONTROL.search(name):
             raise ProbeError(f"{what}: the name {name!r} must be text, not empty, and without control characters.")
+        if (size := len(name.encode())) > MAX_NAME - 16:
+            raise ProbeError(
+                f"{what}: the name {name[:40]!r}... has {size:,} bytes; at most {MAX_NAME - 16:,} are kept."
+            )
 
 
 def all_losses(tasks: Sequence[str], losses: Given) -> dict[str, Tensor]:

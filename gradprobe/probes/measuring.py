@@ -301,7 +301,7 @@ class Measuring:
         with self.ranks.equal_shares():
             row = self.loader.measure(self)
         if row is not None:
-            self.report.probe_loader(row)
+            self.report.row(row)
 
     def check_self(self, losses: Iterable[Losses]) -> None:
         """Once: measure a task with its own copy and with its negative, on a few micro-batches."""
@@ -495,7 +495,7 @@ class Measuring:
         if gram is not None and self.features.names:
             # The gradient of a mean over processes, at features that each process has for itself.
             gram = self.ranks.mean(self.features.arranged(features, self.scale.off(gram))) / self.ranks.size
-            self.report.features(FeatureRow(self.clock.step, self.epoch, self.now(), gram, overhead=watch.seconds))
+            self.report.row(FeatureRow(self.clock.step, self.epoch, self.now(), gram, overhead=watch.seconds))
 
     def _find_features(self, losses: Losses) -> list[Feature]:
         self.find(losses)  # a file begins with its layers

@@ -17,27 +17,23 @@ from gradprobe.measures import Array
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.guard import NotMeasured
 from gradprobe.rows import (
-    BY_LAYER,
+    FEATURES,
     MEASURED,
     NONFINITE_GRADIENT,
     NONFINITE_LOSS,
+    ROWS,
+    TABLE_NAMES,
+    AnyRow,
     FeatureHeader,
-    FeatureRow,
-    FeatureSink,
     GrowingSink,
     Header,
-    LedgerRow,
-    LedgerSink,
-    ProbeLoaderRow,
-    ProbeLoaderSink,
     Provenance,
     ResumableSink,
-    Row,
     Sink,
-    UpdateRow,
-    UpdateSink,
     absent,
+    takes,
 )
+from gradprobe.rows.layers import shortened
 
 T = TypeVar("T")
 
@@ -55,7 +51,6 @@ class Reporter:
 
     Attributes:
         header: None before the layers were found.
-        last_step: Of the last row; -1 before the first.
         last_metrics: The last epoch that metrics came of; -1 before the first.
         overhead: Seconds spent on all rows.
         started: When recording began, on the clock of ``time.perf_counter``.
@@ -67,12 +62,8 @@ class Reporter:
         self._closed = False
         self._began_with = 0  # layers
         self._seen, self._steps = np.zeros(len(tasks), dtype=bool), 0
-        self._last_feature_step = self._last_update_step = -1
-        self._last_ledger_step = self._last_loader_step = -1
-        self._updates_started = self._ledger_started = self._loader_started = False
+        self._last = dict.fromkeys(TABLE_NAMES, -1)  # step, by table
         self.header: Header | None = None
-        self.feature_header: FeatureHeader | None = None
-        self.last_step = -1
         self.last_metrics = -1
         self.overhead = 0.0
         self.started = time.perf_counter()
@@ -105,73 +96,28 @@ class Reporter:
 
     def start_features(self, names: Sequence[str], sizes: Sequence[int]) -> None:
         """Announce the features. A second call does nothing."""
-        if self.feature_header is not None:
+        if self.header is None or self.header.features is not None:
             return
-        self.feature_header = FeatureHeader(self._tasks, tuple(names), np.array(sizes, dtype=np.int64))
+        found = FeatureHeader(self._tasks, tuple(names), np.array(sizes, dtype=np.int64))
+        self.header = replace(self.header, features=found)
         for sink in list(self._sinks):
-            if isinstance(sink, FeatureSink):
-                self._start(sink, sink.start_features, self.feature_header)
+            if isinstance(sink, GrowingSink) and takes(sink, FEATURES):
+                self._start(sink, sink.grow, self.header)
 
-    def row(self, row: Row) -> None:
-        """Hand on a row; not a second one of the same step."""
-        if self.header is None or row.step <= self.last_step:
+    def row(self, row: AnyRow) -> None:
+        """Hand on a row to the sinks that take its table; not a second one of the same step."""
+        if self.header is None or row.step <= self._last[row.table.name]:
             return  # without a header not even the layers could be found; the warning is out
-        self.last_step = row.step
+        self._last[row.table.name] = row.step
         self.overhead += row.overhead
         for sink in self._sinks:
-            self._hand(sink, row.step, sink.write, row)
+            if takes(sink, row.table):
+                self._hand(sink, row.step, sink.write, row)
 
-    def features(self, row: FeatureRow) -> None:
-        """Hand on a feature row; not a second one of the same step."""
-        if self.feature_header is None or row.step <= self._last_feature_step:
-            return
-        self._last_feature_step = row.step
-        self.overhead += row.overhead
-        for sink in self._sinks:
-            if isinstance(sink, FeatureSink):
-                self._hand(sink, row.step, sink.write_features, row)
-
-    def updates(self, row: UpdateRow) -> None:
-        """Hand on a row on an update, announced before the first; not a second one of the same step."""
-        if self.header is None or row.step <= self._last_update_step:
-            return
-        for sink in list(self._sinks) if not self._updates_started else ():
-            if isinstance(sink, UpdateSink):
-                self._start(sink, sink.start_updates, self.header)
-        self._updates_started = True
-        self._last_update_step = row.step
-        self.overhead += row.overhead
-        for sink in self._sinks:
-            if isinstance(sink, UpdateSink):
-                self._hand(sink, row.step, sink.write_updates, row)
-
-    def ledger(self, row: LedgerRow) -> None:
-        """Hand on a row of the loss ledger, announced before the first; not a second one of the same step."""
-        if self.header is None or row.step <= self._last_ledger_step:
-            return
-        for sink in list(self._sinks) if not self._ledger_started else ():
-            if isinstance(sink, LedgerSink):
-                self._start(sink, sink.start_ledger, self.header)
-        self._ledger_started = True
-        self._last_ledger_step = row.step
-        self.overhead += row.overhead
-        for sink in self._sinks:
-            if isinstance(sink, LedgerSink):
-                self._hand(sink, row.step, sink.write_ledger, row)
-
-    def probe_loader(self, row: ProbeLoaderRow) -> None:
-        """Hand on a row of the probe loader, announced before the first; not a second one of the same step."""
-        if self.header is None or row.step <= self._last_loader_step:
-            return
-        for sink in list(self._sinks) if not self._loader_started else ():
-            if isinstance(sink, ProbeLoaderSink):
-                self._start(sink, sink.start_probe_loader, self.header)
-        self._loader_started = True
-        self._last_loader_step = row.step
-        self.overhead += row.overhead
-        for sink in self._sinks:
-            if isinstance(sink, ProbeLoaderSink):
-                self._hand(sink, row.step, sink.write_probe_loader, row)
+    @property
+    def last_step(self) -> int:
+        """Of the last measured row; -1 before the first."""
+        return self._last[ROWS.name]
 
     def took_part(self, there: NDArray[np.bool_]) -> None:
         """Of a measured step: (T,) who took part in it."""
@@ -211,10 +157,7 @@ class Reporter:
 
     def rewind(self, step: int, epoch: int) -> None:
         """The training goes on from ``step``, with metrics up to ``epoch``: sinks that can forget what came after."""
-        self.last_step, self._last_feature_step = min(self.last_step, step - 1), min(self._last_feature_step, step - 1)
-        self._last_update_step = min(self._last_update_step, step - 1)
-        self._last_ledger_step = min(self._last_ledger_step, step - 1)
-        self._last_loader_step = min(self._last_loader_step, step - 1)
+        self._last = {table: min(last, step - 1) for table, last in self._last.items()}
         self.last_metrics = epoch
         for sink in self._sinks:
             if isinstance(sink, ResumableSink):
@@ -260,7 +203,7 @@ class Reporter:
             self._warned.add(reason)
             warnings.warn(f"gradprobe: step {step}: {reason}. Training goes on.", RuntimeWarning, stacklevel=5)
 
-    def _start(self, sink: Any, start: Callable[[Any], None], header: Header | FeatureHeader) -> None:
+    def _start(self, sink: Any, start: Callable[[Header], None], header: Header) -> None:
         """Start one sink; one that cannot is left out."""
         try:
             start(header)
@@ -273,7 +216,7 @@ class Reporter:
 
     def _hand(self, sink: Any, step: int, write: Callable[[Any], None], row: Any) -> None:
         try:
-            write(row if isinstance(sink, GrowingSink) else _of_layers(row, self._began_with))
+            write(row if isinstance(sink, GrowingSink) else shortened(row, self._began_with))
         except Exception as error:  # a display or a logger must not end a training
             self._failed(sink, step, error)
 
@@ -288,14 +231,6 @@ class Reporter:
 
     def _failed(self, sink: Any, step: int, error: Exception) -> None:
         self.warn(step, f"{type(sink).__name__} failed: {type(error).__name__}: {error}")
-
-
-def _of_layers(row: Any, count: int) -> Any:
-    """A row of as many layers as there were at first; the others joined at the end."""
-    if isinstance(row, FeatureRow):
-        return row
-    by_layer = [name for name in BY_LAYER if getattr(row, name, None) is not None and len(getattr(row, name)) > count]
-    return replace(row, **{name: getattr(row, name)[:count] for name in by_layer}) if by_layer else row
 
 
 def status_of(tasks: Sequence[str], losses: Array, gram: Array, there: NDArray[np.bool_]) -> str:

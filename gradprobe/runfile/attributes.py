@@ -10,10 +10,9 @@ import numpy as np
 from h5py import h5a, h5s, h5t
 
 from gradprobe.errors import RunFileError
+from gradprobe.rows.limits import MAX_STRINGS, MAX_TEXT
 
 NUMBERS = (h5t.INTEGER, h5t.FLOAT)
-MAX_TEXT = 1 << 20
-MAX_STRINGS = 1 << 28
 
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,32 +13,15 @@ import numpy as np
 
 from gradprobe.errors import RunFileError
 from gradprobe.rows import Header
-from gradprobe.runfile import content, schema
-from gradprobe.runfile.attributes import attribute, printable
+from gradprobe.runfile import content, schema, storable
+from gradprobe.runfile.attributes import attribute
 from gradprobe.runfile.files import Disk, write_whole
 
 if TYPE_CHECKING:
     from gradprobe.runfile.pieces import Piece
 
-GROUP = schema.AUDIT
 ABOUT = ("task", "weight", "class", "sentence", "same_twice")
 """Attributes of the group."""
-
-STEP_FIELDS = {
-    "displacement": "distance of the other tasks' parameters from the training without the task, relative to how far "
-    "they came; 0: bitwise equal; NaN: not finite",
-    "ulp": "the largest difference of a parameter in units of rounding",
-}
-DOOR_TEXTS = {
-    "door": "names of the doors",
-    "state": "open, shut or not tested",
-    "evidence": "where the difference shows first",
-    "how_to_shut": "how to shut it for good",
-}
-DOOR_NUMBERS = {
-    "contribution": "displacement with every other open door held shut; NaN: not measured, or not finite",
-    "left_when_shut": "displacement that is left when this door alone is held shut",
-}
 
 
 def write(path: Path, audit: Mapping[str, Any], provenance: Mapping[str, Any] | None = None) -> Path:
@@ -65,19 +48,16 @@ def _fill(file: h5py.File, audit: Mapping[str, Any], provenance: Mapping[str, An
     tasks = (*audit["others"], audit["task"])
     nothing = Header(tasks, (), np.zeros(0, np.int64), np.zeros((0, len(tasks)), bool), provenance)
     content.fill(file, nothing, content.State(end="finished"), {}, {})
-    group = file.create_group(GROUP)
+    steps = len(audit["displacement"])
+    found: dict[str, Any] = {"step": np.arange(steps)}
+    for field in schema.AUDIT.fields[1:]:
+        values = audit[field.name] if schema.STEP in field.axes else [door[field.name] for door in audit["doors"]]
+        found[field.name] = values if field.dtype == schema.TEXT else [math.nan if v is None else v for v in values]
+    group = content.write_table(file, schema.AUDIT, found)
     for name in ABOUT:
-        group.attrs[name] = audit[name]
-    steps = np.arange(len(audit["displacement"]), dtype="<i8")
-    _dataset(group, "step", steps, "training step, from 0; compared after the step's update", "step")
-    for name, meaning in STEP_FIELDS.items():
-        _dataset(group, name, _numbers(audit[name]), meaning, "step")
-    doors = audit["doors"]
-    for name, meaning in DOOR_TEXTS.items():
-        _dataset(group, name, np.array([d[name] for d in doors], dtype=object), meaning, "door")
-    for name, meaning in DOOR_NUMBERS.items():
-        _dataset(group, name, _numbers([d[name] for d in doors]), meaning, "door")
-    _dataset(group, "json", np.array([json.dumps(audit)], dtype=object), "all of it, as --json prints it", "")
+        group.attrs[name] = storable.stored(storable.attribute(audit[name]))
+    whole = group.create_dataset("json", data=[json.dumps(audit)], dtype=h5py.string_dtype("utf-8"), track_times=False)
+    whole.attrs["long_name"] = "all of it, as --json prints it"
 
 
 def read(piece: Piece) -> dict[str, Any] | None:
@@ -88,26 +68,10 @@ def read(piece: Piece) -> dict[str, Any] | None:
     Raises:
         RunFileError: It is damaged, or not as docs/run-file.md says.
     """
-    if f"{GROUP}/step" not in piece:
+    found = piece.whole(schema.AUDIT)
+    if not found:
         return None
     with piece.reading():
-        group = piece.file[GROUP]
-        texts = {name: tuple(printable(str(v)) for v in group[name].asstr()[()]) for name in DOOR_TEXTS}
-        numbers = {name: group[name][()] for name in ("step", *STEP_FIELDS, *DOOR_NUMBERS)}
-        return {"about": {name: attribute(group, name) for name in ABOUT}, **texts, **numbers}
-
-
-def _numbers(values: Sequence[float | None]) -> Any:
-    return np.array([math.nan if v is None else v for v in values], dtype="<f8")
-
-
-def _dataset(group: h5py.Group, name: str, values: Any, meaning: str, axis: str) -> None:
-    dtype = h5py.string_dtype("utf-8") if values.dtype == object else values.dtype
-    dataset = group.create_dataset(name, data=values, dtype=dtype, track_times=False)
-    dataset.attrs["long_name"] = meaning
-    if name == axis:
-        dataset.make_scale(name)
-    elif axis:
-        dataset.dims[0].attach_scale(group[axis])
-    if axis:
-        dataset.dims[0].label = axis
+        group = piece.file[schema.AUDIT.group]
+        about = {name: attribute(group, name) for name in ABOUT}
+    return {"about": about, **{name: tuple(v) if v.dtype == object else v for name, v in found.items()}}

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 
-from gradprobe.rows import FeatureRow, LedgerRow, ProbeLoaderRow, Row, UpdateRow
+import numpy as np
 
-AnyRow = Row | FeatureRow | UpdateRow | LedgerRow | ProbeLoaderRow
+from gradprobe.rows import AnyRow
 
 ROW_OVERHEAD = 1000
-"""Bytes of a row beyond its Gramian: objects, losses, weights."""
+"""Bytes of a row beyond its arrays."""
 
 
 def size(row: AnyRow) -> int:
     """About how many bytes of memory a row takes."""
-    if isinstance(row, LedgerRow):
-        return row.term.nbytes + ROW_OVERHEAD
-    if isinstance(row, UpdateRow):
-        return row.parts.nbytes + row.effect.nbytes + ROW_OVERHEAD
-    noise = None if isinstance(row, FeatureRow) else row.gram_noise
-    return row.gram.nbytes + (0 if noise is None else noise.nbytes) + ROW_OVERHEAD
+    return ROW_OVERHEAD + sum(value.nbytes for value in vars(row).values() if isinstance(value, np.ndarray))
 
 
 class Backlog:
@@ -39,6 +34,11 @@ class Backlog:
     def __len__(self) -> int:
         """Rows that wait or were taken."""
         return len(self._waiting) + len(self._taken)
+
+    @property
+    def filling(self) -> bool:
+        """Whether a quarter of the room is taken, so that it is time to write."""
+        return 4 * self._bytes >= self.limit
 
     def put(self, row: AnyRow) -> None:
         """Add the newest row."""

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import clusters, growth, live, parts, schema
+from gradprobe.rows.layers import begins_with
+from gradprobe.runfile import live, parts, schema
+from gradprobe.runfile.content import UNSTORED
 from gradprobe.runfile.pieces import Piece, span_of
 
 DAMAGED, INCOMPLETE, NOTE = "damaged", "incomplete", "note"
 
 _BLOCK = 4096
-
-_LENGTHS = ("grad_norm", "shared_grad_norm", "update_norm", "shared_update_norm", "joint_norm", "overhead")
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def _open_readable(path: Path, report: Report, pieces: list[Piece], lenient: boo
 
 
 def _of_one_run(pieces: list[Piece], piece: Piece) -> bool:
-    known = {other.features for other in (*pieces, piece) if other.features}
-    same = piece.tasks == pieces[0].tasks and growth.begins_with(piece.layers, pieces[-1].layers)
+    known = {other.feature_names for other in (*pieces, piece) if other.feature_names}
+    same = piece.tasks == pieces[0].tasks and begins_with(piece.layers, pieces[-1].layers)
     return same and len(known) <= 1
 
 
@@ -172,7 +172,10 @@ def _check_end(path: Path, last: Piece, report: Report) -> None:
     elif last.span[1]:
         report.add(path, NOTE, f"is in pieces, of which none is missing: keep {parts.folder(path).name}/ with the file")
     if last.rows_dropped:
-        report.add(path, NOTE, f"{last.rows_dropped} rows were dropped while the disk took none")
+        report.add(path, NOTE, f"{last.rows_dropped} rows were dropped: they came faster than the disk took them")
+    for name, words in last.provenance.items():
+        if name.startswith(f"{UNSTORED}."):
+            report.add(path, NOTE, f"{name.removeprefix(f'{UNSTORED}.')}: could not be stored in {words}")
 
 
 # ---- numbers
@@ -187,24 +190,35 @@ def _check_values(piece: Piece, report: Report, last: dict[str, int]) -> None:
         last: The last step of each table so far, by group; brought up to date.
     """
     for table in schema.TABLES:
+        lacks = [table.path(f.name) for f in table.held(piece) if not _there(piece, table, f)]
+        if lacks and piece.count(table):
+            report.add(piece.path, NOTE, f"has no {', '.join(lacks)}: read as missing")
         wrong: dict[str, tuple[int, int]] = {}  # what: how often, first row
-        for start, name, values in _readable(piece, table, report):
-            path = table.path(name)
-            if name == schema.STEP:
+        for start, field_, values in _readable(piece, table, report):
+            path = table.path(field_.name)
+            if field_.name == schema.STEP:
                 steps = np.concatenate([[last[table.group]], values])
                 _count(wrong, f"{path} does not increase", steps[1:] <= steps[:-1], start)
                 last[table.group] = int(values[-1])
-            for what, where in _impossible(piece, name, values):
-                _count(wrong, f"{path} {what}", np.asarray(where.any(axis=tuple(range(1, where.ndim)))), start)
+            if field_.name == "status":
+                _count(wrong, f"{path} has no name in status_names", values >= len(piece.status_names), start)
+            where = field_.impossible(values)
+            _count(
+                wrong, f"{path} {field_.impossible_is}", np.asarray(where.any(axis=tuple(range(1, where.ndim)))), start
+            )
         for what, (often, first) in wrong.items():
             report.add(piece.path, DAMAGED, f"{what} in {often} rows, first in row {first}")
     _check_epochs(piece, report)
-    _check_clusters(piece, report)
+    _check_whole(piece, report)
 
 
-def _readable(piece: Piece, table: schema.Table, report: Report) -> Iterator[tuple[int, str, NDArray[Any]]]:
+def _there(piece: Piece, table: schema.Table, field_: schema.Field) -> bool:
+    return table.path(field_.name) in piece
+
+
+def _readable(piece: Piece, table: schema.Table, report: Report) -> Iterator[tuple[int, schema.Field, NDArray[Any]]]:
     rows = piece.count(table)
-    for field_ in table.held(piece):
+    for field_ in (f for f in table.fields if _there(piece, table, f)):
         lost = 0
         for start in range(0, rows, _BLOCK):
             stop = min(start + _BLOCK, rows)
@@ -214,22 +228,9 @@ def _readable(piece: Piece, table: schema.Table, report: Report) -> Iterator[tup
             except RunFileError:
                 lost += stop - start
                 continue
-            yield start, field_.name, values
+            yield start, field_, values
         if lost:
             report.add(piece.path, DAMAGED, f"{table.path(field_.name)} cannot be read in a stretch of {lost} rows")
-
-
-def _impossible(piece: Piece, name: str, values: NDArray[Any]) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    if name in ("step", "epoch", "batch_size", "calls", "skipped", "micro_batches", "burst"):
-        yield "is negative", values < 0
-    elif name in _LENGTHS:
-        yield "is negative or infinite", (values < 0) | np.isinf(values)
-    elif name in ("cosine", "shared_cosine"):
-        yield "is beyond -1 to 1", np.abs(values) > 1
-    elif name in ("gram_noise", "term", "left", "correction", "right", "head", "loss_change", "drift"):
-        yield "is infinite", np.isinf(values)
-    elif name == "status":
-        yield "has no name in status_names", values >= len(piece.status_names)
 
 
 def _count(wrong: dict[str, tuple[int, int]], what: str, where: NDArray[np.bool_], start: int) -> None:
@@ -238,16 +239,17 @@ def _count(wrong: dict[str, tuple[int, int]], what: str, where: NDArray[np.bool_
         wrong[what] = often + int(where.sum()), int(min(first, start + int(np.argmax(where))))
 
 
-def _check_clusters(piece: Piece, report: Report) -> None:
-    try:
-        found = clusters.read(piece)
-    except RunFileError as error:
-        report.add(piece.path, DAMAGED, str(error).removeprefix(f"{piece.path}: "))
-        return
-    if found and np.any(found["size"] < 1):
-        report.add(piece.path, DAMAGED, "test/size holds a cluster without images")
-    if found and np.any(np.isinf(found["without"])):
-        report.add(piece.path, DAMAGED, "test/without is infinite")
+def _check_whole(piece: Piece, report: Report) -> None:
+    """Tables that were written at once."""
+    for table in schema.WHOLE:
+        try:
+            found = piece.whole(table)
+        except RunFileError as error:
+            report.add(piece.path, DAMAGED, str(error).removeprefix(f"{piece.path}: "))
+            continue
+        for field_ in table.fields if found else ():
+            if field_.impossible(found[field_.name]).any():
+                report.add(piece.path, DAMAGED, f"{table.path(field_.name)} {field_.impossible_is}")
 
 
 def _check_epochs(piece: Piece, report: Report) -> None:

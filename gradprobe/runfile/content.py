@@ -1,4 +1,4 @@
-"""The content of a run in memory, and how it is put into and out of HDF5."""
+"""The content of a run in memory, and how it is put into HDF5."""
 
 from __future__ import annotations
 
@@ -11,24 +11,20 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe import __version__, measures
-from gradprobe.rows import (
-    EARLIER_SOURCES,
-    MEASURED,
-    UNKNOWN_GRADIENT,
-    FeatureRow,
-    Header,
-    LedgerRow,
-    ProbeLoaderRow,
-    Row,
-    UpdateRow,
-)
-from gradprobe.runfile import clusters, growth, schema
-
-GramRow = Row | FeatureRow | ProbeLoaderRow
+from gradprobe import __version__
+from gradprobe.rows import MEASURED, AnyRow, Header, Table
+from gradprobe.rows.layers import widened as widened_array
+from gradprobe.rows.limits import MAX_STATUS, MAX_STATUSES
+from gradprobe.rows.table import lengths, names_along
+from gradprobe.runfile import schema, storable
 
 Columns = dict[str, NDArray[Any]]
 """One array per row field, all with the rows on the first axis."""
+
+UNSTORED = "unstored"
+"""The part of the provenance that says, by dataset, which values could not be stored."""
+
+_FIRST = " rows, first: "
 
 
 @dataclass
@@ -39,6 +35,7 @@ class State:
         seen: (L, T) bool: which task has had a gradient other than 0 on which layer in the rows so far; None: no rows.
         by_effect: Whether the file's ``reach``, and its sums over shared layers, go by that. A copy of a file of an
             earlier version is told by its zeros when it is read, as the file itself.
+        unstored: By dataset: how many rows have a value that could not be stored, and the first of them in words.
     """
 
     end: str = ""
@@ -47,11 +44,12 @@ class State:
     status_names: list[str] = field(default_factory=lambda: [MEASURED])
     seen: NDArray[np.bool_] | None = None
     by_effect: bool = True
+    unstored: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def see(self, norms: NDArray[np.float32]) -> None:
         """Rows with these norms (n, L, T) are in the file."""
         found: NDArray[np.bool_] = np.any(norms > 0, axis=0)
-        before = found if self.seen is None else growth.widened(self.seen, len(found))
+        before = found if self.seen is None else widened_array(self.seen, len(found))
         self.seen = found | before
 
     def reach(self, header: Header) -> NDArray[np.bool_]:
@@ -59,186 +57,98 @@ class State:
         known = np.asarray(header.reach, dtype=bool).reshape(len(header.layers), len(header.tasks))
         if self.seen is None or not self.by_effect:
             return known
-        seen = growth.widened(self.seen, len(known))
+        seen = widened_array(self.seen, len(known))
         return np.where(seen.any(axis=0), seen, known)
 
-    def status_code(self, reason: str) -> int:
+    def status_code(self, reason: object) -> int:
         """The number under which ``reason`` is stored; the last one stands for all that come too late."""
-        if reason not in self.status_names:
-            if len(self.status_names) >= 200:
-                reason = "another reason (too many different ones to list)"
-            if reason not in self.status_names:
-                self.status_names.append(reason)
-        return self.status_names.index(reason)
+        words = storable.text(reason if isinstance(reason, str) else f"unknown: {storable.shown(reason)}", MAX_STATUS)
+        if words not in self.status_names:
+            if len(self.status_names) >= MAX_STATUSES:
+                words = "another reason (too many different ones to list)"
+            if words not in self.status_names:
+                self.status_names.append(words)
+        return self.status_names.index(words)
+
+    def lost(self, place: str, rows: Sequence[AnyRow], values: Mapping[int, object]) -> None:
+        """Values of a dataset could not be stored: by row, what they were."""
+        if not values:
+            return
+        often, first = self.unstored.get(place, (0, ""))
+        row = min(values)
+        words = f"{storable.shown(values[row])} at step {rows[row].step}"
+        self.unstored[place] = (often + len(values), first or words)
+
+    @property
+    def described(self) -> dict[str, str]:
+        """``unstored`` in words, as a provenance holds it."""
+        return {f"{UNSTORED}.{place}": f"{often}{_FIRST}{first}" for place, (often, first) in self.unstored.items()}
+
+    def remember(self, provenance: Mapping[str, Any]) -> None:
+        """What the provenance of the run so far says was not stored."""
+        for name, words in provenance.items():
+            often, between, first = str(words).partition(_FIRST)
+            if name.startswith(f"{UNSTORED}.") and between and often.isdecimal():
+                self.unstored[name.removeprefix(f"{UNSTORED}.")] = (int(often), first)
 
 
-def columns(rows: Sequence[Row], header: Header, state: State) -> Columns:
-    """Rows side by side, in the form in which they are stored."""
-    gram = _gramians(rows, len(header.layers), len(header.tasks))
-    norms = np.asarray(measures.norm(gram), dtype=np.float32)
-    shared_norm, shared_cosine = measures.over_layers(gram, _counts(rows, norms, state.seen))
-    state.see(norms)
-    values: dict[str, Any] = {
-        "loss": [row.loss for row in rows],
-        "weight": [row.weight for row in rows],
-        "grad_norm": norms,
-        "cosine": measures.pair_cosine(gram),
-        "shared_grad_norm": shared_norm,
-        "shared_cosine": shared_cosine,
-        "status": [state.status_code(row.status) for row in rows],
-    }
-    if header.noise:
-        values["gram_noise"] = growth.stacked([row.gram_noise for row in rows], gram.shape[1:])
-    return _stored(schema.ROWS, rows, values, header)
+def columns(table: Table, rows: Sequence[AnyRow], header: Header, state: State) -> Columns:
+    """Rows of one table side by side, in the form in which they are stored.
 
-
-def feature_columns(rows: Sequence[FeatureRow], header: Header) -> Columns:
-    """The same for feature rows of a header that has features."""
-    assert header.features is not None
-    gram = _gramians(rows, len(header.features.features), len(header.tasks))
-    values = {"grad_norm": measures.norm(gram), "cosine": measures.pair_cosine(gram)}
-    return _stored(schema.FEATURES, rows, values, header)
-
-
-def update_columns(rows: Sequence[UpdateRow], header: Header, state: State) -> Columns:
-    """The same for rows on updates."""
-    layers, tasks = len(header.layers), len(header.tasks)
-    names = tasks + len(EARLIER_SOURCES)
-    parts = growth.stacked([row.parts for row in rows], (layers, names, names))
-    held = growth.stacked([state.reach(header)[: len(row.parts)] for row in rows], (layers, tasks), fill=False)
-    measured = np.array([row.status == MEASURED for row in rows], dtype=bool)
-    none = np.isnan(np.diagonal(parts, axis1=2, axis2=3)) & measured[:, None, None]  # (n, L, S): no such part there
-    reach = held & ~none[..., :tasks]
-    own = np.where(reach[..., :, None] & reach[..., None, :], parts[..., :tasks, :tasks], np.nan)
-    shared = measures.by_several(reach)
-    shared_norm, shared_cosine = measures.over_layers(own, shared)
-    together: NDArray[np.bool_] = np.any(shared, axis=-1)
-    values: dict[str, Any] = {
-        "update_norm": measures.norm(own),
-        "cosine": measures.pair_cosine(own),
-        "shared_update_norm": shared_norm,
-        "shared_cosine": shared_cosine,
-        "share": measures.share(parts),
-        "shared_share": measures.share(_together(parts, none, together)),
-        "status": [state.status_code(row.status) for row in rows],
-    }
-    return _stored(schema.UPDATES, rows, values, header)
-
-
-def _together(parts: measures.Array, none: NDArray[np.bool_], layers: NDArray[np.bool_]) -> measures.Array:
-    """Parts (n, L, S, S) over the chosen layers (n, L) of each row: (n, S, S).
-
-    A source that has no part on some of them (n, L, S) adds nothing there; NaN where it has one on none of them, and
-    where no layer is chosen.
+    A value that cannot be stored costs that value: it is missing, and ``state.unstored`` says so.
     """
-    some: NDArray[np.bool_] = np.any(~none & layers[..., None], axis=1)
-    nothing = none & some[:, None]
-    counted = np.where(nothing[..., :, None] | nothing[..., None, :], 0.0, parts)
-    total = np.where(layers[..., None, None], counted, 0.0).sum(axis=1)
-    return np.where(np.any(layers, axis=1)[:, None, None], total, np.nan)
+    batch = table.batch(rows, header, state.seen, state.reach(header), state.status_code)
+    try:
+        values = {f.name: _values(f, batch) for f in fields(table, header)}
+    except Exception:
+        if len(rows) > 1:  # one of them is odd: each by itself
+            each = [columns(table, [row], header, state) for row in rows]
+            return {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+        values = {f.name: _values_or_none(f, batch) for f in fields(table, header)}
+    found: Columns = {}
+    for f in fields(table, header):
+        found[f.name], lost = storable.column(f, values[f.name], lengths(f, header, len(rows)))
+        state.lost(table.path(f.name), rows, lost)
+    if table is schema.ROWS:
+        state.see(found["grad_norm"])
+    return found
 
 
-def ledger_columns(rows: Sequence[LedgerRow], header: Header, state: State) -> Columns:
-    """The same for rows of a loss ledger."""
-    return _stored(schema.LEDGER, rows, {"status": [state.status_code(row.status) for row in rows]}, header)
+def _values(field_: schema.Field, batch: Any) -> Any:
+    if field_.of is not None:
+        return field_.of(batch)
+    if schema.LAYER in field_.axes:
+        return batch.stacked(field_.name, *lengths(field_, batch.header)[2:])
+    return [getattr(row, field_.name) for row in batch.rows]
 
 
-def probe_loader_columns(rows: Sequence[ProbeLoaderRow], header: Header, state: State) -> Columns:
-    """The same for rows of the probe loader."""
-    gram = _gramians(rows, len(header.layers), len(header.tasks))
-    values = {
-        "grad_norm": measures.norm(gram),
-        "cosine": measures.pair_cosine(gram),
-        "status": [state.status_code(row.status) for row in rows],
-    }
-    return _stored(schema.PROBE_LOADER, rows, values, header)
+def _values_or_none(field_: schema.Field, batch: Any) -> Any:
+    try:
+        return _values(field_, batch)
+    except Exception as error:
+        return [error]
 
 
-def tables(header: Header) -> list[schema.Table]:
+def tables(header: Header) -> list[Table]:
     """The tables of a file with this header."""
-    there = {
-        schema.FEATURES: header.features is not None,
-        schema.UPDATES: header.updates,
-        schema.LEDGER: header.ledger,
-        schema.PROBE_LOADER: header.probe_loader,
-    }
-    return [schema.ROWS, *(table for table, held in there.items() if held)]
+    return [table for table in schema.TABLES if not table.group or table.name in header]
 
 
-def _gramians(rows: Sequence[GramRow], places: int, tasks: int) -> measures.Array:
-    return growth.stacked([row.gram for row in rows], (places, tasks, tasks))
-
-
-def _counts(rows: Sequence[Row], norms: NDArray[np.float32], seen: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-    """(n, L, T): whose gradient counts where in sums over shared layers, as the rows say it, or else their norms.
-
-    Args:
-        rows: n of them.
-        norms: (n, L, T).
-        seen: (L, T) who was seen to reach what in rows before these.
-    """
-    unknown = [row.status in UNKNOWN_GRADIENT for row in rows]
-    before = None if seen is None else growth.widened(seen, norms.shape[1])
-    counts = measures.counted(norms, before, unknown)
-    for place, row in enumerate(rows):
-        if row.reach is not None:
-            counts[place] = growth.widened(np.asarray(row.reach, dtype=bool), norms.shape[1])
-    return counts
-
-
-def _stored(
-    table: schema.Table,
-    rows: Sequence[GramRow] | Sequence[UpdateRow] | Sequence[LedgerRow],
-    values: Mapping[str, Any],
-    header: Header,
-) -> Columns:
-    """What is not among ``values`` is an attribute of each row."""
-
-    def of(f: schema.Field, shape: tuple[int, ...]) -> Any:
-        if f.name in values:
-            return values[f.name]
-        own = [getattr(row, f.name) for row in rows]
-        return growth.stacked(own, shape[1:]) if schema.LAYER in f.axes else own
-
-    shapes = {f: lengths(f, header, len(rows)) for f in fields(table, header)}
-    return {f.name: np.asarray(of(f, shape), dtype=f.dtype).reshape(shape) for f, shape in shapes.items()}
-
-
-def fields(table: schema.Table, header: Header) -> tuple[schema.Field, ...]:
+def fields(table: Table, header: Header) -> tuple[schema.Field, ...]:
     """What a table has in a file with this header."""
-    return (*table.fields, *table.optional) if header.noise else table.fields
-
-
-def sources(tasks: Sequence[str]) -> list[str]:
-    """What an update comes from."""
-    return [*tasks, *EARLIER_SOURCES]
-
-
-def lengths(field_: schema.Field, header: Header, rows: int = 0) -> tuple[int, ...]:
-    """The shape of a dataset with so many rows."""
-    tasks = len(header.tasks)
-    sizes = {
-        schema.STEP: rows,
-        schema.LAYER: len(header.layers),
-        schema.TASK: tasks,
-        schema.PAIR: tasks * (tasks - 1) // 2,
-        schema.FEATURE: len(header.features.features) if header.features is not None else 0,
-        schema.SOURCE: tasks + len(EARLIER_SOURCES),
-        schema.OTHER_TASK: tasks,
-    }
-    return tuple(sizes[axis] for axis in field_.axes)
+    return table.held(header)
 
 
 def widened(field_: schema.Field, values: NDArray[Any], layers: int) -> NDArray[Any]:
     """Rows of a file with fewer layers, as they go with those of one that has so many."""
     if schema.LAYER not in field_.axes or values.shape[axis := field_.axes.index(schema.LAYER)] == layers:
         return values
-    return growth.widened(values, layers, axis, field_.missing)
+    return widened_array(values, layers, axis, field_.missing)
 
 
-def missing(field_: schema.Field, header: Header, rows: int) -> NDArray[Any]:
+def missing(field_: schema.Field, run: Any, rows: int) -> NDArray[Any]:
     """What stands for a field in rows of a file that lacks it; read-only, and of no size in memory."""
-    return np.broadcast_to(np.asarray(field_.missing, dtype=field_.dtype), lengths(field_, header, rows))
+    return np.broadcast_to(np.asarray(field_.missing, dtype=field_.dtype), lengths(field_, run, rows))
 
 
 Epochs = Mapping[int, Mapping[str, float]]
@@ -267,7 +177,7 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
 
     Args:
         file: Open for writing, empty.
-        header: Names and provenance; where it has features, the file has their table.
+        header: Names and provenance, and which tables the file has.
         state: How far the run is, and who has been seen to reach what.
         content: The rows.
         epochs: Metrics per epoch.
@@ -283,21 +193,41 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
         count = content.get(table.group, Stretch()).count
         for field_ in fields(table, header):
             _create(file, table.path(field_.name), field_, lengths(field_, header, count))
-        _scale(file, table.path(schema.STEP))
-    file["status"].attrs["status_names"] = attribute(state.status_names)
+        _scale(file, table.path(table.axis))
+    file["status"].attrs["status_names"] = storable.stored(state.status_names)
     for table in tables(header):
         for field_ in fields(table, header):
             _attach(file, table, field_)
     for field_ in schema.HEADER_FIELDS:
         _attach(file, schema.ROWS, field_)
-    if header.features is not None:
+    if schema.FEATURES in tables(header):
         _attach(file, schema.FEATURES, schema.FEATURE_SIZE)
     _write_epochs(file, epochs)
     if header.test is not None:
-        clusters.write(file, header.test)
-    _write_provenance(file.create_group("provenance"), header.provenance)
+        test = header.test
+        values = {"cluster": test.clusters, "metric": test.metrics, "size": test.size, "without": test.without}
+        write_table(file, schema.TEST, values)
+    group = file.create_group("provenance")
+    for name, value in storable.provenance({**header.provenance, **state.described}).items():
+        group.attrs[name] = storable.stored(value)
     for table in tables(header):
         _write_rows(file, table, content.get(table.group, Stretch()).blocks, fields(table, header))
+
+
+def write_table(file: h5py.File, table: Table, values: Mapping[str, Any]) -> h5py.Group:
+    """Write a table that is known as a whole; returns its group."""
+    group = file.create_group(table.group)
+    for field_ in table.fields:
+        is_text = field_.dtype == schema.TEXT
+        data = [storable.text(v) for v in values[field_.name]] if is_text else values[field_.name]
+        dtype = h5py.string_dtype("utf-8") if is_text else field_.dtype
+        array = np.array(data, dtype=object) if is_text else np.asarray(data, dtype=field_.dtype)
+        _describe(group.create_dataset(field_.name, data=array, dtype=dtype, track_times=False), field_)
+        if field_.name in table.own:
+            group[field_.name].make_scale(field_.name)
+    for field_ in table.fields:
+        _attach(file, table, field_)
+    return group
 
 
 def _create(file: h5py.File, path: str, field_: schema.Field, shape: tuple[int, ...]) -> None:
@@ -305,9 +235,7 @@ def _create(file: h5py.File, path: str, field_: schema.Field, shape: tuple[int, 
     _describe(file.create_dataset(path, shape, field_.dtype, chunks=chunks, track_times=False), field_)
 
 
-def _write_rows(
-    file: h5py.File, table: schema.Table, blocks: Iterable[Columns], fields: Sequence[schema.Field]
-) -> None:
+def _write_rows(file: h5py.File, table: Table, blocks: Iterable[Columns], fields: Sequence[schema.Field]) -> None:
     start = 0
     for block in whole_chunks(blocks):
         stop = start + len(block["step"])
@@ -340,7 +268,7 @@ def _write_attributes(file: h5py.File, state: State) -> None:
     file.attrs["creator"] = "gradprobe"
     file.attrs["creator_version"] = __version__
     file.attrs["file_time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    file.attrs["end"] = state.end
+    file.attrs["end"] = storable.text(state.end, MAX_STATUS)
     file.attrs["merged_through"] = np.int64(state.merged_through)
     file.attrs["rows_dropped"] = np.int64(state.dropped)
 
@@ -348,26 +276,20 @@ def _write_attributes(file: h5py.File, state: State) -> None:
 def _write_names(file: h5py.File, header: Header) -> None:
     # Variable-length UTF-8: fixed-length strings break selection by name in xarray.
     text = h5py.string_dtype("utf-8")
-    names = {
-        schema.LAYER: list(header.layers),
-        schema.TASK: list(header.tasks),
-        schema.PAIR: ["|".join(pair) for pair in measures.pairs(header.tasks)],
-    }
-    if header.features is not None:
-        names[schema.FEATURES.path(schema.FEATURE)] = list(header.features.features)
-    for table in tables(header):
-        if table in (schema.UPDATES, schema.LEDGER):
-            names[table.path(schema.SOURCE)] = sources(header.tasks)
-    if header.noise or header.probe_loader:
-        names[schema.OTHER_TASK] = list(header.tasks)
-    for path, values in names.items():
-        dataset = file.create_dataset(path, data=np.array(values, dtype=object), dtype=text, track_times=False)
-        dataset.attrs["long_name"] = schema.MEANINGS[path.rpartition("/")[2]]
+    held = tables(header)
+    axes = [schema.LAYER, schema.TASK, schema.PAIR, *(table.path(axis) for table in held for axis in table.names)]
+    if any(schema.OTHER_TASK in f.axes for table in held for f in fields(table, header)):
+        axes.append(schema.OTHER_TASK)
+    for path in axes:
+        axis = path.rpartition("/")[2]
+        data = np.array(names_along(axis, header), dtype=object)
+        file.create_dataset(path, data=data, dtype=text, track_times=False)
+        file[path].attrs["long_name"] = schema.MEANINGS[axis]
         _scale(file, path)
     columns_of = {"layer_size": header.layer_size, "reach": header.reach}
     for field_ in schema.HEADER_FIELDS:
         _write_table(file, field_.name, field_, columns_of[field_.name], header)
-    if header.features is not None:
+    if header.features is not None and schema.FEATURES in held:
         path = schema.FEATURES.path(schema.FEATURE_SIZE.name)
         _write_table(file, path, schema.FEATURE_SIZE, header.features.feature_size, header)
 
@@ -387,12 +309,11 @@ def _scale(file: h5py.File, path: str) -> None:
     file[path].make_scale(path.rpartition("/")[2])
 
 
-def _attach(file: h5py.File, table: schema.Table, field_: schema.Field) -> None:
+def _attach(file: h5py.File, table: Table, field_: schema.Field) -> None:
     dataset = file[table.path(field_.name)]
     for index, axis in enumerate(field_.axes):
         if field_.name != axis:
-            own = axis in (schema.STEP, schema.FEATURE, schema.SOURCE)
-            dataset.dims[index].attach_scale(file[table.path(axis) if own else axis])
+            dataset.dims[index].attach_scale(file[table.place(axis)])
         dataset.dims[index].label = axis
 
 
@@ -407,48 +328,3 @@ def _write_epochs(file: h5py.File, epochs: Epochs) -> None:
         dataset = group.create_dataset(name, data=data, track_times=False)
         dataset.dims[0].attach_scale(group["epoch"])
         dataset.dims[0].label = schema.EPOCH
-
-
-def _write_provenance(group: h5py.Group, provenance: Mapping[str, Any]) -> None:
-    for name, value in flatten(provenance):
-        group.attrs[name] = attribute(value)
-
-
-def attribute(value: Any) -> Any:
-    """A value as HDF5 is to keep it, so that every tool can read it.
-
-    Lists of text have a fixed length, so that a reader knows their size beforehand; truth is 0 or 1 (h5py would make
-    an enumeration of it, which netCDF does not show).
-
-    >>> attribute(["record", "--epochs"]).dtype.itemsize
-    8
-    """
-    if isinstance(value, (bool, np.bool_)):
-        return np.uint8(value)
-    if not isinstance(value, list) or not value:
-        return value
-    if all(isinstance(item, bool) for item in value):
-        return np.array(value, dtype=np.uint8)
-    if not all(isinstance(item, str) for item in value):
-        return value
-    raw = [item.encode("utf-8", "replace") for item in value]
-    return np.array(raw, dtype=h5py.string_dtype("utf-8", max(1, *map(len, raw))))
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as dotted names, values as HDF5 attributes can hold them.
-
-    >>> dict(flatten({"hyp": {"box": 0.05, "anchors": None}, "argv": ["record"]}))
-    {'hyp.box': 0.05, 'hyp.anchors': '', 'argv': ['record']}
-    """
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        elif value is None:
-            yield f"{prefix}{key}", ""
-        elif isinstance(value, (list, tuple)):
-            plain = list(value)
-            numeric = bool(plain) and all(isinstance(v, (int, float)) for v in plain)
-            yield f"{prefix}{key}", plain if numeric else [str(v) for v in plain]
-        else:
-            yield f"{prefix}{key}", value

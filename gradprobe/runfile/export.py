@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.runfile import audits, frames, schema
+from gradprobe.rows.table import names_along
+from gradprobe.runfile import frames, schema
 from gradprobe.runfile.extras import optional
 from gradprobe.runfile.reader import Run
 
@@ -27,8 +28,8 @@ Table = dict[str, NDArray[Any]]
 
 FORMATS = ("csv", "parquet", "netcdf", "tensorboard")
 
-_CURVES = ("lr", "overhead", "joint_norm", "clip_scale", "skipped", "bn_mean_drift", "bn_variance_drift", "bn_batches")
-"""Of what has one number per step, what TensorBoard is to show."""
+_NO_CURVES = ("step", "epoch", "time", "status", "batch_size", "micro_batches", "calls", "burst")
+"""Of what has one number per step, what TensorBoard is not to show."""
 
 
 def export(run: Run, to: str, out: Path | None = None, *, stride: int = 1) -> Path:
@@ -95,39 +96,15 @@ def _remove(path: Path) -> None:
 
 def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
     """Every table by name, in pieces with the same columns."""
-    yield "rows", (_rows(run, block) for block in run.blocks(len(run), stride=stride))
-    yield "layers", _tidy(run, schema.ROWS, "grad_norm", stride)
-    yield "cosines", _tidy(run, schema.ROWS, "cosine", stride)
-    if schema.GRAM_NOISE.name in run:
-        yield "noise", _tidy(run, schema.ROWS, schema.GRAM_NOISE.name, stride)
-    if run.feature_names:
-        yield "features", _tidy(run, schema.FEATURES, "grad_norm", stride)
-        yield "feature_cosines", _tidy(run, schema.FEATURES, "cosine", stride)
-    if schema.UPDATES.path(schema.STEP) in run:
-        blocks = run.blocks(run.count(schema.UPDATES), stride=stride, table=schema.UPDATES)
-        yield "updates", (_rows(run, block, schema.UPDATES) for block in blocks)
-        yield "update_layers", _tidy(run, schema.UPDATES, "update_norm", stride)
-        yield "update_cosines", _tidy(run, schema.UPDATES, "cosine", stride)
-        yield "update_shares", _tidy(run, schema.UPDATES, "share", stride)
-        yield "update_effects", _tidy(run, schema.UPDATES, "effect", stride)
-    if schema.LEDGER.path(schema.STEP) in run:
-        blocks = run.blocks(run.count(schema.LEDGER), stride=stride, table=schema.LEDGER)
-        yield "ledger", (_rows(run, block, schema.LEDGER) for block in blocks)
-        yield "ledger_terms", _tidy(run, schema.LEDGER, "term", stride)
-        for name in ("left", "correction", "right"):
-            yield f"ledger_{name}", _tidy(run, schema.LEDGER, name, stride)
-    if (table := schema.PROBE_LOADER).path(schema.STEP) in run:
-        yield (
-            "probe_loader",
-            (_rows(run, block, table) for block in run.blocks(run.count(table), stride=stride, table=table)),
-        )
-        yield "probe_loader_layers", _tidy(run, table, "grad_norm", stride)
-        yield "probe_loader_cosines", _tidy(run, table, "cosine", stride)
-        yield "probe_loader_noise", _tidy(run, table, schema.GRAM_NOISE.name, stride)
-    if (audit := run.audit) is not None:
-        steps, doors = ("step", *audits.STEP_FIELDS), (*audits.DOOR_TEXTS, *audits.DOOR_NUMBERS)
-        yield "audit_steps", iter([{name: audit[name] for name in steps}])
-        yield "audit_doors", iter([{name: _cells(audit[name]) for name in doors}])
+    for table in schema.TABLES:
+        if table.path(table.axis) in run:
+            yield _rows_name(table), _rows(run, table, stride)
+            for field in table.held(run):
+                if _is_tidy(field):
+                    yield field.export or f"{table.name}_{field.name}", _tidy(run, table, field, stride)
+    if audit := run.table(schema.AUDIT.name):
+        for name, axis in (("audit_steps", schema.STEP), ("audit_doors", "door")):
+            yield name, iter([{f.name: audit[f.name] for f in schema.AUDIT.fields if f.axes == (axis,)}])
     if found := run.test_clusters:
         columns = {str(name): found["without"][:, i] for i, name in enumerate(found["metric"])}
         yield "test_clusters", iter([{"cluster": found["cluster"], "size": found["size"], **columns}])
@@ -138,34 +115,40 @@ def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
     yield "provenance", iter([{"name": _text(tuple(run.provenance)), "value": _text(tuple(values))}])
 
 
-def _rows(run: Run, block: Table, of: schema.Table = schema.ROWS) -> Table:
-    """What has a value per step: a column for every task or pair, named ``loss.det``."""
-    table: Table = {}
-    for field in of.held(run):
-        values = block[field.name]
-        if field.name == "status":
-            table["status"] = _text(run.status_names)[values]
-        elif len(field.axes) == 1:
-            table[field.name] = values
-        elif schema.LAYER not in field.axes and len(field.axes) == 2:
-            heads = frames.names(run, field.axes[1])
-            table |= {f"{field.name}.{head}": values[:, i] for i, head in enumerate(heads)}
-    return table
+def _rows_name(table: schema.Table) -> str:
+    return "feature_rows" if table is schema.FEATURES else table.name  # "features" are their norms
 
 
-def _tidy(run: Run, table: schema.Table, name: str, stride: int) -> Iterator[Table]:
-    (axes,) = (field.axes for field in table.held(run) if field.name == name)
+def _is_tidy(field: schema.Field) -> bool:
+    """Whether a field is a table of its own: it has layers, features or sources by row."""
+    return len(field.axes) > 2 or schema.LAYER in field.axes
+
+
+def _rows(run: Run, table: schema.Table, stride: int) -> Iterator[Table]:
+    """What has a value per step: a column for every task, pair or source, named ``loss.det``."""
+    for block in run.blocks(run.count(table), stride=stride, table=table):
+        found: Table = {}
+        for field in table.held(run):
+            values = block[field.name]
+            if field.name == "status":
+                found["status"] = _text(run.status_names)[values]
+            elif len(field.axes) == 1:
+                found[field.name] = values
+            elif not _is_tidy(field):
+                heads = names_along(field.axes[1], run)
+                found |= {f"{field.name}.{head}": values[:, i] for i, head in enumerate(heads)}
+        yield found
+
+
+def _tidy(run: Run, table: schema.Table, field: schema.Field, stride: int) -> Iterator[Table]:
+    axes = field.axes
     for block in run.blocks(run.count(table), size=1024, stride=stride, table=table):
-        values = block[name]
+        values = block[field.name]
         yield {
             axes[0]: frames.along(block[schema.STEP], 0, values.shape),
-            **{a: frames.along(_text(frames.names(run, a)), i + 1, values.shape) for i, a in enumerate(axes[1:])},
-            name: values.ravel(),
+            **{a: frames.along(_text(names_along(a, run)), i + 1, values.shape) for i, a in enumerate(axes[1:])},
+            field.name: values.ravel(),
         }
-
-
-def _cells(values: Any) -> NDArray[Any]:
-    return _text(values) if isinstance(values, tuple) else np.asarray(values)
 
 
 def _text(values: tuple[str, ...]) -> NDArray[Any]:
@@ -254,16 +237,16 @@ def _scalars(run: Run, table: schema.Table, block: Table) -> Table:
     for field in table.held(run):
         values, tag = block[field.name], table.path(field.name)
         if field.axes == (schema.STEP,):
-            if field.name in _CURVES:
+            if field.name not in _NO_CURVES:
                 found[tag] = values
             continue
         if len(field.axes) > 3:  # T x P curves a layer that nobody would look at one by one
             continue
-        heads = frames.names(run, field.axes[-1])
+        heads = names_along(field.axes[-1], run)
         if len(field.axes) == 2:
             found |= {f"{tag}/{head}": values[:, i] for i, head in enumerate(heads)}
         else:
-            for place, name in enumerate(frames.names(run, field.axes[1])):
+            for place, name in enumerate(names_along(field.axes[1], run)):
                 found |= {f"{tag}/{name}/{head}": values[:, place, i] for i, head in enumerate(heads)}
     return found
 

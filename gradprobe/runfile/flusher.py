@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 
-from gradprobe.rows import FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, UpdateRow
-from gradprobe.runfile import content, schema
-from gradprobe.runfile.backlog import AnyRow, Backlog
+from gradprobe.rows import AnyRow, Header
+from gradprobe.runfile import content
+from gradprobe.runfile.backlog import Backlog
 from gradprobe.runfile.store import Store
 
 log = logging.getLogger("gradprobe")
@@ -35,7 +35,7 @@ class Flusher:
         self._store, self._part_bytes = store, part_bytes
         self._dropped_before = 0
         self._asked = self._answered = self._refused = 0  # flushes, by number
-        self._warned = False
+        self._warned = self._told_of_drops = False
         self._thread: threading.Thread | None = None
 
     @property
@@ -90,7 +90,12 @@ class Flusher:
 
     def _has_work(self) -> bool:
         asked = self._asked > max(self._answered, self._refused)
-        return self.closing or asked or len(self.backlog) >= self.rows
+        return self.closing or asked or self.due
+
+    @property
+    def due(self) -> bool:
+        """Whether enough waits to be written at once."""
+        return len(self.backlog) >= self.rows or self.backlog.filling
 
     def _try_write(self) -> bool:
         """Write what is queued; a failure is told once, and leaves it queued."""
@@ -152,18 +157,41 @@ class Flusher:
             changed, self.changed = self.changed, False
             state.dropped = self._dropped_before + self.backlog.dropped
             state.end = end if len(rows) == len(self.backlog) else ""
+            unstored = dict(state.unstored)
         if not rows and not changed and not end:
             return 0
         try:
             self._store.append(header, epochs, _side_by_side(rows, header, state))
         except BaseException:
             with self.lock:
+                state.unstored = unstored  # the rows come again
                 self.backlog.back(None if self.rewound is None else self.rewound[0])
                 self.changed = self.changed or changed
             raise
         with self.lock:
             self.backlog.done()
+        self._tell(unstored)
         return len(rows)
+
+    def _tell(self, before: dict[str, tuple[int, str]]) -> None:
+        """Say of values that could not be stored, and of rows that were dropped, when it happens first."""
+        for place, (_, first) in self._store.state.unstored.items():
+            if place not in before:
+                log.warning(
+                    "%s: %s: a value that cannot be stored is left out, and said to be missing: %s",
+                    self._store.path,
+                    place,
+                    first,
+                )
+        if self.backlog.dropped and not self._told_of_drops:
+            self._told_of_drops = True
+            log.warning(
+                "%s: %d rows were dropped so far: they came faster than they could be written, and more of them than "
+                "the %d MB of memory for rows that wait. Measure fewer steps (every=), or fewer layers.",
+                self._store.path,
+                self.backlog.dropped,
+                self.backlog.limit >> 20,
+            )
 
     def _described(self) -> tuple[Header, dict[int, dict[str, float]]]:
         assert self.header is not None
@@ -171,19 +199,8 @@ class Flusher:
 
 
 def _side_by_side(rows: list[AnyRow], header: Header, state: content.State) -> dict[str, content.Columns]:
-    """Rows of all kinds as they are stored, by the group of their table."""
-    plain = [row for row in rows if isinstance(row, Row)]
-    found = {schema.ROWS.group: content.columns(plain, header, state)}
-    if header.features is not None:
-        features = [row for row in rows if isinstance(row, FeatureRow)]
-        found[schema.FEATURES.group] = content.feature_columns(features, header)
-    if header.updates:
-        updates = [row for row in rows if isinstance(row, UpdateRow)]
-        found[schema.UPDATES.group] = content.update_columns(updates, header, state)
-    if header.ledger:
-        ledger = [row for row in rows if isinstance(row, LedgerRow)]
-        found[schema.LEDGER.group] = content.ledger_columns(ledger, header, state)
-    if header.probe_loader:
-        drawn = [row for row in rows if isinstance(row, ProbeLoaderRow)]
-        found[schema.PROBE_LOADER.group] = content.probe_loader_columns(drawn, header, state)
-    return found
+    """Rows of all tables as they are stored, by the group of their table."""
+    return {
+        table.group: content.columns(table, [row for row in rows if row.table is table], header, state)
+        for table in content.tables(header)
+    }

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import audits, clusters, schema
+from gradprobe.rows.table import names_along
+from gradprobe.runfile import schema
 from gradprobe.runfile.extras import optional
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def to_pandas(run: Run, name: str, stride: int = 1) -> pandas.DataFrame:
         if axis == schema.STEP:
             columns[axis] = run.read(table.path(schema.STEP), stride=stride)[codes]
         else:
-            columns[axis] = pandas.Categorical.from_codes(codes, list(names(run, axis)))
+            columns[axis] = pandas.Categorical.from_codes(codes, list(names_along(axis, run)))
     return pandas.DataFrame({**columns, field.name: values.ravel()})
 
 
@@ -69,37 +70,22 @@ def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
     epochs = run.epochs
     number = epochs.pop(schema.EPOCH)
     variables |= {f"{EPOCHS}.{name}": ((EPOCH_NUMBER,), values) for name, values in epochs.items()}
-    coordinates: dict[str, Any] = {axis: np.array(names(run, axis), dtype=object) for axis in NAMED}
-    coordinates |= {schema.STEP: run.read(schema.STEP, stride=stride), EPOCH_NUMBER: number}
+    coordinates: dict[str, Any] = {axis: np.array(names_along(axis, run), dtype=object) for axis in NAMED}
+    coordinates |= {EPOCH_NUMBER: number}
     if schema.OTHER_TASK in run:
         coordinates[schema.OTHER_TASK] = np.array(run.tasks, dtype=object)
-    if schema.PROBE_LOADER.path(schema.STEP) in run:
-        steps = schema.PROBE_LOADER.path(schema.STEP)
-        coordinates[_axis(schema.PROBE_LOADER, schema.STEP)] = run.read(steps, stride=stride)
-    if run.feature_names:
-        steps = schema.FEATURES.path(schema.STEP)
-        coordinates[schema.FEATURE] = np.array(run.feature_names, dtype=object)
-        coordinates[_axis(schema.FEATURES, schema.STEP)] = run.read(steps, stride=stride)
-    for table in (schema.UPDATES, schema.LEDGER):
-        if (steps := table.path(schema.STEP)) in run:
-            coordinates[schema.SOURCE] = np.array(run.sources, dtype=object)
-            coordinates[_axis(table, schema.STEP)] = run.read(steps, stride=stride)
-    if (audit := run.audit) is not None:
-        fields_of = {"step": ("step", *audits.STEP_FIELDS), "door": (*audits.DOOR_TEXTS, *audits.DOOR_NUMBERS)}
-        for axis, fields in fields_of.items():
-            name = f"{schema.AUDIT}.{axis}"
-            coordinates[name] = _column(audit[axis])
-            variables |= {f"{schema.AUDIT}.{f}": ((name,), _column(audit[f])) for f in fields if f != axis}
-    if found := run.test_clusters:
-        coordinates |= {f"{schema.TEST}.{axis}": found[axis] for axis in clusters.AXES}
-        for name, (own, _, meaning) in clusters.FIELDS.items():
-            place = tuple(f"{schema.TEST}.{axis}" for axis in own)
-            variables[f"{schema.TEST}.{name}"] = (place, found[name], {"long_name": meaning})
+    for table in schema.TABLES:
+        if (steps := table.path(table.axis)) in run:
+            coordinates[_axis(table, table.axis)] = run.read(steps, stride=stride)
+            coordinates |= {axis: np.array(names_along(axis, run), dtype=object) for axis in table.names}
+    for table in schema.WHOLE:
+        for name, values in run.table(table.name).items():
+            place = tuple(f"{table.group}.{axis}" for axis in table[name].axes)
+            if name in table.own:
+                coordinates[f"{table.group}.{name}"] = values
+            else:
+                variables[f"{table.group}.{name}"] = (place, values, {"long_name": table[name].meaning})
     return xarray.Dataset(variables, coordinates, about_run(run))
-
-
-def _column(values: Any) -> NDArray[Any]:
-    return np.array(values, dtype=object) if isinstance(values, tuple) else np.asarray(values)
 
 
 def _axis(table: schema.Table, axis: str) -> str:
@@ -115,18 +101,6 @@ def about_run(run: Run) -> dict[str, Any]:
             value = int(value)
         about[f"provenance.{name}"] = "" if isinstance(value, list) and not value else value
     return about
-
-
-def names(run: Run, axis: str) -> tuple[str, ...]:
-    """What the places along an axis are called."""
-    return {
-        schema.LAYER: run.layers,
-        schema.TASK: run.tasks,
-        schema.PAIR: run.pairs,
-        schema.FEATURE: run.feature_names,
-        schema.SOURCE: run.sources,
-        schema.OTHER_TASK: run.tasks,
-    }[axis]
 
 
 def along(values: NDArray[Any], place: int, shape: tuple[int, ...]) -> NDArray[Any]:

@@ -1,25 +1,17 @@
-"""Layers that join a run after its start: where rows of fewer, or of other, layers go along the file's layer axis.
+"""Layers that join a run after its start: where they go along the file's layer axis.
 
 Layers only ever join at the end, so that the layers of each file of a run begin with those of the file before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.rows import BY_LAYER, FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, UpdateRow
-
-AnyRow = Row | FeatureRow | UpdateRow | LedgerRow | ProbeLoaderRow
-
-
-def begins_with(longer: Sequence[str], shorter: Sequence[str]) -> bool:
-    """Whether layers are those of an earlier moment, and maybe some that joined."""
-    return list(longer[: len(shorter)]) == list(shorter)
+from gradprobe.rows import Header
+from gradprobe.rows.layers import begins_with, widened
 
 
 def joined(known: Header, found: Header) -> tuple[Header, NDArray[np.intp] | None]:
@@ -42,44 +34,3 @@ def joined(known: Header, found: Header) -> tuple[Header, NDArray[np.intp] | Non
     reach[places] = found.reach
     header = replace(known, layers=tuple(layers), layer_size=size, reach=reach)
     return header, None if begins_with(layers, found.layers) else places
-
-
-def moved(row: AnyRow, places: NDArray[np.intp]) -> AnyRow:
-    """A row whose layers are put where they are in the file; layers between are missing."""
-    if isinstance(row, FeatureRow):
-        return row
-    changes: dict[str, Any] = {}
-    for field in fields(row):
-        values = getattr(row, field.name)
-        if field.name not in BY_LAYER or values is None:
-            continue
-        own = places[: len(values)]
-        wide = widened(np.asarray(values)[:0], int(own.max(initial=-1)) + 1)
-        wide[own] = values
-        changes[field.name] = wide
-    return replace(row, **changes)
-
-
-def widened(values: NDArray[Any], layers: int, axis: int = 0, fill: Any = None) -> NDArray[Any]:
-    """An array with so many layers on one axis; those that it lacks hold ``fill`` (truth: False, numbers: NaN)."""
-    if fill is None:
-        fill = False if values.dtype == bool else np.nan
-    wide = np.full((*values.shape[:axis], layers, *values.shape[axis + 1 :]), fill, dtype=values.dtype)
-    wide[(slice(None),) * axis + (slice(values.shape[axis]),)] = values
-    return wide
-
-
-def stacked(rows: Sequence[NDArray[Any] | None], shape: tuple[int, ...], fill: Any = np.nan) -> NDArray[Any]:
-    """(n, L, ...) of one array (up to L, ...) a row; None, and layers that a row lacks, are ``fill``.
-
-    Args:
-        rows: n of them.
-        shape: (L, ...).
-        fill: Its type is that of the result.
-    """
-    found = np.full((len(rows), *shape), fill)
-    for place, values in enumerate(rows):
-        if values is not None and np.size(values):
-            own = np.asarray(values).reshape(-1, *shape[1:])
-            found[place, : len(own)] = own
-    return found

@@ -15,7 +15,9 @@ import h5py
 import numpy as np
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import growth, parts, schema, untrusted
+from gradprobe.rows.layers import begins_with
+from gradprobe.rows.table import lengths
+from gradprobe.runfile import parts, schema, untrusted
 from gradprobe.runfile.attributes import RefusedError, attribute, printable
 from gradprobe.runfile.sums import SummedFile
 
@@ -78,7 +80,7 @@ class Piece:
         expected = [f"{a}|{b}" for i, a in enumerate(self.tasks) for b in self.tasks[i + 1 :]]
         if list(self.pairs) != expected:
             raise RefusedError(f"its pairs are {list(self.pairs)[:6]}, those of its tasks are {expected[:6]}")
-        self.features = self._names(_FEATURES) if _FEATURES in self else ()
+        self.feature_names = self._names(_FEATURES) if _FEATURES in self else ()
         if schema.OTHER_TASK in self and self._names(schema.OTHER_TASK) != self.tasks:
             raise RefusedError(f"its {schema.OTHER_TASK!r} are not its tasks")
         self.rows = self.count(schema.ROWS)
@@ -94,6 +96,13 @@ class Piece:
         basis = attribute(self.file["reach"], schema.BASIS) if schema.BASIS in about else None
         self.by_effect = basis == schema.BY_EFFECT
 
+    @property
+    def held(self) -> frozenset[str]:
+        """Tables and optional fields that the file has, see :class:`gradprobe.rows.Header`."""
+        optional = (t.path(f.name) for t in schema.TABLES for f in t.fields if f.optional)
+        tables = (t.name for t in schema.TABLES if t.group and t.path(t.axis) in self)
+        return frozenset([*tables, *(path for path in optional if path in self)])
+
     def count(self, table: schema.Table) -> int:
         """Number of rows of a table; 0 where the file has no such table."""
         path = table.path(schema.STEP)
@@ -108,7 +117,7 @@ class Piece:
         *,
         among: int | None = None,
     ) -> Any:
-        """Some rows of a field; what stands for it, where the file has the table but not this optional field of it.
+        """Some rows of a field; what stands for it, where the file has the table but not this field of it.
 
         Args:
             table, field: Which.
@@ -118,14 +127,30 @@ class Piece:
         """
         path = table.path(field.name)
         others = (layers,) if schema.LAYER in field.axes else ()
-        if path in self or field not in table.optional:
+        if path in self:
             if not others or among is None or among == len(self.layers):
                 return self.file[path][(rows, *others)]
             return self._among(path, field, rows, layers, among)
-        sizes = {schema.TASK: len(self.tasks), schema.OTHER_TASK: len(self.tasks)}
-        sizes[schema.LAYER] = len(self.layers) if among is None else among
-        shape = (self.count(table), *(sizes[axis] for axis in field.axes[1:]))
-        return np.broadcast_to(np.asarray(field.missing, dtype=field.dtype), shape)[(rows, *others)]
+        whole = list(lengths(field, self, self.count(table)))
+        if others and among is not None:
+            whole[1] = among
+        return np.broadcast_to(np.asarray(field.missing, dtype=field.dtype), whole)[(rows, *others)]
+
+    def whole(self, table: schema.Table) -> dict[str, Any]:
+        """A table that was written at once, by name; empty where the file has none.
+
+        Raises:
+            RunFileError: It is damaged.
+        """
+        if table.path(table.axis) not in self:
+            return {}
+        with self.reading():
+            found = {}
+            for field in table.fields:
+                dataset = self.file[table.path(field.name)]
+                texts = field.dtype == schema.TEXT
+                found[field.name] = _texts(dataset.asstr()[()]) if texts else dataset[()]
+            return found
 
     def _among(self, path: str, field: schema.Field, rows: slice, layers: slice | int, among: int) -> Any:
         """Some layers of a run that has more of them than this file."""
@@ -190,6 +215,10 @@ class Piece:
         _open.discard(self)
 
 
+def _texts(values: Sequence[Any]) -> Any:
+    return np.array([printable(str(text)) for text in values], dtype=object)
+
+
 def span_of(part: Path) -> parts.Span:
     """First and last number that a part stands for, from its name."""
     span = parts.span(part)
@@ -245,13 +274,13 @@ def _take(path: Path, stands: dict[Identity, Piece], *, part: bool) -> Piece:
 def _check_same_run(pieces: list[Piece], stands: dict[Identity, Piece]) -> None:
     first = pieces[0]
     for before, piece in pairwise(pieces):
-        if piece.tasks != first.tasks or not growth.begins_with(piece.layers, before.layers):
+        if piece.tasks != first.tasks or not begins_with(piece.layers, before.layers):
             _close(pieces, stands)
             raise RunFileError(
                 f"{piece.path}: is a part of another run: it has tasks {list(piece.tasks)} on {len(piece.layers)} "
                 f"layers, {before.path.name} has {list(before.tasks)} on {len(before.layers)}."
             )
-    features = {piece.features for piece in pieces if piece.features}
+    features = {piece.feature_names for piece in pieces if piece.feature_names}
     if len(features) > 1:
         _close(pieces, stands)
         raise RunFileError(f"{first.path}: its files are of different runs: they have features {sorted(features)}.")

@@ -111,7 +111,7 @@ def norms_of(run: Run) -> Iterator[tuple[int, NDArray[np.float32]]]:
         start += piece.rows
 
 
-(_NORM,) = (field for field in schema.ROW_FIELDS if field.name == "grad_norm")
+_NORM = schema.ROWS["grad_norm"]
 
 
 def codes(names: tuple[str, ...], chosen: Any) -> NDArray[np.bool_]:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import audits, clusters, estimates, reaching, schema, sessions, untrusted
-from gradprobe.runfile.content import sources
+from gradprobe.rows import sources
+from gradprobe.rows.table import names_along
+from gradprobe.runfile import audits, estimates, reaching, schema, sessions, untrusted
 from gradprobe.runfile.pieces import Piece, open_pieces
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Run:
         self.tasks: Names = first.tasks
         self.layers: Names = last.layers
         self.pairs: Names = first.pairs
-        self.feature_names: Names = next((piece.features for piece in self._files if piece.features), ())
+        self.feature_names: Names = next((piece.feature_names for piece in self._files if piece.feature_names), ())
         with last.reading():
             self.layer_size: NDArray[np.int64] = last["layer_size"][()]
             self._stored_reach: NDArray[np.bool_] = last["reach"][()].astype(bool)
@@ -221,12 +222,13 @@ class Run:
         Raises:
             RunFileError: This run holds no such dataset (lists those it holds), or it is damaged there.
         """
-        held = [piece for piece in self._files if name in piece]
-        if not held:
-            raise RunFileError(f"{self.path}: no dataset {name!r} in this run (it holds: {', '.join(self.names())}).")
         if name == schema.REACH:
             return self.reach.astype(np.uint8)
+        held = [piece for piece in self._files if name in piece]
         found = schema.row_field(name)
+        lacks = found is None or found[1].optional or found[0].path(found[0].axis) not in self
+        if not held and lacks:  # what a table of an earlier version lacks is missing in all its rows
+            raise RunFileError(f"{self.path}: no dataset {name!r} in this run (it holds: {', '.join(self.names())}).")
         if found is None:
             with held[-1].reading():
                 value = held[-1][name]
@@ -268,7 +270,7 @@ class Run:
             return reaching.mended_status(self.status_names, table, found)
         if self.by_effect or table not in reaching.SUMS or field.name not in reaching.SUMS[table][2:]:
             return found
-        needed = [f for f in table.fields if f.name in (*reaching.SUMS[table], "status")]
+        needed = [table[name] for name in (*reaching.SUMS[table], "status")]
         wanted = np.arange(piece.count(table))[rows]
         changed = wanted[: np.searchsorted(place + wanted, reaching.settled(self.seen, self.status_names, table))]
         for begin in range(0, len(changed), schema.CHUNK_ROWS):
@@ -392,55 +394,61 @@ class Run:
         gram = measures.from_norms(self["grad_norm"][:, chosen], self["cosine"][:, chosen])
         return measures.over_layers(gram, self.counts()[:, chosen])
 
+    def table(self, name: str) -> dict[str, NDArray[Any]]:
+        """All of a table by name, as docs/run-file.md describes it; empty where the run has none.
+
+        Args:
+            name: ``rows``, ``features``, ``updates``, ``ledger``, ``probe_loader``, ``test`` or ``audit``.
+
+        Returns:
+            Arrays by the name of the field, and the names along its own axes. Each by itself: ``run["update/cosine"]``.
+
+        Raises:
+            RunFileError: There is no such table, or it is damaged.
+        """
+        for whole in schema.WHOLE:
+            if whole.name == name:
+                return next((found for piece in reversed(self._files) if (found := piece.whole(whole))), {})
+        table = next((table for table in schema.TABLES if table.name == name), None)
+        if table is None:
+            known = ", ".join(table.name for table in (*schema.TABLES, *schema.WHOLE))
+            raise RunFileError(f"{self.path}: there is no table {name!r} (there are: {known}).")
+        if table.path(table.axis) not in self:
+            return {}
+        found = {field.name: self.read(table.path(field.name)) for field in table.held(self)}
+        found |= {axis: np.array(names_along(axis, self), dtype=object) for axis in table.names}
+        if table is schema.FEATURES:
+            found[schema.FEATURE_SIZE.name] = self.read(table.path(schema.FEATURE_SIZE.name))
+        return found
+
     @property
     def features(self) -> dict[str, NDArray[Any]]:
         """Task gradients at the features where tasks part, by name; empty where they were not measured.
 
-        ``step``, ``epoch``, ``time``, ``overhead`` (m,); ``grad_norm`` (m, F, T) and ``cosine`` (m, F, P), as
-        docs/run-file.md describes them; ``feature`` (F,) names and ``feature_size`` (F,). They bound what the
-        parameters' gradients can be, and do not measure them. Each by itself: ``run["features/cosine"]``.
+        They bound what the parameters' gradients can be, and do not measure them.
         """
-        table = schema.FEATURES
-        if table.path(schema.STEP) not in self:
-            return {}
-        names = [*(field.name for field in table.fields), schema.FEATURE, schema.FEATURE_SIZE.name]
-        return {name: self.read(table.path(name)) for name in names}
+        return self.table("features")
 
     @property
     def updates(self) -> dict[str, NDArray[Any]]:
-        """What the optimizer made of the gradients, by name; empty where it was not recorded.
-
-        As docs/run-file.md describes ``update/``, and ``source``, the names of what an update comes from. Each by
-        itself: ``run["update/shared_share"]``.
-        """
-        return self._by_source(schema.UPDATES)
+        """What the optimizer made of the gradients, by name; empty where it was not recorded."""
+        return self.table("updates")
 
     @property
     def ledger(self) -> dict[str, NDArray[Any]]:
         """The loss ledger, by name; empty where none was kept.
 
-        As docs/run-file.md describes ``ledger/``, and ``source``, the names of what an update comes from. What it says
-        of a window of steps, and whether to believe it: :func:`gradprobe.ledger.windows.window`.
+        What it says of a window of steps, and whether to believe it: :func:`gradprobe.ledger.windows.window`.
         """
-        return self._by_source(schema.LEDGER)
-
-    def _by_source(self, table: schema.Table) -> dict[str, NDArray[Any]]:
-        if table.path(schema.STEP) not in self:
-            return {}
-        found = {field.name: self.read(table.path(field.name)) for field in table.fields}
-        return {**found, schema.SOURCE: np.array(self.sources, dtype=object)}
+        return self.table("ledger")
 
     @property
     def probe_loader(self) -> dict[str, NDArray[Any]]:
         """Task gradients on independent samples, by name; empty where they were not measured.
 
-        As docs/run-file.md describes ``probe_loader/``. Each by itself: ``run["probe_loader/cosine"]``; pooled over
-        steps and layers, with an interval: :meth:`estimate`.
+        Pooled over steps and layers, with an interval: :meth:`estimate`.
         """
-        table = schema.PROBE_LOADER
-        if table.path(schema.STEP) not in self:
-            return {}
-        return {field.name: self.read(table.path(field.name)) for field in table.fields}
+        return self.table("probe_loader")
 
     @property
     def sources(self) -> Names:
@@ -463,7 +471,7 @@ class Run:
         ``cluster`` (K,) names (a clip or patient, or an image alone), ``size`` (K,) images, ``metric`` (M,) names,
         ``without`` (K, M). The values on the whole split are provenance ``test.*``.
         """
-        return clusters.read(self._files[-1])
+        return self.table("test")
 
     @property
     def epochs(self) -> dict[str, NDArray[Any]]:

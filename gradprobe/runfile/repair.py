@@ -81,11 +81,8 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         header.reach,
         {**header.provenance, "repair": {"of": pieces[0].path.name, "lost": lost}},
         _features(pieces, report),
-        updates=any(schema.UPDATES.path(schema.STEP) in piece for piece in pieces),
-        ledger=any(schema.LEDGER.path(schema.STEP) in piece for piece in pieces),
-        test=_clusters(pieces, report),
-        noise=any(schema.GRAM_NOISE.name in piece for piece in pieces),
-        probe_loader=any(schema.PROBE_LOADER.path(schema.STEP) in piece for piece in pieces),
+        _clusters(pieces, report),
+        frozenset(name for piece in pieces for name in piece.held),
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +109,7 @@ def _kept(salvage: Salvage, table: schema.Table, report: Report) -> NDArray[np.b
     """Which rows have all that a row must have."""
     piece, rows = salvage.piece, salvage.piece.count(table)
     good = np.ones(rows, dtype=bool)
-    for name in _NEEDED:
+    for name in (name for name in _NEEDED if table.path(name) in piece):
         for start in range(0, rows, _BLOCK):
             stop = min(start + _BLOCK, rows)
             _, unread = salvage.rows(table.path(name), start, stop)
@@ -148,7 +145,8 @@ def _of(table: schema.Table) -> str:
 def _blocks(
     salvages: list[Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], state: content.State, report: Report
 ) -> Iterator[content.Columns]:
-    fields = max((table.held(salvage.piece) for salvage in salvages), key=len)
+    held = frozenset(name for salvage in salvages for name in salvage.piece.held)
+    fields = table.held(held)
     layers = max(len(salvage.piece.layers) for salvage in salvages)
     for salvage, rows in zip(salvages, kept, strict=True):
         for block in _blocks_of(salvage, table, fields, rows, state, report):
@@ -173,7 +171,7 @@ def _blocks_of(
             path = table.path(field.name)
             if path in piece:
                 values, unread = salvage.rows(path, start, stop)
-            else:  # an optional one, which other files of the run have
+            else:  # one that other files of the run have, or later versions
                 values, unread = piece.column(table, field, slice(start, stop)), np.zeros(stop - start, dtype=bool)
             block[field.name] = values[rows]
             holes |= unread
@@ -206,8 +204,9 @@ def _header(pieces: list[Piece], report: Report) -> Header:
             break
         except RunFileError:
             report.add(piece.path, DAMAGED, "its provenance cannot be read")
+    known = _known()
     for piece in pieces:
-        others = [name for name in piece.file if name not in _KNOWN]
+        others = [name for name in piece.file if name not in known]
         if others:
             report.add(piece.path, NOTE, f"what this version does not know is left out: {', '.join(others)}")
     found: Header | None = None
@@ -221,8 +220,8 @@ def _header(pieces: list[Piece], report: Report) -> Header:
         found = Header(piece.tasks, piece.layers, size, reach, provenance)
     if found is None:
         raise RunFileError(f"{pieces[0].path}: nothing can be saved: no file says which task reaches which layer.")
-    known = Header(found.tasks, pieces[-1].layers, np.zeros(len(pieces[-1].layers), np.int64), _nobody(pieces[-1]))
-    whole, _ = growth.joined(known, found)
+    last = Header(found.tasks, pieces[-1].layers, np.zeros(len(pieces[-1].layers), np.int64), _nobody(pieces[-1]))
+    whole, _ = growth.joined(last, found)
     return replace(found, layers=whole.layers, layer_size=whole.layer_size, reach=whole.reach)
 
 
@@ -233,33 +232,23 @@ def _nobody(piece: Piece) -> NDArray[np.bool_]:
 def _features(pieces: list[Piece], report: Report) -> FeatureHeader | None:
     """Names of the features, where they were measured."""
     for piece in pieces:
-        if not piece.features:
+        if not piece.feature_names:
             continue
         try:
             with piece.reading():
                 size = piece[schema.FEATURES.path(schema.FEATURE_SIZE.name)][()]
         except RunFileError:
             report.add(piece.path, DAMAGED, "the sizes of its features cannot be read")
-            size = np.zeros(len(piece.features), np.int64)
-        return FeatureHeader(piece.tasks, piece.features, size)
+            size = np.zeros(len(piece.feature_names), np.int64)
+        return FeatureHeader(piece.tasks, piece.feature_names, size)
     return None
 
 
-_KNOWN = {
-    *(field.name for field in (*schema.ROW_FIELDS, *schema.NOISE_FIELDS, *schema.HEADER_FIELDS)),
-    *(
-        schema.LAYER,
-        schema.TASK,
-        schema.PAIR,
-        schema.OTHER_TASK,
-        schema.FEATURES.group,
-        schema.UPDATES.group,
-        schema.LEDGER.group,
-        schema.TEST,
-        "epochs",
-        "provenance",
-    ),
-}
+def _known() -> set[str]:
+    """What may lie at the root of a run file."""
+    fields = (*schema.ROWS.fields, *schema.HEADER_FIELDS)
+    groups = (table.group for table in (*schema.TABLES, *schema.WHOLE))
+    return {*(field.name for field in fields), *groups, *schema.MEANINGS, "epochs", "provenance"}
 
 
 def _clusters(pieces: list[Piece], report: Report) -> TestClusters | None:

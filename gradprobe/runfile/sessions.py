@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
+from gradprobe.rows.limits import MAX_TEXT
+
 MOST = 100
 """Sessions that are kept; of more, the first and the newest."""
 
@@ -47,8 +49,21 @@ def resumed(
 
 
 def dump(sessions: Sequence[Session]) -> list[str]:
-    """As they are stored."""
-    return [json.dumps(s, default=str, ensure_ascii=False) for s in sessions]
+    """As they are stored. Of what was replaced, texts are cut where a file has no room for all of it."""
+    found: list[str] = []
+    for room in (None, 1000, 50, 0):
+        found = [json.dumps(_cut(s, room), default=str, ensure_ascii=False) for s in sessions]
+        if max((len(text.encode("utf-8", "replace")) for text in found), default=0) * len(found) <= MAX_TEXT:
+            break
+    return found
+
+
+def _cut(session: Session, room: int | None) -> Session:
+    """With entries of up to so many characters; None: all; 0: without any."""
+    if room is None:
+        return session
+    long = {k: f"{v!s:.{room}} ... (cut)" if len(str(v)) > room else v for k, v in session["replaced"].items()}
+    return {**session, "replaced": long if room else {}}
 
 
 def load(texts: Any) -> list[Session]:

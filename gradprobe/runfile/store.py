@@ -22,7 +22,8 @@ import numpy as np
 
 from gradprobe.errors import RunFileError
 from gradprobe.rows import FeatureHeader, Header
-from gradprobe.runfile import content, growth, parts, schema, sessions
+from gradprobe.rows.layers import begins_with
+from gradprobe.runfile import content, growth, parts, schema, sessions, storable
 from gradprobe.runfile.files import Disk, write_whole
 from gradprobe.runfile.reader import Run
 
@@ -76,19 +77,13 @@ class Store:
         """
         with Run(self.path) as old:
             header = _same_layers(self.path, header, old, any(old["step"] < step))
-            header = replace(
-                header,
-                features=_kept_features(old, step),
-                updates=_kept(old, schema.UPDATES, step),
-                ledger=_kept(old, schema.LEDGER, step),
-                noise=schema.GRAM_NOISE.name in old,
-                probe_loader=_kept(old, schema.PROBE_LOADER, step),
-            )
+            header = replace(header, features=_kept_features(old, step), held=_held(old, step))
             kept = {e: v for e, v in old.epochs_by_number().items() if e <= epoch}
             self._number = self.state.merged_through = old.last_part
             self.state.status_names = list(old.status_names)
             self.state.dropped = old.rows_dropped
-            flat = dict(content.flatten(header.provenance))
+            self.state.remember(old.provenance)
+            flat = storable.provenance(header.provenance)
             before = {k: v for k, v in old.provenance.items() if k != "sessions"}
             self.sessions = sessions.resumed(old.sessions, old.end, before, flat, step)
             self._cut(header, kept, step, None if old.by_effect else old)
@@ -270,7 +265,7 @@ def blocks(
 
 def _norms(files: Iterable[Path], header: Header, before: int) -> Iterator[np.ndarray]:
     """Norms (n, L, T) of the rows of steps below ``before``, piece by piece."""
-    (norm,) = (f for f in schema.ROW_FIELDS if f.name == "grad_norm")
+    norm = schema.ROWS["grad_norm"]
     for path in files:
         with h5py.File(path, "r", locking=False) as file:
             keep = file[schema.STEP][()] < before
@@ -333,7 +328,7 @@ def _same_layers(path: Path, header: Header, old: Run, any_kept: bool) -> Header
     if not header.layers and list(header.tasks) in ([], list(old.tasks)):
         return Header(old.tasks, old.layers, old.layer_size, old.reach, {**_unnumbered(old), **header.provenance})
     shorter, longer = sorted((old.layers, tuple(header.layers)), key=len)
-    same = growth.begins_with(longer, shorter) and list(old.tasks) == list(header.tasks)
+    same = begins_with(longer, shorter) and list(old.tasks) == list(header.tasks)
     if any_kept and not same:
         raise RunFileError(
             f"{path}: holds tasks {list(old.tasks)} on {len(old.layers)} layers, but the run to go on has "
@@ -346,6 +341,13 @@ def _same_layers(path: Path, header: Header, old: Run, any_kept: bool) -> Header
     return replace(header, layers=both.layers, layer_size=both.layer_size, reach=both.reach)
 
 
+def _held(old: Run, step: int) -> frozenset[str]:
+    """The tables and optional fields of a run, see :class:`gradprobe.rows.Header`: what has rows before a step."""
+    tables = {t.name for t in schema.TABLES if t.group and _kept(old, t, step)}
+    optional = {t.path(f.name) for t in schema.TABLES for f in t.fields if f.optional and t.path(f.name) in old}
+    return frozenset(tables | optional)
+
+
 def _kept(old: Run, table: schema.Table, step: int) -> bool:
     """Whether rows of a table are kept."""
     return bool(old.count(table)) and bool(any(old[table.path(schema.STEP)] < step))
@@ -353,10 +355,9 @@ def _kept(old: Run, table: schema.Table, step: int) -> bool:
 
 def _kept_features(old: Run, step: int) -> FeatureHeader | None:
     """The features whose rows are kept; None where there are no such rows."""
-    table = schema.FEATURES
-    if not old.count(table) or not any(old[table.path(schema.STEP)] < step):
+    if not _kept(old, schema.FEATURES, step):
         return None
-    return FeatureHeader(old.tasks, old.feature_names, old[table.path(schema.FEATURE_SIZE.name)])
+    return FeatureHeader(old.tasks, old.feature_names, old[schema.FEATURES.path(schema.FEATURE_SIZE.name)])
 
 
 def _unnumbered(old: Run) -> Mapping[str, Any]:

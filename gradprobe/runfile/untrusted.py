@@ -7,7 +7,7 @@ is read that is larger than the file itself or of another type or shape than doc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,20 @@ import numpy as np
 from h5py import h5a, h5d, h5g, h5o, h5s, h5t
 
 from gradprobe.rows import EARLIER_SOURCES
-from gradprobe.runfile import audits, clusters, schema
-from gradprobe.runfile.attributes import MAX_TEXT, NUMBERS, RefusedError, attribute, printable
+from gradprobe.rows.limits import (
+    MAX_ALL_NAMES,
+    MAX_ATTRIBUTES,
+    MAX_BLIND,
+    MAX_CHUNK,
+    MAX_DEPTH,
+    MAX_FILE,
+    MAX_NAME,
+    MAX_NAMES,
+    MAX_OBJECTS,
+)
+from gradprobe.runfile import schema
+from gradprobe.runfile.attributes import NUMBERS, RefusedError, attribute, printable
 from gradprobe.runfile.sums import SummedFile
-
-MAX_OBJECTS = 10_000
-MAX_DEPTH = 8
-MAX_ATTRIBUTES = 10_000
-MAX_NAMES = 100_000
-MAX_CHUNK = 1 << 28
-MAX_FILE = 1 << 37  # 10 tasks on 100 layers in six million rows
-MAX_BLIND = 1 << 28  # a read of more is held against the memory that is there
 
 NAMES = (schema.LAYER, schema.TASK, schema.PAIR)
 _STRING_REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("index", "<u4")])
@@ -159,30 +162,22 @@ def check_memory(needed: int) -> None:
 
 
 def _check_known(found: _Found, raw: SummedFile) -> None:
-    lengths = {axis: _shape(found, axis, 1)[0] for axis in (schema.STEP, *NAMES)}
+    lengths = {axis: _shape(found, axis, 1)[0] for axis in NAMES}
     tasks = lengths[schema.TASK]
     if lengths[schema.PAIR] != tasks * (tasks - 1) // 2:
         raise RefusedError(f"has {lengths[schema.PAIR]} pairs for {tasks} tasks")
     for axis in NAMES:
         _check_text(found, axis, raw)
-    for field in (*schema.ROW_FIELDS, *schema.HEADER_FIELDS):
+    lengths[schema.OTHER_TASK] = tasks
+    if f"/{schema.OTHER_TASK}" in found:
+        _check_text(found, schema.OTHER_TASK, raw)
+        if (count := _shape(found, schema.OTHER_TASK, 1)[0]) != tasks:
+            raise RefusedError(f"has {count} other tasks for {tasks} tasks")
+    for field in schema.HEADER_FIELDS:
         _check_field(found, field.name, field.dtype, tuple(lengths[axis] for axis in field.axes))
-    noise = any(f"/{field.name}" in found for field in schema.NOISE_FIELDS)
-    if noise or f"/{schema.PROBE_LOADER.group}" in found:
-        lengths = {**lengths, schema.OTHER_TASK: _other_tasks(found, raw, lengths)}
-    for field in schema.NOISE_FIELDS if noise else ():  # all of them or none
-        _check_field(found, field.name, field.dtype, tuple(lengths[axis] for axis in field.axes))
-    if f"/{schema.PROBE_LOADER.group}" in found:
-        _check_table(found, schema.PROBE_LOADER, lengths)
-    if f"/{schema.FEATURES.group}" in found:
-        _check_features(found, raw, lengths)
-    for table in (schema.UPDATES, schema.LEDGER):
-        if f"/{table.group}" in found:
-            _check_by_source(found, raw, lengths, table)
-    if f"/{schema.AUDIT}" in found:
-        _check_audit(found, raw)
-    if f"/{schema.TEST}" in found:
-        _check_test(found, raw)
+    for table in (*schema.TABLES, *schema.WHOLE):
+        if f"/{table.group}" in found or not table.group:
+            _check_table(found, raw, table, lengths)
     for name in ("epochs", "provenance"):
         if not isinstance(found.get(f"/{name}"), h5py.Group):
             raise RefusedError(f"has no group {name!r}")
@@ -191,62 +186,25 @@ def _check_known(found: _Found, raw: SummedFile) -> None:
         _check_field(found, name, np.dtype("<i4" if name == f"epochs/{schema.EPOCH}" else "<f8"), shape)
 
 
-def _other_tasks(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> int:
-    """How many there are, which is how many tasks there are."""
-    count = _shape(found, schema.OTHER_TASK, 1)[0]
-    _check_text(found, schema.OTHER_TASK, raw)
-    if count != lengths[schema.TASK]:
-        raise RefusedError(f"has {count} other tasks for {lengths[schema.TASK]} tasks")
-    return count
-
-
-def _check_table(found: _Found, table: schema.Table, lengths: dict[str, int]) -> None:
-    """A table with steps of its own: all of it or none."""
-    lengths = {**lengths, schema.STEP: _shape(found, table.path(schema.STEP), 1)[0]}
-    for field in table.fields:
-        _check_field(found, table.path(field.name), field.dtype, tuple(lengths[axis] for axis in field.axes))
-
-
-def _check_features(found: _Found, raw: SummedFile, lengths: dict[str, int]) -> None:
-    """The table `features/`: all of it or none."""
-    own = {axis: _shape(found, schema.FEATURES.path(axis), 1)[0] for axis in (schema.STEP, schema.FEATURE)}
-    _check_text(found, schema.FEATURES.path(schema.FEATURE), raw)
-    for field in (*schema.FEATURES.fields, schema.FEATURE_SIZE):
-        shape = tuple({**lengths, **own}[axis] for axis in field.axes)
-        _check_field(found, schema.FEATURES.path(field.name), field.dtype, shape)
-
-
-def _check_by_source(found: _Found, raw: SummedFile, lengths: dict[str, int], table: schema.Table) -> None:
-    """The table `update/` or `ledger/`: all of it or none."""
-    own = {axis: _shape(found, table.path(axis), 1)[0] for axis in (schema.STEP, schema.SOURCE)}
-    _check_text(found, table.path(schema.SOURCE), raw)
-    if own[schema.SOURCE] != lengths[schema.TASK] + len(EARLIER_SOURCES):
-        raise RefusedError(f"has {own[schema.SOURCE]} parts of updates for {lengths[schema.TASK]} tasks")
-    for field in table.fields:
-        shape = tuple({**lengths, **own}[axis] for axis in field.axes)
-        _check_field(found, table.path(field.name), field.dtype, shape)
-
-
-def _check_audit(found: _Found, raw: SummedFile) -> None:
-    """The group `audit/`: all of it or none."""
-    steps, doors = (_shape(found, f"{schema.AUDIT}/{axis}", 1) for axis in ("step", "door"))
-    _check_field(found, f"{schema.AUDIT}/step", np.dtype("<i8"), steps)
-    for fields, shape in ((audits.STEP_FIELDS, steps), (audits.DOOR_NUMBERS, doors)):
-        for name in fields:
-            _check_field(found, f"{schema.AUDIT}/{name}", np.dtype("<f8"), shape)
-    for name in audits.DOOR_TEXTS:
-        if _shape(found, f"{schema.AUDIT}/{name}", 1) != doors:
-            raise RefusedError(f"dataset '{schema.AUDIT}/{name}' is not as long as its doors")
-        _check_text(found, f"{schema.AUDIT}/{name}", raw)
-
-
-def _check_test(found: _Found, raw: SummedFile) -> None:
-    """The group `test/`: all of it or none."""
-    lengths = {axis: _shape(found, f"{schema.TEST}/{axis}", 1)[0] for axis in clusters.AXES}
-    for axis in clusters.AXES:
-        _check_text(found, f"{schema.TEST}/{axis}", raw)
-    for name, (axes, dtype, _) in clusters.FIELDS.items():
-        _check_field(found, f"{schema.TEST}/{name}", dtype, tuple(lengths[axis] for axis in axes))
+def _check_table(found: _Found, raw: SummedFile, table: schema.Table, others: Mapping[str, int]) -> None:
+    """What a table has of its fields; only its axes must be there, and all of one that is written at once."""
+    lengths = {**others, **{axis: _shape(found, table.path(axis), 1)[0] for axis in table.own}}
+    if schema.SOURCE in table.own and lengths[schema.SOURCE] != lengths[schema.TASK] + len(EARLIER_SOURCES):
+        raise RefusedError(f"has {lengths[schema.SOURCE]} parts of updates for {lengths[schema.TASK]} tasks")
+    for axis in table.names:
+        _check_text(found, table.path(axis), raw)
+    fields = (*table.fields, *((schema.FEATURE_SIZE,) if table is schema.FEATURES else ()))
+    for field in fields:
+        path = table.path(field.name)
+        shape = tuple(lengths[axis] for axis in field.axes)
+        if f"/{path}" not in found and table in schema.TABLES and field is not schema.FEATURE_SIZE:
+            continue
+        if field.dtype != schema.TEXT:
+            _check_field(found, path, field.dtype, shape)
+        elif _shape(found, path, 1) != shape:
+            raise RefusedError(f"dataset {path!r} is not as long as its {field.axes[0]}s")
+        elif field.name not in table.names:
+            _check_text(found, path, raw)
 
 
 def _shape(found: _Found, name: str, dimensions: int) -> tuple[int, ...]:
@@ -285,5 +243,5 @@ def _check_text(found: _Found, axis: str, raw: SummedFile) -> None:
     buffer = bytearray(count * _STRING_REFERENCE.itemsize)
     raw.readinto(buffer)
     lengths = np.frombuffer(buffer, _STRING_REFERENCE)["length"]
-    if lengths.max() > MAX_TEXT >> 4 or lengths.sum(dtype=np.int64) > MAX_TEXT << 4:
+    if lengths.max() > MAX_NAME or lengths.sum(dtype=np.int64) > MAX_ALL_NAMES:
         raise RefusedError(f"dataset {axis!r} holds names of up to {lengths.max():,} bytes")

@@ -20,9 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import GradprobeError, RunFileError
-from gradprobe.rows import FeatureHeader, FeatureRow, Header, LedgerRow, ProbeLoaderRow, Row, TestClusters, UpdateRow
-from gradprobe.runfile import growth, parts, schema
-from gradprobe.runfile.backlog import AnyRow
+from gradprobe.rows import TABLE_NAMES, AnyRow, Header, TestClusters
+from gradprobe.rows.layers import moved
+from gradprobe.rows.limits import MAX_METRICS
+from gradprobe.runfile import growth, parts, schema, storable
 from gradprobe.runfile.files import Disk
 from gradprobe.runfile.flusher import Flusher
 from gradprobe.runfile.lock import Lock, acquire
@@ -45,6 +46,9 @@ class RunWriter:
     Raises:
         RunFileError: The file exists, another process records into it, or the folder cannot be written.
     """
+
+    tables = TABLE_NAMES
+    """It takes rows of all tables."""
 
     keep_bytes = 256 << 20
     """Memory for rows while the disk takes none; beyond that the oldest are dropped, and counted."""
@@ -90,7 +94,7 @@ class RunWriter:
         """
         if self._foreign():
             return
-        header = replace(header, provenance={**header.provenance, **self._notes})
+        header = replace(self._storable(header), provenance={**header.provenance, **self._notes})
         try:
             self._begin(header)
         except OSError as error:
@@ -108,20 +112,31 @@ class RunWriter:
         """Whether this writer has begun to write: until then nothing that was there was touched."""
         return self._flusher.header is not None
 
-    def write(self, row: Row) -> None:
-        """Queue one row; returns at once."""
-        if row.gram_noise is not None:
-            self._announce("noise")
-        self._queue(row)
+    def write(self, row: AnyRow) -> None:
+        """Queue one row of any table; returns at once. A table is in the file from its first row on."""
+        if self._foreign():
+            return
+        with self._flusher.lock:
+            if self._flusher.closing:
+                return
+            known = self._flusher.header
+            if known is not None and not known.held.issuperset(row.brings):
+                self._flusher.header = replace(known, held=known.held.union(row.brings))
+            self._flusher.backlog.put(row if self._places is None else moved(row, self._places))
+            if self._flusher.due:
+                self._flusher.lock.notify_all()
 
     def grow(self, header: Header) -> None:
-        """Layers have joined; see :class:`gradprobe.rows.GrowingSink`. Rows before lack them: they get NaN there.
+        """Layers have joined, or features were found; see :class:`gradprobe.rows.GrowingSink`.
+
+        Rows before lack the layers: they get NaN there.
 
         Raises:
-            RunFileError: The header has other tasks.
+            RunFileError: The header has other tasks, or other features than the run that is gone on with has rows of.
         """
         if self._foreign():
             return
+        header = self._storable(header)
         with self._flusher.lock:
             known = self._flusher.header
             if known is None:
@@ -130,76 +145,20 @@ class RunWriter:
                 raise RunFileError(
                     f"{self.path}: holds rows of tasks {list(known.tasks)}; layers of {list(header.tasks)} cannot join."
                 )
-            self._flusher.header, self._places = growth.joined(known, header)
-            self._flusher.changed = True
-
-    def start_features(self, header: FeatureHeader) -> None:
-        """Announce the features; see :class:`gradprobe.rows.FeatureSink`.
-
-        Raises:
-            RunFileError: The run that is gone on with holds rows of others.
-        """
-        if self._foreign():
-            return
-        with self._flusher.lock:
-            known = self._flusher.header
-            if known is None:
-                return
-            if known.features is not None and tuple(known.features.features) != tuple(header.features):
+            if known.features and header.features and known.feature_names != header.feature_names:
                 raise RunFileError(
-                    f"{self.path}: holds rows of the features {list(known.features.features)}, but the run to go on "
-                    f"with has {list(header.features)}. Resume with the same model and the same features=."
+                    f"{self.path}: holds rows of the features {list(known.feature_names)}, but the run to go on "
+                    f"with has {list(header.feature_names)}. Resume with the same model and the same features=."
                 )
-            self._flusher.header = replace(known, features=known.features or header)
+            grown, self._places = growth.joined(known, header)
+            self._flusher.header = replace(grown, features=known.features or header.features)
             self._flusher.changed = True
 
-    def write_features(self, row: FeatureRow) -> None:
-        """Queue one feature row; returns at once."""
-        self._queue(row)
-
-    def start_updates(self, header: Header) -> None:
-        """Announce rows on updates; see :class:`gradprobe.rows.UpdateSink`."""
-        self._announce("updates")
-
-    def write_updates(self, row: UpdateRow) -> None:
-        """Queue one row on an update; returns at once."""
-        self._queue(row)
-
-    def start_ledger(self, header: Header) -> None:
-        """Announce rows of a loss ledger; see :class:`gradprobe.rows.LedgerSink`."""
-        self._announce("ledger")
-
-    def write_ledger(self, row: LedgerRow) -> None:
-        """Queue one row of a loss ledger; returns at once."""
-        self._queue(row)
-
-    def start_probe_loader(self, header: Header) -> None:
-        """Announce rows of the probe loader; see :class:`gradprobe.rows.ProbeLoaderSink`."""
-        self._announce("probe_loader")
-
-    def write_probe_loader(self, row: ProbeLoaderRow) -> None:
-        """Queue one row of the probe loader; returns at once."""
-        self._queue(row)
-
-    def _announce(self, what: str) -> None:
-        """From here on the file has it: the name of a flag of the header."""
-        if self._foreign():
-            return
-        with self._flusher.lock:
-            known = self._flusher.header
-            if known is not None and not getattr(known, what):
-                change: dict[str, Any] = {what: True}
-                self._flusher.header, self._flusher.changed = replace(known, **change), True
-
-    def _queue(self, row: AnyRow) -> None:
-        if self._foreign():
-            return
-        with self._flusher.lock:
-            if self._flusher.closing:
-                return
-            self._flusher.backlog.put(row if self._places is None else growth.moved(row, self._places))
-            if len(self._flusher.backlog) == self._flusher.rows:
-                self._flusher.lock.notify_all()
+    def _storable(self, header: Header) -> Header:
+        try:
+            return storable.header(header)
+        except ValueError as error:
+            raise RunFileError(f"{self.path}: the model has {error}. Measure fewer of them: layers=.") from error
 
     def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Queue metrics of one epoch; several calls for one epoch add up.
@@ -211,15 +170,24 @@ class RunWriter:
         """
         if not isinstance(epoch, (int, np.integer)):
             raise RunFileError(f"{self.path}: epoch {epoch!r} of the metrics {list(values)} is not a whole number.")
-        named = {name.replace("/", "."): float(value) for name, value in values.items()}
-        odd = [name for name in named if not name.strip(".") or "\0" in name]
+        named, wrong = storable.metrics(values)
+        odd = [name for name in named if not name.strip(".")]
         if odd:
             raise RunFileError(f"{self.path}: {odd[0]!r} cannot be the name of a metric; rename it.")
         if schema.EPOCH in named:
             raise RunFileError(f"{self.path}: a metric cannot be called 'epoch', as its axis is; rename it.")
+        if not 0 <= epoch < 2**31:
+            raise RunFileError(f"{self.path}: epoch {epoch} of the metrics {list(named)} is not below 2**31.")
         if self._foreign():
             return
+        if wrong:
+            log.warning("%s: epoch %d: no number, stored as NaN: %s", self.path, epoch, storable.joined(wrong))
         with self._flusher.lock:
+            known = {name for each in self._flusher.epochs.values() for name in each}
+            if len(known.union(named)) > MAX_METRICS:
+                raise RunFileError(
+                    f"{self.path}: {len(known.union(named)):,} metrics per epoch; a run file holds {MAX_METRICS:,}."
+                )
             self._flusher.epochs.setdefault(int(epoch), {}).update(named)
             self._flusher.changed = True
 
@@ -241,7 +209,7 @@ class RunWriter:
             return
         with self._flusher.lock:
             if self._flusher.header is not None:
-                self._flusher.header = replace(self._flusher.header, test=found)
+                self._flusher.header = replace(self._flusher.header, test=storable.clusters(found))
                 self._flusher.changed = True
 
     def rewind(self, step: int, epoch: int) -> None:

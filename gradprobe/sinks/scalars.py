@@ -9,20 +9,23 @@ import numpy as np
 
 from gradprobe import measures
 from gradprobe.measures import Array
-from gradprobe.rows import FeatureHeader, FeatureRow, Header, Row
+from gradprobe.rows import FeatureRow, Header, Row
 
 GROUPS = ("loss", "weight", "shared_grad_norm", "shared_cosine", "feature_grad_norm", "feature_cosine")
 """What the names of a row's scalars begin with."""
 
 
-def scalars(header: Header, row: Row) -> dict[str, float]:
+def scalars(header: Header, row: Row | FeatureRow) -> dict[str, float]:
     """One row as named numbers.
 
     Returns:
         ``loss/TASK`` and ``weight/TASK``; over all shared layers together ``shared_grad_norm/TASK`` (loss per unit of
         parameter) and ``shared_cosine/TASK|TASK`` in [-1, 1]. A norm or cosine that is NaN, which means that it was not
-        measured, is left out; a loss is there even where it is NaN, which then is its value.
+        measured, is left out; a loss is there even where it is NaN, which then is its value. Of a feature row
+        ``feature_grad_norm/FEATURE/TASK`` and ``feature_cosine/FEATURE/TASK|TASK``, in the same way.
     """
+    if isinstance(row, FeatureRow):
+        return _of_features(header, row)
     norm, cosine = row.shared(header.reach)
     pairs = [f"{first}|{second}" for first, second in combinations(header.tasks, 2)]
     measured = {**_named("shared_grad_norm", header.tasks, norm), **_named("shared_cosine", pairs, cosine)}
@@ -33,15 +36,11 @@ def scalars(header: Header, row: Row) -> dict[str, float]:
     }
 
 
-def feature_scalars(header: FeatureHeader, row: FeatureRow) -> dict[str, float]:
-    """One feature row as named numbers: ``feature_grad_norm/FEATURE/TASK`` and ``feature_cosine/FEATURE/TASK|TASK``.
-
-    What is NaN, which means that it was not measured, is left out.
-    """
+def _of_features(header: Header, row: FeatureRow) -> dict[str, float]:
     pairs = [f"{first}|{second}" for first, second in combinations(header.tasks, 2)]
     norm, cosine = measures.norm(row.gram), measures.pair_cosine(row.gram)
     found: dict[str, float] = {}
-    for place, feature in enumerate(header.features):
+    for place, feature in enumerate(header.feature_names):
         found |= _named(f"feature_grad_norm/{feature}", header.tasks, norm[place])
         found |= _named(f"feature_cosine/{feature}", pairs, cosine[place])
     return {name: value for name, value in found.items() if not np.isnan(value)}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gradprobe.errors import MissingExtraError
-from gradprobe.rows import FeatureHeader, FeatureRow, Header, Provenance, Row
-from gradprobe.sinks.scalars import feature_scalars, scalars
+from gradprobe.rows import FEATURES, FeatureRow, Header, Provenance, Row
+from gradprobe.sinks.scalars import scalars
 
 PREFIX = "gradprobe"
 
@@ -25,33 +25,25 @@ class TensorBoardSink:
         MissingExtraError: The package tensorboard is not installed.
     """
 
+    tables = (FEATURES.name,)
+
     def __init__(self, to: str | Path | Any) -> None:
         self._ours = isinstance(to, str | Path)
         self._writer: Any = _summary_writer(to) if isinstance(to, str | Path) else to
         self._header: Header | None = None
-        self._features: FeatureHeader | None = None
 
     def start(self, header: Header) -> None:
         """Rows follow."""
         self._header = header
 
     def grow(self, header: Header) -> None:
-        """Rows of more layers follow."""
+        """Rows of more layers, or of features, follow."""
         self._header = header
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Row | FeatureRow) -> None:
         """Queue the row's scalars; a thread of TensorBoard's writes them."""
         assert self._header is not None
         self._add(scalars(self._header, row), row.step)
-
-    def start_features(self, header: FeatureHeader) -> None:
-        """Feature rows follow."""
-        self._features = header
-
-    def write_features(self, row: FeatureRow) -> None:
-        """Queue the feature row's scalars."""
-        assert self._features is not None
-        self._add(feature_scalars(self._features, row), row.step)
 
     def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Queue metrics."""

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradprobe.errors import MissingExtraError
-from gradprobe.rows import FeatureHeader, FeatureRow, Header, Provenance, Row
-from gradprobe.sinks.scalars import GROUPS, feature_scalars, scalars
+from gradprobe.rows import FEATURES, FeatureRow, Header, Provenance, Row
+from gradprobe.sinks.scalars import GROUPS, scalars
 
 PREFIX = "gradprobe"
 
@@ -27,11 +27,12 @@ class WandbSink:
         MissingExtraError: The package wandb is not installed.
     """
 
+    tables = (FEATURES.name,)
+
     def __init__(self, run: Any = None, **init: Any) -> None:
         self._ours = run is None
         self._run = _begin(init) if run is None else run
         self._header: Header | None = None
-        self._features: FeatureHeader | None = None
         for axis, groups in (("step", GROUPS), ("epoch", ("epoch",))):
             self._run.define_metric(f"{PREFIX}/{axis}", hidden=True)
             for group in groups:  # one by one: PREFIX/* would draw the metrics of epochs over steps, too
@@ -42,22 +43,13 @@ class WandbSink:
         self._header = header
 
     def grow(self, header: Header) -> None:
-        """Rows of more layers follow."""
+        """Rows of more layers, or of features, follow."""
         self._header = header
 
-    def write(self, row: Row) -> None:
+    def write(self, row: Row | FeatureRow) -> None:
         """Hand the row's scalars to wandb, which sends them in the background."""
         assert self._header is not None
         self._log("step", row.step, scalars(self._header, row), "")
-
-    def start_features(self, header: FeatureHeader) -> None:
-        """Feature rows follow."""
-        self._features = header
-
-    def write_features(self, row: FeatureRow) -> None:
-        """Hand on the feature row's scalars."""
-        assert self._features is not None
-        self._log("step", row.step, feature_scalars(self._features, row), "")
 
     def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Hand on metrics."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from gradprobe import measures
 from gradprobe.ledger.windows import window
 from gradprobe.runfile import schema
@@ -72,10 +70,3 @@ def sentences(found: dict[str, Any] | None) -> list[str]:
         if shut:
             said.append(f"What others did to {task} cannot be told: {'; '.join(gate['sentence'] for gate in shut)}.")
     return said
-
-
-def overhead(run: Run) -> float:
-    """Seconds spent on it."""
-    if not run.count(schema.LEDGER):
-        return 0.0
-    return float(np.nansum(run[schema.LEDGER.path("overhead")], dtype=np.float64))

@@ -285,12 +285,8 @@ def _audit(run: Run) -> dict[str, Any] | None:
 
 
 def _overhead(run: Run) -> dict[str, float | None]:
-    seconds = float(np.nansum(run["overhead"], dtype=np.float64))
-    if run.feature_names:
-        seconds += float(np.nansum(run["features/overhead"], dtype=np.float64))
-    if schema.UPDATES.path("overhead") in run:
-        seconds += float(np.nansum(run["update/overhead"], dtype=np.float64))
-    seconds += ledger.overhead(run)
+    spent = [run[table.path("overhead")] for table in schema.TABLES if run.count(table)]
+    seconds = float(sum(np.nansum(each, dtype=np.float64) for each in spent))
     elapsed = float(np.max(run["time"], initial=0.0))
     return {"seconds": seconds, "share": measures.known(seconds / elapsed) if elapsed > 0 else None}
 

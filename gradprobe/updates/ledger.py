@@ -326,7 +326,7 @@ class Ledger(Reader):
         return YOUNG_ADAM if self._young else MEASURED
 
     def _hand_on(self, row: LedgerRow) -> None:
-        self._now.now.report.ledger(row)
+        self._now.now.report.row(row)
 
     def _nothing(self) -> Array:
         tasks = len(self._tasks)

@@ -89,9 +89,7 @@ class Updates(Reader):
         """Hand the row on."""
         row = self._row or self._empty(at)
         self._row = None
-        self._now.now.report.updates(
-            replace(row, status=status, calls=at.calls, skipped=at.skipped, overhead=self.seconds)
-        )
+        self._now.now.report.row(replace(row, status=status, calls=at.calls, skipped=at.skipped, overhead=self.seconds))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
