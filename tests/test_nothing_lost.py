@@ -159,6 +159,29 @@ def test_one_odd_row_among_many_leaves_the_sums_of_the_others_as_they_are(tmp_pa
         np.testing.assert_array_equal(values, found[1][name])
 
 
+@pytest.mark.parametrize("step", [2**63, -1, None, "x", 1.5])
+def test_a_row_without_a_step_is_dropped_and_counted(tmp_path, caplog, step):
+    with open_writer(tmp_path) as writer:
+        writer.write(dataclasses.replace(growing.row(1, 3), step=step))
+    assert [record.getMessage() for record in caplog.records if "its step is" in record.getMessage()]
+    with open_run(tmp_path / "run.h5") as run:
+        assert run.rows_dropped == 1
+
+
+def test_a_failure_of_our_own_is_not_blamed_on_the_disk(tmp_path, caplog, monkeypatch):
+    with open_writer(tmp_path) as writer, monkeypatch.context() as broken:
+        broken.setattr("gradprobe.runfile.content.columns", lambda *_: 1 / 0)
+        assert not writer.flush()
+    (told,) = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
+    assert "ZeroDivisionError" in told
+    assert "the disk is not to blame" in told
+
+
+def test_clusters_of_another_shape_are_refused_at_the_call(tmp_path):
+    with open_writer(tmp_path) as writer, pytest.raises(RunFileError, match="2 clusters and 1 metrics"):
+        writer.write_test(TestClusters(["a", "b"], np.ones(3, int), ["m"], np.ones((2, 1))))
+
+
 # ---- metrics
 
 

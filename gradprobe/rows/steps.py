@@ -22,7 +22,8 @@ class Steps(Batch):
     @cached_property
     def norms(self) -> NDArray[np.float32]:
         """(n, L, T)."""
-        return np.asarray(measures.norm(self.gram), dtype=np.float32)
+        with np.errstate(over="ignore"):
+            return np.asarray(measures.norm(self.gram), dtype=np.float32)
 
     @cached_property
     def shared(self) -> tuple[Array, Array]:

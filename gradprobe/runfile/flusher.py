@@ -126,11 +126,13 @@ class Flusher:
 
     def _complain(self, error: Exception) -> None:
         if not self._warned:
+            what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            again = "there is space again" if isinstance(error, OSError) else "that is over (the disk is not to blame)"
             log.warning(
-                "%s: cannot be written now (%s); training goes on, rows are kept in memory and written when "
-                "there is space again",
+                "%s: cannot be written now (%s); training goes on, rows are kept in memory and written when %s",
                 self._store.path,
-                error,
+                what,
+                again,
             )
         self._warned = True
 

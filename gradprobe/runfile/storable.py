@@ -232,6 +232,14 @@ def _at_once(field: Field, values: Any, shape: tuple[int, ...]) -> NDArray[Any] 
         return None
 
 
+def is_step(value: Any) -> bool:
+    """Whether a training step can be stored."""
+    try:
+        return 0 <= operator.index(value) < 2**63
+    except TypeError:
+        return False
+
+
 def _whole(value: Any) -> int:
     """A whole number; of a float only where it is one."""
     try:

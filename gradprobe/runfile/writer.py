@@ -119,6 +119,10 @@ class RunWriter:
         with self._flusher.lock:
             if self._flusher.closing:
                 return
+            if not storable.is_step(row.step):  # without one it is no row
+                self._flusher.backlog.dropped += 1
+                log.warning("%s: a row is dropped: its step is %s", self.path, storable.shown(row.step))
+                return
             known = self._flusher.header
             if known is not None and not known.held.issuperset(row.brings):
                 self._flusher.header = replace(known, held=known.held.union(row.brings))
@@ -204,9 +208,20 @@ class RunWriter:
             self._flusher.changed = True
 
     def write_test(self, found: TestClusters | None) -> None:
-        """Metrics of the test split by cluster of images; None: there are none. Call it after :meth:`start`."""
+        """Metrics of the test split by cluster of images; None: there are none. Call it after :meth:`start`.
+
+        Raises:
+            RunFileError: The numbers are not as many as the names.
+        """
         if self._foreign():
             return
+        if found is not None:
+            count, metrics = len(found.clusters), len(found.metrics)
+            if np.shape(found.size) != (count,) or np.shape(found.without) != (count, metrics):
+                raise RunFileError(
+                    f"{self.path}: {count} clusters and {metrics} metrics, but sizes {np.shape(found.size)} and values "
+                    f"{np.shape(found.without)}."
+                )
         with self._flusher.lock:
             if self._flusher.header is not None:
                 self._flusher.header = replace(self._flusher.header, test=storable.clusters(found))
