@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from gradprobe.trainers.data.places import MAX_IMAGE, read_bytes
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -52,7 +54,7 @@ def decode(path: Path) -> Decoded:
     """
     notes: list[str] = []
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, MAX_IMAGE)
         pixels = _whole(content, notes)
     except UnreadableImage:
         raise
@@ -112,6 +114,10 @@ def _pixels(content: bytes, notes: list[str]) -> Pixels:
 
     try:
         with Image.open(io.BytesIO(content)) as opened:
+            if opened.width * opened.height > (
+                most := Image.MAX_IMAGE_PIXELS or 1 << 27
+            ):  # it only warns up to twice that
+                raise UnreadableImage(f"{opened.width} x {opened.height} pixels; at most {most:,} are decoded")
             frames = getattr(opened, "n_frames", 1)
             if frames > 1 and opened.format != "MPO":  # a camera's second picture of the same
                 notes.append(f"{frames} frames or pages; only the first is used")

@@ -1,0 +1,139 @@
+"""Places and limits that a user may have: quotas, few descriptors, no home, other workers, many cycles."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import verdict_factory as factory
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from gradprobe import attach, open_run
+from gradprobe.runfile.check import check
+
+HERE, FDS = Path(__file__).parent, Path("/proc/self/fd")
+unix = pytest.mark.skipif(sys.platform == "win32", reason="limits of processes are those of Unix")
+
+TRAINING = """
+import sys, warnings
+import torch, gradprobe
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self): return 24
+    def __getitem__(self, i): return torch.full((8,), float(i)).sin()
+
+def main(out, method):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(30)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    more = {"num_workers": 2, "multiprocessing_context": method} if method != "none" else {}
+    loader = torch.utils.data.DataLoader(Numbers(), batch_size=4, **more)
+    with gradprobe.attach(model, ["a", "b"], out, every=1, optimizer=optimizer) as probe:
+        for epoch in range(EPOCHS):
+            for x in loader:
+                y = model(x)
+                probe.backward({"a": y[:, 0].square().mean(), "b": y[:, 1:].square().mean()})
+                optimizer.step(); optimizer.zero_grad()
+    print("done", sum(p.double().sum().item() for p in model.parameters()))
+
+if __name__ == "__main__":
+    LIMIT
+    main(*sys.argv[1:])
+"""
+
+
+def train(folder: Path, out: str, method: str = "none", *, epochs: int = 1, limit: str = "", **environment: str):
+    program = folder / "train.py"
+    program.write_text(TRAINING.replace("EPOCHS", str(epochs)).replace("LIMIT", limit or "pass"))
+    done = subprocess.run(
+        [sys.executable, str(program), out, method],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(HERE.parent), **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@unix
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_started_in_another_way_change_no_number(tmp_path, method):
+    plain, other = (train(tmp_path, f"{name}.h5", name) for name in ("none", method))
+    assert plain.stdout == other.stdout
+    with open_run(tmp_path / "none.h5") as one, open_run(tmp_path / f"{method}.h5") as two:
+        for name in ("step", "loss", "grad_norm", "cosine"):
+            assert (one[name] == two[name]).all()
+    assert check(tmp_path / f"{method}.h5").whole
+
+
+@unix
+def test_a_quota_ends_no_training_and_loses_no_row(tmp_path):
+    """No file may have more than 60 kB: the rows stay in parts, and are read as they are."""
+    limit = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
+    )
+    done = train(tmp_path, "run.h5", epochs=25, limit=limit)
+    assert "could not be put together ([Errno 27] File too large)" in done.stderr
+    with open_run(tmp_path / "run.h5") as run:
+        assert run["step"].tolist() == list(range(150))
+    assert check(tmp_path / "run.h5").whole
+
+
+@unix
+def test_without_a_home_or_a_folder_for_temporary_files(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "MPLCONFIGDIR")}
+    run = tmp_path / "run.h5"
+    run.write_bytes((HERE / "fixtures" / "all-tables-1.0.h5").read_bytes())
+    for words in (["summary", run], ["plot", run, "--out", tmp_path / "plot.png"], ["check", run]):
+        done = subprocess.run(
+            [sys.executable, "-m", "gradprobe", *map(str, words)],
+            capture_output=True,
+            text=True,
+            env={**environment, "TMPDIR": str(tmp_path / "nothing"), "HOME": str(tmp_path / "nobody")},
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("cycles", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_attaching_and_closing_over_and_over_leaves_nothing_behind(tmp_path, cycles):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    left = []
+    for cycle in range(cycles):
+        with attach(model, ["a", "b"], tmp_path / "run.h5", every=1, optimizer=optimizer, overwrite=cycle > 0) as probe:
+            a, b = model(torch.ones(1, 3))[0]
+            probe.backward({"a": a, "b": b})
+            optimizer.step()
+            optimizer.zero_grad()
+        hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+        hooks += len(_global_optimizer_pre_hooks) + len(_global_optimizer_post_hooks)
+        descriptors = len(list(FDS.iterdir())) if FDS.exists() else 0
+        left.append((hooks, threading.active_count(), descriptors))
+    gc.collect()
+    assert len(set(left[5:])) == 1
+    assert left[-1] == left[5]
+
+
+@unix
+@pytest.mark.parametrize("seeds", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_many_runs_are_compared_with_few_descriptors(tmp_path, seeds):
+    runs = factory.study({"joint": factory.Truth(), "gradnorm": factory.Truth(cosine=-0.1)}, range(seeds), twice=False)
+    paths = [str(factory.write(tmp_path, run)) for run in runs]
+    assert len(paths) == 4 * seeds
+    program = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20)); "
+        "from gradprobe.cli.app import run; sys.exit(run(sys.argv[1:]))"
+    )
+    for words in (["compare", *paths, "--baseline", "joint"], ["report", *paths, "--out", str(tmp_path / "r.html")]):
+        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+        assert done.returncode == 0 or (words[0] == "compare" and done.returncode >= 10), done.stderr  # a verdict
+    assert (tmp_path / "r.html").stat().st_size > 100_000
