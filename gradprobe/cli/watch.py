@@ -72,10 +72,11 @@ def _opened(file: Path, wait: float) -> Run:
 
 
 def _follow(run: Run, once: bool, as_json: bool, interval: float) -> dict[str, Any]:
-    from rich.console import Console
     from rich.live import Live
 
-    console = Console(highlight=False)
+    from gradprobe.cli.console import stdout
+
+    console = stdout()
     if as_json:
         return _until_end(run, once, interval, _json)
     if once and console.is_terminal:

@@ -10,12 +10,13 @@ import numpy as np
 from h5py import h5a, h5s, h5t
 
 from gradprobe.errors import RunFileError
+from gradprobe.foreign import CONTROL
 
 NUMBERS = (h5t.INTEGER, h5t.FLOAT)
 MAX_TEXT = 1 << 20
 MAX_STRINGS = 1 << 28
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(f"[{CONTROL}]")
 
 
 class RefusedError(RunFileError):
@@ -86,7 +87,7 @@ def _scalar(where: str, value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Text that a terminal can be given: control characters, which could steer it, become U+FFFD.
+    """Text without control characters, which become U+FFFD; what else it may hold, the console and the page see to.
 
     >>> printable("a\\x1b[2Jb\\n")
     'a\ufffd[2Jb\\n'
