@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+from pathlib import Path
 
 CONTROL = "\x00-\x08\x0b-\x1f\x7f-\x9f"
 """Control characters but for tab and line feed, as in a character class: they can steer a terminal."""
@@ -42,3 +45,18 @@ def cell(text: str) -> str:
     ("'=1+1", '-0.5', 'det')
     """
     return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def quoted(word: str | Path) -> str:
+    """A word of a command that is shown, as a shell takes it: on one line and as it can be seen, whatever it holds.
+
+    A path is never an option. What :func:`visible` would replace is written as bash reads it.
+
+    >>> print(quoted("a b"), quoted(Path("-x")), quoted("a\\nb"))
+    'a b' ./-x $'a\\x0ab'
+    """
+    text = f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
+    if "\n" not in text and visible(text) == text:
+        return shlex.quote(text)
+    plain = (chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}" for byte in os.fsencode(text))
+    return f"$'{''.join(plain)}'"

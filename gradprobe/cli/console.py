@@ -43,7 +43,7 @@ class Visible:
 def guarded() -> Iterator[None]:
     """Let stdout and stderr take text alone."""
     old = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Visible(stream) for stream in old)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (Visible(stream) for stream in old)
     try:
         yield
     finally:

@@ -41,6 +41,11 @@ class Lines:
         left = f", {clock(self._left)} left" if self._left is not None and self.ended_runs < self.total else ""
         self.say(f"{entry.run.name}: {entry.state}{took}{why}  ({self.ended_runs} of {self.total}{left})")
 
+    def waits(self, entry: Entry) -> None:
+        """Others record a run, and are let go on."""
+        who = ", ".join(map(str, entry.recorders))
+        self.say(f"{entry.run.name}: is being recorded already (process {who}); waiting for that")
+
     def going_on(self, entries: Sequence[Entry], done: float) -> None:
         """How far all of it is."""
         there = sum(entry.state == SKIPPED for entry in entries)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
 import shlex
 import signal
@@ -153,20 +152,17 @@ def settings_of(request: Request, file: HypFile | None = None) -> Settings:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """What was fixed before the runs, from a JSON file that ``gradprobe study`` wrote, or anyone.
+    """What was fixed before the runs, see :func:`gradprobe.study.plan.read`.
 
     Raises:
         UsageError: It cannot be read, or is no JSON object.
     """
+    from gradprobe.study import plan
+
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--plan {path}: cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise UsageError(f"--plan {path}: is not JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"--plan {path}: holds no JSON object, but a {type(found).__name__}.")
-    return found
+        return plan.read(path)
+    except UsageError as error:
+        raise UsageError(f"--plan {error}") from None
 
 
 def output_path(request: Request) -> Path:

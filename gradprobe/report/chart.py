@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gradprobe.foreign import visible
+
 Figure = dict[str, Any]
 """``{"data": [trace, ...], "layout": {...}}``. Colours are names of :data:`gradprobe.report.look.LIGHT`, as "@ink"."""
 
