@@ -241,7 +241,7 @@ def test_nothing_in_a_flag_is_run_by_the_shell_of_a_job(text, tmp_path, monkeypa
     """Nor is any of it a line of its own: every word arrives as it was given."""
     monkeypatch.setattr("gradprobe.cli.engines.COMMAND", ("gradprobe",))
     monkeypatch.chdir(tmp_path)
-    record = [*SMALL, "--weights", text, "--group-by", text]
+    record = [*SMALL, "--weights", text, "--gradnorm-layer", text]
     asked = Asked(
         out=Path("s"), trainers="joint", seeds="1", arms=[shlex.join(["x=joint", "--weights", text])], record=record
     )
@@ -269,7 +269,7 @@ def test_nothing_in_the_name_of_a_folder_is_run_by_the_shell_of_a_job(text, tmp_
         assert command(ask) == 0
         capsys.readouterr()
         script = here / out / "slurm.sh"
-        lines = script.read_text().splitlines()
+        lines = script.read_text().split("\n")
         head = lines[1 : next(i for i, line in enumerate(lines) if not line.startswith("#") and i)]
         assert [line.split("=")[0] for line in head if line.startswith("#SBATCH")] == [
             "#SBATCH --job-name",

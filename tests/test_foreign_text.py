@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import pty
@@ -164,7 +165,10 @@ def test_the_page_has_no_text_that_turns_or_hides_other_text(foreign, tmp_path, 
 def test_a_cell_of_text_is_no_formula_and_a_number_stays_one(foreign, tmp_path, capsys):
     assert ask(capsys, ["export", foreign, "--to", "csv", "--out", tmp_path / "csv"])[0] == 0
     assert ask(capsys, ["plot", foreign, "--out", tmp_path / "plot.png"])[0] == 0
-    tables = {path.name: list(csv.reader(path.open(encoding="utf-8", newline=""))) for path in tmp_path.rglob("*.csv")}
+    tables = {
+        path.name: list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8"), newline="")))
+        for path in tmp_path.rglob("*.csv")
+    }
     assert len(tables) >= 6
     number = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-?inf")
     for name, table in tables.items():

@@ -108,16 +108,10 @@ def stop_at_random(out, moments, seed):
         time.sleep(dice.uniform(0.0, 9.0))
         way = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)[moment % 3]
         child.send_signal(way)
-        _, err = child.communicate(timeout=100) if way != signal.SIGKILL else ("", kill(child))
+        _, err = child.communicate(timeout=100)
         assert "Traceback" not in err, err
         if way != signal.SIGKILL:
             assert processes_of(out) == []
-
-
-def kill(child) -> str:
-    """Wait for the end of the parent alone: its children hold no pipe of it."""
-    child.wait(60)
-    return ""
 
 
 @pytest.mark.timeout(900)
@@ -142,7 +136,7 @@ def test_a_run_that_has_only_begun_to_start_when_its_study_is_killed_is_recorded
     child = start(out)
     wait_for(lambda: len(list(out.glob("logs/*.log"))) == 2)
     child.kill()
-    child.wait(60)
+    child.communicate(timeout=60)
     assert not list(out.glob("*.h5"))
     err = finish(out)
     told = re.findall(r"(\S+): is being recorded already \(process \d+\); waiting for that", err)
