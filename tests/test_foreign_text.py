@@ -12,11 +12,13 @@ import shlex
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
 
 import pytest
 from data_set_factory import make_set
 from run_factory import make_run
 
+import gradprobe
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
 from gradprobe.foreign import cell, visible
@@ -247,3 +249,11 @@ def test_a_command_that_is_printed_can_be_given_to_a_shell(tmp_path, capsys):
         assert os.fsencode(out) in words
     assert not (tmp_path / "marker").exists()
     assert shlex.split("a") == ["a"]
+
+
+def test_one_place_makes_consoles_and_none_reads_markup():
+    """A console of its own would draw what a name says."""
+    package = Path(gradprobe.__file__).parent
+    users = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if "Console(" in path.read_text()}
+    assert users == {"cli/console.py"}
+    assert not [path for path in package.rglob("*.py") if re.search(r"rich\.markup|from_markup", path.read_text())]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from gradprobe.foreign import quoted
 
 SHOWN = 10
 
@@ -114,7 +115,7 @@ def _layers(said: dict[str, Any], file: Path) -> Iterator[str]:
     if said["doubled"]:
         yield f"{found} {said['doubled']} others are doubled already; `split` needs a run of an undivided model."
     else:
-        command = f"gradprobe record --trainer split --from {shlex.quote(str(file))} --top-k {len(chosen)}"
+        command = f"gradprobe record --trainer split --from {quoted(file)} --top-k {len(chosen)}"
         yield f"{found} To double them: {command}"
 
 

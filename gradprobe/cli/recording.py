@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-import shlex
 import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from gradprobe.cli.launch import launch
 from gradprobe.cli.live import Display, make_display
 from gradprobe.cli.silent import Silent
 from gradprobe.errors import DataError, RunFileError, UsageError
+from gradprobe.foreign import quoted
 from gradprobe.provenance import argv, environment
 from gradprobe.runfile import RunWriter, open_run
 from gradprobe.trainers.problems import kind_of
@@ -324,7 +324,7 @@ def _say_where(display: Display, plan: Plan, writer: RunWriter, *, stopped: bool
         return
     state = "stopped, complete up to here" if stopped else "recorded"
     display.result(f"{state}: {plan.out}")
-    display.result(f"next:     gradprobe plot {shlex.quote(str(plan.out))}")
+    display.result(f"next:     gradprobe plot {quoted(plan.out)}")
 
 
 @contextmanager
