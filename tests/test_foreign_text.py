@@ -254,6 +254,6 @@ def test_a_command_that_is_printed_can_be_given_to_a_shell(tmp_path, capsys):
 def test_one_place_makes_consoles_and_none_reads_markup():
     """A console of its own would draw what a name says."""
     package = Path(gradprobe.__file__).parent
-    users = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if "Console(" in path.read_text()}
-    assert users == {"cli/console.py"}
-    assert not [path for path in package.rglob("*.py") if re.search(r"rich\.markup|from_markup", path.read_text())]
+    texts = {path.relative_to(package).as_posix(): path.read_text(encoding="utf-8") for path in package.rglob("*.py")}
+    assert [name for name, text in texts.items() if re.search(r"import .*\bConsole\b", text)] == ["cli/console.py"]
+    assert not [name for name, text in texts.items() if re.search(r"rich\.markup|from_markup", text)]
