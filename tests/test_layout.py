@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "rows": {"measures"},
     "provenance": set(),
     "runfile": {"__init__", "errors", "foreign", "measures", "rows", "statistics"},
-    "study": {"errors", "runfile", "trainers"},
+    "study": {"errors", "foreign", "runfile", "trainers"},
     "summary": {"errors", "ledger", "measures", "rows", "runfile"},
     "plots": {"errors", "foreign", "measures", "rows", "runfile", "summary", "verdict"},
     "probes": {"errors", "measures", "rows", "statistics"},
