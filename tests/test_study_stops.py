@@ -261,6 +261,7 @@ HOSTILE_PLANS = {
     "not a number": b'{"margin": NaN}',
     "endless": b'{"margin": -Infinity}',
     "digits": b'{"margin": ' + b"9" * 5000 + b"}",
+    "beyond 64 bits": b'{"seeds": [9223372036854775808]}',
     "deep": b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "deeper than a plan": b'{"a": ' * 40 + b"1" + b"}" * 40,
     "large": b'{"a": "' + b"x" * (3 << 20) + b'"}',

@@ -24,7 +24,7 @@ NAME = "plan.json"
 LARGEST = 1 << 20
 """Bytes of a plan that is read."""
 
-DEEPEST = 16
+DEEPEST = 12
 """Objects and lists within each other in a plan that is read."""
 
 SAID = 80
@@ -186,7 +186,7 @@ def read(path: Path) -> dict[str, Any]:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise UsageError(f"{path}: is no plan: it has more than {LARGEST:,} bytes.")
-        found = json.loads(content.decode("utf-8"), parse_constant=_no_number)
+        found = json.loads(content.decode("utf-8"), parse_constant=_no_number, parse_int=_stored)
         deep = _depth(found) > DEEPEST
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
@@ -203,6 +203,12 @@ def read(path: Path) -> dict[str, Any]:
 
 def _no_number(name: str) -> float:
     raise ValueError(f"{name} is no number there")
+
+
+def _stored(digits: str) -> int:
+    if not -(2**63) <= (number := int(digits)) < 2**63:
+        raise ValueError(f"{digits[:24]} is larger than a file can hold")
+    return number
 
 
 def _depth(value: Any) -> int:
