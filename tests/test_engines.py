@@ -17,12 +17,12 @@ from studies import InProcess, wait_for_an_epoch
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
-from gradprobe.cli.engines import words
-from gradprobe.cli.studying import Asked, prepare, run
+from gradprobe.cli.engines import by_slurm
+from gradprobe.cli.studying import Asked, prepare, run, words
 from gradprobe.errors import GradprobeError, UsageError
 from gradprobe.study import folder, ray_engine, slurm
 from gradprobe.study.agreement import differing
-from gradprobe.study.arms import choose, make_arms, make_runs
+from gradprobe.study.arms import chains, choose, make_arms, make_runs
 
 SMALL = ["--data", "dial:size=32", "--epochs", "1", "--every", "1"]
 STUDY = ["study", "--trainers", "joint,gradnorm-static,gradnorm", "--seeds", "1", *SMALL]
@@ -156,13 +156,13 @@ def test_a_slurm_job_records_what_this_machine_records(here, tmp_path, monkeypat
 def test_runs_that_follow_each_other_are_one_task_and_gpus_are_asked_for():
     arms = make_arms(["gradnorm-static", "joint", "gradnorm", "split"], [], ("a", "b"))
     runs = make_runs(arms, (0,), arms[1])
-    chains = [[run.name for run in chain] for chain in slurm.chains(runs)]
-    assert chains == [["joint-s0", "split-s0"], ["gradnorm-s0", "gradnorm-static-s0"], ["joint-s0-again"]]
+    grouped = [[run.name for run in chain] for chain in chains(runs)]
+    assert grouped == [["joint-s0", "split-s0"], ["gradnorm-s0", "gradnorm-static-s0"], ["joint-s0-again"]]
     there = {"out": Path("out"), "here": Path("/data/of me"), "cores": 4, "jobs": None}
     text = slurm.script(runs, ["gradprobe", "study"], ["--device", "0,1"], gpus=2, **there)
     assert "#SBATCH --gres=gpu:2\n" in text
     assert "#SBATCH --array=0-2\n" in text
-    assert "cd '/data/of me' || exit\n" in text
+    assert "cd -- '/data/of me' || exit\n" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
@@ -196,6 +196,106 @@ def test_the_command_in_the_job_fixes_the_same_plan(tmp_path):
     assert command(again) == 0  # another plan in a folder that was begun is refused
 
 
+INJECTED = (
+    "$(touch marker)",
+    "`touch marker`",
+    "'; touch marker; '",
+    '"; touch marker; "',
+    "a\ntouch marker\n",
+    "a\r\ntouch marker",
+    "\n#SBATCH --wrap=touch",
+    "a # b",
+    "a\\",
+    "-rf",
+    "--wrap=touch marker",
+    "${HOME} ~ * ? [a] {a,b} !!",
+    "\u202eabc\u2028touch marker",
+    "檢測 %a %j",
+)
+STUB = """#!/bin/bash
+printf '%s\\0' "$0" "$@" >> "$RECORDED"
+"""
+
+
+def run_by_bash(script, folder):
+    """Run the script as a node does, with stand-ins that keep the words that they are called with."""
+    stubs, recorded = folder / "stubs", folder / "recorded"
+    stubs.mkdir(exist_ok=True)
+    for name in ("gradprobe", "srun", "sbatch", "touch"):
+        (stubs / name).write_text(STUB)
+        (stubs / name).chmod(0o755)
+    recorded.write_bytes(b"")
+    environment = {
+        **os.environ,
+        "PATH": f"{stubs}:{os.environ['PATH']}",
+        "RECORDED": str(recorded),
+        "SLURM_ARRAY_TASK_ID": "0",
+    }
+    done = subprocess.run(["bash", str(script)], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [os.fsdecode(word) for word in recorded.read_bytes().split(b"\0")[:-1]]
+
+
+@pytest.mark.parametrize("text", INJECTED, ids=ascii)
+def test_nothing_in_a_flag_is_run_by_the_shell_of_a_job(text, tmp_path, monkeypatch):
+    """Nor is any of it a line of its own: every word arrives as it was given."""
+    monkeypatch.setattr("gradprobe.cli.engines.COMMAND", ("gradprobe",))
+    monkeypatch.chdir(tmp_path)
+    record = [*SMALL, "--weights", text, "--gradnorm-layer", text]
+    asked = Asked(
+        out=Path("s"), trainers="joint", seeds="1", arms=[shlex.join(["x=joint", "--weights", text])], record=record
+    )
+    assert by_slurm(asked, prepare(asked, check_extras=False))
+    script = tmp_path / "s" / "slurm.sh"
+    assert b"\r" not in script.read_bytes()
+    told = run_by_bash(script, tmp_path)
+    assert [Path(told[0]).name, *told[1:]] == ["gradprobe", *words(asked), "--only", "joint-s0", "--", *record]
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize("text", INJECTED, ids=ascii)
+def test_nothing_in_the_name_of_a_folder_is_run_by_the_shell_of_a_job(text, tmp_path, monkeypatch, capsys):
+    """Such a folder is refused where Slurm could not be told of its logs, and quoted elsewhere."""
+    monkeypatch.setattr("gradprobe.cli.engines.COMMAND", ("gradprobe",))
+    for here, out in ((tmp_path / "there", Path(text)), (tmp_path / text, Path("s"))):
+        here.mkdir()
+        monkeypatch.chdir(here)
+        ask = ["study", "--trainers", "joint", "--seeds", "1", "--out", str(out), "--engine", "slurm", *SMALL]
+        if "\n" in text or "\r" in text:
+            assert command(ask) == 2
+            assert "holds a line break or another control character" in capsys.readouterr().err
+            assert not (here / out / "slurm.sh").exists()
+            continue
+        assert command(ask) == 0
+        capsys.readouterr()
+        script = here / out / "slurm.sh"
+        lines = script.read_text().split("\n")
+        head = lines[1 : next(i for i, line in enumerate(lines) if not line.startswith("#") and i)]
+        assert [line.split("=")[0] for line in head if line.startswith("#SBATCH")] == [
+            "#SBATCH --job-name",
+            "#SBATCH --array",
+            "#SBATCH --cpus-per-task",
+            "#SBATCH --output",
+            "#SBATCH --open-mode",
+            "#SBATCH --requeue",
+            "#SBATCH --signal",
+        ]
+        assert re.fullmatch(r"#SBATCH --job-name=[\w.-]+", lines[1], re.ASCII)
+        told = run_by_bash(script, tmp_path)
+        assert told[1:4] == ["study", "--out", str(out)]
+        assert told.count("gradprobe") + told.count("touch") == 0
+        assert not list(tmp_path.rglob("marker"))
+
+
+def test_nothing_in_a_flag_is_run_by_the_shell_of_a_worker(tmp_path):
+    """There is none: what Ray runs are words."""
+    (tmp_path / "plan.json").write_text("{}")
+    text = "$(touch marker)`touch marker`\ntouch marker"
+    assert ray_engine.record(["summary", text], "log", str(tmp_path), ("plan.json", "{}"), {}) == 3
+    assert "no such file" in (tmp_path / "log").read_text()
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("log", "plan.json")] == []
+
+
 # ---- Ray
 
 
@@ -218,7 +318,7 @@ def test_a_ray_cluster_records_what_this_machine_records(here, cluster, tmp_path
     _, err = child.communicate(timeout=280)
     assert child.returncode == 1
     assert "4 runs, 2 at a time" in err
-    assert "failed: gradnorm-s0.h5: exit code " in err
+    assert "failed: gradnorm-s0.h5: cannot be read as a run file" in err
     assert "identical, bit for bit" in err  # so the second run of joint-s0, after that, is there
     (tmp_path / "a study" / "gradnorm-s0.h5").rmdir()
     child = start(*ask, env=cluster, cwd=tmp_path)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from gradprobe.foreign import quoted
 
 SHOWN = 10
 
@@ -57,7 +58,6 @@ def advise(
 
 def _show(said: dict[str, Any], file: Path) -> None:
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     from gradprobe.cli.console import stdout
@@ -65,7 +65,7 @@ def _show(said: dict[str, Any], file: Path) -> None:
     console = stdout()
     several = len(said["pairs"]) > 1
     pair = "" if several else f" of {said['pairs'][0]['pair']}"
-    title = escape(f"Cosines{pair}, the worst layers first (interval within this run)")
+    title = f"Cosines{pair}, the worst layers first (interval within this run)"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("layer", overflow="fold", min_width=12)
     if several:
@@ -76,10 +76,10 @@ def _show(said: dict[str, Any], file: Path) -> None:
         names = [row["layer"], row["pair"]] if several else [row["layer"]]
         interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
         numbers = (f"{row['parameters']:,}", f"{row['cosine']:+.2f}", interval, f"{row['score']:+.1f}")
-        table.add_row(*map(escape, names), *numbers, "yes" if row["conflicting"] else "")
+        table.add_row(*names, *numbers, "yes" if row["conflicting"] else "")
     console.print(table)
     for text in (*_trouble(said), *_layers(said, file), *_weights(said), _dual(said), CAUTION):
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 CAUTION = (
@@ -115,7 +115,7 @@ def _layers(said: dict[str, Any], file: Path) -> Iterator[str]:
     if said["doubled"]:
         yield f"{found} {said['doubled']} others are doubled already; `split` needs a run of an undivided model."
     else:
-        command = f"gradprobe record --trainer split --from {shlex.quote(str(file))} --top-k {len(chosen)}"
+        command = f"gradprobe record --trainer split --from {quoted(file)} --top-k {len(chosen)}"
         yield f"{found} To double them: {command}"
 
 

@@ -13,6 +13,7 @@ from gradprobe.cli.advise import advise
 from gradprobe.cli.audit import audit
 from gradprobe.cli.check import check
 from gradprobe.cli.compare import compare
+from gradprobe.cli.console import guarded
 from gradprobe.cli.data import app as data_app
 from gradprobe.cli.doctor import doctor
 from gradprobe.cli.export import export
@@ -73,6 +74,11 @@ def run(arguments: Sequence[str]) -> int:
         0 done, 1 failed, 2 wrong usage, 3 file unreadable or incomplete, 10 a gate asked for tripped, 11 inconclusive,
         130 stopped by Ctrl-C.
     """
+    with guarded():
+        return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
         code = app(list(arguments), standalone_mode=False, prog_name="gradprobe", obj=list(arguments))
         if code == INTERRUPTED:  # typer turned a Ctrl-C into this code

@@ -171,10 +171,10 @@ def _bundled(request: Request) -> Any:
 
 
 def _progress() -> Any:
-    from rich.console import Console
+    from gradprobe.cli.console import stderr
 
-    console = Console(stderr=True, highlight=False)
-    return lambda what: console.print(what, style="dim", markup=False, soft_wrap=True)
+    console = stderr()
+    return lambda what: console.print(what, style="dim")
 
 
 def _written(found: Audit, figure: Path | None, out: Path | None) -> list[Path]:
@@ -194,12 +194,12 @@ def _written(found: Audit, figure: Path | None, out: Path | None) -> list[Path]:
 
 
 def _show(found: Audit, written: list[Path]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from gradprobe.audit.report import COLUMNS, lines, rows
+    from gradprobe.cli.console import stdout
 
-    console = Console(highlight=False)
+    console = stdout()
     table = Table()
     for column in COLUMNS:
         table.add_column(column, overflow="fold")  # in a narrow terminal, names of tensors are broken and not cut
@@ -208,4 +208,4 @@ def _show(found: Audit, written: list[Path]) -> None:
     if found.attribution is not None:
         console.print(table)
     for text in (*lines(found), *map(str, written)):
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from gradprobe.foreign import quoted
 
 if TYPE_CHECKING:
     from gradprobe.runfile.check import Report
@@ -61,7 +62,7 @@ def _tell(file: Path, report: Report, verdict: str | None = None) -> None:
         files = f"{len(report.files)} file" + "s" * (len(report.files) != 1)
         verdict = "is whole" if report.whole else "is not whole"
         verdict += f": {report.rows} rows in {files}" + (
-            "" if report.whole else f". Try: gradprobe check {shlex.quote(str(file))} --repair OUT"
+            "" if report.whole else f". Try: gradprobe check {quoted(file)} --repair OUT"
         )
     print(f"{file} {verdict}")
     for finding in report.findings:

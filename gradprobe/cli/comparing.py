@@ -249,14 +249,13 @@ def draw(title: str, columns: Sequence[str], rows: Rows, table_format: str) -> N
             print(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         return
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     from gradprobe.cli.console import stdout
 
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     stdout().print(table)

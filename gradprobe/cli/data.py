@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+
+from gradprobe.cli.console import stderr, stdout
 
 if TYPE_CHECKING:
     from gradprobe.trainers.data.check import CheckResult
@@ -30,7 +31,7 @@ def make(
     """Write colour-Doppler phantoms as a data set in YOLO format."""
     from gradprobe.trainers.data.phantom.writing import split_sizes, write_phantoms
 
-    with Console(stderr=True).status(f"drawing {n} phantoms"):
+    with stderr().status(f"drawing {n} phantoms"):
         yaml = write_phantoms(folder, n, seed)
     sizes = ", ".join(f"{count} {split}" for split, count in split_sizes(n).items())
     typer.echo(yaml)
@@ -57,7 +58,7 @@ def check(
     from gradprobe.trainers.data.check import check_data
     from gradprobe.trainers.data.findings import errors
 
-    with Console(stderr=True).status(f"checking {file.name}"):
+    with stderr().status(Text(f"checking {file.name}")):
         result = check_data(file, group_by=group_by)
     if as_json:
         typer.echo(json.dumps(_as_dict(result), indent=2))
@@ -107,21 +108,21 @@ def _overlap(overlap: Overlap) -> dict[str, object]:
 def _print(result: CheckResult, most: int | None) -> None:
     from gradprobe.trainers.data.findings import condensed, errors, warnings
 
-    console = Console(soft_wrap=True)
+    console = stdout(soft_wrap=True)
     console.print(_table(result))
-    console.print(_how_grouped(result), markup=False, highlight=False)
+    console.print(_how_grouped(result))
     for overlap in result.overlaps:
         if overlap.totals or not overlap.is_clean:
-            console.print(overlap.message, style="" if overlap.is_clean else "yellow", markup=False, highlight=False)
+            console.print(overlap.message, style="" if overlap.is_clean else "yellow")
     wrong, doubtful = errors(result.findings), warnings(result.findings)
     shown = 0
     for style, severity, findings in (("red", "error", wrong), ("yellow", "warning", doubtful)):
         for finding in condensed(findings, most):
-            console.print(f"[{style}]{severity}[/{style}] {escape(str(finding))}", highlight=False)
+            console.print(Text.assemble((severity, style), " ", str(finding)))
             shown += not isinstance(finding, str)
     left = len(wrong) + len(doubtful) - shown
     more = f"; {left} of them not listed here: --all lists them" if left else ""
-    console.print(f"{_plural(len(wrong), 'error')}, {_plural(len(doubtful), 'warning')}{more}", highlight=False)
+    console.print(f"{_plural(len(wrong), 'error')}, {_plural(len(doubtful), 'warning')}{more}")
 
 
 def _how_grouped(result: CheckResult) -> str:
@@ -145,7 +146,7 @@ def _example(result: CheckResult) -> tuple[str, dict[str, str], int]:
 
 def _table(result: CheckResult) -> Table:
     """Counts: a row per class, a column per split; classes that no split has are counted, not listed."""
-    table = Table(title=escape(result.config.file.name), title_justify="left")
+    table = Table(title=result.config.file.name, title_justify="left")
     table.add_column("")
     for split in result.counts:
         table.add_column(split, justify="right")
@@ -156,11 +157,11 @@ def _table(result: CheckResult) -> Table:
     table.add_row("  background (no box)", *(str(each.background) for each in counts))
     table.add_section()
     for name in result.image_names:
-        table.add_row(f"images: {escape(name)}", *(str(each.image_classes[name]) for each in counts))
+        table.add_row(f"images: {name}", *(str(each.image_classes[name]) for each in counts))
     table.add_section()
     present = [name for name in result.config.box_names if any(each.boxes[name] for each in counts)]
     for name in present:
-        table.add_row(f"boxes: {escape(name)}", *(str(each.boxes[name]) for each in counts))
+        table.add_row(f"boxes: {name}", *(str(each.boxes[name]) for each in counts))
     if absent := len(result.config.box_names) - len(present):
         table.add_row(f"boxes: {_plural(absent, 'other class', 'other classes')}", *("0" for _ in counts))
     return table

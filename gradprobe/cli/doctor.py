@@ -63,10 +63,10 @@ def _made(target: str) -> tuple[Any, Any]:
 
 
 def _show(findings: list[Finding]) -> None:
-    from rich.console import Console
+    from gradprobe.cli.console import stdout
 
-    console = Console(highlight=False)
+    console = stdout(soft_wrap=True)
     for finding in findings:
-        console.print(str(finding), markup=False, soft_wrap=True)
+        console.print(str(finding))
     if not findings:
-        console.print("nothing found", markup=False)
+        console.print("nothing found")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from gradprobe.cli.studying import Asked, Prepared, run
+from gradprobe.cli.studying import Asked, Prepared, run, words
 from gradprobe.errors import UsageError
+from gradprobe.foreign import quoted
 from gradprobe.study import ray_engine, slurm
-from gradprobe.study.runner import cores, cores_each
+from gradprobe.study.runner import COMMAND, cores, cores_each
 
 Engine = Callable[[Asked, Prepared], bool]
 """Carries out what is prepared; says whether no run failed."""
@@ -51,10 +51,9 @@ def by_slurm(asked: Asked, prepared: Prepared) -> bool:
     if not prepared.left:
         return run(prepared)
     where = prepared.where.path
-    (where / "logs").mkdir(parents=True, exist_ok=True)
     text = slurm.script(
         prepared.left,
-        [sys.executable, "-m", "gradprobe", *words(asked)],
+        [*COMMAND, *words(asked)],
         asked.record,
         out=where,
         here=Path.cwd(),
@@ -62,28 +61,12 @@ def by_slurm(asked: Asked, prepared: Prepared) -> bool:
         gpus=prepared.gpus,
         jobs=prepared.jobs,
     )
+    (where / "logs").mkdir(parents=True, exist_ok=True)
     path = where / slurm.NAME
     path.write_text(text, encoding="utf-8")
     for note in prepared.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{len(prepared.left)} of {len(prepared.runs)} runs are left", file=sys.stderr)
-    print(f"next:     sbatch {shlex.quote(str(path))}")
+    print(f"next:     sbatch {quoted(path)}")
     print("          and the command of now once more when it is done: it says what became of the runs")
     return True
-
-
-def words(asked: Asked) -> list[str]:
-    """The command of the study without the flags that choose runs, and those for ``gradprobe record``."""
-    named = {
-        "--trainers": asked.trainers,
-        "--seeds": asked.seeds,
-        "--preset": asked.preset,
-        "--window": asked.window,
-        "--pairs": asked.pairs,
-    }
-    return [
-        *("study", "--out", str(asked.out), "--baseline", asked.baseline),
-        *(word for name, value in named.items() if value for word in (name, value)),
-        *(word for arm in asked.arms for word in ("--arm", arm)),
-        *("--margin", repr(asked.margin), "--outcome-margin", repr(asked.outcome_margin)),
-    ]

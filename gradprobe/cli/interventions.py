@@ -21,15 +21,17 @@ LONG = 5000
 
 def trainer_list() -> str:
     """What each trainer does, its cost per step beside joint's, and its source, as aligned text."""
-    from rich.console import Console
     from rich.table import Table
+
+    from gradprobe.cli.console import stdout
 
     table = Table(box=None, pad_edge=False)
     for column in ("trainer", "what it does", "cost of a step, beside joint's", "source"):
         table.add_column(column, overflow="fold")
     for name, trainer in TRAINERS.items():
         table.add_row(name, trainer.what, trainer.cost, trainer.source)
-    console = Console(highlight=False, width=160)
+    console = stdout()
+    console.width = 160
     with console.capture() as captured:
         console.print(table)
     lines = (line.rstrip() for line in captured.get().splitlines())

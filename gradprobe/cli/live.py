@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gradprobe import measures
+from gradprobe.cli.console import stderr
 from gradprobe.cli.sparks import sparkline
 from gradprobe.rows import Header, Row
 from gradprobe.trainers.problems import kind_of
@@ -36,7 +37,7 @@ class Display:
         kind = kind_of(settings.data)
         self.tasks = kind.tasks
         self.shown = tuple(metric.name for metric in kind.metrics if metric.higher_is_better)
-        self.messages = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.messages = stderr()
         self.epochs, self.steps_per_epoch, self.first_step = settings.epochs, 0, 0
         self.losses: dict[str, float] = {}
         self.norms: dict[str, float] = {}
@@ -123,7 +124,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.messages.print(text, markup=False)
+        self.messages.print(text)
 
     def line(self, epoch: int, step: int) -> None:
         """How far the training is, in one line."""
@@ -242,7 +243,7 @@ class LiveDisplay(Display):
 
 def make_display(settings: Settings) -> Display:
     """The live form where stderr is a terminal that can show it, else plain lines."""
-    console = Console(stderr=True)
+    console = stderr()
     return LiveDisplay(settings) if console.is_terminal and not console.is_dumb_terminal else Display(settings)
 
 

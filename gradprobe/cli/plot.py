@@ -29,18 +29,17 @@ def plot(
 
     Example: gradprobe plot conflict.h5 --what weights --format svg
     """
-    from rich.console import Console
-
     from gradprobe import plots
+    from gradprobe.cli.console import stdout
     from gradprobe.runfile import Run
     from gradprobe.summary import sentences
 
     with Run(file) as run:
         written = plots.write(run, what, _target(file, what, format, out), data=data)
         said = sentences(run)
-    console = Console(highlight=False)
+    console = stdout()
     for text in (*map(str, written), "", *said):
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 def _target(file: Path, what: str, format: str | None, out: Path | None) -> Path:

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from gradprobe.cli.console import stderr
 from gradprobe.study.runner import FAILED, RUNNING, SKIPPED, Entry
 
 
@@ -21,13 +21,13 @@ class Lines:
 
     def __init__(self, total: int) -> None:
         self.total, self.ended_runs = total, 0
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = stderr()
         self._began = time.monotonic()
         self._left: float | None = None
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, markup=False)
+        self.console.print(text)
 
     def began(self, entry: Entry) -> None:
         """A run was started."""
@@ -40,6 +40,11 @@ class Lines:
         why = f": {entry.reason}" if entry.state == FAILED else ""
         left = f", {clock(self._left)} left" if self._left is not None and self.ended_runs < self.total else ""
         self.say(f"{entry.run.name}: {entry.state}{took}{why}  ({self.ended_runs} of {self.total}{left})")
+
+    def waits(self, entry: Entry) -> None:
+        """Others record a run, and are let go on."""
+        who = ", ".join(map(str, entry.recorders))
+        self.say(f"{entry.run.name}: is being recorded already (process {who}); waiting for that")
 
     def going_on(self, entries: Sequence[Entry], done: float) -> None:
         """How far all of it is."""
@@ -68,7 +73,7 @@ class Bar(Lines):
     def __init__(self, total: int) -> None:
         super().__init__(total)
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:.1f}/{task.total} runs, {task.fields[left]}"),
             console=self.console,
@@ -96,7 +101,7 @@ class Bar(Lines):
 
 def make_watcher(total: int) -> Lines:
     """The bar where stderr is a terminal that can show it, else plain lines."""
-    console = Console(stderr=True)
+    console = stderr()
     return Bar(total) if console.is_terminal and not console.is_dumb_terminal else Lines(total)
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import os
-import shlex
 import signal
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ from gradprobe.cli.launch import launch
 from gradprobe.cli.live import Display, make_display
 from gradprobe.cli.silent import Silent
 from gradprobe.errors import DataError, RunFileError, UsageError
+from gradprobe.foreign import quoted
 from gradprobe.provenance import argv, environment
 from gradprobe.runfile import RunWriter, open_run
 from gradprobe.trainers.problems import kind_of
@@ -153,20 +152,17 @@ def settings_of(request: Request, file: HypFile | None = None) -> Settings:
 
 
 def read_plan(path: Path) -> dict[str, Any]:
-    """What was fixed before the runs, from a JSON file that ``gradprobe study`` wrote, or anyone.
+    """What was fixed before the runs, see :func:`gradprobe.study.plan.read`.
 
     Raises:
         UsageError: It cannot be read, or is no JSON object.
     """
+    from gradprobe.study import plan
+
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--plan {path}: cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise UsageError(f"--plan {path}: is not JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"--plan {path}: holds no JSON object, but a {type(found).__name__}.")
-    return found
+        return plan.read(path)
+    except UsageError as error:
+        raise UsageError(f"--plan {error}") from None
 
 
 def output_path(request: Request) -> Path:
@@ -328,7 +324,7 @@ def _say_where(display: Display, plan: Plan, writer: RunWriter, *, stopped: bool
         return
     state = "stopped, complete up to here" if stopped else "recorded"
     display.result(f"{state}: {plan.out}")
-    display.result(f"next:     gradprobe plot {shlex.quote(str(plan.out))}")
+    display.result(f"next:     gradprobe plot {quoted(plan.out)}")
 
 
 @contextmanager

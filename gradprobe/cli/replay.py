@@ -61,7 +61,6 @@ def _notes(run: Any, names: list[str]) -> list[str]:
 
 
 def _show(rows: list[dict[str, Any]], notes: list[str], written: list[Path]) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from gradprobe.cli.console import stdout
@@ -73,11 +72,11 @@ def _show(rows: list[dict[str, Any]], notes: list[str], written: list[Path]) -> 
     for row in rows:
         harmed = "-" if row["harmed"] is None else f"{100 * row['harmed']:.0f} %"
         medians = [_text(value) for value in (row["weight"], row["progress"], row["change"]["median"])]
-        table.add_row(row["method"], escape(row["task"]), *medians, harmed, _text(row["length"]))
+        table.add_row(row["method"], row["task"], *medians, harmed, _text(row["length"]))
     console = stdout()
     console.print(table)
     for text in (*notes, *map(str, written)):
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 def _text(value: float | None) -> str:

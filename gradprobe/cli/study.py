@@ -38,7 +38,7 @@ def study(
     margin: Annotated[float, Option(help="Smallest difference of interference that matters.")] = 0.1,
     outcome_margin: Annotated[float, Option(help="The same for metrics of the test split.")] = 0.02,
     only: Annotated[str, Option(help="Only these runs, such as joint-s0,dual-s0: for schedulers.")] = "",
-    dry_run: Annotated[bool, Option("--dry-run", help="Fix the plan and print the commands; run none.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Print the commands of what is left; write nothing.")] = False,
 ) -> int:
     """Run a whole experiment, so that `gradprobe compare` can judge it. Flags of `gradprobe record` go to every run.
 
@@ -64,8 +64,8 @@ def study(
         only=only,
         record=[word for word in context.args if word != "--"],
     )
-    prepared = prepare(asked, check_extras=not dry_run)
+    prepared = prepare(asked, check_extras=not dry_run, write=not dry_run)
     if dry_run:
-        show(prepared)
+        show(asked, prepared)
         return 0
     return 0 if carry_out(asked, prepared) else FAILED

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,11 @@ from typing import Any
 import typer
 
 from gradprobe.cli.progress import Lines, make_watcher
-from gradprobe.cli.recording import Request, interruptible, settings_of
+from gradprobe.cli.recording import Request, settings_of
 from gradprobe.errors import GradprobeError, UsageError
-from gradprobe.study import agreement, commands, folder, measuring, plan
-from gradprobe.study.arms import Arm, Planned, check_baseline, choose, make_arms, make_runs, parse_seeds
+from gradprobe.foreign import quoted
+from gradprobe.study import agreement, measuring, plan
+from gradprobe.study.arms import Arm, Planned, chains, check_baseline, choose, make_arms, make_runs, parse_seeds
 from gradprobe.study.budget import steps_of
 from gradprobe.study.folder import FINISHED, Folder
 from gradprobe.study.runner import DONE, FAILED, SKIPPED, Entry, Launcher, Study, subprocesses
@@ -72,7 +72,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What will be done; the plan is written.
+    """What will be done.
 
     Attributes:
         where: The folder.
@@ -97,15 +97,16 @@ class Prepared:
     @property
     def left(self) -> list[Planned]:
         """The runs that are not finished."""
-        return [run for run in self.runs if folder.state(self.where.run(run)) != FINISHED]
+        return [run for run in self.runs if self.where.state(run) != FINISHED]
 
 
-def prepare(asked: Asked, *, check_extras: bool = True) -> Prepared:
+def prepare(asked: Asked, *, check_extras: bool = True, write: bool = True) -> Prepared:
     """Fix everything, find what is wrong before hours of training, and write the plan.
 
     Args:
         asked: The flags.
         check_extras: Also whether the packages that the trainers need are installed, which imports torch.
+        write: The plan; else it is only compared with one that is there, and nothing is written.
 
     Raises:
         UsageError: Something cannot be meant; or the folder was begun with another plan.
@@ -132,7 +133,7 @@ def prepare(asked: Asked, *, check_extras: bool = True) -> Prepared:
     runs = make_runs(arms, seeds, baseline)
     chosen = choose(runs, asked.only)
     where = Folder(asked.out)
-    plan.write(where.path, fixed)
+    (plan.write if write else plan.check)(where.path, fixed)
     notes = () if len(seeds) >= 3 else ("fewer than 3 seeds give a description and no verdict; take 3 or more.",)
     gpus = max(_gpus(each.device) for each in settings.values())
     return Prepared(where, fixed, chosen, common, asked.jobs, gpus, not asked.only, notes)
@@ -223,18 +224,33 @@ def _plan(
 # ---- running
 
 
-def show(prepared: Prepared) -> None:
-    """Print the command of every run that is not finished, for a cluster.
+def show(asked: Asked, prepared: Prepared) -> None:
+    """Print a command for every run that is not finished, for a cluster; runs made from one another share one.
 
-    A run that another one is made from comes before it.
+    Each fixes the plan, or goes by the one that is fixed, and records its run, or goes on with it: in any order, at any
+    time, also twice.
     """
-    for run in prepared.left:
-        state = folder.state(prepared.where.run(run))
-        state = folder.RESUMABLE if state == folder.RECORDING else state
-        words = commands.record(prepared.where, run, prepared.common, state)
-        print(shlex.join(["gradprobe", *words]))
-    say = f"{len(prepared.left)} of {len(prepared.runs)} runs are left; the plan is in {prepared.where.plan}"
-    print(say, file=sys.stderr)
+    for chain in chains(prepared.left):
+        names = ",".join(run.name for run in chain)
+        print(" ".join(map(quoted, ["gradprobe", *words(asked), "--only", names, "--", *asked.record])))
+    print(f"{len(prepared.left)} of {len(prepared.runs)} runs are left; nothing was written", file=sys.stderr)
+
+
+def words(asked: Asked) -> list[str]:
+    """The command of the study without the flags that choose runs, and those for ``gradprobe record``."""
+    named = {
+        "--trainers": asked.trainers,
+        "--seeds": asked.seeds,
+        "--preset": asked.preset,
+        "--window": asked.window,
+        "--pairs": asked.pairs,
+    }
+    return [
+        *("study", "--out", str(asked.out), "--baseline", asked.baseline),
+        *(word for name, value in named.items() if value for word in (name, value)),
+        *(word for arm in asked.arms for word in ("--arm", arm)),
+        *("--margin", repr(asked.margin), "--outcome-margin", repr(asked.outcome_margin)),
+    ]
 
 
 def run(prepared: Prepared, launch: Launcher | None = None) -> bool:
@@ -252,8 +268,8 @@ def run(prepared: Prepared, launch: Launcher | None = None) -> bool:
         watcher.say(f"note: {note}")
     jobs = prepared.jobs or 1
     watcher.say(f"{len(prepared.runs)} runs, {jobs} at a time; the plan is in {prepared.where.plan}")
-    study = Study(prepared.runs, prepared.where, prepared.common, jobs, launch or subprocesses(jobs))
-    with interruptible(), watcher:
+    study = Study(prepared.runs, prepared.where, prepared.common, jobs, launch or subprocesses(jobs), prepared.plan)
+    with watcher:
         entries = study.run(watcher)
     if not prepared.whole:
         return all(entry.state != FAILED for entry in entries)
@@ -326,6 +342,6 @@ def _tell(watcher: Lines, prepared: Prepared, found: Mapping[str, Any]) -> None:
     if found["failed"]:
         watcher.say(f"{len(found['failed'])} of {len(found['runs'])} runs failed; the same command tries them again")
     path = prepared.where.path
-    files = f"{shlex.quote(str(path))}/*.h5"
-    print(f"next:     gradprobe compare {files} --baseline {shlex.quote(prepared.plan['baseline'])}")
-    print(f"          gradprobe report {shlex.quote(str(path))} --out report.html")
+    files = f"{quoted(path)}/*.h5"
+    print(f"next:     gradprobe compare {files} --baseline {quoted(prepared.plan['baseline'])}")
+    print(f"          gradprobe report {quoted(path)} --out report.html")

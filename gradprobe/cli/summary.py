@@ -32,13 +32,13 @@ def summary(
             print(json.dumps(found, indent=2, allow_nan=False))
             return
         said = sentences(run, found)
-    from rich.console import Console
+    from gradprobe.cli.console import stdout
 
-    console = Console(highlight=False)
+    console = stdout()
     for table in _tables(found):
         console.print(table)
     for text in said:
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
 
 
 def _tables(found: dict[str, Any]) -> Iterator[RenderableType]:
@@ -91,14 +91,13 @@ def _pairs(found: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def _table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*row)
     return table
 
 

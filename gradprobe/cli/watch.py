@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradprobe.cli.sparks import sparkline
+from gradprobe.foreign import quoted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,7 +46,7 @@ def watch(
     if not once and last["state"] == live.STOPPED:
         print(
             f"gradprobe: {file}: the recording process is gone and did not end its run; {last['rows']} rows are there. "
-            f"Go on with it: gradprobe record --resume {shlex.quote(str(file))}, or attach(..., resume=True)",
+            f"Go on with it: gradprobe record --resume {quoted(file)}, or attach(..., resume=True)",
             file=sys.stderr,
         )
         raise typer.Exit(3)
@@ -72,10 +72,11 @@ def _opened(file: Path, wait: float) -> Run:
 
 
 def _follow(run: Run, once: bool, as_json: bool, interval: float) -> dict[str, Any]:
-    from rich.console import Console
     from rich.live import Live
 
-    console = Console(highlight=False)
+    from gradprobe.cli.console import stdout
+
+    console = stdout()
     if as_json:
         return _until_end(run, once, interval, _json)
     if once and console.is_terminal:

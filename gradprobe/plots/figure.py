@@ -11,8 +11,11 @@ from typing import Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import FixedFormatter
 
 from gradprobe.errors import RunFileError, UsageError
+from gradprobe.foreign import visible
 from gradprobe.plots import (
     cosine,
     crowd,
@@ -146,9 +149,20 @@ def render(figure: Figure, kind: str) -> bytes:
     """The figure as the bytes of a file; the same figure always gives the same bytes."""
     undated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     buffer = io.BytesIO()
+    _show_as_text(figure)
     with style.styled():
         figure.savefig(buffer, format=kind, dpi=DPI, metadata=undated)
     return buffer.getvalue()
+
+
+def _show_as_text(figure: Figure) -> None:
+    """Of names that anyone gave, draw what can be seen."""
+    for text in figure.findobj(Text):
+        text.set_text(visible(text.get_text()))
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if isinstance(fixed := axis.get_major_formatter(), FixedFormatter):
+                fixed.seq = [visible(str(name)) for name in fixed.seq]
 
 
 def _lacks(run: Run, what: str) -> str | None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradprobe.foreign import cell
+
 LONG = ("panel", "step", "epoch", "layer", "series", "quantity", "value")
 """Columns of several tables put together; ``layer`` may be a feature, ``series`` is a task, a pair or a metric."""
 
@@ -74,6 +76,6 @@ def _cells(values: NDArray[Any]) -> list[str]:
 def _csv(header: Sequence[str], rows: Any) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerow(map(cell, header))
+    writer.writerows(map(cell, row) for row in rows)
     return text.getvalue()

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gradprobe.foreign import visible
+
 Figure = dict[str, Any]
 """``{"data": [trace, ...], "layout": {...}}``. Colours are names of :data:`gradprobe.report.look.LIGHT`, as "@ink"."""
 
@@ -143,7 +145,8 @@ OURS = ("hovertemplate",)
 def inert(figure: Any, key: str = "") -> Any:
     """The figure with all text as it is to be read.
 
-    plotly.js takes ``<a href=...>``, ``<b>`` and entities in any text for markup, and a name may hold them.
+    plotly.js takes ``<a href=...>``, ``<b>`` and entities in any text for markup, and a name may hold them. It may
+    hold what turns or hides text, too.
 
     >>> inert({"name": "<b>&"})
     {'name': '&lt;b&gt;&amp;'}
@@ -153,5 +156,5 @@ def inert(figure: Any, key: str = "") -> Any:
     if isinstance(figure, (list, tuple)):
         return [inert(value, key) for value in figure]
     if isinstance(figure, str) and key not in OURS:
-        return figure.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        return visible(figure).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return figure

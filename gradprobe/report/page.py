@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradprobe import __version__
+from gradprobe.foreign import visible
 from gradprobe.report.chart import Chart, Figure, Notice, Section, inert
 from gradprobe.report.figures.verdicts import LOOKS
 from gradprobe.report.look import DARK, LIGHT
@@ -87,7 +88,11 @@ def render(report: Report, words: Words) -> str:
     library = optional("plotly.offline", WHY, extra="report").get_plotlyjs()
     script = _text("page.js")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        finalize=_seen,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "ensure_ascii": False}
     environment.filters["code"] = code
@@ -117,7 +122,12 @@ def render(report: Report, words: Words) -> str:
 def code(text: str) -> Any:
     """Text with what stands between backticks as code; escaped before anything else."""
     markupsafe = optional("markupsafe", WHY, extra="report")
-    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
+    return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(visible(text)))))
+
+
+def _seen(value: Any) -> Any:
+    """What the template is to show: text without what turns or hides it; what is markup already stays."""
+    return visible(value) if type(value) is str else value
 
 
 def policy(*scripts: str) -> str:

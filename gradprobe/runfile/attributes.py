@@ -10,11 +10,12 @@ import numpy as np
 from h5py import h5a, h5s, h5t
 
 from gradprobe.errors import RunFileError
+from gradprobe.foreign import CONTROL
 from gradprobe.rows.limits import MAX_STRINGS, MAX_TEXT
 
 NUMBERS = (h5t.INTEGER, h5t.FLOAT)
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(f"[{CONTROL}]")
 
 
 class RefusedError(RunFileError):
@@ -85,7 +86,7 @@ def _scalar(where: str, value: Any) -> Any:
 
 
 def printable(text: str) -> str:
-    """Text that a terminal can be given: control characters, which could steer it, become U+FFFD.
+    """Text without control characters, which become U+FFFD; what else it may hold, the console and the page see to.
 
     >>> printable("a\\x1b[2Jb\\n")
     'a\ufffd[2Jb\\n'

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError, UsageError
+from gradprobe.foreign import cell
 from gradprobe.rows.table import names_along
 from gradprobe.runfile import frames, schema
 from gradprobe.runfile.extras import optional
@@ -162,14 +163,16 @@ def _csv(run: Run, target: Path, stride: int) -> None:
             writer = csv.writer(file, lineterminator="\n")
             for number, table in enumerate(pieces):
                 if number == 0:
-                    writer.writerow(table)
+                    writer.writerow(map(cell, table))
                 writer.writerows(zip(*map(_written, table.values()), strict=True))
 
 
 def _written(column: NDArray[Any]) -> list[str]:
-    """The shortest text that gives the same number again; nothing for NaN."""
+    """The shortest text that gives the same number again; nothing for NaN. Text that is no formula."""
     text: list[str] = column.astype(str).tolist()
-    return ["" if value == "nan" else value for value in text] if column.dtype.kind == "f" else text
+    if column.dtype.kind == "f":
+        return ["" if value == "nan" else value for value in text]
+    return list(map(cell, text)) if column.dtype == object else text
 
 
 def _parquet(run: Run, target: Path, stride: int) -> None:

@@ -19,20 +19,26 @@ def lock_path(path: Path) -> Path:
 
 
 def being_recorded(path: Path) -> bool | None:
-    """Whether a process holds the run's lock; None where the system does not tell.
+    """Whether a process holds the run's lock; None where the system does not tell."""
+    found = holders(lock_path(path))  # which the recording process makes first and removes last
+    return None if found is None else bool(found)
+
+
+def holders(lock: Path) -> list[int] | None:
+    """The processes that took a lock on a file which is held now; none where there is no file; None: nobody tells.
 
     The kernel's list is read. Trying the lock would keep a writer out that starts at that very moment.
     """
     try:
-        inode = str(lock_path(path).stat().st_ino)
+        inode = str(lock.stat().st_ino)
     except OSError:
-        return False  # the recording process makes it first and removes it last
+        return []
     try:
         lines = LOCKS.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    held = [fields[6 if fields[1] == "->" else 5] for fields in map(str.split, lines) if "FLOCK" in fields]
-    return any(place.rsplit(":", 1)[-1] == inode for place in held)
+    held = [fields[5:7] if fields[1] == "->" else fields[4:6] for fields in map(str.split, lines) if "FLOCK" in fields]
+    return [int(process) for process, place in held if place.rsplit(":", 1)[-1] == inode]
 
 
 def state(run: Run) -> str:

@@ -14,6 +14,9 @@ SINGLE = "single"
 MADE_FROM = {"gradnorm-static": "gradnorm", "split": "joint"}
 """Trainers that need an earlier run (``--from``), and of which trainer."""
 
+LONGEST = 100
+"""Characters of an arm's name, so that those of its files fit every file system."""
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -87,7 +90,7 @@ def make_arms(trainers: Sequence[str], more: Sequence[str], tasks: Sequence[str]
         if trainer == SINGLE:
             arms += [Arm(f"{SINGLE}-{task}", SINGLE, ("--task", task)) for task in tasks]
         else:
-            arms.append(Arm(_name(trainer), trainer))
+            arms.append(Arm(_named(trainer.rpartition(":")[2], trainer), trainer))  # of a user's module: the class
     arms += [_parse(text) for text in more]
     names = [arm.name for arm in arms]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -98,9 +101,19 @@ def make_arms(trainers: Sequence[str], more: Sequence[str], tasks: Sequence[str]
     return tuple(_with_source(arm, arms) for arm in arms)
 
 
-def _name(trainer: str) -> str:
-    """Of a user's ``my_module:MyBalancer``: the class."""
-    return trainer.rpartition(":")[2]
+def _named(name: str, text: str) -> str:
+    """The name of an arm, which is that of files.
+
+    Raises:
+        UsageError: It would be the name of other files, or an option.
+    """
+    if not name or not all(c.isalnum() or c in "-_." for c in name) or name[0] in "-." or len(name) > LONGEST:
+        raise UsageError(
+            f"arm {text!r}: write NAME=TRAINER, with flags of this arm behind it: "
+            "--arm 'light=joint --task-weights det=1,cls=0.1'. A name has letters, digits, -, _ and dots, "
+            f"{LONGEST} at most."
+        )
+    return name
 
 
 def _parse(text: str) -> Arm:
@@ -109,11 +122,7 @@ def _parse(text: str) -> Arm:
         words = shlex.split(rest)
     except ValueError as error:
         raise UsageError(f"--arm {text!r}: {error}.") from None
-    if not words or not name or not all(c.isalnum() or c in "-_." for c in name) or name[0] in "-.":
-        raise UsageError(
-            f"--arm {text!r}: write NAME=TRAINER, with flags of this arm behind it: "
-            "--arm 'light=joint --task-weights det=1,cls=0.1'. A name has letters, digits, -, _ and dots."
-        )
+    name = _named(name if words else "", text)
     return Arm(name, words[0], tuple(words[1:]))
 
 
@@ -176,3 +185,11 @@ def choose(runs: Sequence[Planned], names: str) -> tuple[Planned, ...]:
         raise UsageError(f"--only {unknown[0]!r}: no run of this study is called so.{hint}")
     wanted |= {run.source for run in runs if run.name in wanted}
     return tuple(run for run in runs if not names or run.name in wanted)
+
+
+def chains(runs: Sequence[Planned]) -> list[list[Planned]]:
+    """Runs that have to follow each other, as one is made from the other; most are alone."""
+    heads: dict[str, list[Planned]] = {}
+    for run in runs:
+        heads.setdefault(run.source if run.source in heads else run.name, []).append(run)
+    return list(heads.values())

@@ -18,7 +18,9 @@ def record(folder: Folder, run: Planned, common: Sequence[str], state: str = ABS
         state: Of its file, see :func:`gradprobe.study.folder.state`.
     """
     if state == RESUMABLE:
-        return ["record", "--resume", str(folder.run(run))]
+        # A module of the user's is named again: none is imported because a file that is found there names it.
+        own = ["--trainer", run.arm.trainer] if ":" in run.arm.trainer else []
+        return ["record", "--resume", str(folder.run(run)), *own]
     source = ["--from", str(folder.source(run))] if run.source else []
     return [
         *("record", "--trainer", run.arm.trainer, *source, *common, *run.arm.flags),

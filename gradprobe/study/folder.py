@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import Run, live
+from gradprobe.runfile import Run, live, storable
+from gradprobe.runfile.attributes import printable
 from gradprobe.study.arms import Planned
 
 ABSENT, BEGUN, RESUMABLE, RECORDING, FINISHED = "absent", "begun", "resumable", "recording", "finished"
+UNREADABLE = "unreadable"
 
 _EPOCH = re.compile(rb"^epoch (\d+)/(\d+) on val", re.MULTILINE)
 
@@ -43,12 +47,20 @@ class Folder:
         """What became of every run."""
         return self.path / "results.json"
 
+    def state(self, planned: Planned) -> str:
+        """How far a run is, see :func:`state`; a process that has only begun to start locks no more than its log."""
+        return RECORDING if live.holders(self.log(planned)) else state(self.run(planned))
+
+    def recorders(self, planned: Planned) -> list[int]:
+        """The processes that record a run, as far as the system tells."""
+        return live.holders(live.lock_path(self.run(planned))) or live.holders(self.log(planned)) or []
+
 
 def state(path: Path) -> str:
     """How far a run is, from its file.
 
     ``absent``; ``recording`` (another process is at it); ``finished``; ``resumable`` (it stopped, and can be gone on
-    with); ``begun`` (it stopped, and has to be recorded anew).
+    with); ``begun`` (it stopped, and has to be recorded anew); ``unreadable`` (it may be anything, and is left alone).
     """
     if live.being_recorded(path):
         return RECORDING
@@ -59,7 +71,7 @@ def state(path: Path) -> str:
             if run.end == "finished":
                 return FINISHED
     except RunFileError:
-        return BEGUN
+        return UNREADABLE
     return RESUMABLE if path.with_name(f"{path.stem}.checkpoint.pt").exists() else BEGUN
 
 
@@ -70,3 +82,28 @@ def progress(log: Path) -> float:
     except OSError:
         return 0.0
     return min(int(found[-1][0]) / int(found[-1][1]), 1.0) if found else 0.0
+
+
+def stranger(path: Path, planned: Planned, plan: Mapping[str, Any]) -> str:
+    """Why a run file is not this run of this study; empty: it is.
+
+    Args:
+        path: The file.
+        planned: Which run it should be.
+        plan: What was fixed.
+
+    Raises:
+        RunFileError: It cannot be read.
+    """
+    with Run(path) as run:
+        told = run.provenance
+    wanted: dict[str, Any] = {"arm": planned.arm.name, "settings.seed": planned.seed}
+    wanted |= {f"plan.{name}": _as_read(value) for name, value in storable.provenance(plan).items()}
+    other = [name for name, value in wanted.items() if told.get(name) != value]
+    return f"it is no run of this study: its {other[0]} is {told.get(other[0])!r}" if other else ""
+
+
+def _as_read(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_read(each) for each in value]
+    return printable(value) if isinstance(value, str) else value

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,21 @@ from gradprobe.errors import UsageError
 from gradprobe.study.arms import Arm
 from gradprobe.trainers.settings import Settings, as_provenance
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 NAME = "plan.json"
+
+LARGEST = 1 << 20
+"""Bytes of a plan that is read."""
+
+DEEPEST = 12
+"""Objects and lists within each other in a plan that is read."""
+
+SAID = 80
+"""Characters of a value in a message."""
 
 PER_ARM = ("trainer", "task", "seed", "from_run", "double", "double_sizes")
 """Settings that are no condition of the whole study."""
@@ -99,41 +115,119 @@ def without_folder(word: str) -> str:
 
 
 def write(folder: Path, plan: Mapping[str, Any]) -> Path:
-    """Write the plan, or find it there already.
+    """Write the plan, or find it there already. Of two studies that begin at once one writes it.
 
     Raises:
         UsageError: The folder was begun with another plan; says in what it differs.
     """
     path = folder / NAME
     text = json.dumps(plan, indent=2, allow_nan=False) + "\n"
-    if path.exists():
-        _refuse_another(path, json.loads(text))
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if check(folder, plan):
+                return path
+            temporary = path.with_name(f".{NAME}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+    except OSError as error:
+        raise UsageError(f"{folder}: the plan cannot be written there ({error}). Take another folder: --out.") from None
+    return path
+
+
+def check(folder: Path, plan: Mapping[str, Any]) -> bool:
+    """Whether the plan is there already; writes nothing.
+
+    Raises:
+        UsageError: The folder was begun with another plan, or without one.
+    """
+    path = folder / NAME
+    if os.path.lexists(path):
+        try:
+            old = read(path)
+        except UsageError as error:
+            raise UsageError(f"{error} Take a new folder: --out.") from None
+        _refuse_another(path, old, json.loads(json.dumps(plan)))
+        return True
     begun = sorted(found.name for found in folder.glob("*.h5"))
     if begun:
         raise UsageError(
             f"{folder}: holds run files ({begun[0]}, ...) and no {NAME}: they were recorded before anything was fixed. "
             "Take a new folder: --out."
         )
-    temporary = path.with_name(f".{NAME}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    return path
+    return False
 
 
-def _refuse_another(path: Path, plan: dict[str, Any]) -> None:
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While this process alone looks whether there is a plan, and writes one; a kill ends it."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read as a plan ({error}). Take a new folder: --out.") from None
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A plan that ``gradprobe study`` wrote, or anyone: values to compare and to keep. Nothing in it is run.
+
+    Raises:
+        UsageError: It cannot be read, is no JSON object, or no plan of ours could be as large or as deep.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: is no file.")
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise UsageError(f"{path}: is no plan: it has more than {LARGEST:,} bytes.")
+        found = json.loads(content.decode("utf-8"), parse_constant=_no_number, parse_int=_stored)
+        deep = _depth(found) > DEEPEST
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        deep = True
+    except ValueError as error:
+        raise UsageError(f"{path}: is not JSON: {_cut(str(error))}.") from None
+    if deep:
+        raise UsageError(f"{path}: is no plan: it nests deeper than {DEEPEST} levels.")
+    if not isinstance(found, dict):
+        raise UsageError(f"{path}: holds no JSON object, but a {type(found).__name__}.")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number there")
+
+
+def _stored(digits: str) -> int:
+    if not -(2**63) <= (number := int(digits)) < 2**63:
+        raise ValueError(f"{digits[:24]} is larger than a file can hold")
+    return number
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
+
+
+def _refuse_another(path: Path, old: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     if old == plan:
         return
-    told = "; ".join(differences(old, plan)[:4])
+    told = "; ".join(map(_cut, differences(old, plan)[:4]))
     raise UsageError(
         f"{path}: this study was begun with another plan ({told}). What was fixed before the runs stays fixed: go on "
         "with the same, or take a new folder: --out."
     )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 2 * SAID else f"{text[: 2 * SAID]}..."
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -150,4 +244,5 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 
 def _said(value: Any) -> str:
-    return "nothing" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = "nothing" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= SAID else f"{text[:SAID]}..."

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gradprobe.errors import GradprobeError, UsageError
-from gradprobe.study.runner import PATIENCE, Launcher, start, threads
+from gradprobe.study.runner import PATIENCE, Launcher, end, start, threads
 
 LOST = 1
 """Exit code of a run whose worker is gone."""
@@ -127,6 +127,12 @@ class Task:
 
         ray.cancel(self.reference)
 
+    def kill(self) -> None:
+        """End its worker."""
+        import ray
+
+        ray.cancel(self.reference, force=True)
+
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end; what became of a worker that is gone is written into the log.
 
@@ -204,5 +210,5 @@ def record(words: Sequence[str], log: str, folder: str, plan: tuple[str, str], e
         return code
     except BaseException:
         process.terminate()
-        process.wait(PATIENCE)
+        end(process, PATIENCE)
         raise

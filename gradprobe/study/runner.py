@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import gradprobe
+from gradprobe.errors import GradprobeError, RunFileError
 from gradprobe.study import commands, folder
 from gradprobe.study.arms import Planned
 from gradprobe.study.folder import ABSENT, BEGUN, FINISHED, RECORDING, RESUMABLE, Folder
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+COMMAND = (sys.executable, str(Path(gradprobe.__file__).with_name("__main__.py")))
+"""``gradprobe`` by its path: ``-m`` would take what is called so in the present folder."""
 
 WAITING, RUNNING, DONE, SKIPPED, FAILED = "waiting", "running", "done", "there already", "failed"
 
@@ -21,7 +33,14 @@ UNREADABLE = 3
 """The exit code of ``record --resume`` where there is nothing to go on from."""
 
 PATIENCE = 60.0
-"""Seconds that a run is given to close its file when the study is stopped."""
+"""Seconds that runs are given to close their files when the study is stopped."""
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""That stop a study."""
+
+
+class BusyError(GradprobeError):
+    """Another process has begun to record the run."""
 
 
 class Process(Protocol):
@@ -33,6 +52,9 @@ class Process(Protocol):
     def terminate(self) -> None:
         """Ask it to stop, with its file closed."""
 
+    def kill(self) -> None:
+        """End it."""
+
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end."""
 
@@ -41,7 +63,11 @@ class Launcher(Protocol):
     """Starts runs."""
 
     def __call__(self, words: Sequence[str], log: os.PathLike[str]) -> Process:
-        """Start ``gradprobe`` with these words; what it says goes behind what is in ``log``."""
+        """Start ``gradprobe`` with these words; what it says goes behind what is in ``log``, or anew with a new run.
+
+        Raises:
+            BusyError: Another process has begun to record the run.
+        """
 
 
 @dataclass
@@ -56,6 +82,7 @@ class Entry:
         began: When it was started.
         process: While it runs.
         anew: Whether it is to be recorded from its beginning, whatever is there.
+        recorders: The processes that were found recording it, if any were.
     """
 
     run: Planned
@@ -65,6 +92,7 @@ class Entry:
     began: float = 0.0
     process: Process | None = None
     anew: bool = False
+    recorders: list[int] = field(default_factory=list)
 
 
 class Watcher(Protocol):
@@ -75,6 +103,9 @@ class Watcher(Protocol):
 
     def ended(self, entry: Entry) -> None:
         """A run is done, was there already, or failed."""
+
+    def waits(self, entry: Entry) -> None:
+        """Others record a run, and are let go on."""
 
     def going_on(self, entries: Sequence[Entry], done: float) -> None:
         """Called often; ``done`` is in runs, parts of those under way included."""
@@ -90,6 +121,7 @@ class Study:
         common: Flags of every run.
         jobs: How many at a time.
         launch: Starts one.
+        plan: What was fixed.
         pause: Seconds between two looks.
     """
 
@@ -98,6 +130,7 @@ class Study:
     common: Sequence[str]
     jobs: int
     launch: Launcher
+    plan: Mapping[str, Any] = field(default_factory=dict)
     pause: float = 0.2
     entries: list[Entry] = field(init=False)
 
@@ -110,15 +143,18 @@ class Study:
         Raises:
             KeyboardInterrupt: Stopped; the runs under way have been asked to close their files, and waited for.
         """
-        try:
-            while any(entry.state in (WAITING, RUNNING) for entry in self.entries):
-                self._look(watcher)
-                self._start(watcher)
-                watcher.going_on(self.entries, self._done())
-                time.sleep(self.pause)
-        except BaseException:
-            self._stop()
-            raise
+        with _noted() as came:
+            try:
+                while any(entry.state in (WAITING, RUNNING) for entry in self.entries):
+                    self._look(watcher)
+                    self._start(watcher)
+                    watcher.going_on(self.entries, self._done())
+                    if came:  # here alone: no process has been started that is not known yet
+                        raise KeyboardInterrupt
+                    time.sleep(self.pause)
+            except BaseException:
+                self._stop()
+                raise
         return self.entries
 
     def _look(self, watcher: Watcher) -> None:
@@ -149,15 +185,34 @@ class Study:
                 return
             if entry.state != WAITING:
                 continue
-            state = folder.state(self.where.run(entry.run))
+            state = self.where.state(entry.run)
             if state == RECORDING:  # of a study that was killed, or another's: it is let go on
-                continue
-            if state == FINISHED and not entry.anew:
+                self._wait(entry, watcher)
+            elif reason := self._foreign(entry.run, state):
+                entry.state, entry.reason = FAILED, reason
+                watcher.ended(entry)
+            elif state == FINISHED and not entry.anew:
                 entry.state = SKIPPED
                 watcher.ended(entry)
             elif self._ready(entry, watcher):
-                self._launch(entry, BEGUN if entry.anew else state)
-                watcher.began(entry)
+                self._launch(entry, BEGUN if entry.anew else state, watcher)
+
+    def _wait(self, entry: Entry, watcher: Watcher) -> None:
+        found = self.where.recorders(entry.run)
+        if found and not entry.recorders:
+            entry.recorders = found
+            watcher.waits(entry)
+
+    def _foreign(self, run: Planned, state: str) -> str:
+        """Why the file that is there is left alone; empty: it is this run, or there is none."""
+        path = self.where.run(run)
+        if state == ABSENT:
+            return ""
+        try:
+            reason = folder.stranger(path, run, self.plan)
+        except RunFileError as error:
+            reason = str(error).removeprefix(f"{path}: ").rstrip(".")
+        return reason and f"{reason}. Move {path} away, and it is recorded anew"
 
     def _ready(self, entry: Entry, watcher: Watcher) -> bool:
         """Whether the run that it is made from is there; without that it fails."""
@@ -169,13 +224,15 @@ class Study:
             watcher.ended(entry)
         return source.state in (DONE, SKIPPED)
 
-    def _launch(self, entry: Entry, state: str) -> None:
+    def _launch(self, entry: Entry, state: str, watcher: Watcher) -> None:
         log = self.where.log(entry.run)
         log.parent.mkdir(parents=True, exist_ok=True)
-        if state in (ABSENT, BEGUN):
-            log.unlink(missing_ok=True)
+        try:
+            entry.process = self.launch(commands.record(self.where, entry.run, self.common, state), log)
+        except BusyError:  # a moment ago: the next look finds it being recorded
+            return
         entry.state, entry.began = RUNNING, time.monotonic()
-        entry.process = self.launch(commands.record(self.where, entry.run, self.common, state), log)
+        watcher.began(entry)
 
     def _done(self) -> float:
         whole = sum(entry.state in (DONE, SKIPPED, FAILED) for entry in self.entries)
@@ -187,11 +244,35 @@ class Study:
         running = [entry.process for entry in self.entries if entry.process is not None]
         for process in running:
             process.terminate()
+        until = time.monotonic() + PATIENCE
         for process in running:
-            try:
-                process.wait(PATIENCE)
-            except subprocess.TimeoutExpired:  # its file is readable up to the last flush whatever happens to it
-                continue
+            end(process, until - time.monotonic())
+
+
+def end(process: Process, patience: float) -> None:
+    """Wait for the end of a run that was asked to stop; its file is readable up to the last flush whatever comes."""
+    try:
+        process.wait(max(patience, 0.0))
+    except subprocess.TimeoutExpired:
+        process.kill()
+
+
+@contextmanager
+def _noted() -> Iterator[list[int]]:
+    """Signals that are to stop the study, as they come; those that were ignored before still are."""
+    came: list[int] = []
+    old = {}
+    try:
+        for number in SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                old[number] = signal.signal(number, lambda number, _: came.append(number))
+    except ValueError:  # not in the main thread
+        pass
+    try:
+        yield came
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def subprocesses(jobs: int) -> Launcher:
@@ -211,19 +292,37 @@ def start(
 
     Args:
         words: Behind ``gradprobe``.
-        log: What it says goes behind what is in there.
+        log: What it says goes behind what is in there, or anew with a new run. It is locked until the run ends,
+            whatever becomes of this process: so nobody starts the run a second time, before it has a file, either.
         environment: What is set beside, or instead of, what this process has.
         folder: In which to run it; None: where this process runs.
+
+    Raises:
+        BusyError: Another process has begun to record the run.
     """
     with log.open("ab") as output:
+        _lock(output.fileno(), log)
+        if "--resume" not in words:
+            output.truncate(0)
         return subprocess.Popen(
-            [sys.executable, "-m", "gradprobe", *words],
+            [*COMMAND, *words],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=folder,
             env={**os.environ, **environment},
         )
+
+
+def _lock(descriptor: int, log: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BusyError(f"{log}: another process has begun to record this run.") from None
+    except OSError:  # some network file systems have no locks; that of the run file says so
+        return
 
 
 def threads(each: int, given: Mapping[str, str]) -> dict[str, str]:

@@ -125,7 +125,30 @@ def _tasks(evidence: Sequence[Evidence]) -> list[str]:
     return list(dict.fromkeys(task for run in together for task in run.tasks))
 
 
+NUMBERS = {"margin": 1, "outcome_margin": 1, "window": 2, "seeds": 0}
+"""Of a plan, what is numbers, and how many; 0: any."""
+
+
+def check_plan(plan: Mapping[str, Any]) -> None:
+    """The files may be a stranger's.
+
+    Raises:
+        UsageError: Something in the plan is of another kind than in one of ours.
+    """
+    for name, count in NUMBERS.items():
+        value = plan.get(name)
+        each = value if isinstance(value, list) else [value]
+        plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in each)
+        if value is not None and not (
+            plain and (isinstance(value, list) == (count != 1)) and count in (0, 1, len(each))
+        ):
+            raise UsageError(
+                f"the plan in these files says {name} {str(value)[:80]!r}: no plan of `gradprobe study` does."
+            )
+
+
 def _resolve(asked: Options, plan: Mapping[str, Any], tasks: Sequence[str]) -> _Resolved:
+    check_plan(plan)
     window = asked.window
     if window is None and np.size(plan.get("window", ())) == 2:
         start, stop = np.ravel(plan["window"])
