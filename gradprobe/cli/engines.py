@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from gradprobe import whole_files
 from gradprobe.cli.studying import Asked, Prepared, run
 from gradprobe.errors import UsageError
 from gradprobe.study import ray_engine, slurm
@@ -63,7 +64,7 @@ def by_slurm(asked: Asked, prepared: Prepared) -> bool:
         jobs=prepared.jobs,
     )
     path = where / slurm.NAME
-    path.write_text(text, encoding="utf-8")
+    whole_files.write(path, text)
     for note in prepared.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{len(prepared.left)} of {len(prepared.runs)} runs are left", file=sys.stderr)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradprobe import whole_files
 from gradprobe.errors import UsageError
 from gradprobe.study.arms import Arm
 from gradprobe.trainers.settings import Settings, as_provenance
@@ -116,9 +117,8 @@ def write(folder: Path, plan: Mapping[str, Any]) -> Path:
             f"{folder}: holds run files ({begun[0]}, ...) and no {NAME}: they were recorded before anything was fixed. "
             "Take a new folder: --out."
         )
-    temporary = path.with_name(f".{NAME}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with whole_files.telling(path):
+        whole_files.write(path, text)
     return path
 
 
