@@ -12,6 +12,7 @@ import errno
 import itertools
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,11 +29,9 @@ from gradprobe.runfile import content, growth, parts, schema, sessions
 from gradprobe.runfile.files import write_whole
 from gradprobe.runfile.lock import Lock
 from gradprobe.runfile.reader import Run
-from gradprobe.whole_files import Disk
+from gradprobe.whole_files import Disk, replacing
 
 log = logging.getLogger("gradprobe")
-
-_DESCRIPTORS = Path("/dev/fd")
 
 TIDY_AGAIN = 60.0
 """Seconds until parts are put together again where the disk had no room for that."""
@@ -208,54 +207,42 @@ class Store:
     # ---- beneath
 
     def _write_main(self, header: Header, epochs: content.Epochs, rows: content.Content, state: content.State) -> None:
-        self._own()
-        self._set_aside()
         self._write(self.path, header, epochs, state, rows)
         self.state.merged_through, self._merged_rows, self._parts = self._number, _count(rows), []
         self._hold()
 
     def _own(self) -> None:
-        """Make the folder of parts anew where somebody removed it.
+        """Make anew what somebody else removed or replaced while it was recorded: lock and folder, and the main file.
 
         Raises:
             RunFileError: Another process records into the run by now.
+            OSError: It cannot be made.
         """
         if self.lock is not None and self.lock.renew():
             self._miss()
+        if self._held < 0 or _is_at(self.path, self._held):
+            return
+        if os.path.lexists(self.path):
+            names = (self.path.with_name(f"{self.path.name}.other-{n}") for n in itertools.count(1))
+            aside = next(name for name in names if not os.path.lexists(name))
+            self.path.rename(aside)
+            log.warning("%s: was replaced while it was recorded; what was put there is %s now", self.path, aside.name)
+        else:
+            log.warning("%s: was removed while it was recorded, and is written anew", self.path)
+        with replacing(self.path, self._disk, self.folder) as descriptor, open(descriptor, "wb", closefd=False) as new:
+            with open(self._held, "rb", closefd=False) as old:
+                old.seek(0)
+                shutil.copyfileobj(old, new)
+        self._hold()
 
     def _hold(self) -> None:
-        """Keep the main file open: whoever removes or replaces it takes no row of it."""
+        """Keep the main file open, so that its rows are there whatever becomes of its name."""
         old, self._held = self._held, -1
         if old >= 0:
             os.close(old)
-        if _DESCRIPTORS.exists():
+        if os.name != "nt":  # an open file could not be replaced there
             with suppress(OSError):
                 self._held = os.open(self.path, os.O_RDONLY)
-
-    def _is_ours(self) -> bool:
-        """Whether the main file is the one that was written last under its name, as far as can be told."""
-        if self._held < 0:
-            return True
-        try:
-            return os.path.samestat(os.fstat(self._held), self.path.lstat())
-        except FileNotFoundError:
-            return False
-
-    def _set_aside(self) -> None:
-        """A file that somebody put in the place of the main one while it was recorded is kept, under another name."""
-        if self._is_ours():
-            return
-        if not os.path.lexists(self.path):
-            log.warning("%s: was removed while it was recorded, and is written anew", self.path)
-            return
-        if not (self.path.is_symlink() or self.path.is_file()):
-            return  # it is refused when it is to be replaced
-        names = (self.path.with_name(f"{self.path.name}.other-{n}") for n in itertools.count(1))
-        aside = next(name for name in names if not os.path.lexists(name))
-        self.path.rename(aside)
-        log.warning(
-            "%s: another file was put in its place while it was recorded; that one is %s now", self.path, aside.name
-        )
 
     def _miss(self) -> bool:
         """Whether parts were removed by somebody else; their rows are counted as dropped, and it is said."""
@@ -292,9 +279,10 @@ class Store:
         return [*self.sessions[:-1], {**self.sessions[-1], "end": end}]
 
     def _files(self) -> list[Path]:
+        self._own()
         self._miss()
-        main = [self.path if self._is_ours() else _DESCRIPTORS / str(self._held)]
-        return [*(main if self._merged_rows else []), *(self.folder / parts.name(p.span) for p in self._parts)]
+        main = [self.path] if self._merged_rows else []
+        return [*main, *(self.folder / parts.name(p.span) for p in self._parts)]
 
     def _spans(self) -> list[parts.Span]:
         return [s for s in map(parts.span, self.folder.glob("*.h5")) if s is not None]
@@ -392,6 +380,14 @@ def _counts(files: Iterable[Path], table: schema.Table, before: int | None) -> I
 
 def _count(rows: content.Content) -> int:
     return sum(stretch.count for stretch in rows.values())
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether a file that is open is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _merged_through(path: Path) -> int:

@@ -107,6 +107,8 @@ def write(folder: Path, plan: Mapping[str, Any]) -> Path:
     """
     path = folder / NAME
     text = json.dumps(plan, indent=2, allow_nan=False) + "\n"
+    with whole_files.telling(path):
+        whole_files.target(path, overwrite=True)
     if path.exists():
         _refuse_another(path, json.loads(text))
         return path
