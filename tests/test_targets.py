@@ -214,7 +214,7 @@ def test_links_in_a_circle_or_into_nowhere_are_told(tmp_path, source, writer):
     out = place(tmp_path, writer)
     for aim in (out.name, "no/such/folder/file"):
         out.symlink_to(aim)
-        with pytest.raises((errors.GradprobeError, OSError), match="circle|not there|exists"):
+        with pytest.raises((errors.GradprobeError, OSError), match=r"circle|not there|exists"):
             writer(out, source)
         assert sorted(p.name for p in tmp_path.iterdir()) == [out.name]
         out.unlink()
@@ -273,7 +273,7 @@ def old_names(out):
 @each
 @pytest.mark.parametrize("kind", ["link", "file", "folder"])
 def test_what_is_planted_at_temporary_names_is_neither_followed_nor_in_the_way(tmp_path, source, writer, kind):
-    """The parts' folder is the run's own: what is half made there is swept up, a link itself and not what it leads to."""
+    """In the folder of parts, which is the run's own, a link is swept up, and not what it leads to."""
     victim = tmp_path / "victim"
     victim.write_text("keep me")
     folder = tmp_path / "out"
@@ -303,8 +303,9 @@ def test_temporary_names_are_never_the_same(tmp_path, source, monkeypatch):
     made, real = [], Disk.create
     monkeypatch.setattr(Disk, "create", lambda self, path: made.append(path.name) or real(self, path))
     for writer in WRITERS:
+        (tmp_path / writer.__name__).mkdir()
         for _ in range(1 if writer in (record, fixed) else 3):
-            writer(place(tmp_path, writer), source)
+            writer(place(tmp_path / writer.__name__, writer), source)
     assert len(made) > 15
     assert len(set(made)) == len(made)
 
@@ -421,7 +422,7 @@ def test_a_write_protected_file_is_kept(tmp_path, source, writer):
     writer(out, source)
     before = out.read_bytes()
     out.chmod(0o444)
-    with pytest.raises((errors.RunFileError, OSError), match="write-protected|this run exists"):
+    with pytest.raises((errors.RunFileError, OSError), match=r"write-protected|this run exists"):
         writer(out, source)
     assert out.read_bytes() == before
     if writer is record:
@@ -585,11 +586,14 @@ def test_what_is_put_in_its_place_is_kept_and_mixed_into_nothing(tmp_path, caplo
     path, other = tmp_path / "run.h5", tmp_path / "other.h5"
     writer = merged(path, 8)
     path.unlink()
-    write(path if kind == "a run" else other, range(100, 120)).close() if kind in ("a run", "a link") else None
-    if kind == "a link":
-        path.symlink_to(other)
-    elif kind != "a run":
-        {"a text": lambda p: p.write_text("mine"), "a folder": os.mkdir, "a pipe": os.mkfifo}[kind](path)
+    write(other, range(100, 120)).close()
+    {
+        "a run": other.rename,
+        "a text": lambda path: path.write_text("mine"),
+        "a link": lambda path: path.symlink_to(other),
+        "a folder": os.mkdir,
+        "a pipe": os.mkfifo,
+    }[kind](path)
     before = path.lstat()
     writer.write(row(8))
     writer.close()

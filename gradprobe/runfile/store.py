@@ -229,10 +229,13 @@ class Store:
             log.warning("%s: was replaced while it was recorded; what was put there is %s now", self.path, aside.name)
         else:
             log.warning("%s: was removed while it was recorded, and is written anew", self.path)
-        with replacing(self.path, self._disk, self.folder) as descriptor, open(descriptor, "wb", closefd=False) as new:
-            with open(self._held, "rb", closefd=False) as old:
-                old.seek(0)
-                shutil.copyfileobj(old, new)
+        with (
+            replacing(self.path, self._disk, self.folder) as descriptor,
+            open(descriptor, "wb", closefd=False) as new,
+            open(self._held, "rb", closefd=False) as old,
+        ):
+            old.seek(0)
+            shutil.copyfileobj(old, new)
         self._hold()
 
     def _hold(self) -> None:
