@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import logging
 import multiprocessing
-import os
 import subprocess
 import sys
 import warnings
@@ -18,6 +18,7 @@ import pytest
 import torch
 from test_lightning import lightning, train  # noqa: F401 - fixtures
 from test_lightning import pytestmark as of_lightning
+from trainings import WEIGHTS
 from writing import FailingDisk, assert_rows, row, write
 from zoo import Collector, mlp
 
@@ -106,10 +107,15 @@ def test_the_trainings_own_exception_is_the_one_that_is_raised(tmp_path, disk, o
 
 def test_after_a_good_training_the_model_can_be_saved(tmp_path, disk):
     case, path = mlp(torch.float32), tmp_path / "run.h5"
-    with pytest.warns(RuntimeWarning, match=LOST):  # noqa: PT031 - as a script is
+
+    def script():
         with gradprobe.attach(case.model, TASKS, path, every=1) as probe:
             train_on(case, probe, disk)
         torch.save(case.model.state_dict(), tmp_path / "model.pt")
+        return probe
+
+    with pytest.warns(RuntimeWarning, match=LOST):
+        probe = script()
     assert (tmp_path / "model.pt").exists()
     assert probe.trouble.startswith(f"{path}: could not be completed")
 
@@ -160,12 +166,18 @@ def test_where_warnings_are_errors_the_log_gets_it(tmp_path, disk, caplog, own):
 def test_of_several_probes_each_tells_of_its_file(tmp_path, disk):
     first, second = mlp(torch.float32), mlp(torch.float32)
     own = ValueError("own")
-    with pytest.warns(RuntimeWarning) as told, pytest.raises(ValueError, match="own") as raised:  # noqa: PT012
-        with gradprobe.attach(first.model, TASKS, tmp_path / "first.h5", every=1) as outer:
-            with gradprobe.attach(second.model, TASKS, tmp_path / "second.h5", every=1) as inner:
-                outer.backward(first.losses(0))
-                train_on(second, inner, disk)
-                raise own
+
+    def script():
+        with (
+            gradprobe.attach(first.model, TASKS, tmp_path / "first.h5", every=1) as outer,
+            gradprobe.attach(second.model, TASKS, tmp_path / "second.h5", every=1) as inner,
+        ):
+            outer.backward(first.losses(0))
+            train_on(second, inner, disk)
+            raise own
+
+    with pytest.warns(RuntimeWarning) as told, pytest.raises(ValueError, match="own") as raised:
+        script()
     assert raised.value is own
     assert own.__context__ is None
     said = [str(each.message) for each in told]
@@ -346,11 +358,13 @@ def test_a_program_ends_as_it_would_and_one_line_says_what_is_lost(tmp_path, end
 
 def test_a_probe_that_is_lost_tells(tmp_path, disk):
     case = mlp(torch.float32)
-    probe = gradprobe.attach(case.model, TASKS, tmp_path / "run.h5", every=1)
-    train_on(case, probe, disk)
-    with pytest.warns(RuntimeWarning, match="3 rows are lost"):
-        del probe
+
+    def script():
+        train_on(case, gradprobe.attach(case.model, TASKS, tmp_path / "run.h5", every=1), disk)
         gc.collect()
+
+    with pytest.warns(RuntimeWarning, match="3 rows are lost"):
+        script()
 
 
 @pytest.mark.parametrize("how", ["close", "with", "exit"])
@@ -418,15 +432,11 @@ class FillsDisk:
 def test_lightning_ends_as_it_would(train, tmp_path, disk, own):  # noqa: F811 - a fixture
     from gradprobe.integrations.lightning import GradprobeCallback
 
-    callback = GradprobeCallback(("a", "b"), tmp_path / "run.h5", every=1)
-    with pytest.warns(RuntimeWarning, match="rows are lost"):
-        if own is None:
-            trainer, _ = train(callback, fails=FillsDisk(disk))
-            assert trainer.state.finished
-        else:
-            with pytest.raises(ValueError, match="own") as raised:
-                train(callback, fails=FillsDisk(disk, own))
-            assert raised.value is own
+    callback = GradprobeCallback(("a", "b"), tmp_path / "run.h5", weights=WEIGHTS, every=1)
+    ends = contextlib.nullcontext() if own is None else pytest.raises(ValueError, match="own")
+    with pytest.warns(RuntimeWarning, match="rows are lost"), ends as raised:
+        train(callback, fails=FillsDisk(disk, own))
+    assert own is None or raised.value is own
     assert "rows are lost" in callback.recording.trouble
 
 
@@ -452,22 +462,23 @@ def test_transformers_ends_as_it_would(tmp_path, disk, own):
         def train(self):
             optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
             self.callback.on_train_begin(arguments, state, None, model=case.model, optimizer=optimizer)
-            train_on(case, self.callback.recording.probe, disk)
+            for step in range(5):
+                disk.full = step > 1
+                losses = case.losses(step)
+                self.callback.record(losses)
+                sum(losses.values()).backward()
+                optimizer.step()
+                assert disk.full or self.callback.recording.probe.flush()
             if own is not None:
                 raise own
             self.callback.on_train_end(arguments, state, None)
-            return "trained"
 
     trainer = Trainer()
     callback = GradprobeCallback(TASKS, tmp_path / "run.h5", losses=None, every=1).add_to(trainer)
-    with pytest.warns(RuntimeWarning, match=LOST):
-        if own is None:
-            assert trainer.train() == "trained"
-        else:
-            with pytest.raises(ValueError, match="own") as raised:
-                trainer.train()
-            assert raised.value is own
-            assert own.__context__ is None
+    ends = contextlib.nullcontext() if own is None else pytest.raises(ValueError, match="own")
+    with pytest.warns(RuntimeWarning, match=LOST), ends as raised:
+        trainer.train()
+    assert own is None or (raised.value is own and own.__context__ is None)
     assert "3 rows are lost" in callback.recording.trouble
 
 
@@ -529,4 +540,3 @@ def test_nothing_is_said_twice(tmp_path, disk, caplog):
             train_on(case, probe, disk)
     assert len(told) == 1
     assert not caplog.records
-    assert os.path.basename(told[0].filename) == "test_closing.py"
