@@ -64,7 +64,8 @@ def by_slurm(asked: Asked, prepared: Prepared) -> bool:
         jobs=prepared.jobs,
     )
     path = where / slurm.NAME
-    whole_files.write(path, text)
+    with whole_files.telling(path):
+        whole_files.write(path, text)
     for note in prepared.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{len(prepared.left)} of {len(prepared.runs)} runs are left", file=sys.stderr)

@@ -259,7 +259,8 @@ def run(prepared: Prepared, launch: Launcher | None = None) -> bool:
     if not prepared.whole:
         return all(entry.state != FAILED for entry in entries)
     found = results(prepared, entries)
-    whole_files.write(prepared.where.results, json.dumps(found, indent=2) + "\n")
+    with whole_files.telling(prepared.where.results):
+        whole_files.write(prepared.where.results, json.dumps(found, indent=2) + "\n")
     _tell(watcher, prepared, found)
     return not found["failed"]
 
