@@ -141,6 +141,20 @@ def test_what_is_no_file_is_never_replaced(tmp_path, source, writer, kind, linke
     assert {p.name: p.lstat()[:3] for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("linked", [False, True], ids=["itself", "by a link"])
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("option", ["overwrite", "resume"])
+def test_no_option_makes_a_run_of_it(tmp_path, option, kind, linked):
+    out, thing = tmp_path / "run.h5", tmp_path / "thing"
+    OTHERS[kind](thing if linked else out)
+    if linked:
+        out.symlink_to(thing)
+    before = {p.name: p.lstat()[:3] for p in tmp_path.iterdir()}
+    with pytest.raises(errors.RunFileError, match=f"is a {kind}, which a file must not replace"):
+        RunWriter(out, **{option: True})
+    assert {p.name: p.lstat()[:3] for p in tmp_path.iterdir()} == before
+
+
 @pytest.mark.parametrize("writer", [record, page, audit, weights], ids=lambda w: w.__name__)
 def test_an_open_file_of_a_process_is_no_place(tmp_path, source, writer):
     """/dev/stdout is such a link: a file would take the place of what the shell's ``>`` has open."""
