@@ -14,6 +14,9 @@ A message says what is wrong (which task, layer, file or line, how much) and wha
 
 from __future__ import annotations
 
+import logging
+import warnings
+
 
 class GradprobeError(Exception):
     """The root of the tree; catch this to catch everything of ours."""
@@ -66,3 +69,14 @@ class NonFiniteLossError(TrainingError):
             "up to this step. Lower the learning rate (--lr), look at the data of this step, "
             "or go on regardless with --keep-going."
         )
+
+
+def tell(trouble: str) -> None:
+    """Warn where an exception would hide another one, or keep a program from saving what it has made.
+
+    Where warnings are errors, the log gets it.
+    """
+    try:
+        warnings.warn(f"gradprobe: {trouble}", RuntimeWarning, stacklevel=3)
+    except RuntimeWarning:
+        logging.getLogger("gradprobe").warning("%s", trouble)

@@ -137,7 +137,7 @@ def test_overwriting_keeps_the_old_run_until_the_new_one_begins(tmp_path):
 
 def test_a_folder_is_no_file(tmp_path):
     for path in (tmp_path, Path()):
-        with pytest.raises(errors.RunFileError, match="Name a file"):
+        with pytest.raises(errors.RunFileError, match="is a folder, which a file must not replace"):
             RunWriter(path, overwrite=True)
 
 

@@ -86,8 +86,11 @@ def replay(log, folder, every, seed):
     rng, seen, resumed = random.Random(seed), set(), 0
     for operation, world in boundaries(log, every):
         for names, contents in [world.killed(), *world.power_lost(rng)]:
-            # What a half-made file holds makes no difference: nothing opens it.
-            state = frozenset((n, n.endswith(".tmp") or bytes(contents.get(i, b""))) for n, i in names.items())
+            # How a half-made file is called, and what it holds, makes no difference: nothing opens it.
+            state = frozenset(
+                (n, bytes(contents.get(i, b""))) if n.endswith((".h5", "lock", "parts")) else "half made"
+                for n, i in names.items()
+            )
             if (state, world.rows) in seen:
                 continue
             seen.add((state, world.rows))

@@ -96,9 +96,7 @@ def long_run(path: Path, rows: int) -> Path:
     block = content.columns(ROWS, [row] * 10_000, header, state)
     blocks = [{**block, "step": np.arange(i, i + 10_000)} for i in range(0, rows, 10_000)]
     stretch = {"": content.Stretch(rows, blocks)}
-    files.write_whole(
-        path, path.with_suffix(".tmp"), lambda file: content.fill(file, header, state, stretch, {}), files.Disk()
-    )
+    files.write_whole(path, lambda file: content.fill(file, header, state, stretch, {}), files.Disk())
     return path
 
 

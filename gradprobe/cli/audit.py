@@ -112,10 +112,13 @@ def audit(
     request = Request(flags, task_weights, preset, hyp, source=source)
     if target:
         _refuse_flags(target, request)
-    if out is not None and out.exists():
-        raise UsageError(f"--out {out}: exists already; the audit writes a new file.")
+    if out is not None:
+        if out.exists():
+            raise UsageError(f"--out {out}: exists already; the audit writes a new file.")
+        out = _place(out, "--out")
     if figure is not None:
         _check_format(figure)
+        figure = _place(figure, "--figure")
     make = named_function(target) if target else _bundled(request)
     found = examine(make, task, Options(steps=steps, weight=weight, dose=dose), progress=_progress())
     written = _written(found, figure, out)
@@ -140,6 +143,15 @@ def _refuse_flags(target: str, request: Request) -> None:
     if given:
         flag = "from" if given[0] == "source" else given[0].replace("_", "-")
         raise UsageError(f"{target} makes its own training; --{flag} is for the bundled one.")
+
+
+def _place(path: Path, flag: str) -> Path:
+    """Absolute, as the experiment may change its folder; a file can be there."""
+    from gradprobe.whole_files import target, telling
+
+    with telling(path, flag):
+        target(path)
+    return path.absolute()
 
 
 def _check_format(figure: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from gradprobe import whole_files
 from gradprobe.cli.studying import Asked, Prepared, run, words
 from gradprobe.errors import UsageError
 from gradprobe.foreign import quoted
@@ -63,7 +64,8 @@ def by_slurm(asked: Asked, prepared: Prepared) -> bool:
     )
     (where / "logs").mkdir(parents=True, exist_ok=True)
     path = where / slurm.NAME
-    path.write_text(text, encoding="utf-8")
+    with whole_files.telling(path):
+        whole_files.write(path, text)
     for note in prepared.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{len(prepared.left)} of {len(prepared.runs)} runs are left", file=sys.stderr)

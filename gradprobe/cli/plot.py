@@ -49,7 +49,7 @@ def _target(file: Path, what: str, format: str | None, out: Path | None) -> Path
     if out is None:
         name = file.stem if what == "overview" else f"{file.stem}-{what}"
         return file.with_name(f"{name}.{format or 'png'}")
-    if not out.suffix:
+    if not out.suffix and (out.is_file() or not out.exists()):
         return out.with_name(f"{out.name}.{format or 'png'}")
     if format is not None and out.suffix[1:].lower() != format:
         raise UsageError(f"--out {out} and --format {format} contradict each other; leave one of them out.")

@@ -12,6 +12,7 @@ from typing import Any
 
 import typer
 
+from gradprobe import whole_files
 from gradprobe.cli.progress import Lines, make_watcher
 from gradprobe.cli.recording import Request, settings_of
 from gradprobe.errors import GradprobeError, UsageError
@@ -274,7 +275,8 @@ def run(prepared: Prepared, launch: Launcher | None = None) -> bool:
     if not prepared.whole:
         return all(entry.state != FAILED for entry in entries)
     found = results(prepared, entries)
-    prepared.where.results.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    with whole_files.telling(prepared.where.results):
+        whole_files.write(prepared.where.results, json.dumps(found, indent=2) + "\n")
     _tell(watcher, prepared, found)
     return not found["failed"]
 

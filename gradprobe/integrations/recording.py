@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradprobe.attachment import attach
-from gradprobe.errors import UsageError
+from gradprobe.errors import UsageError, tell
 from gradprobe.probes import GradientProbe
+from gradprobe.probes.probe import ending
 from gradprobe.rows import Sink
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class Recording:
         trainer: Name of the trainer, for the file.
         out, sinks, overwrite: See :func:`gradprobe.attach`. A training that is resumed never overwrites.
         options: Further arguments of :func:`gradprobe.attach`.
+
+    Attributes:
+        trouble: What of the last file could not be written when it was closed, and what to do; empty: nothing.
     """
 
     def __init__(
@@ -45,7 +49,9 @@ class Recording:
         overwrite: bool = False,
         **options: Any,
     ) -> None:
-        self._trainer, self._out, self._sinks = trainer, out, sinks
+        # Absolute: a trainer may change its folder before it begins, or between two beginnings.
+        self._trainer, self._out, self._sinks = trainer, None if out is None else Path(out).absolute(), sinks
+        self.trouble = ""
         self._overwrite, self.options = overwrite, options
         self._checked = False
         self._noted: set[str] = set()
@@ -168,15 +174,19 @@ class Recording:
         return self._probe.state_dict() if self._probe is not None else {}
 
     def close(self, end: str | BaseException = "finished") -> None:
-        """Close the file and let go of the model. Does nothing where nothing is open."""
+        """Close the file and let go of the model. Does nothing where nothing is open.
+
+        A failure is a warning, and :attr:`trouble` says it: the trainer has still to save the model, or to say why it
+        failed.
+        """
         probe, self._probe = self._probe, None
-        if probe is not None:
+        if probe is None:
+            return
+        try:
             probe.close(end if isinstance(end, str) else ending(end))
-
-
-def ending(error: BaseException) -> str:
-    """How a run ended that this exception ended: "interrupted" or "failed: ..."."""
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
+        except Exception as error:
+            tell(str(error))
+        self.trouble = probe.trouble
 
 
 def batch_size_of(batch: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.integrations.recording import Recording, ending
+from gradprobe.integrations.recording import Recording
 from gradprobe.rows import Sink
 
 READS = {"box": "boxes", "cls": "scores", "dfl": "boxes", "l1": "boxes"}
@@ -110,7 +110,7 @@ class GradprobeCallback:
         if self._finished:
             self.recording.close()
         else:
-            self.recording.close("failed: ended early" if error is None else ending(error))
+            self.recording.close("failed: ended early" if error is None else error)
 
     # ---- measuring
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FixedFormatter
 
+from gradprobe import whole_files
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.foreign import visible
 from gradprobe.plots import (
@@ -34,6 +33,7 @@ from gradprobe.plots import (
 )
 from gradprobe.plots.table import Table, long_csv, stack
 from gradprobe.runfile import Run, thin
+from gradprobe.whole_files import target, telling
 
 
 class TaskPanel(Protocol):
@@ -125,10 +125,8 @@ def write(run: Run, what: str, out: Path, *, data: bool = True) -> list[Path]:
     if kind not in FORMATS:
         raise UsageError(f"{out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
     figure, tables = make(run, what)
-    if not data:
-        write_whole(out, render(figure, kind))
-        return [out]
-    return _write_both(out, render(figure, kind), long_csv(tables) if what == "overview" else tables[what].csv())
+    numbers = (long_csv(tables) if what == "overview" else tables[what].csv()) if data else None
+    return _write(out, render(figure, kind), numbers)
 
 
 def write_drawn(figure: Figure, table: Table, out: Path) -> list[Path]:
@@ -136,13 +134,21 @@ def write_drawn(figure: Figure, table: Table, out: Path) -> list[Path]:
     kind = out.suffix[1:].lower()
     if kind not in FORMATS:
         raise UsageError(f"{out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
-    return _write_both(out, render(figure, kind), table.csv())
+    return _write(out, render(figure, kind), table.csv())
 
 
-def _write_both(out: Path, picture: bytes, text: str) -> list[Path]:
-    write_whole(out, picture)
-    write_whole(out.with_suffix(".csv"), text.encode())
-    return [out, out.with_suffix(".csv")]
+def _write(out: Path, picture: bytes, numbers: str | None) -> list[Path]:
+    """The picture, and its numbers as CSV beside it; neither where one of them cannot be there."""
+    contents: dict[Path, bytes | str] = {out: picture}
+    if numbers is not None:
+        contents[out.with_suffix(".csv")] = numbers
+    for path in contents:
+        with telling(path):
+            target(path)
+    for path, content in contents.items():
+        with telling(path):
+            whole_files.write(path, content)
+    return list(contents)
 
 
 def render(figure: Figure, kind: str) -> bytes:
@@ -246,16 +252,3 @@ def _pair_panel(run: Run, ax: Axes, what: str, pair: int, room: int) -> Table:
     if what == "layers":
         return layers.draw(run, ax, pair, room)
     return heatmap.draw(run, ax, pair, room, colorbar=len(run.pairs) == 1)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """The file is replaced in one step, so that nobody ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise RunFileError(f"{path}: cannot be written ({error}). Choose another place with --out.") from error

@@ -165,14 +165,15 @@ class Measuring:
 
     def close(self) -> None:
         """Nothing more comes: hand on what the present step has, and let go of the optimizer."""
-        if self.ranks.size == 1:  # others may be elsewhere, and not answer
-            self.moves.asked()
-            self.calls.settle()
-        self.clock.close()
-        self.meter.tell(last=True)
-        self.report.ask_after()
-        if self.beside is not None:
-            self.beside.close()
+        with ExitStack() as last:  # each of these, whatever the others say
+            if self.beside is not None:
+                last.callback(self.beside.close)
+            last.callback(self.report.ask_after)
+            last.callback(self.meter.tell, last=True)
+            last.callback(self.clock.close)
+            if self.ranks.size == 1:  # others may be elsewhere, and not answer
+                self.moves.asked()
+                self.calls.settle()
 
     def due(self, losses: Losses) -> Due:
         """Asked once per call of the probe."""

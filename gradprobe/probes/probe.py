@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from gradprobe.errors import ProbeError
+from gradprobe.errors import ProbeError, tell
 from gradprobe.probes.beside import Joins
 from gradprobe.probes.binding import Groups, Selection, Shared
 from gradprobe.probes.checks import (
@@ -185,11 +185,10 @@ class GradientProbe:
         claim(model, self)
         meter.guard.say_hooks()
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
-        self._lost = weakref.finalize(self, _end, self._measuring, report if _open is not None else None, "not closed")
+        own = report if _open is not None else None
+        self._lost = weakref.finalize(self, _end_lost, self._measuring, own, "not closed")
         self._lost.atexit = False
-        if (
-            _open is not None
-        ):  # by a hook of its own: h5py must still work then, and what registers last is called first
+        if own is not None:  # by a hook of its own: h5py must still work then, and what registers last is called first
             atexit.register(self._lost)
 
     # ---- in the training loop
@@ -369,12 +368,32 @@ class GradientProbe:
     # ---- the end
 
     def close(self, end: str = "finished") -> None:
-        """Let go of model and optimizer, and close the sinks. A second call does nothing."""
+        """Let go of model and optimizer, and close the sinks. A second call does nothing.
+
+        An error of this is a warning, and :attr:`trouble` says it, where it would hide another: while an exception is
+        under way, as in ``finally``, and at the end of a ``with`` block.
+
+        Raises:
+            RunFileError: The file could not be completed; says how many rows are lost, and where the others are.
+        """
+        self._close(end, raises=sys.exc_info()[1] is None)
+
+    @property
+    def trouble(self) -> str:
+        """What of the file could not be written when the probe was closed, and what to do; empty: nothing."""
+        return self._measuring.report.trouble
+
+    def _close(self, end: str, *, raises: bool) -> None:
         if self._lost.detach() is None:
             return
         atexit.unregister(self._lost)
         release(self._model, self)
-        _end(self._measuring, self._measuring.report, end)
+        try:
+            _end(self._measuring, self._measuring.report, end)
+        except Exception as error:
+            if raises:
+                raise
+            tell(str(error))
 
     def __enter__(self) -> GradientProbe:
         return self
@@ -382,10 +401,7 @@ class GradientProbe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
-        else:
-            self.close("interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {kind and kind.__name__}")
+        self._close(ending(error), raises=False)
 
     def _check_open(self) -> None:
         if not self._lost.alive:
@@ -447,7 +463,24 @@ class _Given:
     asked: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
 
+def ending(error: BaseException | None) -> str:
+    """How a training ended, by what ended it: "finished", "interrupted" or "failed: ..."."""
+    if error is None:
+        return "finished"
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
+
+
 def _end(measuring: Measuring, report: Reporter | None, end: str) -> None:
-    measuring.close()
-    if report is not None:
-        report.close(end)
+    try:
+        measuring.close()
+    finally:
+        if report is not None:
+            report.close(end)
+
+
+def _end_lost(measuring: Measuring, report: Reporter | None, end: str) -> None:
+    """Of a probe that nobody has any more: nobody takes an exception either."""
+    try:
+        _end(measuring, report, end)
+    except Exception as error:
+        tell(str(error))

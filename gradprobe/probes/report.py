@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -54,12 +55,13 @@ class Reporter:
         last_metrics: The last epoch that metrics came of; -1 before the first.
         overhead: Seconds spent on all rows.
         started: When recording began, on the clock of ``time.perf_counter``.
+        trouble: What sinks could not complete when they were closed; empty: nothing.
     """
 
     def __init__(self, tasks: Sequence[str], sinks: Sequence[Sink], provenance: Provenance | None) -> None:
         self._tasks, self._sinks, self._provenance = tuple(tasks), list(sinks), dict(provenance or {})
         self._warned: set[str] = set()
-        self._closed = False
+        self._closed, self._process = False, os.getpid()
         self._began_with = 0  # layers
         self._seen, self._steps = np.zeros(len(tasks), dtype=bool), 0
         self._last = dict.fromkeys(TABLE_NAMES, -1)  # step, by table
@@ -67,6 +69,7 @@ class Reporter:
         self.last_metrics = -1
         self.overhead = 0.0
         self.started = time.perf_counter()
+        self.trouble = ""
 
     def start(self, shared: SharedLayers) -> None:
         """Announce the layers. A second call does nothing."""
@@ -164,21 +167,23 @@ class Reporter:
                 sink.rewind(step, epoch)
 
     def close(self, end: str) -> None:
-        """Close the sinks. A second call does nothing.
+        """Close the sinks. A second call does nothing, nor does one in a forked child, whose sinks are copies.
 
         Raises:
             GradprobeError: A file could not be completed; the other sinks are closed all the same.
         """
-        if self._closed:
+        if self._closed or os.getpid() != self._process:
             return
         self._closed = True
-        self.start(SharedLayers((), ()))
-        failed: list[GradprobeError] = []
-        for sink in self._sinks:
+        failed: list[Exception] = []
+        closing = [partial(self._try, sink, partial(sink.close, end)) for sink in self._sinks]
+        for call in (partial(self.start, SharedLayers((), ())), *closing):
             try:
-                self._try(sink, partial(sink.close, end))
-            except GradprobeError as error:
+                call()
+            except Exception as error:
                 failed.append(error)
+        troubles = [*map(str, failed), *(getattr(sink, "trouble", "") for sink in self._sinks)]
+        self.trouble = " ".join(dict.fromkeys(filter(None, troubles)))
         if failed:
             raise failed[0]
 

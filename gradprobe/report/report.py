@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from gradprobe.errors import RunFileError
+from gradprobe import whole_files
 from gradprobe.report import page
 from gradprobe.report.chart import Section
 from gradprobe.report.gather import ArmFiles, gather
@@ -17,6 +15,7 @@ from gradprobe.report.sections import course, evidence, front, ledger, limits, o
 from gradprobe.report.sections.common import Context
 from gradprobe.report.words import Words
 from gradprobe.verdict.answers import Comparison
+from gradprobe.whole_files import telling
 
 SECTIONS: tuple[Callable[[Context], Section], ...] = (
     evidence.section,
@@ -74,12 +73,5 @@ def write(text: str, out: Path) -> None:
     Raises:
         RunFileError: It cannot be written.
     """
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise RunFileError(f"{out}: cannot be written ({error}). Choose another place with --out.") from error
+    with telling(out):
+        whole_files.write(out, text)

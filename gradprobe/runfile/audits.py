@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from gradprobe.errors import RunFileError
 from gradprobe.rows import Header
 from gradprobe.runfile import content, schema, storable
 from gradprobe.runfile.attributes import attribute
-from gradprobe.runfile.files import Disk, write_whole
+from gradprobe.runfile.files import write_whole
+from gradprobe.whole_files import Disk, target, telling
 
 if TYPE_CHECKING:
     from gradprobe.runfile.pieces import Piece
@@ -35,12 +35,9 @@ def write(path: Path, audit: Mapping[str, Any], provenance: Mapping[str, Any] | 
     Raises:
         RunFileError: It cannot be written.
     """
-    try:
+    with telling(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        write_whole(path, temporary, lambda file: _fill(file, audit, provenance or {}), Disk())
-    except OSError as error:
-        raise RunFileError(f"{path}: cannot be written ({error}). Choose another place with --out.") from error
+        write_whole(target(path), lambda file: _fill(file, audit, provenance or {}), Disk())
     return path
 
 

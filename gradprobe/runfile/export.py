@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.errors import RunFileError, UsageError
+from gradprobe.errors import UsageError
 from gradprobe.foreign import cell
 from gradprobe.rows.table import names_along
 from gradprobe.runfile import frames, schema
 from gradprobe.runfile.extras import optional
 from gradprobe.runfile.reader import Run
+from gradprobe.whole_files import staged, target, telling
 
 Table = dict[str, NDArray[Any]]
 """Columns of one length, by name."""
@@ -63,33 +62,13 @@ def export(run: Run, to: str, out: Path | None = None, *, stride: int = 1) -> Pa
         "netcdf": _netcdf,
         "tensorboard": _tensorboard,
     }
-    with _whole(out) as target:
-        write[to](run, target, stride)
-    return out
-
-
-@contextmanager
-def _whole(out: Path) -> Iterator[Path]:
-    """A place to write to that becomes ``out`` in the end, or vanishes."""
-    if out.exists() or out.is_symlink():
+    if out.exists():
         raise UsageError(f"{out} exists; choose another place with --out, or remove it.")
-    target = out.with_name(f".{out.name}.partial")
-    try:
+    with telling(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove(target)
-        yield target
-        target.rename(out)
-    except OSError as error:
-        raise RunFileError(f"{out}: cannot be written ({error}). Choose another place with --out.") from error
-    finally:
-        _remove(target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        with staged(target(out)) as place:
+            write[to](run, place, stride)
+    return out
 
 
 # ---- tables
@@ -156,10 +135,10 @@ def _text(values: tuple[str, ...]) -> NDArray[Any]:
     return np.array(values, dtype=object)
 
 
-def _csv(run: Run, target: Path, stride: int) -> None:
-    target.mkdir()
+def _csv(run: Run, out: Path, stride: int) -> None:
+    out.mkdir()
     for name, pieces in tables(run, stride):
-        with (target / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             for number, table in enumerate(pieces):
                 if number == 0:
@@ -175,16 +154,16 @@ def _written(column: NDArray[Any]) -> list[str]:
     return list(map(cell, text)) if column.dtype == object else text
 
 
-def _parquet(run: Run, target: Path, stride: int) -> None:
+def _parquet(run: Run, out: Path, stride: int) -> None:
     arrow = optional("pyarrow", "export --to parquet")
     parquet = optional("pyarrow.parquet", "export --to parquet")
-    target.mkdir()
+    out.mkdir()
     for name, pieces in tables(run, stride):
         writer = None
         try:
             for piece in pieces:
                 table = arrow.table({key: _column(arrow, values) for key, values in piece.items()})
-                writer = writer or parquet.ParquetWriter(target / f"{name}.parquet", table.schema)
+                writer = writer or parquet.ParquetWriter(out / f"{name}.parquet", table.schema)
                 writer.write_table(table)
         finally:
             if writer is not None:
@@ -195,20 +174,20 @@ def _column(arrow: Any, values: NDArray[Any]) -> Any:
     return arrow.array(values, type=arrow.string()) if values.dtype == object else arrow.array(values)
 
 
-def _netcdf(run: Run, target: Path, stride: int) -> None:
+def _netcdf(run: Run, out: Path, stride: int) -> None:
     optional("h5netcdf", "export --to netcdf")
-    frames.to_xarray(run, stride).to_netcdf(target, engine="h5netcdf")
+    frames.to_xarray(run, stride).to_netcdf(out, engine="h5netcdf")
 
 
 # ---- TensorBoard
 
 
-def _tensorboard(run: Run, target: Path, stride: int) -> None:
+def _tensorboard(run: Run, out: Path, stride: int) -> None:
     why = "export --to tensorboard"
     event = optional("tensorboard.compat.proto.event_pb2", why)
     summary = optional("tensorboard.compat.proto.summary_pb2", why)
     files = optional("tensorboard.summary.writer.event_file_writer", why)
-    writer = files.EventFileWriter(str(target))
+    writer = files.EventFileWriter(str(out))
 
     def add(step: int, wall: float, values: dict[str, float]) -> None:
         known = [summary.Summary.Value(tag=k, simple_value=v) for k, v in values.items() if np.isfinite(v)]

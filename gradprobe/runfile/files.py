@@ -1,17 +1,15 @@
-"""Files that appear whole or not at all.
+"""HDF5 files that appear whole or not at all.
 
 HDF5 crashes the interpreter when a disk fills under it, and a file that is appended to in place is unreadable
 after a kill at the wrong moment. So HDF5 never meets the disk here: it writes through :class:`CarefulFile`,
-which keeps an error to itself until HDF5 is done, into a temporary file that is renamed when it is complete.
-
-Every change of the file system goes through one :class:`Disk`, so that tests can stop the world at each of them.
+which keeps an error to itself until HDF5 is done, into a file that takes its place when it is complete
+(:mod:`gradprobe.whole_files`).
 """
 
 from __future__ import annotations
 
 import io
 import os
-import shutil
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,63 +19,7 @@ from typing import Any
 import h5py
 
 from gradprobe.runfile.sums import seal
-
-
-class Disk:
-    """The operations on files that a writer is made of, each a thin name for the system's."""
-
-    def create(self, path: Path) -> int:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
-
-    def create_lock(self, path: Path) -> int:
-        return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-
-    def write(self, descriptor: int, data: memoryview, offset: int) -> int:
-        # pwrite: a position in the file would be shared with forked children
-        if hasattr(os, "pwrite"):
-            return os.pwrite(descriptor, data, offset)
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.write(descriptor, data)
-
-    def read(self, descriptor: int, count: int, offset: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(descriptor, count, offset)
-        os.lseek(descriptor, offset, os.SEEK_SET)
-        return os.read(descriptor, count)
-
-    def truncate(self, descriptor: int, size: int) -> None:
-        os.ftruncate(descriptor, size)
-
-    def sync(self, descriptor: int) -> None:
-        os.fsync(descriptor)
-
-    def close(self, descriptor: int) -> None:
-        os.close(descriptor)
-
-    def replace(self, source: Path, target: Path) -> None:
-        source.replace(target)
-
-    def unlink(self, path: Path) -> None:
-        path.unlink(missing_ok=True)
-
-    def mkdir(self, path: Path) -> None:
-        path.mkdir(exist_ok=True)
-
-    def rmdir(self, path: Path) -> None:
-        path.rmdir()
-
-    def sync_folder(self, folder: Path) -> None:
-        """Make renames in ``folder`` survive a loss of power, where the system can."""
-        with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-    def free(self, folder: Path) -> int:
-        """Bytes that can still be written."""
-        return shutil.disk_usage(folder).free
+from gradprobe.whole_files import Disk, replacing
 
 
 class CarefulFile(io.RawIOBase):
@@ -88,9 +30,8 @@ class CarefulFile(io.RawIOBase):
     inherited half written.
     """
 
-    def __init__(self, path: Path, disk: Disk) -> None:
-        self._disk = disk
-        self._descriptor = disk.create(path)
+    def __init__(self, descriptor: int, disk: Disk) -> None:
+        self._descriptor, self._disk = descriptor, disk
         self._process = os.getpid()
         self._position = self._size = 0
         self.error: OSError | None = None
@@ -153,53 +94,38 @@ class CarefulFile(io.RawIOBase):
     def flush(self) -> None:
         """Nothing to do: the file beneath is unbuffered, and HDF5 flushes more than it needs to."""
 
-    def sync(self) -> None:
-        """Bring the bytes to the disk, or raise the first error that any operation met."""
+    def check(self) -> None:
+        """Raise the first error that any operation met."""
         if self.error is not None:
             raise self.error
-        self._disk.sync(self._descriptor)
-
-    def close(self) -> None:
-        if not self.closed and os.getpid() == self._process:
-            self._disk.close(self._descriptor)
-        super().close()
 
 
-def write_whole(path: Path, temporary: Path, fill: Callable[[h5py.File], None], disk: Disk) -> None:
+def write_whole(path: Path, fill: Callable[[h5py.File], None], disk: Disk, folder: Path | None = None) -> None:
     """Make an HDF5 file at ``path`` that is either complete or not there.
 
     Args:
         path: Replaced if it exists; the old content stays until the new one is on the disk.
-        temporary: Where it is made; on the same disk. Removed if it cannot be completed.
         fill: Writes the content.
         disk: Where all this happens.
+        folder: Where it is made; see :func:`gradprobe.whole_files.replacing`.
 
     Raises:
         OSError: The disk is full or gone. ``path`` is as it was.
     """
-    try:
-        raw = CarefulFile(temporary, disk)
+    with replacing(path, disk, folder) as descriptor:
+        raw = CarefulFile(descriptor, disk)
+        # v108..v110: what the h5dump and netCDF of today's distributions can open.
+        with _no_fork:
+            file = h5py.File(raw, "w", libver=("v108", "v110"))
+            _half_written.append(file)
         try:
-            # v108..v110: what the h5dump and netCDF of today's distributions can open.
-            with _no_fork:
-                file = h5py.File(raw, "w", libver=("v108", "v110"))
-                _half_written.append(file)
-            try:
-                fill(file)
-            finally:
-                with _no_fork:
-                    file.close()
-                    _half_written.remove(file)
-            seal(raw)
-            raw.sync()
+            fill(file)
         finally:
-            raw.close()
-        disk.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            disk.unlink(temporary)
-        raise
-    disk.sync_folder(path.parent)
+            with _no_fork:
+                file.close()
+                _half_written.remove(file)
+        seal(raw)
+        raw.check()
 
 
 _half_written: list[h5py.File] = []

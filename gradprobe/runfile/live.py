@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from gradprobe.runfile import schema
+from gradprobe.runfile import parts
 from gradprobe.runfile.reader import Run
 
 LOCKS = Path("/proc/locks")
@@ -15,7 +15,7 @@ RECORDING, ENDED, STOPPED, UNKNOWN = "recording", "ended", "stopped", "unknown"
 
 def lock_path(path: Path) -> Path:
     """The file that the recording process holds a lock on."""
-    return path.with_name(path.name + schema.PARTS_SUFFIX) / "lock"
+    return parts.folder(path) / "lock"
 
 
 def being_recorded(path: Path) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -10,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile.files import Disk
+from gradprobe.whole_files import Disk
 
 try:
     import fcntl
@@ -25,7 +26,7 @@ class Lock:
 
     Args:
         path: The lock file.
-        run: The run it is for.
+        run: The run it is for; its folder is there.
         disk: Where it is made.
 
     Raises:
@@ -34,8 +35,8 @@ class Lock:
     """
 
     def __init__(self, path: Path, run: Path, disk: Disk) -> None:
-        self.path, self._disk = path, disk
-        self._process = os.getpid()
+        self.path, self._run, self._disk = path, run, disk
+        self._process, self._device = os.getpid(), run.parent.stat().st_dev
         self._descriptor = disk.create_lock(path)
         try:
             _lock(self._descriptor, run)
@@ -47,9 +48,26 @@ class Lock:
     def is_current(self) -> bool:
         """Whether the locked file is still the one at its path: its last holder may have removed it meanwhile."""
         try:
-            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+            return os.path.samestat(os.fstat(self._descriptor), self.path.lstat())
         except FileNotFoundError:
             return False
+
+    def renew(self) -> bool:
+        """Where the lock file was removed, make and hold it anew, with the folders that it takes; whether it was.
+
+        Raises:
+            RunFileError: Another process has begun to record into the run meanwhile.
+            OSError: It cannot be made; or the disk is not there, but only the folder that it was mounted on.
+        """
+        if self.is_current():
+            return False
+        there = next(folder for folder in self._run.parents if folder.exists())
+        if there.stat().st_dev != self._device:
+            raise OSError(errno.ENODEV, "another disk is there than at the beginning", str(there))
+        new = acquire(self._run, self.path.parent, self._disk)
+        self._disk.close(self._descriptor)
+        self._descriptor, new._descriptor = new._descriptor, -1
+        return True
 
     def release(self) -> None:
         """Let the next writer in; children that inherited the lock do not keep it."""
@@ -94,6 +112,8 @@ def acquire(run: Path, folder: Path, disk: Disk) -> Lock:
     for attempt in range(100):
         try:
             disk.mkdir(folder)
+            if folder.is_symlink():  # which may lead to anything, that would be written into and swept
+                raise OSError(errno.ELOOP, "it is a symbolic link, which a folder of parts never is", str(folder))
             lock = Lock(folder / "lock", run, disk)
         except FileNotFoundError:  # its last holder is just removing the folder
             if attempt == 99:

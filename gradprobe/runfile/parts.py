@@ -1,18 +1,22 @@
-"""How the parts of a run are named, which of them count, and which are to be put together. Pure functions."""
+"""How the parts of a run are named, which of them count, and which are to be put together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from gradprobe.runfile import schema
+from gradprobe.whole_files import followed
 
 Span = tuple[int, int]
 """First and last number that a part stands for: (7, 7), or (1, 32) for one put together from 32."""
 
 
 def folder(run: Path) -> Path:
-    """Where the parts of a run lie."""
+    """Where the parts of a run lie: beside the file itself, where ``run`` is a symbolic link to it."""
+    with suppress(OSError):  # where links lead nowhere, who opens the run says so
+        run = followed(run)
     return run.with_name(run.name + schema.PARTS_SUFFIX)
 
 

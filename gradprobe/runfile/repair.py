@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,12 @@ from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.rows import FeatureHeader, Header, TestClusters
-from gradprobe.runfile import clusters, content, growth, live, schema
+from gradprobe.runfile import clusters, content, growth, live, parts, schema
 from gradprobe.runfile.check import DAMAGED, NOTE, Report, open_readable
-from gradprobe.runfile.files import Disk, write_whole
+from gradprobe.runfile.files import write_whole
 from gradprobe.runfile.pieces import Piece
 from gradprobe.runfile.salvage import Salvage
+from gradprobe.whole_files import Disk, target, telling
 
 REPAIRED = "damaged: some of its numbers could not be read"
 KILLED = "failed: the recording was killed before its end"
@@ -41,8 +41,7 @@ def repair(path: Path, out: Path) -> Report:
         UsageError: ``out`` exists, or the run is being recorded.
         RunFileError: Nothing can be read, or ``out`` cannot be written.
     """
-    parts = out.with_name(out.name + schema.PARTS_SUFFIX)
-    if out.exists() or out.is_symlink() or parts.exists():
+    if out.exists() or out.is_symlink() or parts.folder(out).exists():
         raise UsageError(f"{out} exists, or parts of it do; choose another place with --repair.")
     if live.being_recorded(path):
         raise UsageError(f"{path} is being recorded; repair it when that has ended.")
@@ -84,7 +83,7 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         _clusters(pieces, report),
         frozenset(name for piece in pieces for name in piece.held),
     )
-    try:
+    with telling(out, "--repair"):
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = {
             table.group: content.Stretch(
@@ -92,10 +91,7 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
             )
             for table in schema.TABLES
         }
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-        write_whole(out, temporary, lambda file: content.fill(file, header, state, rows, epochs), Disk())
-    except OSError as error:
-        raise RunFileError(f"{out}: cannot be written ({error}). Choose another place with --repair.") from error
+        write_whole(target(out), lambda file: content.fill(file, header, state, rows, epochs), Disk())
 
 
 def _kept_in_all(salvages: list[Salvage], table: schema.Table, report: Report) -> list[NDArray[np.bool_]]:

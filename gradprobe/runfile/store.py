@@ -9,7 +9,10 @@ one. A file says through which part it goes, so a kill before the parts are remo
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
+import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,8 +27,10 @@ from gradprobe.errors import RunFileError
 from gradprobe.rows import FeatureHeader, Header
 from gradprobe.rows.layers import begins_with
 from gradprobe.runfile import content, growth, parts, schema, sessions, storable
-from gradprobe.runfile.files import Disk, write_whole
+from gradprobe.runfile.files import write_whole
+from gradprobe.runfile.lock import Lock
 from gradprobe.runfile.reader import Run
+from gradprobe.whole_files import Disk, replacing
 
 log = logging.getLogger("gradprobe")
 
@@ -50,6 +55,9 @@ class Store:
 
     def __init__(self, path: Path, disk: Disk, fan: int) -> None:
         self.path, self.folder, self._disk, self._fan = path, parts.folder(path), disk, fan
+        self.lock: Lock | None = None
+        self._held = -1  # a descriptor of the main file as we wrote it last, whatever becomes of its name
+        self._lost = 0  # rows of parts that were removed by somebody else
         self.state = content.State()
         self.sessions: list[sessions.Session] = [sessions.session()]
         self._parts: list[_Part] = []
@@ -86,7 +94,9 @@ class Store:
             flat = storable.provenance(header.provenance)
             before = {k: v for k, v in old.provenance.items() if k != "sessions"}
             self.sessions = sessions.resumed(old.sessions, old.end, before, flat, step)
-            self._cut(header, kept, step, None if old.by_effect else old)
+            files = [p for p in (self.path, *parts.paths(self.path)) if p.exists()]
+            files = [p for p in files if p == self.path or _above(p, _merged_through(self.path))]
+            self._cut(header, kept, step, files, None if old.by_effect else old)
         return header, kept
 
     # ---- while it goes on
@@ -109,8 +119,10 @@ class Store:
 
     def tidy(self, header: Header, epochs: content.Epochs) -> None:
         """Put parts together if there are many; where there is no room for that, they stay as they are."""
+        if time.monotonic() < self._tidy_at:
+            return
         taken = parts.due([last - first + 1 for first, last in (p.span for p in self._parts)], self._fan)
-        if not taken or time.monotonic() < self._tidy_at:
+        if not taken or self._miss():
             return
         try:
             if sum(p.rows for p in self._parts) >= self._merged_rows:
@@ -130,12 +142,12 @@ class Store:
 
     def rewind(self, header: Header, epochs: content.Epochs, step: int) -> None:
         """Cut the rows from ``step`` on, in one rename; the training has gone back."""
-        self._cut(header, epochs, step)
+        self._cut(header, epochs, step, self._files())
 
-    def _cut(self, header: Header, epochs: content.Epochs, step: int, old: Run | None = None) -> None:
+    def _cut(
+        self, header: Header, epochs: content.Epochs, step: int, files: Sequence[Path], old: Run | None = None
+    ) -> None:
         """Keep the rows before ``step``; those of a run of an earlier version as they are read now."""
-        files = [p for p in (self.path, *parts.paths(self.path)) if p.exists()]
-        files = [p for p in files if p == self.path or _above(p, _merged_through(self.path))]
         self.state.seen = None
         for norms in _norms(files, header, step):
             self.state.see(norms)
@@ -173,11 +185,15 @@ class Store:
     def sweep(self) -> None:
         """Remove what a killed writer left half made."""
         for stray in self.folder.glob(".*.tmp"):
-            self._disk.unlink(stray)
+            with suppress(IsADirectoryError, PermissionError):  # a folder is not of our making
+                self._disk.unlink(stray)
 
-    def remove_folder(self) -> None:
-        """Remove the folder of parts, unless there are some."""
-        if not self._spans():
+    def let_go(self) -> None:
+        """Nothing more comes. Remove the folder of parts, unless there are some."""
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
+        if self.lock is not None and self.lock.is_current() and not self._spans():
             with suppress(OSError):
                 self.sweep()
                 self._disk.unlink(self.folder / "lock")
@@ -188,6 +204,60 @@ class Store:
     def _write_main(self, header: Header, epochs: content.Epochs, rows: content.Content, state: content.State) -> None:
         self._write(self.path, header, epochs, state, rows)
         self.state.merged_through, self._merged_rows, self._parts = self._number, _count(rows), []
+        self._hold()
+
+    def _own(self) -> None:
+        """Make anew what somebody else removed or replaced while it was recorded: lock and folder, and the main file.
+
+        Raises:
+            RunFileError: Another process records into the run by now.
+            OSError: It cannot be made.
+        """
+        if self.lock is not None and self.lock.renew():
+            self._miss()
+        if self._held < 0 or _is_at(self.path, self._held):
+            return
+        if os.path.lexists(self.path):
+            names = (self.path.with_name(f"{self.path.name}.other-{n}") for n in itertools.count(1))
+            aside = next(name for name in names if not os.path.lexists(name))
+            self.path.rename(aside)
+            log.warning("%s: was replaced while it was recorded; what was put there is %s now", self.path, aside.name)
+        else:
+            log.warning("%s: was removed while it was recorded, and is written anew", self.path)
+        with (
+            replacing(self.path, self._disk, self.folder) as descriptor,
+            open(descriptor, "wb", closefd=False) as new,
+            open(self._held, "rb", closefd=False) as old,
+        ):
+            old.seek(0)
+            shutil.copyfileobj(old, new)
+        self._hold()
+
+    def _hold(self) -> None:
+        """Keep the main file open, so that its rows are there whatever becomes of its name."""
+        old, self._held = self._held, -1
+        if old >= 0:
+            os.close(old)
+        if os.name != "nt":  # an open file could not be replaced there
+            with suppress(OSError):
+                self._held = os.open(self.path, os.O_RDONLY)
+
+    def _miss(self) -> bool:
+        """Whether parts were removed by somebody else; their rows are counted as dropped, and it is said."""
+        gone = [p for p in self._parts if not (self.folder / parts.name(p.span)).exists()]
+        if not gone:
+            return False
+        self._parts = [p for p in self._parts if p not in gone]
+        rows = sum(p.rows for p in gone)
+        self._lost += rows
+        log.warning(
+            "%s: %d rows are lost: they were in %s/, from which somebody removed them while it was recorded. Recording "
+            "goes on; leave that folder alone until the recording ends.",
+            self.path,
+            rows,
+            self.folder.name,
+        )
+        return True
 
     def _write(
         self,
@@ -199,13 +269,16 @@ class Store:
     ) -> None:
         provenance = {**header.provenance, "sessions": sessions.dump(self._sessions(state.end))}
         described = replace(header, provenance=provenance)
-        temporary = self.folder / f".{path.name}.tmp"
-        write_whole(path, temporary, lambda file: content.fill(file, described, state, rows, epochs), self._disk)
+        self._own()
+        state = replace(state, dropped=state.dropped + self._lost)
+        write_whole(path, lambda file: content.fill(file, described, state, rows, epochs), self._disk, self.folder)
 
     def _sessions(self, end: str) -> list[sessions.Session]:
         return [*self.sessions[:-1], {**self.sessions[-1], "end": end}]
 
     def _files(self) -> list[Path]:
+        self._own()
+        self._miss()
         main = [self.path] if self._merged_rows else []
         return [*main, *(self.folder / parts.name(p.span) for p in self._parts)]
 
@@ -305,6 +378,14 @@ def _counts(files: Iterable[Path], table: schema.Table, before: int | None) -> I
 
 def _count(rows: content.Content) -> int:
     return sum(stretch.count for stretch in rows.values())
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether a file that is open is the one of this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _merged_through(path: Path) -> int:

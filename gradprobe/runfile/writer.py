@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,15 +20,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.errors import GradprobeError, RunFileError
+from gradprobe.errors import RunFileError, tell
 from gradprobe.rows import TABLE_NAMES, AnyRow, Header, TestClusters
 from gradprobe.rows.layers import moved
 from gradprobe.rows.limits import MAX_METRICS
 from gradprobe.runfile import growth, parts, schema, storable
-from gradprobe.runfile.files import Disk
 from gradprobe.runfile.flusher import Flusher
 from gradprobe.runfile.lock import Lock, acquire
 from gradprobe.runfile.store import Store
+from gradprobe.whole_files import Disk, target, telling
 
 log = logging.getLogger("gradprobe")
 
@@ -36,7 +37,8 @@ class RunWriter:
     """A sink (see :class:`gradprobe.rows.ResumableSink`) that keeps a run in one HDF5 file. Safe in threads.
 
     Args:
-        path: Where the file goes; ``PATH.parts/`` beside it holds what is not merged yet.
+        path: Where the file goes; ``PATH.parts/`` beside it holds what is not merged yet. Of a symbolic link, where it
+            leads.
         overwrite: Replace a run that is there.
         resume: Go on with the run that is there, from where :meth:`rewind` says. No run there, and nothing to
             go back to: a new one.
@@ -44,7 +46,12 @@ class RunWriter:
         disk: Where the files go; tests give one that fails.
 
     Raises:
-        RunFileError: The file exists, another process records into it, or the folder cannot be written.
+        RunFileError: The file exists, another process records into it, the folder cannot be written, or something else
+            than a file is there.
+
+    Attributes:
+        path: Of the file; no link.
+        trouble: What of the run could not be written when it was closed, and what to do; empty: nothing.
     """
 
     tables = TABLE_NAMES
@@ -71,15 +78,16 @@ class RunWriter:
     ) -> None:
         if overwrite and resume:
             raise RunFileError(f"{path}: overwrite=True and resume=True contradict each other; leave one of them out.")
-        self.path = Path(path).absolute()  # a program may change its folder while it records
-        if not self.path.name or self.path.is_dir():
-            raise RunFileError(f"{self.path}: is a folder, or no name. Name a file, such as --out conflict.h5.")
-        self._resume, self._disk = resume, disk or Disk()
+        given = Path(path).absolute()  # a program may change its folder while it records
+        with telling(given):
+            self.path = target(given, overwrite=not resume)
+        self._overwrite, self._resume, self._disk = overwrite, resume, disk or Disk()
         self._process = os.getpid()
         self._store = Store(self.path, self._disk, self.merge_at)
         self._flusher = Flusher(self._store, flush_seconds, flush_rows, self.keep_bytes, self.part_bytes)
         self._notes: dict[str, Any] = {}
         self._places: NDArray[np.intp] | None = None  # of the session's layers in the file; None: at its beginning
+        self.trouble, self._interrupted = "", False
         self._lock = self._claim(overwrite or resume)
         _open.add(self)
 
@@ -96,13 +104,10 @@ class RunWriter:
             return
         header = replace(self._storable(header), provenance={**header.provenance, **self._notes})
         try:
-            self._begin(header)
-        except OSError as error:
-            self._give_up()
-            raise RunFileError(
-                f"{self.path}: cannot be written here ({error}). Choose another place with --out."
-            ) from error
-        except BaseException:
+            with telling(self.path):
+                self._begin(header)
+        except BaseException as error:
+            self.trouble = str(error)
             self._give_up()
             raise
         self._flusher.start()
@@ -252,48 +257,62 @@ class RunWriter:
     def close(self, end: str = "finished") -> None:
         """Flush, merge all into one file, and let go of it. A second call does nothing.
 
+        Where it is called while an exception is under way, which it would hide, an error of its own is a warning.
+
         Raises:
             RunFileError: The disk did not take the last rows; says how many and where the rest is.
         """
         if self._foreign():
             return
         with self._flusher.lock:
-            if self._flusher.closing:
+            if self._flusher.closing and not self._interrupted:
                 return
-            self._flusher.closing = True
+            self._flusher.closing, self._interrupted = True, False
             if self._flusher.header is None:
                 self._adopt()
-        self._flusher.stop()
+        under_way = sys.exc_info()[1] is not None
         try:
+            self._complete(end)
+        except RunFileError as error:
+            self.trouble = str(error)
+            if not under_way:
+                raise
+            tell(self.trouble)
+
+    def _complete(self, end: str) -> None:
+        try:
+            self._flusher.stop()
             if self._flusher.header is not None:
                 self._flusher.finish(end)
         except Exception as error:
+            self._give_up()
             raise RunFileError(
                 f"{self.path}: could not be completed ({error}); {len(self._flusher.backlog)} rows are lost. "
                 f"What was flushed before can be read as it is: gradprobe summary {self.path}"
             ) from error
-        finally:
-            self._give_up()
+        except BaseException:  # an impatient Ctrl-C: the next call goes on, at the end of the program at the latest
+            self._interrupted = True
+            raise
+        self._give_up()
 
     # ---- the beginning
 
     def _claim(self, may_exist: bool) -> Lock:
         """Make sure that the run is ours before anything is touched."""
-        try:
-            lock = acquire(self.path, self._store.folder, self._disk)
-        except OSError as error:
-            raise RunFileError(
-                f"{self.path}: cannot be written here ({error}). Choose another place with --out."
-            ) from error
+        with telling(self.path):
+            self._store.lock = lock = acquire(self.path, self._store.folder, self._disk)
         if self._exists() and not may_exist:
-            self._store.remove_folder()
+            self._store.let_go()
             lock.release()
-            raise RunFileError(
-                f"{self.path}: this run exists. Choose another file with --out, replace it with --overwrite, "
-                "or go on with it with --resume."
-            )
+            raise self._there()
         self._store.sweep()
         return lock
+
+    def _there(self) -> RunFileError:
+        return RunFileError(
+            f"{self.path}: this run exists. Choose another file with --out, replace it with --overwrite, "
+            "or go on with it with --resume."
+        )
 
     def _exists(self) -> bool:
         return self.path.exists() or bool(parts.paths(self.path))
@@ -314,6 +333,8 @@ class RunWriter:
                 f"{self.path}: no such run to go on with; its rows before step {self._flusher.rewound[0]} are missing. "
                 "Put the file back, or record anew without --resume."
             )
+        elif self._exists() and not (self._overwrite or self._resume):  # it was made since this writer was
+            raise self._there()
         else:
             self._store.begin(header)
         self._flusher.begun(header)
@@ -334,7 +355,7 @@ class RunWriter:
         """Let go of the run, and of the folder if nothing is in it."""
         self._flusher.closing = True
         _open.discard(self)
-        self._store.remove_folder()
+        self._store.let_go()
         self._lock.release()
 
     def _foreign(self) -> bool:
@@ -351,5 +372,5 @@ def _close_what_is_open() -> None:
     for writer in list(_open):
         try:
             writer.close("failed: the program ended without closing it")
-        except GradprobeError as error:
+        except Exception as error:
             log.warning("%s", error)

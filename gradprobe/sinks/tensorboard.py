@@ -73,4 +73,5 @@ def _summary_writer(folder: str | Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ModuleNotFoundError as error:
         raise MissingExtraError("tensorboard", "tensorboard", "TensorBoardSink") from error
-    return SummaryWriter(str(folder))
+    # Absolute: it opens its file anew by name, and a program may change its folder meanwhile.
+    return SummaryWriter(str(folder) if "://" in str(folder) else str(Path(folder).absolute()))

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gradprobe import whole_files
 from gradprobe.errors import UsageError
 from gradprobe.study.arms import Arm
 from gradprobe.trainers.settings import Settings, as_provenance
@@ -122,14 +123,15 @@ def write(folder: Path, plan: Mapping[str, Any]) -> Path:
     """
     path = folder / NAME
     text = json.dumps(plan, indent=2, allow_nan=False) + "\n"
+    with whole_files.telling(path):
+        whole_files.target(path, overwrite=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             if check(folder, plan):
                 return path
-            temporary = path.with_name(f".{NAME}.tmp")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
+            with whole_files.telling(path):
+                whole_files.write(path, text)
     except OSError as error:
         raise UsageError(f"{folder}: the plan cannot be written there ({error}). Take another folder: --out.") from None
     return path
