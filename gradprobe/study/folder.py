@@ -9,6 +9,7 @@ from pathlib import Path
 from gradprobe.errors import RunFileError
 from gradprobe.runfile import Run, live
 from gradprobe.study.arms import Planned
+from gradprobe.trainers.paths import Paths
 
 ABSENT, BEGUN, RESUMABLE, RECORDING, FINISHED = "absent", "begun", "resumable", "recording", "finished"
 
@@ -60,7 +61,7 @@ def state(path: Path) -> str:
                 return FINISHED
     except RunFileError:
         return BEGUN
-    return RESUMABLE if path.with_name(f"{path.stem}.checkpoint.pt").exists() else BEGUN
+    return RESUMABLE if Paths(path).checkpoint.exists() else BEGUN
 
 
 def progress(log: Path) -> float:
