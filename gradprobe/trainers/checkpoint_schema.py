@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradprobe.trainers.hyp import LOSS_KEYS
+from gradprobe.trainers.hyp import LOSS_KEYS, DetectionHyp
 from gradprobe.trainers.settings import LONGEST, restored
 
 MOST = 2**53
@@ -41,6 +41,7 @@ def check(state: Any, size: int) -> None:
     _bounded("", state, size, DEEPEST)
     CHECKPOINT("", state)
     settings = restored(state["settings"])
+    DetectionHyp(**state["hyp"])
     sharing = state["probe"]["meter"].get("sharing") or {"layers": (), "effect": (), "rows": ()}
     if len({len(sharing[name]) for name in ("layers", "effect", "rows")}) > 1:
         raise ValueError("probe.meter.sharing has not as many layers, effect and rows")

@@ -270,6 +270,8 @@ def _load_model(t: Training, state: Mapping[str, Any]) -> None:
 
 
 def _load_balancer(t: Training, state: Mapping[str, Any]) -> None:
+    if t.settings.trainer in TRAINERS and (others := t.balancer.state_dict().keys() ^ state.keys()):
+        raise ValueError(f"{t.settings.trainer} has no {sorted(others)[0]}, or this has none")
     t.balancer.load_state_dict(state)
     if t.settings.trainer in TRAINERS:
         check_weights(t.balancer.weights(), t.problem.kind.tasks, step=t.probe.step, signed=t.balancer.signed)
