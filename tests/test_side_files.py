@@ -101,7 +101,7 @@ def test_the_checkpoint_of_another_run_is_refused_and_nothing_is_touched(tmp_pat
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_for_a_run_with_an_id(tmp_path, monkeypatch, capsys):
     run = stop_in_epoch(monkeypatch, 2, tmp_path / "a.h5")
-    altered(run, lambda state: (state.pop("id"), state.pop("sum")) and None)
+    altered(run, lambda state: [state.pop(name) for name in ("id", "sum")] and state)
     assert command(["record", "--resume", str(run)]) == 3
     assert "is of another run" in capsys.readouterr().err
 

@@ -46,7 +46,11 @@ def plant(folder, *names):
 
 def gradprobe(*words, cwd, module=False, **environment):
     """As the installed command runs it, or as ``python -m``."""
-    start = ["-m", "gradprobe"] if module else ["-c", "import sys; sys.path.pop(0); from gradprobe.__main__ import main; main()"]
+    start = (
+        ["-m", "gradprobe"]
+        if module
+        else ["-c", "import sys; sys.path.pop(0); from gradprobe.__main__ import main; main()"]
+    )
     return subprocess.run(
         [sys.executable, *start, *map(str, words)],
         cwd=cwd,
@@ -122,7 +126,9 @@ def test_a_bundled_trainer_may_be_named_too(run):
     assert command(["record", "--resume", str(run), "--trainer", "gradnorm"]) == 0
 
 
-@pytest.mark.parametrize("name", ["planted:Mine", "planted.deep:Mine", "os:system", "gradprobe.trainers.joint:Joint", "joint:x"])
+@pytest.mark.parametrize(
+    "name", ["planted:Mine", "planted.deep:Mine", "os:system", "gradprobe.trainers.joint:Joint", "joint:x"]
+)
 def test_a_trainer_that_was_put_into_a_checkpoint_is_not_imported(run, name, monkeypatch, capsys):
     marker = plant(run.parent, "planted", "planted.deep", "joint")
     monkeypatch.chdir(run.parent)
@@ -134,7 +140,18 @@ def test_a_trainer_that_was_put_into_a_checkpoint_is_not_imported(run, name, mon
 
 
 def test_no_module_of_the_present_folder_stands_in_for_an_installed_one(run):
-    marker = plant(run.parent, "yaml", "torch", "h5py", "json", "typer", "rich", "torchjd", "gradprobe/cli/app", "gradprobe/__init__")
+    marker = plant(
+        run.parent,
+        "yaml",
+        "torch",
+        "h5py",
+        "json",
+        "typer",
+        "rich",
+        "torchjd",
+        "gradprobe/cli/app",
+        "gradprobe/__init__",
+    )
     for words in (["record", "--resume", run.name], ["replay", run.name, "--no-figure"], ["summary", run.name]):
         done = gradprobe(*words, cwd=run.parent)
         assert done.returncode == 0, done.stderr
@@ -224,7 +241,9 @@ TOP = [
 ]
 
 KINDS = {
-    **{f"is {name}": lambda _, v=value: v for name, value in {"a list": [1], "a tensor": torch.ones(3), "text": "x"}.items()},
+    "is a list": lambda _: [1],
+    "is a tensor": lambda _: torch.ones(3),
+    "is a text": lambda _: "x",
     "is empty": lambda _: {},
     "is a number": lambda _: 3,
     "is weights": lambda state: dict(state["model"]),
@@ -316,7 +335,7 @@ KINDS = {
     "random state of zeros": lambda state: state.update(rng=torch.zeros_like(state["rng"])),
     "random state of floats": lambda state: state.update(rng=state["rng"].double()),
     # the probe
-    **{f"probe.{name} of text": put("probe", name, value="x") for name in ("clock", "meter", "epoch", "last_row", "seconds")},
+    **{f"probe.{n} of text": put("probe", n, value="x") for n in ("clock", "meter", "epoch", "last_row", "seconds")},
     "a clock of text": put("probe", "clock", "step", value="4"),
     "a clock that is behind": put("probe", "clock", "step", value=-1),
     "a clock that is ahead": put("probe", "clock", "step", value=2**40),
