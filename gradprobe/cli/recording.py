@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 MOST_PROCESSES = 8
 """That a run to go on with may have, on machines of fewer cores too; of more, somebody else's file would start them."""
 
-ASIDE = 24
-"""Characters by which the name of a file that is half made is longer than its own."""
+
+LARGEST_PLAN = 1 << 20
+"""Bytes of what was fixed before the runs of a study."""
 
 
 @dataclass(frozen=True)
@@ -172,14 +173,27 @@ def read_plan(path: Path) -> dict[str, Any]:
         UsageError: It cannot be read, or is no JSON object.
     """
     try:
+        size = path.stat().st_size if path.is_file() or not path.exists() else LARGEST_PLAN + 1
+        if size > LARGEST_PLAN:
+            raise UsageError(f"--plan {path}: is no regular file, or larger than {LARGEST_PLAN:,} bytes.")
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--plan {path}: cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--plan {path}: is not JSON: {error}.") from None
     if not isinstance(found, dict):
         raise UsageError(f"--plan {path}: holds no JSON object, but a {type(found).__name__}.")
+    if not _storable(found):
+        raise UsageError(f"--plan {path}: holds more than 12 levels of lists and objects, or numbers above 2^63.")
     return found
+
+
+def _storable(value: Any, levels: int = 12) -> bool:
+    """Whether a plan can go into a run file and a checkpoint."""
+    if isinstance(value, (dict, list)):
+        inner = value.values() if isinstance(value, dict) else value
+        return levels > 0 and all(_storable(each, levels - 1) for each in inner)
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
 
 
 def output_path(request: Request) -> Path:
@@ -267,15 +281,9 @@ def _check_side_files(plan: Plan) -> None:
     """No run takes the weights or the checkpoint of another one, whatever its name is.
 
     Raises:
-        UsageError: There are some, and no ``--overwrite``; or the name leaves them no room.
+        UsageError: There are some, and no ``--overwrite``.
     """
     paths = Paths(plan.out)
-    try:
-        os.lstat(paths.checkpoint.with_name(f"{paths.checkpoint.name}{'x' * ASIDE}"))
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UsageError(f"--out {plan.out}: {error.strerror}; the names of its side files are longer still.") from None
     if plan.overwrite or os.path.lexists(plan.out):  # then it is said that the run exists
         return
     found = [path.name for path in paths.existing() if path != paths.checkpoint or not _is_first(path)]
