@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from gradprobe.study.arms import Planned
 from gradprobe.study.folder import ABSENT, RESUMABLE, Folder
+from gradprobe.trainers.registry import TRAINERS
 
 
 def record(folder: Folder, run: Planned, common: Sequence[str], state: str = ABSENT) -> list[str]:
@@ -18,7 +19,8 @@ def record(folder: Folder, run: Planned, common: Sequence[str], state: str = ABS
         state: Of its file, see :func:`gradprobe.study.folder.state`.
     """
     if state == RESUMABLE:
-        return ["record", "--resume", str(folder.run(run))]
+        own = [] if run.arm.trainer in TRAINERS else ["--trainer", run.arm.trainer]  # imported only where it is named
+        return ["record", "--resume", str(folder.run(run)), *own]
     source = ["--from", str(folder.source(run))] if run.source else []
     return [
         *("record", "--trainer", run.arm.trainer, *source, *common, *run.arm.flags),
