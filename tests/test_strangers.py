@@ -682,10 +682,12 @@ def options():
     for found, words in commands(typer.main.get_command(app), []):
         needed = [p for p in found.params if isinstance(p, click.Argument) and p.required]
         for parameter in found.params:
-            if isinstance(parameter.type, click.Path) or parameter.name in ("data", "cfg", "weights", "name"):
+            named = parameter.name in ("data", "cfg", "weights", "name") and not getattr(parameter, "is_flag", False)
+            if isinstance(parameter.type, click.Path) or named:
                 others = ["none.h5" for other in needed if other is not parameter]
                 flag = [max(parameter.opts, key=len)] if isinstance(parameter, click.Option) else []
-                yield [*words, *others, *flag]
+                asked = [p for p in found.params if isinstance(p, click.Option) and p.required and p is not parameter]
+                yield [*words, *(word for p in asked for word in (p.opts[0], "csv")), *others, *flag]
 
 
 ODD = {
@@ -713,3 +715,30 @@ def test_an_empty_path_is_wrong_usage(capsys):
     for words in (["record", "--out", ""], ["summary", ""], ["record", "--resume", ""], ["check", ""]):
         assert command(words) == 2
         assert "is empty, and names no file" in capsys.readouterr().err
+
+
+# ---- what a run file says of itself
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("seed", "abc"), ("seed", -1), ("seed", 2.5), ("cagrad_c", "x"), ("cagrad_c", [1.0]), ("match_norm", "yes")),
+        *(("task_weights", "ab"), ("task_weights", [1.0]), ("task_weights", [1.0, math.nan]), ("gradnorm_lr", -1.0)),
+        *(("gradnorm_alpha", math.nan), ("gradnorm_momentum", 7.0), ("gradnorm_layer", 3), ("weight_sum", "x")),
+    ],
+)  # fmt: skip
+def test_settings_that_a_run_file_makes_up_are_one_clear_error(name, value, stopped, monkeypatch, capsys):
+    from gradprobe.runfile import Run
+
+    opened = Run.__init__
+
+    def open_(run, *arguments, **options):
+        opened(run, *arguments, **options)
+        run.provenance[f"settings.{name}"] = value
+
+    monkeypatch.setattr(Run, "__init__", open_)
+    assert command(["replay", str(stopped), "--method", "cagrad,gradnorm", "--no-figure"]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith(f"gradprobe: {stopped}: ")
+    assert len(said.splitlines()) == 1
