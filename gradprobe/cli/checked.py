@@ -49,7 +49,7 @@ def check_words(words: Sequence[str]) -> None:
     Raises:
         UsageError: One holds a NUL, or what is no text, or is longer than any path.
     """
-    for word in words:
+    for word in map(os.fspath, words):
         if "\0" in word:
             raise UsageError(f"{_shown(word)} holds a NUL character, which no path and no name does.")
         if len(word) > LONGEST:
