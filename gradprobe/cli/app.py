@@ -12,6 +12,7 @@ from gradprobe import __version__
 from gradprobe.cli.advise import advise
 from gradprobe.cli.audit import audit
 from gradprobe.cli.check import check
+from gradprobe.cli.checked import Checked, check_words
 from gradprobe.cli.compare import compare
 from gradprobe.cli.console import guarded
 from gradprobe.cli.data import app as data_app
@@ -57,6 +58,8 @@ app.command()(export)
 app.command()(check)
 app.command()(doctor)
 app.command()(audit)
+for each in (*app.registered_commands, *data_app.registered_commands):
+    each.cls = Checked
 app.add_typer(data_app, name="data", help="Make the embedded data set, or check one of your own.")
 
 
@@ -80,6 +83,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _run(arguments: Sequence[str]) -> int:
     try:
+        check_words(arguments)
         code = app(list(arguments), standalone_mode=False, prog_name="gradprobe", obj=list(arguments))
         if code == INTERRUPTED:  # typer turned a Ctrl-C into this code
             print("gradprobe: stopped", file=sys.stderr)

@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradprobe.trainers.paths import Paths
+
 if TYPE_CHECKING:
     from gradprobe.rows import Header, Row
 
@@ -24,7 +26,7 @@ class Begun:
         """The new run has begun."""
         from gradprobe.trainers import checkpoint
 
-        paths = checkpoint.Paths(self._out)
+        paths = Paths(self._out)
         for path in paths.existing():
             path.unlink()
         with suppress(OSError):  # the loop tells of a full disk after the first epoch

@@ -6,7 +6,9 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+import gradprobe
 from gradprobe.errors import UsageError
 
 INTERRUPTED = 130
@@ -45,8 +47,10 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         monitor_interval=0.1,
     )
     _be_quiet()
+    # By its path: `-m gradprobe` would take a folder of that name that lies in the present one.
+    command = str(Path(gradprobe.__file__).with_name("__main__.py"))
     try:
-        elastic_launch(config, sys.executable)("-m", "gradprobe", *arguments)
+        elastic_launch(config, sys.executable)(command, *arguments)
     except ChildFailedError as error:
         return _exit_code(error.get_first_failure()[1].exitcode)
     except (SignalException, KeyboardInterrupt):

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import os
 import signal
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,16 +23,21 @@ from gradprobe.errors import DataError, RunFileError, UsageError
 from gradprobe.foreign import quoted
 from gradprobe.provenance import argv, environment
 from gradprobe.runfile import RunWriter, open_run
+from gradprobe.trainers.paths import Paths
 from gradprobe.trainers.problems import kind_of
-from gradprobe.trainers.settings import Settings, parse_task_weights, resolve
+from gradprobe.trainers.registry import TRAINERS
+from gradprobe.trainers.settings import Settings, parse_task_weights, resolve, restored
 
 if TYPE_CHECKING:
     from gradprobe.rows import Sink
-    from gradprobe.trainers.checkpoint import Paths
     from gradprobe.trainers.hyp import DetectionHyp, HypFile
     from gradprobe.trainers.loop import Outcome
     from gradprobe.trainers.problems import Data
     from gradprobe.trainers.processes import OneProcess
+
+
+MOST_PROCESSES = 8
+"""That a run to go on with may have, on machines of fewer cores too; of more, somebody else's file would start them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Plan:
     state: Mapping[str, Any] | None  # of the checkpoint to go on from
     study: Mapping[str, Any] = field(default_factory=dict)  # what was fixed before the runs of a study
     arm: str = ""  # of the study that it belongs to
+    id: str = ""  # of the run: in its file and in its checkpoint
 
 
 def record_run(request: Request) -> int:
@@ -82,6 +89,8 @@ def record_run(request: Request) -> int:
     from gradprobe.trainers.processes import check_there, is_first, started
 
     plan = make_plan(request)
+    if plan.state is None:
+        _check_side_files(plan)
     if plan.settings.processes > started():
         check_there(plan.settings.device)
         return launch(request.arguments, plan.settings.processes)
@@ -104,14 +113,14 @@ def _record(plan: Plan, display: Display) -> None:
             with uninterrupted():
                 writer.close(_end(error))
                 if not writer.started and not plan.out.exists():
-                    _paths(plan.out).checkpoint.unlink(missing_ok=True)
+                    Paths(writer.path).checkpoint.unlink(missing_ok=True)
             _say_where(display, plan, writer, stopped=True)
             raise
         with uninterrupted():
             writer.annotate({"batches": outcome.batches, **({"test": outcome.test} if outcome.test else {})})
             writer.write_test(outcome.clusters)
             writer.close("finished")
-            _paths(plan.out).checkpoint.unlink(missing_ok=True)  # only now: a kill before must leave something
+            Paths(writer.path).checkpoint.unlink(missing_ok=True)  # only now: a kill before must leave something
     _say_where(display, plan, writer, stopped=False)
 
 
@@ -139,6 +148,7 @@ def make_plan(request: Request) -> Plan:
         state=None,
         study=read_plan(request.plan) if request.plan is not None else {},
         arm=request.arm,
+        id=uuid.uuid4().hex,
     )
 
 
@@ -179,29 +189,46 @@ def output_path(request: Request) -> Path:
 def _plan_to_resume(request: Request) -> Plan:
     from gradprobe.trainers import checkpoint
     from gradprobe.trainers.hyp import DetectionHyp
-    from gradprobe.trainers.processes import counted
+    from gradprobe.trainers.processes import counted, started
 
     assert request.resume is not None
-    given = [name for name, value in request.flags.items() if value is not None]
+    given = [name for name, value in request.flags.items() if value is not None and name != "trainer"]
     others = (
         *(request.task_weights, request.preset, request.hyp, request.out, request.overwrite, request.source),
         *(request.plan, request.arm),
     )
     if given or any(others) or request.project is not None or request.name is not None:
-        raise UsageError("--resume goes on with the settings of that run; give no other flags with it.")
+        raise UsageError(
+            "--resume goes on with the settings of that run; give no other flags with it (but --trainer, where that is "
+            "a module of your own)."
+        )
     with open_run(request.resume) as run:
         if run.end == "finished":
             raise UsageError(f"--resume {request.resume}: this run is finished; there is nothing to go on with.")
-        last = int(run["step"].max(initial=-1))
-    state = checkpoint.load(checkpoint.Paths(request.resume).checkpoint)
+        last, own = int(run["step"].max(initial=-1)), str(run.provenance.get("id", ""))
+    paths = Paths(request.resume)
+    if not os.path.lexists(paths.checkpoint) and paths.earlier_checkpoint.is_file():
+        raise RunFileError(
+            f"{paths.checkpoint}: no such checkpoint. {paths.earlier_checkpoint.name} has the name that earlier "
+            f"versions gave it, and other runs' too; if it is this run's, rename it to {paths.checkpoint.name}."
+        )
+    state = checkpoint.load(paths.checkpoint)
+    if state.get("id", "") != own:
+        raise RunFileError(f"{paths.checkpoint}: is of another run than {request.resume}. {checkpoint.ANEW}")
     if state["probe"]["last_row"] > last:  # of an older run, that this one had only begun to replace
         raise RunFileError(
             f"{request.resume}: ends at step {last}, but its checkpoint belongs to a run that was measured up to step "
             f"{state['probe']['last_row']}. There is nothing to go on from; record anew with --overwrite."
         )
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in state["settings"].items()}
+    settings = restored(state["settings"])
+    _check_named(request, settings.trainer)
+    if settings.processes > max(started(), MOST_PROCESSES, os.cpu_count() or 1):
+        raise RunFileError(
+            f"{request.resume}: was recorded by {settings.processes} processes, which are not started on a machine of "
+            f"{os.cpu_count()} cores. Start them with torchrun."
+        )
     return Plan(
-        settings=counted(Settings(**values)),
+        settings=counted(settings),
         hyp=DetectionHyp(**state["hyp"]),
         ignored_hyp=tuple(state["ignored_hyp"]),
         out=request.resume,
@@ -209,7 +236,51 @@ def _plan_to_resume(request: Request) -> Plan:
         state=state,
         study=state.get("plan", {}),
         arm=state.get("arm", ""),
+        id=own,
     )
+
+
+def _check_named(request: Request, recorded: str) -> None:
+    """A module is imported because this command line names it, never because a file does.
+
+    Raises:
+        UsageError: The run is of a trainer that the command line does not name, or of another than it names.
+    """
+    named = request.flags.get("trainer")
+    if named is not None and named != recorded:
+        raise UsageError(f"--trainer {named}: {request.resume} was recorded with --trainer {recorded}; leave it out.")
+    if named is None and recorded not in TRAINERS:
+        raise UsageError(
+            f"--resume {request.resume}: was recorded with {recorded!r}, a module that is no part of gradprobe and "
+            f"whose code would be run. If it is yours, name it too: --trainer {quoted(recorded)}"
+        )
+
+
+def _check_side_files(plan: Plan) -> None:
+    """No run takes the weights or the checkpoint of another one, whatever its name is.
+
+    Raises:
+        UsageError: There are some, and no ``--overwrite``.
+    """
+    paths = Paths(plan.out)
+    if plan.overwrite or os.path.lexists(plan.out):  # then it is said that the run exists
+        return
+    found = [path.name for path in paths.existing() if path != paths.checkpoint or not _is_first(path)]
+    if found:
+        raise UsageError(
+            f"--out {plan.out}: there is no such run, but {', '.join(found)} of one, which it would replace. Choose "
+            "another name, or replace them with --overwrite."
+        )
+
+
+def _is_first(path: Path) -> bool:
+    """Whether a checkpoint is that of a run that was killed before its first row: nothing is lost with it."""
+    from gradprobe.trainers import checkpoint
+
+    try:
+        return bool(checkpoint.load(path)["epoch"] == 0)
+    except RunFileError:
+        return False
 
 
 def train(plan: Plan, writer: RunWriter | None, display: Display) -> Outcome:
@@ -256,6 +327,7 @@ def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: On
         processes=processes,
         hyp=plan.hyp,
         provenance={
+            **({"id": plan.id} if plan.id else {}),
             "argv": argv(),
             "ignored_hyp": list(plan.ignored_hyp),
             **({"plan": plan.study} if plan.study else {}),
@@ -270,6 +342,7 @@ def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: On
         "data_fingerprint": data.fingerprint,
         "plan": dict(plan.study),
         "arm": plan.arm,
+        "id": plan.id,
     }
     if plan.state is not None:
         _check_same_data(plan, data)
@@ -279,12 +352,6 @@ def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: On
         begun.state = copy.deepcopy(loop.resumable(training))
     display.begin(settings.epochs, len(training.train_loader), training.probe.step)
     return loop.run(training)
-
-
-def _paths(out: Path) -> Paths:
-    from gradprobe.trainers.checkpoint import Paths
-
-    return Paths(out)
 
 
 def _check_same_data(plan: Plan, data: Data) -> None:
@@ -323,7 +390,7 @@ def _say_where(display: Display, plan: Plan, writer: RunWriter, *, stopped: bool
     if not writer.started:  # what is there is an older run, untouched
         return
     state = "stopped, complete up to here" if stopped else "recorded"
-    display.result(f"{state}: {plan.out}")
+    display.result(f"not all of it was recorded: {writer.trouble}" if writer.trouble else f"{state}: {plan.out}")
     display.result(f"next:     gradprobe plot {quoted(plan.out)}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,7 +37,10 @@ def replay_run(run: Run, names: list[str]) -> list[Replayed]:
     static = np.array(setting(run, "task_weights", [1.0] * len(run.tasks)), dtype=np.float64)
     fixed = [("recorded", run["weight"].astype(np.float64)), ("joint", np.tile(static, (len(gram), 1)))]
     done = [effect(name, gram, static, weight) for name, weight in fixed]
-    return done + [replay(name, gram, static, _method(run, name, gram, static)) for name in names]
+    try:
+        return done + [replay(name, gram, static, _method(run, name, gram, static)) for name in names]
+    except ValueError as error:  # a learning rate below 0, and the like
+        raise RunFileError(f"{run.path}: its settings cannot be replayed ({error}).") from None
 
 
 def check(names: list[str]) -> None:
@@ -59,8 +63,22 @@ def check(names: list[str]) -> None:
 
 
 def setting(run: Run, name: str, default: Any) -> Any:
-    """A setting of the recording; ``default`` where it has none, as runs of `gradprobe.attach`."""
-    return run.provenance.get(f"settings.{name}", default)
+    """A setting of the recording; ``default`` where it has none, as runs of `gradprobe.attach`.
+
+    Raises:
+        RunFileError: It is of another kind than the default; the file may be a stranger's.
+    """
+    value = run.provenance.get(f"settings.{name}", default)
+    numbers = value if isinstance(default, list) and isinstance(value, list) else [value]
+    kinds = (str,) if isinstance(default, str) else (int, float)
+    alike = isinstance(value, list) == isinstance(default, list) and all(isinstance(each, kinds) for each in numbers)
+    if isinstance(default, list) and len(numbers) != len(default):
+        alike = False
+    if isinstance(default, int) and not (alike and math.isfinite(value) and value == int(value) and 0 <= value < 2**63):
+        alike = False
+    if not alike or any(isinstance(each, float) and math.isnan(each) for each in numbers):
+        raise RunFileError(f"{run.path}: settings.{name} is {repr(value)[:80]}, which it cannot be.")
+    return value
 
 
 def _method(run: Run, name: str, gram: Array, static: Array) -> Method:
@@ -96,7 +114,7 @@ def _gradnorm(run: Run, static: Array) -> Iterator[Array | None]:
     from gradprobe.trainers.gradnorm import GradNorm
 
     d = Settings()
-    layer = setting(run, "gradnorm_layer", "") or run.provenance.get("model.last_shared_layer", _last_shared(run))
+    layer = setting(run, "gradnorm_layer", "") or str(run.provenance.get("model.last_shared_layer", _last_shared(run)))
     chosen = run.layer_indices(layer)
     counts, square = run.counts()[:, chosen], np.square(run["grad_norm"].astype(np.float64)[:, chosen])
     norms = np.sqrt(np.where(counts.any(axis=1), np.where(counts, square, 0.0).sum(axis=1), np.nan))

@@ -17,7 +17,7 @@ def folder(run: Path) -> Path:
     """Where the parts of a run lie: beside the file itself, where ``run`` is a symbolic link to it."""
     with suppress(OSError):  # where links lead nowhere, who opens the run says so
         run = followed(run)
-    return run.with_name(run.name + schema.PARTS_SUFFIX)
+    return run.parent / (run.name + schema.PARTS_SUFFIX)
 
 
 def name(span: Span) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from gradprobe.study.arms import Planned
 from gradprobe.study.folder import ABSENT, RESUMABLE, Folder
+from gradprobe.trainers.registry import TRAINERS
 
 
 def record(folder: Folder, run: Planned, common: Sequence[str], state: str = ABSENT) -> list[str]:
@@ -18,8 +19,7 @@ def record(folder: Folder, run: Planned, common: Sequence[str], state: str = ABS
         state: Of its file, see :func:`gradprobe.study.folder.state`.
     """
     if state == RESUMABLE:
-        # A module of the user's is named again: none is imported because a file that is found there names it.
-        own = ["--trainer", run.arm.trainer] if ":" in run.arm.trainer else []
+        own = [] if run.arm.trainer in TRAINERS else ["--trainer", run.arm.trainer]  # imported only where it is named
         return ["record", "--resume", str(folder.run(run)), *own]
     source = ["--from", str(folder.source(run))] if run.source else []
     return [

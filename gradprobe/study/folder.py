@@ -12,6 +12,7 @@ from gradprobe.errors import RunFileError
 from gradprobe.runfile import Run, live, storable
 from gradprobe.runfile.attributes import printable
 from gradprobe.study.arms import Planned
+from gradprobe.trainers.paths import Paths
 
 ABSENT, BEGUN, RESUMABLE, RECORDING, FINISHED = "absent", "begun", "resumable", "recording", "finished"
 UNREADABLE = "unreadable"
@@ -72,7 +73,7 @@ def state(path: Path) -> str:
                 return FINISHED
     except RunFileError:
         return UNREADABLE
-    return RESUMABLE if path.with_name(f"{path.stem}.checkpoint.pt").exists() else BEGUN
+    return RESUMABLE if Paths(path).checkpoint.exists() else BEGUN
 
 
 def progress(log: Path) -> float:

@@ -87,7 +87,7 @@ class Balancer(ABC):
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - one without state needs nothing
-        """Go on where another balancer of this kind stopped."""
+        """Go on where another balancer of this kind stopped; a state of another kind is an error of any type."""
 
     # ---- how `gradprobe record` makes one
 
@@ -122,6 +122,32 @@ def mean_over_processes(values: Tensor) -> Tensor:
 def loss_values(losses: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:
     """The losses of all processes together, (T,) float64 on the CPU, without their graphs."""
     return mean_over_processes(torch.stack([losses[t].detach().reshape(()).double() for t in tasks])).cpu()
+
+
+def kept(state: Mapping[str, Any], name: str, like: Tensor, *, finite: bool = True) -> Tensor:
+    """A tensor of a state that was saved, if it is of the shape and type of one that it takes the place of.
+
+    Raises:
+        ValueError: It is not there, of another shape or type, or not finite.
+    """
+    value = state.get(name)
+    if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+        raise ValueError(f"{name} is no {like.dtype} tensor of the shape {tuple(like.shape)}")
+    if finite and not value.isfinite().all():
+        raise ValueError(f"{name} is not finite")
+    return value.detach().clone()
+
+
+def counted(state: Mapping[str, Any], name: str) -> int:
+    """A count of a state that was saved.
+
+    Raises:
+        ValueError: It is none.
+    """
+    value = state.get(name)
+    if type(value) is not int or not 0 <= value < 2**53:
+        raise ValueError(f"{name} is {value!r}, not a count")
+    return value
 
 
 def check_weights(weights: Mapping[str, float], tasks: Sequence[str], *, step: int, signed: bool = False) -> None:

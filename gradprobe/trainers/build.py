@@ -160,7 +160,7 @@ def check_device(name: str) -> torch.device:
     text = f"cuda:{name}" if name.isdecimal() else name
     try:
         device = torch.device(text)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # by effect: torch knows devices that hold no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UsageError(f"--device {name}: cannot be used here ({reason}). On any machine: --device cpu") from None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.balancer import Balancer, Setup, loss_values
+from gradprobe.trainers.balancer import Balancer, Setup, counted, kept, loss_values
 
 
 class DWA(Balancer):
@@ -62,8 +62,14 @@ class DWA(Balancer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another one stopped."""
-        self._sum, self._seen, self._counted = state["sum"].clone(), state["seen"], state["counted"]
-        self._means = list(state["means"])
+        self._sum, self._seen, self._counted = (
+            kept(state, "sum", self._sum),
+            counted(state, "seen"),
+            counted(state, "counted"),
+        )
+        if not self._counted <= self._seen < self._steps or len(state["means"]) > 2:
+            raise ValueError(f"seen is {self._seen}, counted {self._counted}, of {self._steps} steps")
+        self._means = [kept({"mean": mean}, "mean", self._sum, finite=False) for mean in state["means"]]
 
     @classmethod
     def create(cls, model: nn.Module, setup: Setup) -> Balancer:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.balancer import Balancer, Setup, loss_values, mean_over_processes
+from gradprobe.trainers.balancer import Balancer, Setup, kept, loss_values, mean_over_processes
+from gradprobe.trainers.optim import restore_optimizer
 
 
 def weight_gradient(weight: Tensor, norm: Tensor, loss_ratio: Tensor, alpha: float) -> Tensor:
@@ -190,9 +191,11 @@ class GradNorm(Balancer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another GradNorm stopped."""
         with torch.no_grad():
-            self._weight.copy_(state["weight"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._initial_losses = state["initial_losses"]
+            self._weight.copy_(kept(state, "weight", self._weight))
+        restore_optimizer(self._optimizer, state["optimizer"])
+        self._initial_losses = None
+        if state["initial_losses"] is not None:
+            self._initial_losses = kept(state, "initial_losses", self._weight)
 
     @classmethod
     def create(cls, model: Any, setup: Setup) -> Balancer:

@@ -149,12 +149,15 @@ def _entries(path: Path) -> dict[str, Node]:
     """The value of every key, with its place in the file."""
     import yaml
 
+    from gradprobe.trainers.yaml_file import compose, told
+
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        _, root = compose(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}. Give the path of a YOLOv5 hyp yaml.") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}{_line_of(error)}: not a yaml file: {_problem_of(error)}.") from None
+        line, problem = told(error)
+        raise UsageError(f"{path}{f', line {line}' if line else ''}: not a yaml file: {problem}.") from None
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"{path}, line 1: expected lines of the form 'lr0: 0.01'.")
     _check_keys(path, root.value)
@@ -187,12 +190,3 @@ def _number(path: Path, key: str, node: Node) -> float:
     if not (math.isfinite(value) and value >= 0):
         raise UsageError(f"{path}, line {line}: {key} is {value}; it is to be a finite number, 0 or above.")
     return value
-
-
-def _line_of(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return f", line {mark.line + 1}" if mark is not None else ""
-
-
-def _problem_of(error: Exception) -> str:
-    return str(getattr(error, "problem", None) or error).rstrip(".")

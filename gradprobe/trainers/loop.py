@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from gradprobe.errors import NonFiniteLossError
 from gradprobe.probes import GradientProbe
@@ -20,10 +20,13 @@ from gradprobe.rows import NONFINITE_LOSS, TestClusters
 from gradprobe.trainers import checkpoint
 from gradprobe.trainers.balancer import Balancer, check_weights
 from gradprobe.trainers.batch_order import UNKNOWN, BatchOrder
+from gradprobe.trainers.checkpoint_schema import digest
 from gradprobe.trainers.data.loader import micro_batches
 from gradprobe.trainers.engine import Engine
 from gradprobe.trainers.jackknife import leave_out
+from gradprobe.trainers.optim import restore_optimizer, restore_schedule
 from gradprobe.trainers.problems import Problem, Scores
+from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.running_statistics import recompute_batchnorm
 from gradprobe.trainers.settings import Settings
 
@@ -53,7 +56,7 @@ class Training:
     model: Any  # see Problem
     engine: Engine
     optimizer: Optimizer
-    schedule: LRScheduler
+    schedule: LambdaLR
     balancer: Balancer
     probe: GradientProbe
     train_loader: Any  # this process's part of every batch
@@ -215,8 +218,8 @@ def saved(t: Training, path: Path, state: Mapping[str, Any]) -> bool:
 
 
 def resumable(t: Training) -> dict[str, Any]:
-    """All state between two epochs."""
-    return {
+    """All state between two epochs, see :mod:`gradprobe.trainers.checkpoint_schema`."""
+    state = {
         **t.origin,
         "epoch": t.epoch,
         "best": t.best,
@@ -229,17 +232,63 @@ def resumable(t: Training) -> dict[str, Any]:
         "batches": t.batches.state_dict(),
         "rng": torch.get_rng_state(),
     }
+    return {**state, "sum": digest(state)}
 
 
 def load_state(t: Training, state: Mapping[str, Any]) -> None:
-    """Go on where :func:`resumable` left off."""
+    """Go on where :func:`resumable` left off.
+
+    Raises:
+        RunFileError: A part of the state is of another training; says which. Nothing of the run has changed.
+    """
+    most = t.settings.epochs * len(t.train_loader)
+    loads: dict[str, Callable[[], Any]] = {
+        "model": lambda: _load_model(t, state["model"]),
+        "optimizer": lambda: restore_optimizer(t.optimizer, state["optimizer"]),
+        "schedule": lambda: restore_schedule(t.schedule, state["schedule"], most),
+        "balancer": lambda: _load_balancer(t, state["balancer"]),
+        "scaler": lambda: _load_scaler(t, state["scaler"]),
+        "batches": lambda: t.batches.load_state_dict(state.get("batches", UNKNOWN)),
+        "rng": lambda: torch.set_rng_state(state["rng"].cpu()),
+        "probe": lambda: _load_probe(t, state["probe"], most),  # last: from here on the run's file is told
+    }
+    for part, load in loads.items():
+        with checkpoint.fitting(t.paths.checkpoint, part):
+            load()
     t.epoch, t.best = state["epoch"], state["best"]
-    t.model.load_state_dict(state["model"])
-    t.optimizer.load_state_dict(state["optimizer"])
-    t.schedule.load_state_dict(state["schedule"])
-    t.balancer.load_state_dict(state["balancer"])
+    if t.best > -math.inf and t.engine.processes.first and not t.paths.best.exists():
+        t.watcher.note(
+            f"{t.paths.best.name} is missing: the weights of the best epoch of the first {t.epoch} are lost. It is "
+            f"written again by an epoch that is better than that one was ({t.best:.4g}), and by no other."
+        )
+
+
+def _load_model(t: Training, state: Mapping[str, Any]) -> None:
+    t.model.load_state_dict(dict(state))
+    if digest(t.model.state_dict()) != digest(state):  # copying makes one type of another
+        raise ValueError("its tensors are of other types, or in another order")
+
+
+def _load_balancer(t: Training, state: Mapping[str, Any]) -> None:
+    if t.settings.trainer in TRAINERS and (others := t.balancer.state_dict().keys() ^ state.keys()):
+        raise ValueError(f"{t.settings.trainer} has no {sorted(others)[0]}, or this has none")
+    t.balancer.load_state_dict(state)
+    if t.settings.trainer in TRAINERS:
+        check_weights(t.balancer.weights(), t.problem.kind.tasks, step=t.probe.step, signed=t.balancer.signed)
+
+
+def _load_scaler(t: Training, state: Mapping[str, Any]) -> None:
+    if (t.engine.scaler is None) != (not state):
+        raise ValueError(f"--precision {t.settings.precision} goes {'without' if state else 'with'} one")
     if t.engine.scaler is not None:
-        t.engine.scaler.load_state_dict(state["scaler"])
-    t.probe.load_state_dict(state["probe"])
-    t.batches.load_state_dict(state.get("batches", UNKNOWN))
-    torch.set_rng_state(state["rng"].cpu())
+        known = t.engine.scaler.state_dict()
+        if wrong := [n for n, v in known.items() if type(state.get(n)) is not type(v) or not 0 <= state[n] < math.inf]:
+            raise ValueError(f"{wrong[0]} is {state.get(wrong[0])!r}")
+        t.engine.scaler.load_state_dict(dict(state))
+
+
+def _load_probe(t: Training, state: Mapping[str, Any], most: int) -> None:
+    step, epoch = state["clock"]["step"], max(state["epoch"], state["last_metrics"])
+    if step > most or state["clock"]["last_asked"] > step or epoch >= t.settings.epochs:
+        raise ValueError(f"it is at step {step}, epoch {epoch}, of {most} steps and {t.settings.epochs} epochs")
+    t.probe.load_state_dict(state)

@@ -6,6 +6,7 @@ A trainer is one file with a :class:`~gradprobe.trainers.balancer.Balancer`, and
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -168,7 +169,8 @@ def check(name: str) -> None:
     Raises:
         UsageError: It is in no table and names no module.
     """
-    if name in TRAINERS or all(part.strip() for part in name.partition(":")):
+    module, colon, attribute = name.partition(":")
+    if name in TRAINERS or (colon and all(part.isidentifier() for part in (*module.split("."), attribute))):
         return
     near = get_close_matches(name, TRAINERS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -177,12 +179,24 @@ def check(name: str) -> None:
     )
 
 
-def _module(module: str, name: str) -> Any:
-    here = str(Path.cwd())
-    if name not in TRAINERS and here not in sys.path:
-        sys.path.insert(0, here)  # a console script does not look beside the user
+def import_named(module: str) -> Any:
+    """Import a module that this command line names: an installed one, or else one of the present folder.
+
+    Installed ones go first, and the present folder is looked into only for what is not installed: where a folder is a
+    stranger's, no file of it may stand in for a package. A name that was read from a file is never given to this.
+    """
     try:
-        return importlib.import_module(module)
+        installed = importlib.util.find_spec(module.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        installed = False
+    if not installed and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # to stay: what the module imports may lie there, too
+    return importlib.import_module(module)
+
+
+def _module(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module) if name in TRAINERS else import_named(module)
     except ModuleNotFoundError as error:
         if error.name is None or not (module + ".").startswith(error.name + "."):
             raise UsageError(f"--trainer {name}: importing {module} failed: {error}.") from error

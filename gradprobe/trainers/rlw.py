@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradprobe.trainers.balancer import Balancer, Setup
+from gradprobe.trainers.balancer import Balancer, Setup, kept
 
 
 class RLW(Balancer):
@@ -46,7 +46,7 @@ class RLW(Balancer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another one stopped."""
-        self._weight = state["weight"].clone()
+        self._weight = kept(state, "weight", self._weight)
         self._generator.set_state(state["generator"].cpu())
 
     @classmethod

@@ -19,6 +19,12 @@ TASKS = YOLOV5.tasks
 """Of the default data; those of others: :func:`gradprobe.trainers.problems.kind_of`."""
 
 LEDGER_ENDS = ("probe", "batch")
+LARGEST_IMAGE = 16384
+"""Pixels of a side: one such image takes 800 MB."""
+
+LONGEST = 4095
+"""Characters of a text; what Linux takes for a path."""
+
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """As Lightning names them. Parameters, losses and the optimizer are float32 in all; 16-mixed scales the losses."""
 
@@ -124,6 +130,42 @@ def resolve(flags: Mapping[str, Any], *, preset: str = "", hyp: Mapping[str, flo
     return settings
 
 
+def restored(values: Any) -> Settings:
+    """The settings that a checkpoint, or the provenance of a run, holds; those that it lacks are at their defaults.
+
+    Args:
+        values: Name -> plain value; lists for tuples.
+
+    Raises:
+        UsageError: A name is unknown, or a value is of the wrong type or out of its range.
+    """
+    if not isinstance(values, Mapping):
+        raise UsageError(f"settings are a {type(values).__name__}, not a dict.")
+    known = {field.name: str(field.type) for field in dataclasses.fields(Settings)}
+    plain: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise UsageError(_unknown("setting", str(name)[:80], known))
+        plain[name] = tuple(value) if isinstance(value, list) else value
+        if not _is_a(known[name], plain[name]):
+            raise UsageError(f"setting {name} is {repr(value)[:80]}, not of type {known[name]}.")
+    settings = Settings(**plain)
+    _validate(settings)
+    return settings
+
+
+def _is_a(kind: str, value: Any) -> bool:
+    """Whether a value is of the type that an annotation of :class:`Settings` names."""
+    if kind.startswith("tuple["):
+        inner = kind[len("tuple[") :].partition(",")[0]
+        return isinstance(value, tuple) and all(_is_a(inner, each) for each in value)
+    if kind == "str":
+        return isinstance(value, str) and "\0" not in value and len(value) <= LONGEST
+    if kind == "float":
+        return type(value) in (int, float)
+    return type(value) is {"int": int, "bool": bool}[kind]
+
+
 def parse_task_weights(text: str, tasks: tuple[str, ...] = TASKS) -> tuple[float, ...]:
     """``det=1,cls=0.01`` as numbers in the order of ``tasks``; ``equal``: 1 each.
 
@@ -164,11 +206,13 @@ def _validate(s: Settings) -> None:
     if s.processes < 0:
         raise UsageError(f"--processes {s.processes}: must be at least 1.")
     if s.imgsz < 32 or s.imgsz % 32:
-        nearest = max(32, math.ceil(s.imgsz / 32) * 32)
+        nearest = max(32, -(-s.imgsz // 32) * 32)
         raise UsageError(f"--imgsz {s.imgsz}: must be a multiple of 32; the next one is {nearest}.")
+    if s.imgsz > LARGEST_IMAGE:
+        raise UsageError(f"--imgsz {s.imgsz}: images of at most {LARGEST_IMAGE} pixels are trained on.")
     for name in ("epochs", "batch_size", "every", "top_k", "micro_batches", "probe_every"):
-        if getattr(s, name) < 1:
-            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 1.")
+        if not 1 <= getattr(s, name) < 2**53:
+            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 1, and below 2^53.")
     if s.probe_loader not in ("", "train", "val"):
         raise UsageError(_unknown("--probe-loader", s.probe_loader, ("train", "val")))
     if s.probe_batches < 2:
@@ -191,6 +235,11 @@ def _validate(s: Settings) -> None:
     ):
         if math.isnan(getattr(s, name)) or getattr(s, name) < 0:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must not be negative.")
+    for name in ("lrf", "weight_decay", "min_weight"):
+        if math.isinf(getattr(s, name)):
+            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be finite.")
+    if len(s.double_sizes) not in (0, len(s.double)):
+        raise UsageError(f"{len(s.double_sizes)} sizes for {len(s.double)} layers to double.")
     for name in ("momentum", "gradnorm_momentum"):
         if not 0 <= getattr(s, name) < 1:
             raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 0 and below 1.")
@@ -198,6 +247,10 @@ def _validate(s: Settings) -> None:
         raise UsageError(f"--seed {s.seed}: must be a whole number from 0 to 2^63 - 1.")
     if math.isinf(s.gradnorm_alpha):
         raise UsageError("--gradnorm-alpha inf: must be finite; the paper calls 3 and more unstable.")
+    if len(s.task_weights) != len(tasks):
+        raise UsageError(
+            f"--task-weights {s.task_weights}: are {len(s.task_weights)}, of the tasks {', '.join(tasks)}."
+        )
     bad = [w for w in s.task_weights if not 0 <= w < math.inf]
     if bad or not any(s.task_weights):
         raise UsageError(f"--task-weights {s.task_weights}: weights must be finite, not negative, and not all 0.")

@@ -23,7 +23,7 @@ from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers, by_module, find_shared, reached
 from gradprobe.probes.ranks import replicas
 from gradprobe.probes.state import state_kept
-from gradprobe.trainers.balancer import Balancer, Setup, check_static
+from gradprobe.trainers.balancer import Balancer, Setup, check_static, counted
 from gradprobe.trainers.settings import Settings
 from gradprobe.trainers.weightings import Weighting
 
@@ -152,7 +152,7 @@ class Surgery(Balancer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another one stopped."""
-        self._count, self._weights = state["count"], dict(state["weights"])
+        self._count, self._weights = counted(state, "count"), {task: float(w) for task, w in state["weights"].items()}
         self._method.load_state_dict(state["method"])
 
     @classmethod

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.balancer import Balancer, Setup, check_static, loss_values
+from gradprobe.trainers.balancer import Balancer, Setup, check_static, kept, loss_values
+from gradprobe.trainers.optim import restore_optimizer
 
 
 class Uncertainty(Balancer):
@@ -57,8 +58,8 @@ class Uncertainty(Balancer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another one stopped."""
         with torch.no_grad():
-            self._log_variance.copy_(state["log_variance"])
-        self._optimizer.load_state_dict(state["optimizer"])
+            self._log_variance.copy_(kept(state, "log_variance", self._log_variance))
+        restore_optimizer(self._optimizer, state["optimizer"])
 
     @classmethod
     def create(cls, model: nn.Module, setup: Setup) -> Balancer:

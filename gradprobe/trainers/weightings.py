@@ -38,7 +38,7 @@ class Weighting:
     """
 
     def __init__(self, name: str, tasks: int, *, seed: int = 0, cagrad_c: float = 0.4) -> None:
-        self.name, self._seed = name, seed
+        self.name, self._tasks, self._seed = name, tasks, seed
         self._made = _make(name, tasks, cagrad_c)
 
     def __call__(self, gram: Array, step: int) -> Array | None:
@@ -79,10 +79,16 @@ class Weighting:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another one stopped."""
         if "alpha" in state:
-            self._made.prvs_alpha = np.array(state["alpha"])
+            alpha = np.array(state["alpha"], dtype=np.float64)
+            if alpha.shape != np.shape(self._made.prvs_alpha) or not np.isfinite(alpha).all():
+                raise ValueError(f"alpha is {alpha.tolist()}, not a number for each task")
+            self._made.prvs_alpha = alpha
         if "phi" in state:
-            self._made._phi_t = state["phi"].clone()
-            self._made._state_key = (len(state["phi"]), state["phi"].dtype)
+            phi = state["phi"].clone()
+            if phi.shape != (self._tasks, self._tasks) or not phi.isfinite().all():
+                raise ValueError(f"phi has the shape {tuple(phi.shape)}, of {self._tasks} tasks, or is not finite")
+            self._made._phi_t = phi
+            self._made._state_key = (len(phi), phi.dtype)
 
 
 def _make(name: str, tasks: int, cagrad_c: float) -> Any:

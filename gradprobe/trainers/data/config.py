@@ -67,7 +67,7 @@ def read_config(file: str | Path) -> DataConfig:
         raise fail("names", "no key 'names'; list the box classes, for example names: [AR, MR]")
     count = values.get("nc")
     if count is not None and str(count) != str(len(box_names)):
-        raise fail("nc", f"nc is {count!r}, but names has {len(box_names)} classes; make them agree")
+        raise fail("nc", f"nc is {_shown(count)}, but names has {len(box_names)} classes; make them agree")
     root = _path(values, "path", fail) or "."
     sources = _all_sources(values, lines, fail)
     labels = _path(values, "image_labels", fail)
@@ -92,13 +92,14 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, in
     """The values by key, but for those of names; the nodes of names; and each key's line."""
     try:
         import yaml
+
+        from gradprobe.trainers.yaml_file import compose, told
     except ImportError:
         raise MissingExtraError("pyyaml", "yolov5", "reading a data.yaml") from None
     if file.is_dir():
         raise DataError(f"{file}: a folder; name the data.yaml in it")
     try:
-        loader = yaml.SafeLoader(file.read_text(encoding="utf-8-sig"))
-        node = loader.get_single_node()
+        loader, node = compose(file)
         if node is None or node.tag == "tag:yaml.org,2002:null":
             raise DataError(f"{file}: empty; it needs train, val and names")
         if not isinstance(node, yaml.MappingNode):
@@ -112,15 +113,11 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, in
         raise DataError(f"{file}: no such file; give a data.yaml, or 'phantom' for the embedded set") from None
     except (OSError, UnicodeDecodeError) as problem:
         raise DataError(f"{file}: cannot be read: {problem}") from None
-    except yaml.MarkedYAMLError as problem:
-        mark = problem.problem_mark or problem.context_mark
-        line = "" if mark is None else f":{mark.line + 1}"
-        reason = problem.problem or problem.context
-        if "escape" in str(reason):  # C:\data in double quotes
+    except yaml.YAMLError as problem:
+        line, reason = told(problem)
+        if "escape" in reason:  # C:\data in double quotes
             reason = f"{reason}; in double quotes a backslash begins one: write / between folders, or single quotes"
-        raise DataError(f"{file}{line}: not valid YAML: {reason}") from None
-    except (yaml.YAMLError, ValueError) as problem:  # a ValueError: an impossible date, and the like
-        raise DataError(f"{file}: not valid YAML: {problem}") from None
+        raise DataError(f"{file}{f':{line}' if line else ''}: not valid YAML: {reason}") from None
     return values, {key: nodes[key] for key in NAMES if key in nodes}, lines
 
 
@@ -142,6 +139,11 @@ def _root(folder: Path, path: str, sources: Mapping[str, Sequence[str]], fail: F
     return (found or folder).resolve()
 
 
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _keypoints(values: dict[str, Any], fail: Fail) -> tuple[int, int] | None:
     value = values.get("kpt_shape")
     if value is None:
@@ -151,14 +153,14 @@ def _keypoints(values: dict[str, Any], fail: Fail) -> tuple[int, int] | None:
         if points >= 0 and numbers in (2, 3):
             return points, numbers
     raise fail(
-        "kpt_shape", f"kpt_shape is {value!r}; write [points, 2] or [points, 3], and [0, 2] for rows without any"
+        "kpt_shape", f"kpt_shape is {_shown(value)}; write [points, 2] or [points, 3], and [0, 2] for rows without any"
     )
 
 
 def _path(values: dict[str, Any], key: str, fail: Fail) -> str | None:
     value = values.get(key)
     if value is not None and not isinstance(value, str):
-        raise fail(key, f"{key} is {value!r}; it has to be a path; put one that looks otherwise in quotes")
+        raise fail(key, f"{key} is {_shown(value)}; it has to be a path; put one that looks otherwise in quotes")
     return value
 
 
@@ -176,7 +178,8 @@ def _all_sources(values: dict[str, Any], lines: Mapping[str, int], fail: Fail) -
         if not entries or not all(isinstance(entry, str) for entry in entries):
             raise fail(
                 split,
-                f"{split} is {value!r}; it has to be a path or a list of paths; put one that looks otherwise in quotes",
+                f"{split} is {_shown(value)}; it has to be a path or a list of paths; put one that looks otherwise in "
+                "quotes",
             )
         sources[split] = tuple(entries)
     return sources
