@@ -153,6 +153,25 @@ def _mode(path: Path) -> int | None:
     return mode
 
 
+# ---- reading
+
+
+def read(path: Path, most: int) -> bytes:
+    """The content of a regular file of up to so many bytes: what anybody may have put there is not read without end.
+
+    Raises:
+        OSError: It cannot be read, is larger, or is a folder, a device or a pipe.
+    """
+    kind = stat.S_IFMT(path.stat().st_mode)
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):  # of a folder the system says it
+        raise OSError(errno.EINVAL, f"is no regular file, but {_KINDS.get(kind, 'something else')}")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"has more than {most:,} bytes")
+    return content
+
+
 # ---- writing
 
 

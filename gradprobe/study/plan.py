@@ -182,12 +182,7 @@ def read(path: Path) -> dict[str, Any]:
         UsageError: It cannot be read, is no JSON object, or no plan of ours could be as large or as deep.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise UsageError(f"{path}: is no file.")
-        with path.open("rb") as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise UsageError(f"{path}: is no plan: it has more than {LARGEST:,} bytes.")
+        content = whole_files.read(path, LARGEST)
         found = json.loads(content.decode("utf-8"), parse_constant=_no_number, parse_int=_stored)
         deep = _depth(found) > DEEPEST
     except OSError as error:

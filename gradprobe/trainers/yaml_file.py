@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from gradprobe.whole_files import read
 
 LARGEST = 1 << 20
 """Bytes of a file; 22,000 names of classes take 700,000."""
@@ -88,19 +89,9 @@ def read_text(path: Path) -> str:
     """The text of a regular file, without a byte order mark.
 
     Raises:
-        OSError, UnicodeDecodeError: It cannot be read.
-        yaml.YAMLError: It is a device, a FIFO or the like, or too large.
+        OSError, UnicodeDecodeError: It cannot be read, or is too large, or a device, a pipe or the like.
     """
-    found = path.stat()
-    if stat.S_ISDIR(found.st_mode):
-        raise IsADirectoryError(21, "Is a directory", str(path))
-    if not stat.S_ISREG(found.st_mode):
-        raise yaml.YAMLError("it is no regular file")
-    with path.open("rb") as file:
-        content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise yaml.YAMLError(f"it is larger than {LARGEST:,} bytes")
-    return content.decode("utf-8-sig")
+    return read(path, LARGEST).decode("utf-8-sig")
 
 
 def told(error: Exception) -> tuple[int | None, str]:

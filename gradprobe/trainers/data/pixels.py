@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.trainers.data.places import MAX_IMAGE, read_bytes
+from gradprobe.trainers.data.places import MAX_IMAGE
+from gradprobe.whole_files import read
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -54,7 +55,7 @@ def decode(path: Path) -> Decoded:
     """
     notes: list[str] = []
     try:
-        content = read_bytes(path, MAX_IMAGE)
+        content = read(path, MAX_IMAGE)
         pixels = _whole(content, notes)
     except UnreadableImage:
         raise

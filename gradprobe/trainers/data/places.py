@@ -5,9 +5,10 @@ from __future__ import annotations
 import codecs
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from gradprobe.whole_files import read
 
 _DRIVE = re.compile(r"[A-Za-z]:|\\\\")
 _CONTROL = re.compile(r"[\x00-\x1f]")
@@ -57,28 +58,13 @@ MAX_TEXT, MAX_IMAGE = 64 << 20, 1 << 30
 """Bytes of the largest text and of the largest image file that are read: what is larger is none by mistake."""
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a regular file of up to so many bytes.
-
-    Raises:
-        OSError: It cannot be read, is larger, or is a device or pipe, which may have no end.
-    """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(f"{path.name} is no regular file")
-    with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise OSError(f"{path.name} has more than {most >> 20} MiB")
-    return content
-
-
 def read_text(path: Path) -> str:
     """A text file in UTF-8, or in UTF-16 where it begins so (PowerShell writes it).
 
     Raises:
         OSError, UnicodeDecodeError: It cannot be read, or is larger than any label or listing.
     """
-    content = read_bytes(path, MAX_TEXT)
+    content = read(path, MAX_TEXT)
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if utf16 else "utf-8-sig")
 
