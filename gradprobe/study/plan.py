@@ -144,7 +144,7 @@ def check(folder: Path, plan: Mapping[str, Any]) -> bool:
         UsageError: The folder was begun with another plan, or without one.
     """
     path = folder / NAME
-    if os.path.lexists(path):
+    if path.exists():  # a link to nothing yet is written through
         try:
             old = read(path)
         except UsageError as error:
