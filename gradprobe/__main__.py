@@ -26,14 +26,12 @@ def _look_only_where_packages_are() -> None:
     Nor into the package's own, which is there where this file is run by its path. What a command line names is looked
     for by :func:`gradprobe.trainers.registry.import_named`.
     """
-    try:
-        present = os.getcwd()  # noqa: PTH109
+    places = [HERE]
+    try:  # noqa: SIM105  # contextlib is imported no earlier either
+        places.append(os.path.realpath(os.getcwd()))  # noqa: PTH109
     except OSError:  # it is gone
-        present = ""
-    if not getattr(sys.flags, "safe_path", False) and os.path.realpath(sys.path[0]) in (
-        os.path.realpath(present),
-        HERE,
-    ):
+        pass
+    if not getattr(sys.flags, "safe_path", False) and os.path.realpath(sys.path[0] or HERE) in places:
         del sys.path[0]
     if os.path.dirname(HERE) not in sys.path:  # noqa: PTH120
         sys.path.append(os.path.dirname(HERE))  # noqa: PTH120  # last: nothing else has said where this package lies

@@ -31,6 +31,7 @@ MOST_LINKS = 40
 _OURS = re.compile(r"\.gradprobe-[0-9a-f]{16}\.tmp")
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a symbolic link",
@@ -119,23 +120,34 @@ def followed(path: Path) -> Path:
     raise OSError(errno.ELOOP, "symbolic links lead in a circle")
 
 
-def target(path: Path, *, overwrite: bool = False) -> Path:
+def target(path: Path, *, overwrite: bool = False, run: bool = False) -> Path:
     """Where a file goes that is to be written at ``path``: there, or where a symbolic link there leads.
 
     Args:
         path: What it leads to may exist or not; the folder of that must.
         overwrite: Also what is write-protected.
+        run: A run file is to be written, which may replace one; nothing else may, whatever that one is called.
 
     Raises:
-        OSError: Nothing can be written there, or something is there that is no file, or that is write-protected.
+        OSError: Nothing can be written there, or something is there that is no file, that is write-protected, or that
+            is a run file.
     """
     found = followed(path)
     mode = _mode(found)
     if mode is not None and not overwrite and not mode & 0o222:
         raise PermissionError(errno.EACCES, "it is write-protected")
+    if mode is not None and not run and _is_run(found):
+        raise FileExistsError(errno.EEXIST, "it is a run file, which nothing but a run replaces")
     if found is not path and not found.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, f"it is a symbolic link into {found.parent}, which is not there")
     return found
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a file is HDF5; one that cannot be read counts as none."""
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(_HDF5)) == _HDF5
+    return False
 
 
 def _mode(path: Path) -> int | None:

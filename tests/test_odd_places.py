@@ -103,6 +103,15 @@ def test_without_a_home_or_a_folder_for_temporary_files(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+@unix
+def test_in_a_folder_that_was_removed_what_is_elsewhere_can_be_read(tmp_path):
+    run = HERE / "fixtures" / "all-tables-1.0.h5"
+    start = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')"
+    code = f"{start}; from gradprobe.__main__ import main; sys.argv[1:] = ['summary', {str(run)!r}]; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("cycles", [30, pytest.param(1000, marks=pytest.mark.slow)])
 def test_attaching_and_closing_over_and_over_leaves_nothing_behind(tmp_path, cycles):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_factory import make_run
 from stopped_runs import DIAL, altered, contents, copied, stop_in_epoch
 
 from gradprobe import open_run
@@ -124,7 +125,9 @@ def test_a_checkpoint_under_its_earlier_name_is_told(tmp_path, monkeypatch, caps
     run = stop_in_epoch(monkeypatch, 2, tmp_path / "lr0.1.h5")
     Paths(run).checkpoint.rename(tmp_path / "lr0.1.checkpoint.pt")
     assert command(["record", "--resume", str(run)]) == 3
-    assert "rename it to lr0.1.h5.checkpoint.pt" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "rename it to lr0.1.h5.checkpoint.pt" in said
+    assert "weights to lr0.1.h5.best.pt and lr0.1.h5.last.pt" in said
     (tmp_path / "lr0.1.checkpoint.pt").rename(Paths(run).checkpoint)
     assert command(["record", "--resume", str(run)]) == 0
 
@@ -200,3 +203,15 @@ def test_nothing_is_told_of_best_weights_that_are_there_or_not_to_be_expected(ep
     capsys.readouterr()
     assert command(["record", "--resume", str(run)]) == (0 if epoch > 1 else 3)  # in the first, no row was measured
     assert "is missing" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("plot",), ("export", "--to", "csv"), ("export", "--to", "netcdf")], ids=" ".join)
+def test_what_is_made_of_runs_of_like_names_has_names_of_its_own(words, tmp_path):
+    made = []
+    for name in ("lr0.1", "lr0.2"):
+        make_run(tmp_path / name, rows=5, epochs=1)
+        before = set(tmp_path.iterdir())
+        assert command([words[0], str(tmp_path / name), *words[1:]]) == 0
+        made.append(sorted(path.name for path in set(tmp_path.iterdir()) - before))
+    assert made[0]
+    assert made[1] == [name.replace("lr0.1", "lr0.2") for name in made[0]]

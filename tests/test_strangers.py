@@ -22,6 +22,7 @@ from gradprobe import open_run
 from gradprobe.cli.app import run as command
 from gradprobe.errors import UsageError
 from gradprobe.trainers import registry
+from gradprobe.trainers.models.cfg import find_cfg
 from gradprobe.trainers.paths import Paths
 
 PLANTED = """\
@@ -258,6 +259,7 @@ KINDS = {
     "nested a hundredfold": lambda state: state.update(plan={"a": deep(100)}),
     # settings
     "an unknown setting": put("settings", "lerning_rate", value=1.0),
+    "a whole number for a beta": put("settings", "gradnorm_momentum", value=0),
     "a setting of another type": put("settings", "lr", value="0.1"),
     "a list for a number": put("settings", "epochs", value=[3]),
     "a truth for a number": put("settings", "epochs", value=True),
@@ -393,6 +395,16 @@ def test_an_altered_checkpoint_is_one_clear_error_and_touches_nothing(kind, run,
     said = refused(run, capsys)
     named = (run.name, "run.checkpoint.pt", "--", "/dev/zero: cannot be read")
     assert any(name in said for name in named), said
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 2000, "\ud800"], ids=["long name", "long path", "surrogate"])
+@pytest.mark.parametrize("kind", ["", ".yaml"])
+def test_data_that_no_file_can_be_is_one_clear_error(name, kind, run, capsys):
+    altered(run, put("settings", "data", value=name + kind))
+    assert command(["record", "--resume", str(run)]) == 1
+    assert capsys.readouterr().err.startswith("gradprobe: ")
+    with pytest.raises(UsageError, match="unknown model cfg"):
+        find_cfg(name + kind, run.parent)
 
 
 def test_a_checkpoint_as_it_was_saved_goes_on(run):

@@ -63,7 +63,8 @@ def test_seeds_are_a_number_or_a_list():
     assert parse_seeds("3") == (0, 1, 2)
     assert parse_seeds("7, 2") == (7, 2)
     assert parse_seeds("9,") == (9,)
-    for text in ("", "0", "-1", "a", "1,1", "1.5"):
+    assert parse_seeds(f"{2**63 - 1},") == (2**63 - 1,)
+    for text in ("", "0", "-1", "a", "1,1", "1.5", "10001", "1000000000", "9" * 30, f"0,{2**63}"):
         with pytest.raises(UsageError, match="--seeds"):
             parse_seeds(text)
 
@@ -143,6 +144,11 @@ def test_the_cores_are_divided_among_jobs_unless_the_user_did():
 )
 def test_the_window_leaves_out_the_first_steps_of_adam(text, flags, steps, expected):
     assert plan.parse_window(text, resolve(flags), steps) == expected
+
+
+def test_a_window_that_no_file_can_hold_is_refused():
+    with pytest.raises(UsageError, match="no span of a training"):
+        plan.parse_window(f"0:{2**63}", resolve({}), 100)
 
 
 # ---- what it leaves

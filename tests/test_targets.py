@@ -665,3 +665,36 @@ def test_descriptors_are_given_back(tmp_path):
         merged(tmp_path / f"{number}.h5", 4).close()
         checkpoint.save(tmp_path / "run.pt", {"a": 1})
     assert len(list(folder.iterdir())) == before
+
+
+# ---- runs that are called as other files are
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (("plot", "{source}", "--out", "{folder}/run.png"), "run.png"),
+        (("plot", "{source}", "--out", "{folder}/run.png"), "run.csv"),
+        (("replay", "{source}", "--out", "{folder}/run.svg"), "run.csv"),
+        (("report", "{source}", "--out", "{folder}/run.h5"), "run.h5"),
+    ],
+)
+def test_no_figure_table_or_page_replaces_a_run(words, name, source, tmp_path, capsys):
+    run = tmp_path / name
+    shutil.copy2(source, run)
+    before = run.read_bytes()
+    assert command([word.format(source=source, folder=tmp_path) for word in words]) == 3
+    assert f"{run}: cannot be written here" in (said := capsys.readouterr().err)
+    assert "it is a run file" in said
+    assert run.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [run]
+
+
+@pytest.mark.parametrize("name", ["run.csv", "run.png"])
+@pytest.mark.parametrize("words", [("plot",), ("replay", "--method", "gradnorm")], ids=lambda words: words[0])
+def test_a_run_is_not_replaced_by_its_own_figure(words, name, source, tmp_path):
+    run = tmp_path / name
+    shutil.copy2(source, run)
+    assert command([words[0], str(run), *words[1:]]) == 0
+    assert run.read_bytes() == source.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 3

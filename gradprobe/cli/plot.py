@@ -47,7 +47,8 @@ def _target(file: Path, what: str, format: str | None, out: Path | None) -> Path
     from gradprobe.errors import UsageError
 
     if out is None:
-        name = file.stem if what == "overview" else f"{file.stem}-{what}"
+        stem = file.name.removesuffix(".h5")  # lr0.1 is no lr0
+        name = stem if what == "overview" else f"{stem}-{what}"
         return file.with_name(f"{name}.{format or 'png'}")
     if not out.suffix and (out.is_file() or not out.exists()):
         return out.with_name(f"{out.name}.{format or 'png'}")

@@ -210,7 +210,8 @@ def _plan_to_resume(request: Request) -> Plan:
     if not os.path.lexists(paths.checkpoint) and paths.earlier_checkpoint.is_file():
         raise RunFileError(
             f"{paths.checkpoint}: no such checkpoint. {paths.earlier_checkpoint.name} has the name that earlier "
-            f"versions gave it, and other runs' too; if it is this run's, rename it to {paths.checkpoint.name}."
+            f"versions gave it, and other runs' too; if it is this run's, rename it to {paths.checkpoint.name}, "
+            f"and its weights to {paths.best.name} and {paths.last.name}."
         )
     state = checkpoint.load(paths.checkpoint)
     if state.get("id", "") != own:

@@ -39,7 +39,9 @@ def replay(
             from gradprobe.plots.figure import write_drawn
             from gradprobe.plots.replay import draw
 
-            written = write_drawn(*draw(run, replayed), out or file.with_name(f"{file.stem}-replay.png"))
+            written = write_drawn(
+                *draw(run, replayed), out or file.with_name(f"{file.name.removesuffix('.h5')}-replay.png")
+            )
     if as_json:
         print(json.dumps({"file": file.name, "methods": rows, "notes": notes}, indent=2, allow_nan=False))
         return

@@ -55,7 +55,7 @@ def export(run: Run, to: str, out: Path | None = None, *, stride: int = 1) -> Pa
     if stride < 1:
         raise UsageError(f"a stride of {stride}: it must be 1 (every row) or more.")
     if out is None:
-        out = run.path.with_name(run.path.stem + (".nc" if to == "netcdf" else f"-{to}"))
+        out = run.path.with_name(run.path.name.removesuffix(".h5") + (".nc" if to == "netcdf" else f"-{to}"))
     write: dict[str, Callable[[Run, Path, int], None]] = {
         "csv": _csv,
         "parquet": _parquet,

@@ -80,7 +80,7 @@ class RunWriter:
             raise RunFileError(f"{path}: overwrite=True and resume=True contradict each other; leave one of them out.")
         given = Path(path).absolute()  # a program may change its folder while it records
         with telling(given):
-            self.path = target(given, overwrite=not resume)
+            self.path = target(given, overwrite=not resume, run=True)
         self._overwrite, self._resume, self._disk = overwrite, resume, disk or Disk()
         self._process = os.getpid()
         self._store = Store(self.path, self._disk, self.merge_at)

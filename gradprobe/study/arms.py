@@ -14,6 +14,8 @@ SINGLE = "single"
 MADE_FROM = {"gradnorm-static": "gradnorm", "split": "joint"}
 """Trainers that need an earlier run (``--from``), and of which trainer."""
 
+MOST_SEEDS = 10_000
+
 LONGEST = 100
 """Characters of an arm's name, so that those of its files fit every file system."""
 
@@ -63,14 +65,18 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     """``5``: 0 to 4; ``3,7``: those two.
 
     Raises:
-        UsageError: No whole numbers from 0 on, none, or one twice.
+        UsageError: No whole numbers from 0 on, none, one twice, too many, or one that no file can hold.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words or not all(word.isdecimal() for word in words):
-        raise UsageError(f"--seeds {text!r}: write how many (5), or which (0,1,2).")
+    if not words or not all(word.isdecimal() and len(word) < 20 for word in words):
+        raise UsageError(f"--seeds {text[:80]!r}: write how many (5), or which (0,1,2).")
+    if len(words) > MOST_SEEDS or ("," not in text and int(words[0]) > MOST_SEEDS):
+        raise UsageError(f"--seeds {text[:80]!r}: a study has at most {MOST_SEEDS:,}.")
     seeds = tuple(map(int, words)) if "," in text else tuple(range(int(words[0])))
     if not seeds or len(set(seeds)) < len(seeds):
-        raise UsageError(f"--seeds {text!r}: names {'none' if not seeds else 'one twice'}.")
+        raise UsageError(f"--seeds {text[:80]!r}: names {'none' if not seeds else 'one twice'}.")
+    if max(seeds) >= 2**63:
+        raise UsageError(f"--seeds {text[:80]!r}: a seed is a whole number from 0 to 2^63 - 1.")
     return seeds
 
 

@@ -68,7 +68,7 @@ def parse_window(text: str, settings: Settings, steps: int | None) -> tuple[int,
         raise UsageError(f"--window {text!r}: write two steps, such as 20:200.")
     if stop is None:
         return None
-    if not 0 <= start < stop:
+    if not 0 <= start < stop < 2**63:
         raise UsageError(f"--window {text!r}: from step {start} to {stop} is no span of a training.")
     return start, stop
 

@@ -149,6 +149,8 @@ def restored(values: Any) -> Settings:
         plain[name] = tuple(value) if isinstance(value, list) else value
         if not _is_a(known[name], plain[name]):
             raise UsageError(f"setting {name} is {repr(value)[:80]}, not of type {known[name]}.")
+        if known[name] == "float":
+            plain[name] = float(value)  # torch takes no 0 for a beta
     settings = Settings(**plain)
     _validate(settings)
     return settings

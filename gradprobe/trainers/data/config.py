@@ -96,9 +96,9 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, in
         from gradprobe.trainers.yaml_file import compose, told
     except ImportError:
         raise MissingExtraError("pyyaml", "yolov5", "reading a data.yaml") from None
-    if file.is_dir():
-        raise DataError(f"{file}: a folder; name the data.yaml in it")
     try:
+        if file.is_dir():
+            raise DataError(f"{file}: a folder; name the data.yaml in it")
         loader, node = compose(file)
         if node is None or node.tag == "tag:yaml.org,2002:null":
             raise DataError(f"{file}: empty; it needs train, val and names")
@@ -111,7 +111,7 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, in
         values = {key: loader.construct_document(nodes[key]) for key in VALUES if key in nodes}
     except FileNotFoundError:
         raise DataError(f"{file}: no such file; give a data.yaml, or 'phantom' for the embedded set") from None
-    except (OSError, UnicodeDecodeError) as problem:
+    except (OSError, UnicodeError) as problem:
         raise DataError(f"{file}: cannot be read: {problem}") from None
     except yaml.YAMLError as problem:
         line, reason = told(problem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ def find_cfg(cfg: str, folder: Path) -> Path:
         UsageError: There is no such file; names the nearest cfgs.
     """
     path = Path(cfg)
-    if path.suffix in {".yaml", ".yml"} and path.is_file():
-        return path
+    with suppress(OSError, ValueError):  # what no file can be called, as a checkpoint may say
+        if path.suffix in {".yaml", ".yml"} and path.is_file():
+            return path
     known = {found.name: found for found in sorted(folder.rglob("yolo*.yaml"))}
     name = cfg if path.suffix else f"{cfg}.yaml"
     if name in known:
