@@ -139,7 +139,7 @@ def provenance(tree: Mapping[Any, Any], ours: Mapping[str, Any] | None = None) -
     """Flat, by dotted names, with values as HDF5 attributes hold them: text, numbers, truth, or lists of one of these.
 
     What is nothing of these is stored as its text; None as an empty one. Of more entries than a file has room for the
-    first are kept, and :data:`MORE` says how many are not.
+    first are kept, and :data:`MORE` says how many are not (of twice as many: a tree may have no end).
 
     Args:
         tree: Whatever a training says of itself; a mapping that holds itself is cut there.
@@ -149,7 +149,7 @@ def provenance(tree: Mapping[Any, Any], ours: Mapping[str, Any] | None = None) -
     {'hyp.box': 0.05, 'hyp.anchors': '', 'argv': ['record']}
     """
     own = {key: attribute(value) for key, value in _flatten(ours or {})}
-    flat = list(islice(_flatten(tree), 10 * MAX_ATTRIBUTES))
+    flat = list(islice(_flatten(tree), 2 * MAX_ATTRIBUTES))
     room = MAX_ATTRIBUTES - 100 - len(own)
     kept = {key: attribute(value) for key, value in flat[:room]}
     return {**kept, **({MORE: len(flat) - room} if len(flat) > room else {}), **own}
