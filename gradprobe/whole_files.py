@@ -108,8 +108,12 @@ def followed(path: Path) -> Path:
     Raises:
         OSError: Links lead in a circle, or to what a process has open, which has no name of its own.
     """
-    if "\0" in str(path):
-        raise OSError(errno.EINVAL, "a path cannot hold the character NUL")
+    try:
+        named = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        raise OSError(errno.EINVAL, "a path cannot hold the character NUL, nor half of a surrogate pair")
     for _ in range(MOST_LINKS):
         if not path.is_symlink():
             return path
@@ -148,6 +152,20 @@ def _is_run(path: Path) -> bool:
     with suppress(OSError), path.open("rb") as file:
         return file.read(len(_HDF5)) == _HDF5
     return False
+
+
+def there(path: Path) -> bool:
+    """Whether something is at a path, where links are followed; at one that is too long for any file there is not.
+
+    Raises:
+        OSError: The system does not say.
+    """
+    try:
+        return path.exists()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def _mode(path: Path) -> int | None:

@@ -227,6 +227,19 @@ def test_one_sink_that_fails_leaves_no_other_open(tmp_path, error, first):
         assert run.end == "finished"
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_in_one_sink_leaves_no_other_open(tmp_path, error):
+    case, good, bad = mlp(torch.float32), Collector(), Breaks(error())
+    probe = GradientProbe(case.model, TASKS, [bad, good, RunWriter(tmp_path / "run.h5")], every=1)
+    probe.backward(case.losses(0))
+    with pytest.raises(error):
+        probe.close()
+    assert good.end == "finished"
+    assert probe.trouble == ""
+    with open_run(tmp_path / "run.h5") as run:
+        assert run.end == "finished"
+
+
 def test_a_failure_of_the_probes_own_leaves_a_whole_file_and_no_hook(tmp_path, monkeypatch):
     case, path = mlp(torch.float32), tmp_path / "run.h5"
     optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)

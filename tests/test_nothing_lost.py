@@ -8,6 +8,7 @@ import datetime
 import enum
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import growing
@@ -32,6 +33,46 @@ class Rude:
     __repr__ = __str__
 
 
+class NoNumber:
+    """Fails otherwise than a number should."""
+
+    def __float__(self):
+        raise ZeroDivisionError
+
+    def __index__(self):
+        raise AttributeError
+
+
+class Asks:
+    """Has every attribute, and fails at it."""
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+class Unfilled(Mapping):
+    """A configuration of which one value, or the names too, have to be filled in."""
+
+    def __init__(self, names=("a", "b")):
+        self.names = names
+
+    def __iter__(self):
+        if self.names is None:
+            raise RuntimeError("nothing is filled in")
+        return iter(self.names)
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, key):
+        if key != "a":
+            raise RuntimeError(f"{key} has to be filled in")
+        return 1
+
+    def __repr__(self):
+        return "Unfilled"
+
+
 LONG = "x" * (2 << 20)
 BAD = [
     ("batch_size", 2**31, 0),
@@ -50,6 +91,9 @@ BAD = [
     ("time", Rude(), np.nan),
     ("lr", "fast", np.nan),
     ("lr", object(), np.nan),
+    ("lr", NoNumber(), np.nan),
+    ("lr", np.complex64(1 + 2j), np.nan),
+    ("epoch", NoNumber(), -1),
     ("overhead", -1.0, np.nan),
     ("overhead", np.inf, np.nan),
     ("loss", np.ones(5), np.nan),
@@ -58,6 +102,7 @@ BAD = [
     ("weight", np.ones((2, 2)), np.nan),
     ("grad_norm", ("gram", np.ones((3, 4, 4))), np.nan),
     ("grad_norm", ("gram", np.full((3, 2, 2), 1e300)), np.nan),
+    ("grad_norm", ("gram", np.ones((3, 2, 2)) * 1j), np.nan),
     ("gram_noise", np.ones((3, 7)), np.nan),
 ]
 
@@ -159,13 +204,16 @@ def test_one_odd_row_among_many_leaves_the_sums_of_the_others_as_they_are(tmp_pa
         np.testing.assert_array_equal(values, found[1][name])
 
 
-@pytest.mark.parametrize("step", [2**63, -1, None, "x", 1.5])
+@pytest.mark.parametrize("step", [2**63, -1, None, "x", 1.5, NoNumber()])
 def test_a_row_without_a_step_is_dropped_and_counted(tmp_path, caplog, step):
     with open_writer(tmp_path) as writer:
         writer.write(dataclasses.replace(growing.row(1, 3), step=step))
-    assert [record.getMessage() for record in caplog.records if "its step is" in record.getMessage()]
+        writer.write(dataclasses.replace(growing.row(2, 3), step=step))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "its step is" in told  # and nothing of a disk that is too slow
     with open_run(tmp_path / "run.h5") as run:
-        assert run.rows_dropped == 1
+        assert run.rows_dropped == 2
+    assert any("they had no step" in finding.what for finding in check(tmp_path / "run.h5").findings)
 
 
 def test_a_failure_of_our_own_is_not_blamed_on_the_disk(tmp_path, caplog, monkeypatch):
@@ -182,6 +230,26 @@ def test_clusters_of_another_shape_are_refused_at_the_call(tmp_path):
         writer.write_test(TestClusters(["a", "b"], np.ones(3, int), ["m"], np.ones((2, 1))))
 
 
+@pytest.mark.parametrize(
+    ("size", "values"),
+    [(["x"], [[1.0]]), ([0], [[1.0]]), ([1.5], [[1.0]]), ([1], [["x"]]), ([1], [[1j]]), ([1], [[NoNumber()]])],
+)
+def test_numbers_of_clusters_that_are_none_are_refused_at_the_call(tmp_path, size, values):
+    with open_writer(tmp_path) as writer:
+        with pytest.raises(RunFileError, match="a cluster without images, or sizes or values that are no numbers"):
+            writer.write_test(TestClusters(["a"], np.array(size), ["m"], np.array(values)))
+        writer.write_test(TestClusters(["a"], np.array([1]), ["m"], np.array([[np.inf]])))
+    with open_run(tmp_path / "run.h5") as run:
+        assert np.isnan(run.test_clusters["without"]).all()
+
+
+def test_more_clusters_than_a_file_holds_are_refused_at_the_call(tmp_path):
+    many = limits.MAX_NAMES + 1
+    test = TestClusters([f"c{i}" for i in range(many)], np.ones(many, int), ["m"], np.ones((many, 1)))
+    with open_writer(tmp_path) as writer, pytest.raises(RunFileError, match="100,001 clusters"):
+        writer.write_test(test)
+
+
 # ---- metrics
 
 
@@ -191,11 +259,11 @@ def test_metrics_lose_a_value_and_not_an_epoch(tmp_path, caplog):
     writer.start(growing.header(3))
     writer.write(growing.row(0, 3))
     odd = {"half \ud800": 1.0, "nul\0": 2.0, "a/b": 3.0, 5: 4.0, "long" * 1000: 5.0, "\x1b[2J": 6.0}
-    writer.write_epoch(0, {"mAP": 0.5, "none": None, "text": "x", "huge": 10**400, **odd})
+    writer.write_epoch(0, {"mAP": 0.5, "none": None, "text": "x", "huge": 10**400, "odd": NoNumber(), **odd})
     writer.write_epoch(1, {"mAP": torch.tensor(0.75)})
     writer.close()
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "epoch 0: no number, stored as NaN: none, text, huge" in told
+    assert "epoch 0: no number, stored as NaN: none, text, huge, odd" in told
     with open_run(path) as run:
         assert run.epochs["mAP"].tolist() == [0.5, 0.75]
         assert np.isnan(run.epochs["none"]).all()
@@ -203,6 +271,15 @@ def test_metrics_lose_a_value_and_not_an_epoch(tmp_path, caplog):
         assert [by_value[float(n)] for n in (1, 2, 3, 4)] == ["half \ufffd", "nul\ufffd", "a.b", "5"]
         assert by_value[5.0].startswith("longlong")
     assert check(path).whole
+
+
+def test_metrics_whose_names_become_one_are_both_kept(tmp_path):
+    with open_writer(tmp_path) as writer:
+        for epoch in range(2):
+            writer.write_epoch(epoch, {"a/b": epoch, "a.b": 10 + epoch, "a\0": 20 + epoch, "a\x01": 30 + epoch})
+    with open_run(tmp_path / "run.h5") as run:
+        found = {name: values.tolist() for name, values in run.epochs.items() if name != "epoch"}
+        assert found == {"a.b": [0, 1], "a.b (2)": [10, 11], "a\ufffd": [20, 21], "a\ufffd (2)": [30, 31]}
 
 
 @pytest.mark.parametrize("epoch", [2**31, -1, "x", None, 1.5])
@@ -283,6 +360,9 @@ VALUES = {
     "bool": (True, 1),
     "bools": ([True, False], [1, 0]),
     "cycle": (CYCLE, None),
+    "asks": (Asks(), None),
+    "no number": (NoNumber(), None),
+    "unfilled": ({"in": Unfilled(None), "after": 1}, None),
     "big tensor": (torch.zeros(10**6), "Tensor torch.Size([1000000])"),
 }
 
@@ -328,6 +408,43 @@ def test_more_entries_than_a_file_holds_are_counted(tmp_path):
     with open_run(tmp_path / "run.h5") as run:
         assert run.provenance["p0"] == 0
         assert run.provenance["entries_left_out"] >= 10_000
+
+
+def test_what_a_run_says_of_itself_has_room_among_any_number_of_entries(tmp_path):
+    """Its sessions, on which a resume rests, and what of it could not be stored."""
+    with open_writer(tmp_path, provenance={f"p{i}": i for i in range(20_000)}):
+        pass
+    with open_run(tmp_path / "run.h5") as run:
+        assert [session["first_step"] for session in run.sessions] == [0]
+    writer = RunWriter(tmp_path / "run.h5", resume=True)
+    writer.rewind(1, -1)
+    writer.start(growing.header(3, provenance={f"p{i}": -i for i in range(20_000)}))
+    writer.write(dataclasses.replace(growing.row(1, 3), batch_size=-1))
+    writer.close()
+    with open_run(tmp_path / "run.h5") as run:
+        assert [session["first_step"] for session in run.sessions] == [0, 1]
+        assert "unstored.batch_size" in run.provenance
+    assert check(tmp_path / "run.h5").whole
+
+
+def test_a_mapping_that_holds_itself_or_gives_not_all_is_stored_as_far_as_it_goes(tmp_path):
+    knot: dict = {"k": 1}
+    knot |= {"left": knot, "right": knot}
+    many: dict = {"leaf": 1}
+    for _ in range(40):
+        many = {"left": many, "right": many}
+    with open_writer(tmp_path, provenance={"knot": knot, "part": Unfilled(), "none": {"in": Unfilled(None)}}) as writer:
+        writer.annotate({"many": many})
+    with open_run(tmp_path / "run.h5") as run:
+        assert {name: run.provenance[name] for name in ("knot.k", "knot.left", "knot.right")} == {
+            "knot.k": 1,
+            "knot.left": "{...}",
+            "knot.right": "{...}",
+        }
+        assert run.provenance["part.a"] == 1
+        assert run.provenance["part.b"] == "(cannot be read: RuntimeError)"
+        assert run.provenance["none.in"] == "Unfilled"
+        assert run.provenance["entries_left_out"] > 10_000
 
 
 def test_a_run_that_is_resumed_often_with_long_texts_can_be_read(tmp_path):
@@ -390,6 +507,27 @@ def test_more_layers_than_a_file_holds_are_refused(tmp_path):
         writer.start(
             Header(growing.TASKS, [f"l{i}" for i in range(many)], np.ones(many, int), np.ones((many, 2), bool))
         )
+
+
+@pytest.mark.parametrize("tasks", [["t" * 65_000, "u" * 65_000], [f"t{i}" * 200 for i in range(200)]], ids=len)
+def test_pairs_of_long_task_names_can_be_read(tmp_path, tasks):
+    writer = RunWriter(tmp_path / "run.h5")
+    writer.start(Header(tasks, ("l",), np.ones(1, int), np.ones((1, len(tasks)), bool)))
+    writer.close()
+    with open_run(tmp_path / "run.h5") as run:
+        assert len(run.pairs) == len(tasks) * (len(tasks) - 1) // 2
+        assert all(name.startswith(task[:50]) for name, task in zip(run.tasks, tasks, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "why"),
+    [([f"t{i}" for i in range(460)], "460 tasks have 105,570 pairs"), (["a", "b|c", "a|b", "c"], "have one name")],
+    ids=["many", "alike"],
+)
+def test_tasks_whose_pairs_no_file_holds_are_refused(tmp_path, tasks, why):
+    writer = RunWriter(tmp_path / "run.h5")
+    with pytest.raises(RunFileError, match=why):
+        writer.start(Header(tasks, ("l",), np.ones(1, int), np.ones((1, len(tasks)), bool)))
 
 
 @pytest.mark.parametrize("task", ["t" * 70_000, "", "a\x1b", "\ud800", 5])

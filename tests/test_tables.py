@@ -139,6 +139,29 @@ def test_a_file_that_lacks_a_field_is_read_and_the_field_is_missing(tmp_path, ta
             assert run.count(other) == STEPS
 
 
+def test_a_run_without_norms_is_gone_on_with_and_what_nobody_knows_is_told(tmp_path, caplog):
+    path = Path(shutil.copy(FIXTURES / "all-tables-1.0.h5", tmp_path))
+    with h5py.File(path, "r+", libver=("v108", "v110")) as file:
+        del file["grad_norm"]
+        file["update/new"] = np.arange(STEPS, dtype="<i2")
+        file["new"] = np.arange(STEPS)
+    with path.open("rb+") as raw:
+        seal(raw)
+    found = [finding.what for finding in repair(path, tmp_path / "repaired.h5").findings]
+    assert found == ["what this version does not know is left out: new, update/new"]
+    writer = RunWriter(path, resume=True)
+    writer.rewind(4, -1)
+    writer.start(growing.header(3))
+    writer.close()
+    assert ["new, update/new" in record.getMessage() for record in caplog.records] == [True]
+    with open_run(path) as run:
+        assert np.isnan(run["grad_norm"]).all()
+        assert run["update/step"].tolist() == [0, 1, 2, 3]
+    for name in ("all-tables-1.0.h5", "audit-1.0.h5", "run-1.0.h5"):
+        with open_run(FIXTURES / name) as run:
+            assert run.unknown == ()
+
+
 def test_repair_keeps_every_table_and_says_of_none_that_it_was_left_out(path, tmp_path):
     report = repair(path, tmp_path / "repaired.h5")
     assert report.findings == []

@@ -698,3 +698,34 @@ def test_a_run_is_not_replaced_by_its_own_figure(words, name, source, tmp_path):
     assert command([words[0], str(run), *words[1:]]) == 0
     assert run.read_bytes() == source.read_bytes()
     assert len(list(tmp_path.iterdir())) == 3
+
+
+# ---- names at the end of what a file system takes
+
+
+def test_a_run_is_read_by_the_longest_name_there_is(tmp_path):
+    """No folder of parts can be beside it, so that none is."""
+    write(tmp_path / "run.h5", range(4)).close()
+    longest = (tmp_path / "run.h5").rename(tmp_path / ("n" * 252 + ".h5"))
+    with open_run(longest) as run:
+        assert len(run)
+    assert check(longest).whole
+    with pytest.raises(errors.RunFileError, match="no such file"):
+        open_run(tmp_path / ("n" * 300))
+    for make in (lambda out: repair(longest, out), lambda out: export(open_run(longest), "csv", out)):
+        with pytest.raises(errors.RunFileError, match="cannot be written here"):
+            make(tmp_path / ("m" * 300))
+    with pytest.raises(errors.RunFileError, match="cannot be written here"):
+        RunWriter(tmp_path / ("m" * 255))
+    assert list(tmp_path.iterdir()) == [longest]
+
+
+def test_a_name_that_no_file_can_have_is_told(tmp_path, monkeypatch):
+    with pytest.raises(errors.RunFileError, match="half of a surrogate pair"):
+        RunWriter(tmp_path / "half \ud800.h5")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(errors.RunFileError, match=r"run\.h5: cannot be written here"):
+        RunWriter("run.h5")

@@ -170,22 +170,23 @@ class Reporter:
         """Close the sinks. A second call does nothing, nor does one in a forked child, whose sinks are copies.
 
         Raises:
-            GradprobeError: A file could not be completed; the other sinks are closed all the same.
+            GradprobeError: A file could not be completed. Whatever is raised, the other sinks are closed all the same.
         """
         if self._closed or os.getpid() != self._process:
             return
         self._closed = True
-        failed: list[Exception] = []
+        failed: list[BaseException] = []
         closing = [partial(self._try, sink, partial(sink.close, end)) for sink in self._sinks]
         for call in (partial(self.start, SharedLayers((), ())), *closing):
             try:
                 call()
-            except Exception as error:
+            except BaseException as error:  # also Ctrl-C, which ends one sink's patience and not another's
                 failed.append(error)
-        troubles = [*map(str, failed), *(getattr(sink, "trouble", "") for sink in self._sinks)]
+        said = [str(error) for error in failed if isinstance(error, Exception)]
+        troubles = [*said, *(getattr(sink, "trouble", "") for sink in self._sinks)]
         self.trouble = " ".join(dict.fromkeys(filter(None, troubles)))
         if failed:
-            raise failed[0]
+            raise next((error for error in failed if not isinstance(error, Exception)), failed[0])
 
     def guarded(self, step: int, measure: Callable[[], T]) -> tuple[T | None, str]:
         """The result of ``measure`` and the row's status; a failure is a status, not an exception."""

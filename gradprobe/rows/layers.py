@@ -36,6 +36,8 @@ def stacked(rows: Sequence[NDArray[Any] | None], shape: tuple[int, ...], fill: A
     for place, values in enumerate(rows):
         if values is not None and np.size(values):
             own = np.asarray(values).reshape(-1, *shape[1:])
+            if own.dtype.kind == "c":
+                raise TypeError("complex numbers: only their real parts would be kept")
             found[place, : len(own)] = own
     return found
 

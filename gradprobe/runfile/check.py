@@ -16,6 +16,7 @@ from gradprobe.rows.layers import begins_with
 from gradprobe.runfile import live, parts, schema
 from gradprobe.runfile.content import UNSTORED
 from gradprobe.runfile.pieces import Piece, span_of
+from gradprobe.whole_files import there
 
 DAMAGED, INCOMPLETE, NOTE = "damaged", "incomplete", "note"
 
@@ -110,10 +111,10 @@ def open_readable(path: Path, report: Report, *, lenient: bool = False) -> list[
 
 def _open_readable(path: Path, report: Report, pieces: list[Piece], lenient: bool) -> None:
     found = parts.paths(path)
-    if not path.exists() and not found:
+    if not there(path) and not found:
         raise RunFileError(f"{path}: no such file.")
     merged, expected = 0, 0
-    if not path.exists():
+    if not there(path):
         report.add(path, DAMAGED, "is not there; only its parts are")
     elif (main := _open_one(path, report, lenient, part=False)) is not None:
         pieces.append(main)
@@ -172,7 +173,8 @@ def _check_end(path: Path, last: Piece, report: Report) -> None:
     elif last.span[1]:
         report.add(path, NOTE, f"is in pieces, of which none is missing: keep {parts.folder(path).name}/ with the file")
     if last.rows_dropped:
-        report.add(path, NOTE, f"{last.rows_dropped} rows were dropped: they came faster than the disk took them")
+        why = "the disk took them too late or not at all, somebody removed them, or they had no step"
+        report.add(path, NOTE, f"{last.rows_dropped} rows were dropped: {why}")
     for name, words in last.provenance.items():
         if name.startswith(f"{UNSTORED}."):
             report.add(path, NOTE, f"{name.removeprefix(f'{UNSTORED}.')}: could not be stored in {words}")

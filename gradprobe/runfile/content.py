@@ -26,6 +26,9 @@ UNSTORED = "unstored"
 
 _FIRST = " rows, first: "
 
+_OURS = ("sessions", "repair")
+"""Entries of the provenance that there is always room for, beside :data:`UNSTORED`."""
+
 
 @dataclass
 class State:
@@ -208,7 +211,8 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
         values = {"cluster": test.clusters, "metric": test.metrics, "size": test.size, "without": test.without}
         write_table(file, schema.TEST, values)
     group = file.create_group("provenance")
-    for name, value in storable.provenance({**header.provenance, **state.described}).items():
+    ours = {name: header.provenance[name] for name in _OURS if name in header.provenance}
+    for name, value in storable.provenance(header.provenance, {**ours, **state.described}).items():
         group.attrs[name] = storable.stored(value)
     for table in tables(header):
         _write_rows(file, table, content.get(table.group, Stretch()).blocks, fields(table, header))

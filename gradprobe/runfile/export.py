@@ -21,7 +21,7 @@ from gradprobe.rows.table import names_along
 from gradprobe.runfile import frames, schema
 from gradprobe.runfile.extras import optional
 from gradprobe.runfile.reader import Run
-from gradprobe.whole_files import staged, target, telling
+from gradprobe.whole_files import staged, target, telling, there
 
 Table = dict[str, NDArray[Any]]
 """Columns of one length, by name."""
@@ -62,7 +62,7 @@ def export(run: Run, to: str, out: Path | None = None, *, stride: int = 1) -> Pa
         "netcdf": _netcdf,
         "tensorboard": _tensorboard,
     }
-    if out.exists():
+    if there(out):
         raise UsageError(f"{out} exists; choose another place with --out, or remove it.")
     with telling(out):
         out.parent.mkdir(parents=True, exist_ok=True)

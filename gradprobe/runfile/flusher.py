@@ -29,6 +29,7 @@ class Flusher:
         self.backlog = Backlog(keep_bytes)
         self.header: Header | None = None
         self.epochs: dict[int, dict[str, float]] = {}
+        self.stepless = 0  # rows that are dropped for that
         self.changed = False  # metrics or notes that no file holds yet
         self.rewound: tuple[int, int] | None = None
         self.closing = False
@@ -157,7 +158,7 @@ class Flusher:
             rows = self.backlog.take(self._part_bytes)
             header, epochs = self._described()
             changed, self.changed = self.changed, False
-            state.dropped = self._dropped_before + self.backlog.dropped
+            state.dropped = self._dropped_before + self.backlog.dropped + self.stepless
             state.end = end if len(rows) == len(self.backlog) else ""
             unstored = dict(state.unstored)
         if not rows and not changed and not end:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gradprobe.runfile import schema
-from gradprobe.whole_files import followed
+from gradprobe.whole_files import followed, there
 
 Span = tuple[int, int]
 """First and last number that a part stands for: (7, 7), or (1, 32) for one put together from 32."""
@@ -83,5 +83,5 @@ def due(widths: Sequence[int], fan: int) -> int:
 def paths(run: Path) -> list[Path]:
     """The parts that lie beside ``run``, in order, without those that a wider one contains."""
     place = folder(run)
-    found = [s for s in map(span, place.glob("*.h5")) if s is not None]
+    found = [s for s in map(span, place.glob("*.h5")) if s is not None] if there(place) else []
     return [place / name(s) for s in counting(found)]

@@ -20,12 +20,15 @@ from gradprobe.rows.table import lengths
 from gradprobe.runfile import parts, schema, untrusted
 from gradprobe.runfile.attributes import RefusedError, attribute, printable
 from gradprobe.runfile.sums import SummedFile
+from gradprobe.whole_files import there
 
 log = logging.getLogger("gradprobe")
 
 Identity = tuple[int, int, int]
 
 _FEATURES = schema.FEATURES.path(schema.FEATURE)
+_FEATURE_SIZE = schema.FEATURES.path(schema.FEATURE_SIZE.name)
+_JSON = schema.AUDIT.path("json")
 
 _open: weakref.WeakSet[Piece] = weakref.WeakSet()
 
@@ -102,6 +105,18 @@ class Piece:
         optional = (t.path(f.name) for t in schema.TABLES for f in t.fields if f.optional)
         tables = (t.name for t in schema.TABLES if t.group and t.path(t.axis) in self)
         return frozenset([*tables, *(path for path in optional if path in self)])
+
+    @property
+    def unknown(self) -> list[str]:
+        """What is at its root, or in the group of a table, that this version knows nothing of."""
+        tables = (*schema.TABLES, *schema.WHOLE)
+        fields = {table.path(field.name) for table in tables for field in table.fields}
+        names = {table.path(axis) for table in tables for axis in table.names}
+        alone = {*(field.name for field in schema.HEADER_FIELDS), _FEATURE_SIZE, _JSON, *schema.MEANINGS}
+        known = {*fields, *names, *alone, *(table.group for table in tables), "epochs", "provenance"}
+        groups = [table.group for table in tables if table.group and table.group in self.file]
+        inside = (f"{group}/{name}" for group in groups for name in self.file[group])
+        return [name for name in (*self.file, *inside) if name not in known]
 
     def count(self, table: schema.Table) -> int:
         """Number of rows of a table; 0 where the file has no such table."""
@@ -257,7 +272,7 @@ def open_pieces(path: Path, known: Sequence[Piece] = ()) -> list[Piece]:
 
 def _collect(path: Path, stands: dict[Identity, Piece], taken: list[Piece]) -> None:
     found = parts.paths(path)  # listed first: what is merged meanwhile is in the main file then, and skipped
-    if path.exists():
+    if there(path):
         taken.append(_take(path, stands, part=False))
     elif not found:
         raise RunFileError(f"{path}: no such file.")

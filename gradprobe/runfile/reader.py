@@ -172,6 +172,11 @@ class Run:
         return [piece for piece in self._files if table.path(schema.STEP) in piece]
 
     @property
+    def unknown(self) -> Names:
+        """What the files hold that this version knows nothing of."""
+        return tuple(dict.fromkeys(name for piece in self._files for name in piece.unknown))
+
+    @property
     def sealed(self) -> bool:
         """Whether every file of the run still carries the sums that the writer gave it."""
         return all(piece.raw.sealed for piece in self._files)

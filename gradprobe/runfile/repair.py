@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +42,7 @@ def repair(path: Path, out: Path) -> Report:
         UsageError: ``out`` exists, or the run is being recorded.
         RunFileError: Nothing can be read, or ``out`` cannot be written.
     """
-    if out.exists() or out.is_symlink() or parts.folder(out).exists():
+    if os.path.lexists(out) or os.path.lexists(parts.folder(out)):
         raise UsageError(f"{out} exists, or parts of it do; choose another place with --repair.")
     if live.being_recorded(path):
         raise UsageError(f"{path} is being recorded; repair it when that has ended.")
@@ -200,11 +201,9 @@ def _header(pieces: list[Piece], report: Report) -> Header:
             break
         except RunFileError:
             report.add(piece.path, DAMAGED, "its provenance cannot be read")
-    known = _known()
     for piece in pieces:
-        others = [name for name in piece.file if name not in known]
-        if others:
-            report.add(piece.path, NOTE, f"what this version does not know is left out: {', '.join(others)}")
+        if piece.unknown:
+            report.add(piece.path, NOTE, f"what this version does not know is left out: {', '.join(piece.unknown)}")
     found: Header | None = None
     for piece in pieces:
         try:
@@ -238,13 +237,6 @@ def _features(pieces: list[Piece], report: Report) -> FeatureHeader | None:
             size = np.zeros(len(piece.feature_names), np.int64)
         return FeatureHeader(piece.tasks, piece.feature_names, size)
     return None
-
-
-def _known() -> set[str]:
-    """What may lie at the root of a run file."""
-    fields = (*schema.ROWS.fields, *schema.HEADER_FIELDS)
-    groups = (table.group for table in (*schema.TABLES, *schema.WHOLE))
-    return {*(field.name for field in fields), *groups, *schema.MEANINGS, "epochs", "provenance"}
 
 
 def _clusters(pieces: list[Piece], report: Report) -> TestClusters | None:

@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import h5py
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 
 from gradprobe.rows import FeatureHeader, Field, Header, TestClusters
 from gradprobe.rows.limits import MAX_ALL_NAMES, MAX_ATTRIBUTES, MAX_NAME, MAX_NAMES, MAX_TEXT
+from gradprobe.rows.table import PAIR, names_along
 from gradprobe.runfile.attributes import printable
+from gradprobe.runfile.schema import TEST
 
 MORE = "entries_left_out"
 """The entry of a provenance that says how many others a file has no room for."""
@@ -58,69 +61,125 @@ def _words(value: object) -> str:
         return f"{type(value).__name__} without text ({type(error).__name__})"
 
 
-def names(given: Sequence[object]) -> tuple[str, ...]:
+def names(given: Sequence[object], paired: bool = False) -> tuple[str, ...]:
     """Names along an axis, as a reader takes them: printable, not empty, not too long, none twice.
+
+    Args:
+        given: What they are called.
+        paired: Each stands also in the names of pairs with all others, which are as short as that.
 
     >>> names(["a", "a\\x1b", "", "a\ufffd"])
     ('a', 'a\ufffd', '(no name)', 'a\ufffd (2)')
     """
-    most = min(MAX_NAME, MAX_ALL_NAMES // max(len(given), 1)) - 16
+    count = max(len(given), 1)
+    most = min(MAX_NAME // 2, MAX_ALL_NAMES // count**2) if paired else min(MAX_NAME, MAX_ALL_NAMES // count)
     found: dict[str, None] = {}
     for name in given:
-        plain = once = printable(text(name, most)) or "(no name)"
-        number = 1
-        while plain in found:
-            number += 1
-            plain = f"{once} ({number})"
-        found[plain] = None
+        found[_once(printable(text(name, most - 16)) or "(no name)", found)] = None
     return tuple(found)
+
+
+def _once(name: str, taken: Mapping[str, object]) -> str:
+    """A name that nothing else has."""
+    found, number = name, 1
+    while found in taken:
+        number += 1
+        found = f"{name} ({number})"
+    return found
 
 
 def header(given: Header) -> Header:
     """A header with names that a file can hold.
 
     Raises:
-        ValueError: There are more layers, tasks or features than a file can hold.
+        ValueError: There are more layers, pairs of tasks or features than a file can hold, or two pairs of one name.
     """
-    for what in (given.layers, given.tasks, given.feature_names):
+    for what in (given.layers, given.feature_names):
         if len(what) > MAX_NAMES:
-            raise ValueError(f"{len(what):,} names ({text(what[0], 80)!r}, ...); a run file holds {MAX_NAMES:,}")
+            raise ValueError(
+                f"the model has {len(what):,} names ({text(what[0], 80)!r}, ...); a run file holds {MAX_NAMES:,}. "
+                "Measure fewer of them: layers=."
+            )
+    if (pairs := len(given.tasks) * (len(given.tasks) - 1) // 2) > MAX_NAMES:
+        raise ValueError(f"{len(given.tasks):,} tasks have {pairs:,} pairs; a run file holds {MAX_NAMES:,}.")
     found = given.features
     if found is not None:
         found = FeatureHeader(names(found.tasks), names(found.features), found.feature_size)
-    return replace(given, tasks=names(given.tasks), layers=names(given.layers), features=found)
+    kept = replace(given, tasks=names(given.tasks, paired=True), layers=names(given.layers), features=found)
+    if any("|" in task for task in kept.tasks) and len(set(names_along(PAIR, kept))) < pairs:
+        raise ValueError(f"of the tasks {list(kept.tasks)[:6]} two pairs have one name; leave '|' out of theirs.")
+    return kept
 
 
-def clusters(given: TestClusters | None) -> TestClusters | None:
-    """The same for metrics of a test split."""
-    return given and replace(given, clusters=names(given.clusters), metrics=names(given.metrics))
+def clusters(given: TestClusters) -> TestClusters:
+    """Metrics of a test split with names and numbers that a file can hold; a metric that is infinite is NaN.
+
+    Raises:
+        ValueError: They are no numbers, not as many as the names, or more than a file can hold.
+    """
+    count, wide = len(given.clusters), len(given.metrics)
+    if np.shape(given.size) != (count,) or np.shape(given.without) != (count, wide):
+        shapes = f"sizes {np.shape(given.size)} and values {np.shape(given.without)}"
+        raise ValueError(f"{count} clusters and {wide} metrics, but {shapes}.")
+    if max(count, wide) > MAX_NAMES:
+        raise ValueError(f"{count:,} clusters and {wide:,} metrics; a run file holds {MAX_NAMES:,}. Put some together.")
+    (size, odd), (without, wrong) = (
+        column(TEST[name], values, np.shape(values))
+        for name, values in (("size", given.size), ("without", given.without))
+    )
+    if odd or (size < 1).any() or any(not isinstance(value, float) for value in wrong.values()):
+        raise ValueError("a cluster without images, or sizes or values that are no numbers.")
+    return replace(given, clusters=names(given.clusters), metrics=names(given.metrics), size=size, without=without)
 
 
 # ---- provenance
 
 
-def provenance(tree: Mapping[Any, Any]) -> dict[str, Any]:
+def provenance(tree: Mapping[Any, Any], ours: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Flat, by dotted names, with values as HDF5 attributes hold them: text, numbers, truth, or lists of one of these.
 
     What is nothing of these is stored as its text; None as an empty one. Of more entries than a file has room for the
-    first are kept, and :data:`MORE` says how many are not.
+    first are kept, and :data:`MORE` says how many are not (of twice as many: a tree may have no end).
+
+    Args:
+        tree: Whatever a training says of itself; a mapping that holds itself is cut there.
+        ours: What there is always room for.
 
     >>> provenance({"hyp": {"box": 0.05, "anchors": None}, "argv": ["record"]})
     {'hyp.box': 0.05, 'hyp.anchors': '', 'argv': ['record']}
     """
-    flat = list(_flatten(tree, ""))
-    room = MAX_ATTRIBUTES - 100
+    own = {key: attribute(value) for key, value in _flatten(ours or {})}
+    flat = list(islice(_flatten(tree), 2 * MAX_ATTRIBUTES))
+    room = MAX_ATTRIBUTES - 100 - len(own)
     kept = {key: attribute(value) for key, value in flat[:room]}
-    return kept if len(flat) <= room else {**kept, MORE: len(flat) - room}
+    return {**kept, **({MORE: len(flat) - room} if len(flat) > room else {}), **own}
 
 
-def _flatten(tree: Mapping[Any, Any], prefix: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
+def _flatten(tree: Mapping[Any, Any], prefix: str = "", around: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    around = (*around, id(tree))
+    for key, value in _entries(tree) or ():
         name = text(f"{prefix}{_words(key)}", 1 << 10) or "(no name)"
-        if isinstance(value, Mapping) and depth < 50:
-            yield from _flatten(value, f"{name}.", depth + 1)
-        else:
+        if id(value) in around:
+            yield name, "{...}"
+        elif len(around) > 50 or _entries(value) is None:
             yield name, value
+        else:
+            yield from _flatten(value, f"{name}.", around)
+
+
+def _entries(value: Any) -> list[tuple[Any, Any]] | None:
+    """What a mapping holds; of an entry that it does not give, why not. None: it is none, or gives nothing at all."""
+    try:
+        return [(key, _entry(value, key)) for key in value] if isinstance(value, Mapping) else None
+    except Exception:
+        return None
+
+
+def _entry(tree: Mapping[Any, Any], key: Any) -> Any:
+    try:
+        return tree[key]
+    except Exception as error:  # such as a configuration of which something has to be filled in
+        return f"(cannot be read: {type(error).__name__})"
 
 
 def attribute(value: Any) -> Any:
@@ -129,6 +188,13 @@ def attribute(value: Any) -> Any:
     >>> attribute(None), attribute((1, 2.5)), attribute([1, "a"]), attribute(2**70)
     ('', [1, 2.5], ['1', 'a'], '1180591620717411303424')
     """
+    try:
+        return _attribute(value)
+    except Exception:  # of an object that fails at what it is asked
+        return text(value)
+
+
+def _attribute(value: Any) -> Any:
     if value is None:
         return ""
     if hasattr(value, "tolist"):  # arrays, their scalars, tensors
@@ -220,15 +286,18 @@ def column(field: Field, values: Any, shape: tuple[int, ...]) -> tuple[NDArray[A
 def _at_once(field: Field, values: Any, shape: tuple[int, ...]) -> NDArray[Any] | None:
     """All values together; None where one of them does not fit."""
     try:
+        if np.asarray(values).dtype.kind == "c":  # the real part alone would be kept
+            return None
         if field.dtype.kind == "f":
             with np.errstate(over="ignore"):
                 return np.asarray(values, dtype=np.float64).astype(field.dtype).reshape(shape)
-        whole = np.asarray(values if isinstance(values, np.ndarray) else [_whole(value) for value in values])
+        counts = isinstance(values, np.ndarray) and values.dtype.kind in "iu"
+        whole = np.asarray(values if counts else [_whole(value) for value in values])
         limits = np.iinfo(field.dtype)
         if whole.size and not (limits.min <= whole.min() and whole.max() <= limits.max):
             return None
         return whole.astype(field.dtype).reshape(shape)
-    except (ValueError, TypeError, OverflowError, RuntimeError):
+    except Exception:  # whatever a foreign object raises where a number is asked of it
         return None
 
 
@@ -236,7 +305,7 @@ def is_step(value: Any) -> bool:
     """Whether a training step can be stored."""
     try:
         return 0 <= operator.index(value) < 2**63
-    except TypeError:
+    except Exception:
         return False
 
 
@@ -254,14 +323,16 @@ def _whole(value: Any) -> int:
 def metrics(values: Mapping[Any, Any]) -> tuple[dict[str, float], list[str]]:
     """Metrics of an epoch by name, and the names of those whose value is no number (NaN stands for it).
 
-    A ``/`` in a name is stored as a dot: HDF5 would make a group of it.
+    A ``/`` in a name is stored as a dot: HDF5 would make a group of it. Where that makes one name of two, the second
+    gets a number.
     """
-    found, wrong = {}, []
+    found: dict[str, float] = {}
+    wrong = []
     for key, value in values.items():
-        name = printable(text(key, 1 << 10)).replace("/", ".")
+        name = _once(printable(text(key, 1 << 10)).replace("/", "."), found)
         try:
             found[name] = float(value)
-        except (ValueError, TypeError, OverflowError, RuntimeError):
+        except Exception:
             found[name] = float("nan")
             wrong.append(name)
     return found, wrong

@@ -85,6 +85,9 @@ class Store:
         """
         with Run(self.path) as old:
             header = _same_layers(self.path, header, old, any(old["step"] < step))
+            if old.unknown:
+                what = ", ".join(old.unknown)
+                log.warning("%s: what this version does not know is left out from here on: %s", self.path, what)
             header = replace(header, features=_kept_features(old, step), held=_held(old, step))
             kept = {e: v for e, v in old.epochs_by_number().items() if e <= epoch}
             self._number = self.state.merged_through = old.last_part
@@ -342,7 +345,7 @@ def _norms(files: Iterable[Path], header: Header, before: int) -> Iterator[np.nd
     for path in files:
         with h5py.File(path, "r", locking=False) as file:
             keep = file[schema.STEP][()] < before
-            for start in range(0, len(keep), schema.CHUNK_ROWS):
+            for start in range(0, len(keep) if norm.name in file else 0, schema.CHUNK_ROWS):
                 values = file[norm.name][start : start + schema.CHUNK_ROWS][keep[start : start + schema.CHUNK_ROWS]]
                 yield content.widened(norm, values, len(header.layers))
 

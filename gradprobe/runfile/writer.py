@@ -78,7 +78,8 @@ class RunWriter:
     ) -> None:
         if overwrite and resume:
             raise RunFileError(f"{path}: overwrite=True and resume=True contradict each other; leave one of them out.")
-        given = Path(path).absolute()  # a program may change its folder while it records
+        with telling(Path(path)):
+            given = Path(path).absolute()  # a program may change its folder while it records
         with telling(given):
             self.path = target(given, overwrite=not resume, run=True)
         self._overwrite, self._resume, self._disk = overwrite, resume, disk or Disk()
@@ -125,8 +126,10 @@ class RunWriter:
             if self._flusher.closing:
                 return
             if not storable.is_step(row.step):  # without one it is no row
-                self._flusher.backlog.dropped += 1
-                log.warning("%s: a row is dropped: its step is %s", self.path, storable.shown(row.step))
+                if not self._flusher.stepless:
+                    step = storable.shown(row.step)
+                    log.warning("%s: a row is dropped, as every other of the kind: its step is %s", self.path, step)
+                self._flusher.stepless += 1
                 return
             known = self._flusher.header
             if known is not None and not known.held.issuperset(row.brings):
@@ -167,7 +170,7 @@ class RunWriter:
         try:
             return storable.header(header)
         except ValueError as error:
-            raise RunFileError(f"{self.path}: the model has {error}. Measure fewer of them: layers=.") from error
+            raise RunFileError(f"{self.path}: {error}") from error
 
     def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Queue metrics of one epoch; several calls for one epoch add up.
@@ -216,20 +219,17 @@ class RunWriter:
         """Metrics of the test split by cluster of images; None: there are none. Call it after :meth:`start`.
 
         Raises:
-            RunFileError: The numbers are not as many as the names.
+            RunFileError: What is given for numbers is none, not as many as the names, or more than a file can hold.
         """
         if self._foreign():
             return
-        if found is not None:
-            count, metrics = len(found.clusters), len(found.metrics)
-            if np.shape(found.size) != (count,) or np.shape(found.without) != (count, metrics):
-                raise RunFileError(
-                    f"{self.path}: {count} clusters and {metrics} metrics, but sizes {np.shape(found.size)} and values "
-                    f"{np.shape(found.without)}."
-                )
+        try:
+            found = found and storable.clusters(found)
+        except ValueError as error:
+            raise RunFileError(f"{self.path}: metrics of the test split: {error}") from error
         with self._flusher.lock:
             if self._flusher.header is not None:
-                self._flusher.header = replace(self._flusher.header, test=storable.clusters(found))
+                self._flusher.header = replace(self._flusher.header, test=found)
                 self._flusher.changed = True
 
     def rewind(self, step: int, epoch: int) -> None:

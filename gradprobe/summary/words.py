@@ -82,7 +82,7 @@ def _gaps(summary: dict[str, Any]) -> list[str]:
         said.append(f"{sum(missing.values())} of {summary['rows']} rows hold less than a full measurement: {why}.")
     said += _of_layers(summary)
     if summary["rows_dropped"]:
-        said.append(f"{summary['rows_dropped']} rows were lost because the disk took none.")
+        said.append(f"{summary['rows_dropped']} rows were dropped; gradprobe check says why that may be.")
     return said
 
 
