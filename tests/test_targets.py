@@ -690,6 +690,16 @@ def test_no_figure_table_or_page_replaces_a_run(words, name, source, tmp_path, c
     assert list(tmp_path.iterdir()) == [run]
 
 
+def test_an_audit_replaces_an_audit_and_no_run(source, tmp_path):
+    run = tmp_path / "run.h5"
+    shutil.copy2(source, run)
+    with pytest.raises(errors.RunFileError, match="it is a run file"):
+        audit(run, source)
+    assert run.read_bytes() == source.read_bytes()
+    audit(tmp_path / "audit.h5", source)
+    audit(tmp_path / "audit.h5", source)
+
+
 @pytest.mark.parametrize("name", ["run.csv", "run.png"])
 @pytest.mark.parametrize("words", [("plot",), ("replay", "--method", "gradnorm")], ids=lambda words: words[0])
 def test_a_run_is_not_replaced_by_its_own_figure(words, name, source, tmp_path):

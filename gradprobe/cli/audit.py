@@ -147,10 +147,11 @@ def _refuse_flags(target: str, request: Request) -> None:
 
 def _place(path: Path, flag: str) -> Path:
     """Absolute, as the experiment may change its folder; a file can be there."""
+    from gradprobe.runfile import audits
     from gradprobe.whole_files import target, telling
 
     with telling(path, flag):
-        target(path)
+        (audits.place if flag == "--out" else target)(path)
     return path.absolute()
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
 
+from gradprobe.errors import RunFileError
 from gradprobe.rows import Header
 from gradprobe.runfile import content, schema, storable
 from gradprobe.runfile.attributes import attribute
 from gradprobe.runfile.files import write_whole
+from gradprobe.runfile.pieces import Piece
 from gradprobe.whole_files import Disk, target, telling
-
-if TYPE_CHECKING:
-    from gradprobe.runfile.pieces import Piece
 
 ABOUT = ("task", "weight", "class", "sentence", "same_twice")
 """Attributes of the group."""
@@ -28,7 +28,7 @@ def write(path: Path, audit: Mapping[str, Any], provenance: Mapping[str, Any] | 
     """Write one audit into a new run file, whole or not at all.
 
     Args:
-        path: Of the file; replaced if it exists.
+        path: Of the file; an audit that is there is replaced.
         audit: As :func:`gradprobe.audit.report.plain` returns it; all of it is kept as JSON besides.
         provenance: Where it comes from.
 
@@ -37,8 +37,26 @@ def write(path: Path, audit: Mapping[str, Any], provenance: Mapping[str, Any] | 
     """
     with telling(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target(path), lambda file: _fill(file, audit, provenance or {}), Disk())
+        write_whole(place(path), lambda file: _fill(file, audit, provenance or {}), Disk())
     return path
+
+
+def place(path: Path) -> Path:
+    """Where an audit goes that is to be written at ``path``: an earlier audit is replaced, a run is not.
+
+    Raises:
+        OSError: See :func:`gradprobe.whole_files.target`.
+    """
+    return target(path, run=_is_audit(path))
+
+
+def _is_audit(path: Path) -> bool:
+    try:
+        piece = Piece(path)
+    except (OSError, RunFileError):
+        return False
+    with closing(piece):
+        return not piece.rows and bool(piece.whole(schema.AUDIT))
 
 
 def _fill(file: h5py.File, audit: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
