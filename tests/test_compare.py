@@ -728,10 +728,10 @@ def test_arms_without_shared_layers_or_noise_have_no_magnitude_similarity():
 PLAN = {
     "plan.margin": 0.2,
     "plan.baseline": "joint",
-    "plan.pairs": np.array(["cls>det"], dtype=object),
-    "plan.window": np.array([20, 100]),
-    "plan.seeds": np.arange(5),
-    "plan.arms": np.array(["joint", "arm", "single-det", "single-cls"], dtype=object),
+    "plan.pairs": ["cls>det"],
+    "plan.window": [20, 100],
+    "plan.seeds": list(range(5)),
+    "plan.arms": ["joint", "arm", "single-det", "single-cls"],
     "plan.settings.epochs": 3,
 }
 

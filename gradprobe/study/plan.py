@@ -123,17 +123,15 @@ def write(folder: Path, plan: Mapping[str, Any]) -> Path:
     """
     path = folder / NAME
     text = json.dumps(plan, indent=2, allow_nan=False) + "\n"
-    with whole_files.telling(path):
-        whole_files.target(path, overwrite=True)
     try:
+        whole_files.target(path, overwrite=True)
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             if check(folder, plan):
                 return path
-            with whole_files.telling(path):
-                whole_files.write(path, text)
+            whole_files.write(path, text)
     except OSError as error:
-        raise UsageError(f"{folder}: the plan cannot be written there ({error}). Take another folder: --out.") from None
+        raise UsageError(f"{path}: the plan cannot be written there ({error}). Take another folder: --out.") from None
     return path
 
 
