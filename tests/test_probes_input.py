@@ -423,7 +423,7 @@ def test_what_comes_after_the_end_is_told(call):
         call(probe)
 
 
-@pytest.mark.parametrize("name", ["", ".", "x\0y"])
+@pytest.mark.parametrize("name", ["", "."])
 def test_a_metric_whose_name_no_file_can_hold_is_refused_and_costs_nothing(name, tmp_path):
     case = make("mlp")
     with gradprobe.attach(case.model, T, tmp_path / "run.h5", every=1) as probe:
