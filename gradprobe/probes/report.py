@@ -183,8 +183,8 @@ class Reporter:
             except BaseException as error:  # also Ctrl-C, which ends one sink's patience and not another's
                 failed.append(error)
         said = [str(error) for error in failed if isinstance(error, Exception)]
-        troubles = [*said, *(getattr(sink, "trouble", "") for sink in self._sinks)]
-        self.trouble = " ".join(dict.fromkeys(filter(None, troubles)))
+        troubles = [*said, *(getattr(sink, "trouble", None) for sink in self._sinks)]
+        self.trouble = " ".join(dict.fromkeys(t for t in troubles if t and isinstance(t, str)))
         if failed:
             raise next((error for error in failed if not isinstance(error, Exception)), failed[0])
 

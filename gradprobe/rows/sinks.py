@@ -37,7 +37,8 @@ class Sink(Protocol):
 
 def takes(sink: Any, table: Table) -> bool:
     """Whether a sink takes the rows of a table."""
-    return not table.group or table.name in getattr(sink, "tables", ())
+    named = getattr(sink, "tables", ())  # of a stand-in that answers to any name, it may be anything
+    return not table.group or (isinstance(named, (tuple, list, set, frozenset)) and table.name in named)
 
 
 @runtime_checkable
