@@ -41,7 +41,7 @@ def test_the_usual_names_are_those_of_earlier_versions_and_the_others_whole():
         *("conflict.best.pt", "conflict.last.pt", "conflict.checkpoint.pt")
     ]
     assert Paths(Path("lr0.1")).best.name == "lr0.1.best.pt"
-    assert Paths(Path("sub/lr0.1.h5")).last == Path("sub/lr0.1.h5.last.pt")
+    assert Paths(Path("sub/lr0.1.h5")).last == Path("sub/lr0.1.h5.last.pt").absolute()
 
 
 @pytest.mark.parametrize("names", [("lr0.1", "lr0.2"), ("a.h5", "a", "a.hdf5"), ("lr0.1.h5", "lr0.1", "lr0.2.h5")])
