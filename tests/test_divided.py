@@ -100,7 +100,7 @@ def test_a_divided_model_goes_on_from_its_checkpoint_with_its_layers_still_share
     path = tmp_path / "x.pt"
     checkpoint.save(path, {"model": made.model.state_dict()})
     again = training.make("dual", share_until="model.5")
-    again.model.load_state_dict(checkpoint.load(path)["model"])
+    again.model.load_state_dict(torch.load(path, weights_only=True)["model"])
     found = touched(again.model, one_batch(again))
     assert {n.split(".")[1] for n in found["det"] & found["cls"]} == {str(i) for i in range(6)}
     assert checkpoint.fingerprint(again.model) != checkpoint.fingerprint(training.make("dual").model)

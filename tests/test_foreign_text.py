@@ -108,7 +108,8 @@ def test_no_text_of_others_steers_a_terminal(foreign, words, tmp_path, capsys):
     assert "Traceback" not in err
 
 
-def test_brackets_and_colons_are_printed_as_they_are(foreign, capsys):
+def test_brackets_and_colons_are_printed_as_they_are(foreign, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # no name is folded
     out = "".join(ask(capsys, words)[1] for words in (["summary", foreign], ["advise", foreign]))
     for name in ("[red]cls[/]", ":bomb:", "[link=http://evil.example]x[/link]"):
         assert name in re.sub(r"\s*\n[\s│┃]*", "", out) or name in out, name

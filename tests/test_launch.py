@@ -62,6 +62,7 @@ def of_rank(rank, run):
     raise AssertionError(f"no process of rank {rank}")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_a_run_of_two_processes_is_stopped_killed_and_gone_on_with_until_it_is_done(tmp_path):

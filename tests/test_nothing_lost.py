@@ -410,6 +410,7 @@ def test_more_entries_than_a_file_holds_are_counted(tmp_path):
         assert run.provenance["entries_left_out"] >= 10_000
 
 
+@pytest.mark.slow
 def test_what_a_run_says_of_itself_has_room_among_any_number_of_entries(tmp_path):
     """Its sessions, on which a resume rests, and what of it could not be stored."""
     with open_writer(tmp_path, provenance={f"p{i}": i for i in range(20_000)}):
@@ -427,6 +428,7 @@ def test_what_a_run_says_of_itself_has_room_among_any_number_of_entries(tmp_path
     assert check(tmp_path / "run.h5").whole
 
 
+@pytest.mark.slow
 def test_a_mapping_that_holds_itself_or_gives_not_all_is_stored_as_far_as_it_goes(tmp_path):
     knot: dict = {"k": 1}
     knot |= {"left": knot, "right": knot}

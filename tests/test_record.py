@@ -469,6 +469,7 @@ def test_summary_and_plot_take_what_record_made(recorded, capsys):
     assert recorded.with_suffix(".png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_without_flags_a_detector_and_a_classifier_have_learned(tmp_path, monkeypatch):
     """The default recording, as `make demo` makes it: two minutes on two cores that have nothing else to do."""

@@ -110,8 +110,10 @@ def stop_at_random(out, moments, seed):
         child.send_signal(way)
         _, err = child.communicate(timeout=100)
         assert "Traceback" not in err, err
-        if way != signal.SIGKILL:
-            assert processes_of(out) == []
+        deadline = time.monotonic() + 60  # what an earlier kill left over comes to its own end
+        while way != signal.SIGKILL and processes_of(out):
+            assert time.monotonic() < deadline, processes_of(out)
+            time.sleep(0.1)
 
 
 @pytest.mark.timeout(900)
@@ -130,6 +132,7 @@ def test_a_study_is_stopped_at_many_moments(tmp_path, undisturbed, seed):
     assert_whole(tmp_path / "s", undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_that_has_only_begun_to_start_when_its_study_is_killed_is_recorded_once(tmp_path, undisturbed):
     """It has no file yet, and imports torch: the study that is started then has to see it all the same."""

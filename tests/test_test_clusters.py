@@ -17,6 +17,7 @@ from gradprobe.runfile import RunWriter, open_run
 from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
 from gradprobe.runfile.repair import repair
+from gradprobe.runfile.sums import seal
 from gradprobe.trainers.jackknife import FEWEST, IMAGES, MOST, leave_out
 
 FOUND = TestClusters(
@@ -151,8 +152,13 @@ def test_they_are_repaired(run, tmp_path):
 
 
 def test_what_cannot_be_is_found(tmp_path):
-    wrong = TestClusters(("a", "b"), np.array([0, 1]), ("m",), np.array([[math.inf], [1.0]]))
-    found = [finding.what for finding in check(written(tmp_path / "run.h5", wrong)).findings]
+    path = written(tmp_path / "run.h5", FOUND)
+    with h5py.File(path, "r+", libver=("v108", "v110")) as file:
+        file["test/size"][0] = 0
+        file["test/without"][0, 0] = math.inf
+    with path.open("rb+") as raw:
+        seal(raw)
+    found = [finding.what for finding in check(path).findings]
     assert found == ["test/size is below 1", "test/without is infinite"]
 
 

@@ -103,10 +103,15 @@ def sample(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Whether two samples are the same in every bit."""
+    """Whether two samples are the same numbers; NaN, of a training that has diverged, is the same as NaN."""
     return len(one) == len(other) and all(
-        a.device == b.device and a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True)
+        a.device == b.device and a.dtype == b.dtype and (torch.equal(a, b) or _same_but_for_nan(a, b))
+        for a, b in zip(one, other, strict=True)
     )
+
+
+def _same_but_for_nan(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
 def _sampled(parameters: Sequence[Tensor]) -> list[Tensor] | None:
