@@ -8,6 +8,7 @@ import datetime
 import enum
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from writing import FailingDisk
 
 from gradprobe import attach
 from gradprobe.errors import ProbeError, RunFileError
-from gradprobe.rows import FeatureHeader, Header, TestClusters, limits
+from gradprobe.rows import FeatureHeader, FeatureRow, Header, TestClusters, limits
 from gradprobe.runfile import RunWriter, open_run
 from gradprobe.runfile.check import check
 
@@ -492,8 +493,6 @@ def test_names_of_features_and_clusters_are_stored_as_they_can_be_read(tmp_path)
     features = FeatureHeader(growing.TASKS, ("p\x1b", "q" * 70_000), np.array([1, 2]))
     with open_writer(tmp_path) as writer:
         writer.grow(growing.header(3, features=features))
-        from gradprobe.rows import FeatureRow
-
         writer.write(FeatureRow(0, 0, 0.0, growing.gram(0, 2)))
         test = TestClusters(["c\x1b", "c\ufffd", LONG], np.ones(3, int), ["m\0"], np.ones((3, 1)))
         writer.write_test(test)
@@ -596,8 +595,6 @@ def test_large_rows_are_written_before_the_memory_for_them_is_full(tmp_path, mon
         writer.write(dataclasses.replace(row, step=step))
         while len(writer._flusher.backlog) > 15:  # a training that waits for nothing would drop; this one sees it drain
             seen += 1
-            import time
-
             time.sleep(0.01)
             assert seen < 6000
     writer.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -13,8 +15,9 @@ import pytest
 import torch
 import verdict_factory as factory
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from writing import write
 
-from gradprobe import attach, open_run
+from gradprobe import attach, errors, open_run
 from gradprobe.runfile.check import check
 
 HERE, FDS = Path(__file__).parent, Path("/proc/self/fd")
@@ -146,3 +149,49 @@ def test_many_runs_are_compared_with_few_descriptors(tmp_path, seeds):
         done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
         assert done.returncode == 0 or (words[0] == "compare" and done.returncode >= 10), done.stderr  # a verdict
     assert (tmp_path / "r.html").stat().st_size > 100_000
+
+
+# ---- what a network file system lacks
+
+
+def test_without_locks_and_without_fsync_of_folders_a_run_is_recorded_whole_and_it_is_said(
+    tmp_path, monkeypatch, caplog
+):
+    """As NFS without its lock daemon: nobody can tell who records, which is said; nothing else is lost."""
+    real = os.fsync
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    def of_files_alone(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        real(descriptor)
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("os.fsync", of_files_alone)
+    writer = write(tmp_path / "run.h5", range(10))
+    assert writer.flush()
+    with open_run(tmp_path / "run.h5") as run:
+        assert len(run) == 10
+    writer.close()
+    assert check(tmp_path / "run.h5").whole
+    assert "this file system has no locks" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]
+
+
+def test_a_file_that_is_replaced_under_a_reader_of_a_network_file_system_is_told_and_opened_anew(tmp_path, monkeypatch):
+    """There a replaced file that is open cannot be read any more: ESTALE, and never numbers of two runs."""
+    write(tmp_path / "run.h5", range(3000)).close()
+    with open_run(tmp_path / "run.h5") as run:
+        write(tmp_path / "run.h5", range(4), overwrite=True).close()
+        with monkeypatch.context() as stale:
+
+            def gone(*_):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+            stale.setattr("gradprobe.runfile.sums.SummedFile._read_at", gone)
+            with pytest.raises(errors.RunFileError, match=os.strerror(errno.ESTALE)):
+                run.read("grad_norm")  # more than what is kept of the file in memory
+        assert run.refresh()
+        assert run["step"].tolist() == list(range(4))

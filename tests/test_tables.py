@@ -105,6 +105,8 @@ def same(where, item, now) -> None:
     if isinstance(item, h5py.Dataset):
         assert (now[where].shape, now[where].dtype) == (item.shape, item.dtype), where
         assert set(item.attrs) <= set(now[where].attrs), where
+        if item.dtype.kind in "fiu":
+            np.testing.assert_allclose(now[where][()], item[()], rtol=1e-5, atol=1e-7, err_msg=where)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,17 @@ def test_repair_keeps_every_table_and_says_of_none_that_it_was_left_out(path, tm
             for name, values in run.table(table.name).items():
                 np.testing.assert_array_equal(repaired.table(table.name)[name], values, err_msg=name)
         assert list(repaired.table("test")["cluster"]) == list(made.TEST.clusters)
+
+
+def test_repair_keeps_an_audit(tmp_path):
+    kept = FIXTURES / "audit-1.0.h5"
+    assert repair(kept, tmp_path / "repaired.h5").findings == []
+    with open_run(kept) as run, open_run(tmp_path / "repaired.h5") as repaired:
+        assert repaired.audit["about"] == run.audit["about"]
+        for name in set(run.audit) - {"about"}:
+            np.testing.assert_array_equal(repaired.audit[name], run.audit[name])
+        assert list(repaired["audit/json"]) == list(run["audit/json"])
+    assert check(tmp_path / "repaired.h5").whole
 
 
 def test_summary_counts_the_time_of_all_tables(path):

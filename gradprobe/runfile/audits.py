@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +69,35 @@ def _fill(file: h5py.File, audit: Mapping[str, Any], provenance: Mapping[str, An
     for field in schema.AUDIT.fields[1:]:
         values = audit[field.name] if schema.STEP in field.axes else [door[field.name] for door in audit["doors"]]
         found[field.name] = values if field.dtype == schema.TEXT else [math.nan if v is None else v for v in values]
-    group = content.write_table(file, schema.AUDIT, found)
+    put(file, Stored(found, {name: audit[name] for name in ABOUT}, json.dumps(audit)))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An audit as a file holds it.
+
+    Attributes:
+        table: The fields of :data:`gradprobe.runfile.schema.AUDIT`.
+        about: Those of :data:`ABOUT`.
+        json: All of it.
+    """
+
+    table: Mapping[str, Any]
+    about: Mapping[str, Any]
+    json: str
+
+
+def put(file: h5py.File, audit: Stored) -> None:
+    """Write the group into a file that is being made."""
+    group = content.write_table(file, schema.AUDIT, audit.table)
     for name in ABOUT:
-        group.attrs[name] = storable.stored(storable.attribute(audit[name]))
-    whole = group.create_dataset("json", data=[json.dumps(audit)], dtype=h5py.string_dtype("utf-8"), track_times=False)
+        group.attrs[name] = storable.stored(storable.plain(audit.about[name]))
+    whole = group.create_dataset("json", data=[audit.json], dtype=h5py.string_dtype("utf-8"), track_times=False)
     whole.attrs["long_name"] = "all of it, as --json prints it"
 
 
-def read(piece: Piece) -> dict[str, Any] | None:
-    """What a file says of an audit, by the names in docs/run-file.md; None: it holds none.
-
-    ``about`` maps the attributes; texts are tuples, numbers arrays.
+def load(piece: Piece) -> Stored | None:
+    """The group as it was written; None: there is none.
 
     Raises:
         RunFileError: It is damaged, or not as docs/run-file.md says.
@@ -89,4 +108,18 @@ def read(piece: Piece) -> dict[str, Any] | None:
     with piece.reading():
         group = piece.file[schema.AUDIT.group]
         about = {name: attribute(group, name) for name in ABOUT}
-    return {"about": about, **{name: tuple(v) if v.dtype == object else v for name, v in found.items()}}
+        return Stored(found, about, str(group["json"].asstr()[0]) if "json" in group else "")
+
+
+def read(piece: Piece) -> dict[str, Any] | None:
+    """What a file says of an audit, by the names in docs/run-file.md; None: it holds none.
+
+    ``about`` maps the attributes; texts are tuples, numbers arrays.
+
+    Raises:
+        RunFileError: It is damaged, or not as docs/run-file.md says.
+    """
+    found = load(piece)
+    if found is None:
+        return None
+    return {"about": found.about, **{name: tuple(v) if v.dtype == object else v for name, v in found.table.items()}}

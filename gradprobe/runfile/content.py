@@ -102,14 +102,14 @@ def columns(table: Table, rows: Sequence[AnyRow], header: Header, state: State) 
     """
     batch = table.batch(rows, header, state.seen, state.reach(header), state.status_code)
     try:
-        values = {f.name: _values(f, batch) for f in fields(table, header)}
+        values = {f.name: _values(f, batch) for f in table.held(header)}
     except Exception:
         if len(rows) > 1:  # one of them is odd: each by itself
             each = [columns(table, [row], header, state) for row in rows]
             return {name: np.concatenate([one[name] for one in each]) for name in each[0]}
-        values = {f.name: _values_or_none(f, batch) for f in fields(table, header)}
+        values = {f.name: _values_or_none(f, batch) for f in table.held(header)}
     found: Columns = {}
-    for f in fields(table, header):
+    for f in table.held(header):
         found[f.name], lost = storable.column(f, values[f.name], lengths(f, header, len(rows)))
         state.lost(table.path(f.name), rows, lost)
     if table is schema.ROWS:
@@ -135,11 +135,6 @@ def _values_or_none(field_: schema.Field, batch: Any) -> Any:
 def tables(header: Header) -> list[Table]:
     """The tables of a file with this header."""
     return [table for table in schema.TABLES if not table.group or table.name in header]
-
-
-def fields(table: Table, header: Header) -> tuple[schema.Field, ...]:
-    """What a table has in a file with this header."""
-    return table.held(header)
 
 
 def widened(field_: schema.Field, values: NDArray[Any], layers: int) -> NDArray[Any]:
@@ -194,12 +189,12 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
         file[schema.REACH].attrs["long_name"] = schema.REACH_BY_GRAPH
     for table in tables(header):
         count = content.get(table.group, Stretch()).count
-        for field_ in fields(table, header):
+        for field_ in table.held(header):
             _create(file, table.path(field_.name), field_, lengths(field_, header, count))
         _scale(file, table.path(table.axis))
     file["status"].attrs["status_names"] = storable.stored(state.status_names)
     for table in tables(header):
-        for field_ in fields(table, header):
+        for field_ in table.held(header):
             _attach(file, table, field_)
     for field_ in schema.HEADER_FIELDS:
         _attach(file, schema.ROWS, field_)
@@ -215,7 +210,7 @@ def fill(file: h5py.File, header: Header, state: State, content: Content, epochs
     for name, value in storable.provenance(header.provenance, {**ours, **state.described}).items():
         group.attrs[name] = storable.stored(value)
     for table in tables(header):
-        _write_rows(file, table, content.get(table.group, Stretch()).blocks, fields(table, header))
+        _write_rows(file, table, content.get(table.group, Stretch()).blocks, table.held(header))
 
 
 def write_table(file: h5py.File, table: Table, values: Mapping[str, Any]) -> h5py.Group:
@@ -282,7 +277,7 @@ def _write_names(file: h5py.File, header: Header) -> None:
     text = h5py.string_dtype("utf-8")
     held = tables(header)
     axes = [schema.LAYER, schema.TASK, schema.PAIR, *(table.path(axis) for table in held for axis in table.names)]
-    if any(schema.OTHER_TASK in f.axes for table in held for f in fields(table, header)):
+    if any(schema.OTHER_TASK in f.axes for table in held for f in table.held(header)):
         axes.append(schema.OTHER_TASK)
     for path in axes:
         axis = path.rpartition("/")[2]
@@ -292,13 +287,13 @@ def _write_names(file: h5py.File, header: Header) -> None:
         _scale(file, path)
     columns_of = {"layer_size": header.layer_size, "reach": header.reach}
     for field_ in schema.HEADER_FIELDS:
-        _write_table(file, field_.name, field_, columns_of[field_.name], header)
+        _write_dataset(file, field_.name, field_, columns_of[field_.name], header)
     if header.features is not None and schema.FEATURES in held:
         path = schema.FEATURES.path(schema.FEATURE_SIZE.name)
-        _write_table(file, path, schema.FEATURE_SIZE, header.features.feature_size, header)
+        _write_dataset(file, path, schema.FEATURE_SIZE, header.features.feature_size, header)
 
 
-def _write_table(file: h5py.File, path: str, field_: schema.Field, values: NDArray[Any], header: Header) -> None:
+def _write_dataset(file: h5py.File, path: str, field_: schema.Field, values: NDArray[Any], header: Header) -> None:
     data = np.asarray(values, dtype=field_.dtype).reshape(lengths(field_, header))
     _describe(file.create_dataset(path, data=data, track_times=False), field_)
 

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.rows import FeatureHeader, Header, TestClusters
-from gradprobe.runfile import clusters, content, growth, live, parts, schema
+from gradprobe.runfile import audits, content, growth, live, parts, schema
 from gradprobe.runfile.check import DAMAGED, NOTE, Report, open_readable
 from gradprobe.runfile.files import write_whole
 from gradprobe.runfile.pieces import Piece
@@ -72,7 +73,7 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
     counts = {group: sum(int(rows.sum()) for rows in each) for group, each in kept.items()}
     report.rows = counts[schema.ROWS.group]
     report.files = [piece.path.name for piece in pieces]
-    epochs = _epochs(pieces, report)
+    epochs, audit = _epochs(pieces, report), _audit(pieces[0], report)
     lost = [f"{finding.file} {finding.what}" for finding in report.findings if finding.kind == DAMAGED]
     header = Header(
         header.tasks,
@@ -92,7 +93,13 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
             )
             for table in schema.TABLES
         }
-        write_whole(target(out), lambda file: content.fill(file, header, state, rows, epochs), Disk())
+
+        def fill(file: h5py.File) -> None:
+            content.fill(file, header, state, rows, epochs)
+            if audit is not None:
+                audits.put(file, audit)
+
+        write_whole(target(out), fill, Disk())
 
 
 def _kept_in_all(salvages: list[Salvage], table: schema.Table, report: Report) -> list[NDArray[np.bool_]]:
@@ -242,9 +249,19 @@ def _features(pieces: list[Piece], report: Report) -> FeatureHeader | None:
 def _clusters(pieces: list[Piece], report: Report) -> TestClusters | None:
     """Metrics of the test split by cluster, of the last file, where they can be read."""
     try:
-        return clusters.load(pieces[-1])
+        found = pieces[-1].whole(schema.TEST)
     except RunFileError:
         report.add(pieces[-1].path, DAMAGED, "its metrics of the test split by cluster cannot be read")
+        return None
+    return TestClusters(found["cluster"], found["size"], found["metric"], found["without"]) if found else None
+
+
+def _audit(piece: Piece, report: Report) -> audits.Stored | None:
+    """The audit of a file, where it can be read."""
+    try:
+        return audits.load(piece)
+    except RunFileError:
+        report.add(piece.path, DAMAGED, "its audit cannot be read")
         return None
 
 

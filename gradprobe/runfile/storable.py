@@ -148,10 +148,10 @@ def provenance(tree: Mapping[Any, Any], ours: Mapping[str, Any] | None = None) -
     >>> provenance({"hyp": {"box": 0.05, "anchors": None}, "argv": ["record"]})
     {'hyp.box': 0.05, 'hyp.anchors': '', 'argv': ['record']}
     """
-    own = {key: attribute(value) for key, value in _flatten(ours or {})}
+    own = {key: plain(value) for key, value in _flatten(ours or {})}
     flat = list(islice(_flatten(tree), 2 * MAX_ATTRIBUTES))
     room = MAX_ATTRIBUTES - 100 - len(own)
-    kept = {key: attribute(value) for key, value in flat[:room]}
+    kept = {key: plain(value) for key, value in flat[:room]}
     return {**kept, **({MORE: len(flat) - room} if len(flat) > room else {}), **own}
 
 
@@ -182,19 +182,19 @@ def _entry(tree: Mapping[Any, Any], key: Any) -> Any:
         return f"(cannot be read: {type(error).__name__})"
 
 
-def attribute(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value of a provenance in its plain form.
 
-    >>> attribute(None), attribute((1, 2.5)), attribute([1, "a"]), attribute(2**70)
+    >>> plain(None), plain((1, 2.5)), plain([1, "a"]), plain(2**70)
     ('', [1, 2.5], ['1', 'a'], '1180591620717411303424')
     """
     try:
-        return _attribute(value)
+        return _plain(value)
     except Exception:  # of an object that fails at what it is asked
         return text(value)
 
 
-def _attribute(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if value is None:
         return ""
     if hasattr(value, "tolist"):  # arrays, their scalars, tensors
@@ -206,10 +206,10 @@ def _attribute(value: Any) -> Any:
         value = sorted(value, key=_words)
     if not isinstance(value, (list, tuple)):
         return _scalar(value)
-    plain = [_scalar(item) for item in value]
-    if plain and all(isinstance(item, (int, float)) for item in plain) and 8 * len(plain) <= MAX_TEXT:
-        return plain
-    return _texts([text(item) for item in plain])
+    items = [_scalar(item) for item in value]
+    if items and all(isinstance(item, (int, float)) for item in items) and 8 * len(items) <= MAX_TEXT:
+        return items
+    return _texts([text(item) for item in items])
 
 
 def _scalar(value: Any) -> Any:

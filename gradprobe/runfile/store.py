@@ -333,7 +333,7 @@ def blocks(
                     f.name: content.widened(f, group[f.name][start:stop], len(header.layers))
                     if f.name in group
                     else content.missing(f, header, stop - start)
-                    for f in content.fields(table, header)
+                    for f in table.held(header)
                 }
                 keep = slice(None) if before is None else piece[schema.STEP] < before
                 yield {name: values[keep] for name, values in piece.items()}
@@ -360,7 +360,7 @@ def _read(run: Run, header: Header, before: int) -> dict[str, content.Stretch]:
                 f.name: content.widened(f, block[f.name][keep], len(header.layers))
                 if f.name in block
                 else content.missing(f, header, int(keep.sum()))
-                for f in content.fields(table, header)
+                for f in table.held(header)
             }
 
     found = {}
