@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import datetime
 import enum
+import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ from gradprobe.errors import ProbeError, RunFileError
 from gradprobe.rows import FeatureHeader, FeatureRow, Header, TestClusters, limits
 from gradprobe.runfile import RunWriter, open_run
 from gradprobe.runfile.check import check
+from gradprobe.whole_files import Disk
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 
@@ -573,6 +576,31 @@ def test_rows_that_are_dropped_are_told(tmp_path, caplog, monkeypatch):
     report = check(path)
     assert report.whole
     assert any("rows were dropped" in finding.what for finding in report.findings)
+
+
+class SmallDisk(Disk):
+    """Takes no file of more than so many bytes, as a limit on the size of files does."""
+
+    most = 40_000
+
+    def write(self, descriptor, data, offset):
+        if offset + len(data) > self.most:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return super().write(descriptor, data, offset)
+
+
+def test_rows_that_fit_no_file_together_go_into_several(tmp_path):
+    """Whatever came together: 300 rows at the end of a recording, of which a file takes 100."""
+    path = tmp_path / "run.h5"
+    writer = RunWriter(path, disk=SmallDisk(), flush_seconds=1000, flush_rows=10**6)
+    writer.start(growing.header(3))
+    for step in range(300):
+        writer.write(growing.row(step, 3))
+    writer.close()
+    with open_run(path) as run:
+        assert run["step"].tolist() == list(range(300))
+        assert run.end == "finished"
+    assert check(path).whole
 
 
 def test_large_rows_are_written_before_the_memory_for_them_is_full(tmp_path, monkeypatch):

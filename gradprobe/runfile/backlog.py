@@ -29,7 +29,8 @@ class Backlog:
         self.dropped = 0
         self._waiting: deque[AnyRow] = deque()
         self._taken: list[AnyRow] = []
-        self._bytes = self._taken_bytes = 0
+        self._bytes = 0
+        self.taken_bytes = 0  # of the rows that were taken
 
     def __len__(self) -> int:
         """Rows that wait or were taken."""
@@ -55,20 +56,20 @@ class Backlog:
         while self._waiting and (not self._taken or total + size(self._waiting[0]) <= most):
             total += size(self._waiting[0])
             self._taken.append(self._waiting.popleft())
-        self._taken_bytes = total
+        self.taken_bytes = total
         return list(self._taken)
 
     def done(self) -> None:
         """What was taken is on the disk."""
-        self._bytes -= self._taken_bytes
-        self._taken, self._taken_bytes = [], 0
+        self._bytes -= self.taken_bytes
+        self._taken, self.taken_bytes = [], 0
 
     def back(self, before: int | None = None) -> None:
         """What was taken could not be written; of it, rows from step ``before`` on are forgotten."""
         kept = [row for row in self._taken if before is None or row.step < before]
-        self._bytes -= self._taken_bytes - sum(map(size, kept))
+        self._bytes -= self.taken_bytes - sum(map(size, kept))
         self._waiting.extendleft(reversed(kept))
-        self._taken, self._taken_bytes = [], 0
+        self._taken, self.taken_bytes = [], 0
 
     def cut(self, step: int) -> None:
         """Forget waiting rows from ``step`` on."""

@@ -37,6 +37,7 @@ class Flusher:
         self._dropped_before = 0
         self._asked = self._answered = self._refused = 0  # flushes, by number
         self._warned = self._told_of_drops = False
+        self._tried = (0, 0)  # rows of the last part that was begun, and their bytes
         self._thread: threading.Thread | None = None
 
     @property
@@ -152,10 +153,22 @@ class Flusher:
                 return
 
     def _write_part(self, end: str) -> int:
-        """One part from the oldest rows; returns how many."""
+        """One part from the oldest rows, of fewer where the disk has no room for as many; returns how many."""
+        most = self._part_bytes
+        while True:
+            try:
+                return self._write_rows(end, most)
+            except OSError:
+                if self._tried[0] < 2:
+                    raise
+                most = self._tried[1] // 2
+
+    def _write_rows(self, end: str, most: int) -> int:
+        """One part from the oldest rows, up to so many bytes of them; returns how many."""
         state = self._store.state
         with self.lock:
-            rows = self.backlog.take(self._part_bytes)
+            rows = self.backlog.take(most)
+            self._tried = len(rows), self.backlog.taken_bytes
             header, epochs = self._described()
             changed, self.changed = self.changed, False
             state.dropped = self._dropped_before + self.backlog.dropped + self.stepless
