@@ -8,6 +8,7 @@ and is handed through, never turned into 0.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -15,6 +16,31 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+
+FIRST_STEPS_OF_ADAM = 20
+"""Steps before which Adam's second moment is that of few gradients: it depends too much on the present batch."""
+
+LOWER_IS_BETTER = ("loss", "error", "rmse", "mae")
+"""Words in the names of metrics that are better when lower."""
+
+
+def first_settled_step(optimizer: str) -> int:
+    """The first step whose update says something of the training, by the optimizer's name; unknown ones are adaptive.
+
+    >>> first_settled_step("SGD"), first_settled_step("AdamW")
+    (0, 20)
+    """
+    return 0 if optimizer.upper() == "SGD" else FIRST_STEPS_OF_ADAM
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric's name says so.
+
+    >>> lower_is_better("val/box_loss"), lower_is_better("mAP50-95"), lower_is_better("glossiness")
+    (True, False, False)
+    """
+    words = re.split(r"[^a-z0-9]+", metric.lower())
+    return any(word in LOWER_IS_BETTER or word.endswith("loss") for word in words)
 
 
 def pairs(tasks: Sequence[str]) -> list[tuple[str, str]]:
@@ -297,14 +323,11 @@ def over_layers(gram: ArrayLike, reach: ArrayLike) -> tuple[Array, Array]:
     gram = np.asarray(gram, dtype=np.float64)
     reach = np.asarray(reach, dtype=bool)
     first, second = pair_index(reach.shape[-1])
-    square = _masked_sum(_diagonal(gram), reach)
-    both = reach[..., first] & reach[..., second]
-    inner = _masked_sum(gram[..., first, second], both)
+    total, shared = over_counted(gram, reach), reach[..., first] & reach[..., second]
+    squares = (np.where(shared, gram[..., task, task], 0.0).sum(axis=-2) for task in (first, second))
     with np.errstate(invalid="ignore", divide="ignore"):
-        length = np.sqrt(_masked_sum(gram[..., first, first], both)) * np.sqrt(
-            _masked_sum(gram[..., second, second], both)
-        )
-        return np.sqrt(square), np.clip(inner / length, -1.0, 1.0)
+        length = np.prod([np.sqrt(square) for square in squares], axis=0)
+        return np.sqrt(_diagonal(total)), np.clip(total[..., first, second] / length, -1.0, 1.0)
 
 
 def over_all(gram: ArrayLike, reach: ArrayLike) -> Array:
@@ -318,17 +341,13 @@ def over_all(gram: ArrayLike, reach: ArrayLike) -> Array:
         (..., T, T). A layer that a task does not reach adds nothing to its entries; a reached one whose entry is NaN
         makes the sum NaN.
     """
-    reach = np.asarray(reach, dtype=bool)
-    both = reach[..., :, None] & reach[..., None, :]
-    total: Array = np.where(both, np.asarray(gram, dtype=np.float64), 0.0).sum(axis=-3)
+    total: Array = np.where(_both(reach), np.asarray(gram, dtype=np.float64), 0.0).sum(axis=-3)
     return total
 
 
 def over_counted(gram: ArrayLike, reach: ArrayLike) -> Array:
     """As :func:`over_all`, but NaN, and not 0, where no layer counts for a pair (on the diagonal: for a task)."""
-    reach = np.asarray(reach, dtype=bool)
-    both = reach[..., :, None] & reach[..., None, :]
-    return np.where(both.any(axis=-3), over_all(gram, reach), np.nan)
+    return np.where(_both(reach).any(axis=-3), over_all(gram, reach), np.nan)
 
 
 def over_rows(gram: ArrayLike, counts: ArrayLike) -> Array:
@@ -368,10 +387,11 @@ def _diagonal(gram: ArrayLike) -> Array:
     return result
 
 
-def _masked_sum(values: Array, mask: NDArray[np.bool_]) -> Array:
-    """Sum over the layer axis (the last but one) of ``values`` where ``mask``; NaN where the mask is empty."""
-    total = np.where(mask, values, 0.0).sum(axis=-2)
-    return np.where(mask.any(axis=-2), total, np.nan)
+def _both(reach: ArrayLike) -> NDArray[np.bool_]:
+    """(..., L, T) -> (..., L, T, T): whether both tasks of a pair count on a layer."""
+    reach = np.asarray(reach, dtype=bool)
+    result: NDArray[np.bool_] = reach[..., :, None] & reach[..., None, :]
+    return result
 
 
 def match_norm(gram: ArrayLike, weight: ArrayLike, reference: ArrayLike) -> Array:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from gradprobe.ledger import terms
-from gradprobe.ledger.update_parts import YOUNG, begin, first_moment, own_factor, rules, take_apart
+from gradprobe.ledger.update_parts import begin, first_moment, own_factor, rules, take_apart
+from gradprobe.measures import FIRST_STEPS_OF_ADAM
 
 TASKS = ("a", "b")
 SOURCES = ("a", "b", "weight decay", "earlier momentum")
@@ -182,7 +183,7 @@ def train(options: Options) -> Made:
             "left_head": [float(end_head[t] @ moved[t]) for t in (0, 1)],
             "head_correction": head_correction,
             "change": (after := values(model, probe)) - losses_before,
-            "status": int(o.optimizer.startswith("adam") and step < YOUNG),
+            "status": int(o.optimizer.startswith("adam") and step < FIRST_STEPS_OF_ADAM),
         }
         if o.shapley:
             row["shapley"] = shapley(model, probe, everything, before, parts, len(shared))

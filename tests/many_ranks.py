@@ -10,6 +10,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -17,9 +18,9 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 import gradprobe
+from gradprobe.processes import join
 from gradprobe.trainers.dwa import DWA
 from gradprobe.trainers.gradnorm import GradNorm
-from gradprobe.trainers.processes import Several
 from gradprobe.trainers.rlw import RLW
 from gradprobe.trainers.surgery import Surgery
 from gradprobe.trainers.uncertainty import Uncertainty
@@ -165,13 +166,16 @@ def bundled(processes=None, **options):
 def main(folder, rank, size):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": str(size)}
     os.environ["MASTER_PORT"] = (folder / "port").read_text()
-    processes = Several(torch.device("cpu"))
+    processes = join(torch.device("cpu"))
     for way in WAYS:
         recorded(DistributedDataParallel(make()), folder / f"{way}.h5", way, rank, size)
     for way in SYNCHRONISED:
         model = DistributedDataParallel(make(SyncNorm(16)))
         recorded(model, folder / f"synchronised-{way}.h5", way, rank, size)
-    out = {"agreed": processes.agreed({"a": float(rank), "b": 2.0}), "mean": processes.mean([rank, float("nan")])}
+    out = {
+        "agreed": processes.agreed({"a": float(rank), "b": 2.0}),
+        "mean": processes.mean(np.array([rank, float("nan")])).tolist(),
+    }
     out["balanced"] = balanced(DistributedDataParallel(make()), rank, size)
     if size == 2 and find_spec("yolov5"):
         out["bundled"] = bundled(processes)

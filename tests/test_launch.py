@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from gradprobe import open_run
+from gradprobe import open_run, processes
 from gradprobe.cli.app import run as command
 from gradprobe.errors import TrainingError, UsageError
-from gradprobe.trainers import processes
+from gradprobe.trainers import engine
 from gradprobe.trainers.settings import resolve
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -167,7 +167,7 @@ TWO = {"MASTER_ADDR": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RA
     ],
 )
 def test_how_many_processes(flags, environment, count):
-    assert processes.counted(resolve(flags), environment).processes == count
+    assert engine.counted(resolve(flags), environment).processes == count
 
 
 @pytest.mark.parametrize(
@@ -186,13 +186,13 @@ def test_how_many_processes(flags, environment, count):
 )
 def test_what_cannot_be_divided_is_refused(flags, environment, message):
     with pytest.raises(UsageError, match=message):
-        processes.counted(resolve(flags), environment)
+        engine.counted(resolve(flags), environment)
 
 
 def test_each_process_has_its_device():
-    assert processes.own_device("0,1", TWO) == "1"
-    assert processes.own_device("cpu", TWO) == "cpu"
-    assert processes.own_device("0", {}) == "0"
+    assert engine.own_device("0,1", TWO) == "1"
+    assert engine.own_device("cpu", TWO) == "cpu"
+    assert engine.own_device("0", {}) == "0"
     assert [processes.is_first(e) for e in ({}, {**TWO, "RANK": "0"}, TWO)] == [True, True, False]
 
 
@@ -212,10 +212,10 @@ def test_what_is_wrong_is_said_before_anything_is_started(words, message, tmp_pa
 
 
 def test_an_error_of_another_kind_is_not_taken_for_a_lost_process():
-    one = processes.OneProcess()
+    one = processes.Alone()
     with pytest.raises(RuntimeError, match="of the user"), one.losing_none():
         raise RuntimeError("of the user")
-    several = object.__new__(processes.Several)
+    several = object.__new__(processes.Ranks)
     several.rank, several.size = 0, 2
     with pytest.raises(RuntimeError, match="of the user"), several.losing_none():
         raise RuntimeError("of the user")

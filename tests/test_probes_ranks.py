@@ -18,7 +18,7 @@ import gradprobe
 from gradprobe import measures
 from gradprobe.errors import ProbeError
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.ranks import Alone, Ranks
+from gradprobe.processes import Alone, Ranks
 from gradprobe.rows import MEASURED, absent
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")

@@ -29,11 +29,11 @@ from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import Settings, parse_task_weights, resolve, restored
 
 if TYPE_CHECKING:
+    from gradprobe.processes import Alone
     from gradprobe.rows import Sink
     from gradprobe.trainers.hyp import DetectionHyp, HypFile
     from gradprobe.trainers.loop import Outcome
     from gradprobe.trainers.problems import Data
-    from gradprobe.trainers.processes import OneProcess
 
 
 MOST_PROCESSES = 8
@@ -86,7 +86,8 @@ def record_run(request: Request) -> int:
     """
     # On two busy cores, threads that spin while they wait make a step seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from gradprobe.trainers.processes import check_there, is_first, started
+    from gradprobe.processes import is_first, started
+    from gradprobe.trainers.engine import check_there
 
     plan = make_plan(request)
     if plan.state is None:
@@ -127,8 +128,8 @@ def _record(plan: Plan, display: Display) -> None:
 def make_plan(request: Request) -> Plan:
     """What the flags ask for; what can be told wrong without data and model is found here."""
     from gradprobe.trainers import registry
+    from gradprobe.trainers.engine import counted
     from gradprobe.trainers.hyp import DetectionHyp, read_hyp
-    from gradprobe.trainers.processes import counted
 
     if request.resume is not None:
         return _plan_to_resume(request)
@@ -187,9 +188,10 @@ def output_path(request: Request) -> Path:
 
 
 def _plan_to_resume(request: Request) -> Plan:
+    from gradprobe.processes import started
     from gradprobe.trainers import checkpoint
+    from gradprobe.trainers.engine import counted
     from gradprobe.trainers.hyp import DetectionHyp
-    from gradprobe.trainers.processes import counted, started
 
     assert request.resume is not None
     given = [name for name, value in request.flags.items() if value is not None and name != "trainer"]
@@ -292,8 +294,9 @@ def train(plan: Plan, writer: RunWriter | None, display: Display) -> Outcome:
         writer: None in processes other than the first.
         display: Is told how far it is.
     """
+    from gradprobe.processes import join
     from gradprobe.trainers.build import check_device
-    from gradprobe.trainers.processes import join, own_device
+    from gradprobe.trainers.engine import own_device
 
     processes = join(check_device(own_device(plan.settings.device)))
     with processes.losing_none():
@@ -302,7 +305,7 @@ def train(plan: Plan, writer: RunWriter | None, display: Display) -> Outcome:
     return outcome
 
 
-def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: OneProcess) -> Outcome:
+def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: Alone) -> Outcome:
     from gradprobe.trainers import loop
     from gradprobe.trainers.build import build
     from gradprobe.trainers.problems import problem_of

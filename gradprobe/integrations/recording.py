@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -15,10 +14,8 @@ from gradprobe.attachment import attach
 from gradprobe.errors import UsageError, tell
 from gradprobe.probes import GradientProbe
 from gradprobe.probes.probe import ending
+from gradprobe.processes import everybody
 from gradprobe.rows import Sink
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 SAME = 1e-2
 """How far the weighted losses may add up to something else than the loss that is trained on, as a share of it:
@@ -111,7 +108,7 @@ class Recording:
             sinks=self._sinks if not restarted else (),
             overwrite=(self._overwrite or restarted) and not step,
             resume=bool(step),
-            process_group=_all_processes(),
+            process_group=everybody(),
             provenance={"trainer": self._trainer},
             **{**self.options, **options},
         )
@@ -222,8 +219,3 @@ def _number(value: Any) -> float | None:
         return None if isinstance(value, str | bool) else float(value)
     except (TypeError, ValueError):
         return None
-
-
-def _all_processes() -> ProcessGroup | None:
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.group.WORLD if several else None

@@ -16,9 +16,6 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 Moments = list[Tensor]
 """First moments of one parameter: of each task, of weight decay, of what came earlier. They sum to the optimizer's."""
 
-YOUNG = 20
-"""Steps of Adam before which its second moment still depends too much on the present batch."""
-
 
 @dataclass(frozen=True)
 class Rule:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from gradprobe.measures import Array
+from gradprobe.measures import Array, lower_is_better
 from gradprobe.plots import series, style
 from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run
@@ -41,7 +41,7 @@ def groups(run: Run) -> tuple[list[str], list[str]]:
         known = values[np.isfinite(values)]
         if name == "epoch" or not known.size:
             continue
-        bounded = known.min() >= 0 and known.max() <= 1 and "loss" not in name.lower()
+        bounded = known.min() >= 0 and known.max() <= 1 and not lower_is_better(name)
         (scores if bounded else others).append(name)
     return scores, others
 

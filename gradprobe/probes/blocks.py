@@ -26,9 +26,9 @@ from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import done
-from gradprobe.probes.ranks import Alone
 from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Node, Trace, is_leaf
+from gradprobe.processes import Alone
 
 Edge = tuple[Node, int]
 """An operation, and which of its outputs the gradient is of."""

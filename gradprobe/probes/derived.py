@@ -16,9 +16,9 @@ from gradprobe.probes import walk
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Gradients, Listener, combined, meeting, pass_to
-from gradprobe.probes.ranks import Alone
 from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Trace
+from gradprobe.processes import Alone
 
 EXACT_TYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 

@@ -22,9 +22,9 @@ from gradprobe.probes.custom import some
 from gradprobe.probes.joint import MARK, Apart, words
 from gradprobe.probes.noted import Noted, Parameters, Touched
 from gradprobe.probes.passes import done
-from gradprobe.probes.ranks import Alone
 from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Node
+from gradprobe.processes import Alone
 from gradprobe.rows import MEASURED
 
 T = TypeVar("T")

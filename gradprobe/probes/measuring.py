@@ -41,13 +41,13 @@ from gradprobe.probes.micro import MicroBatches
 from gradprobe.probes.moves import Moves
 from gradprobe.probes.on_loader import OnLoader
 from gradprobe.probes.points import Points, SharedParameters
-from gradprobe.probes.ranks import Alone
 from gradprobe.probes.release import release
 from gradprobe.probes.report import Reporter, finite, status_of
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.self_check import SELF_CHECKED, cosines_with_itself, fault
 from gradprobe.probes.stepping import Steps, learning_rate
 from gradprobe.probes.stopwatch import Stopwatch
+from gradprobe.processes import Alone
 from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, OVERFLOWED, FeatureRow, Row
 from gradprobe.statistics import noise_part
 

@@ -34,11 +34,11 @@ from gradprobe.probes.limits import refuse
 from gradprobe.probes.micro import MicroSum
 from gradprobe.probes.noted import Parameters
 from gradprobe.probes.passes import Gradients, measure_explicitly
-from gradprobe.probes.ranks import Alone, remember_wrapper
 from gradprobe.probes.sharing import Sharing
 from gradprobe.probes.sketch import Draw, Size
 from gradprobe.probes.sketched import SketchedMeasurement, Sketching, measure_sketched
 from gradprobe.probes.trace import Trace, trace
+from gradprobe.processes import Alone, remember_wrapper
 
 MEMORY = ("normal", "low")
 PRODUCTS = ("direct", "ghost")
@@ -194,7 +194,7 @@ class Meter:
         weights = self._sharing.weights
         graph = self._traced(list(losses.values()), keep=True)
         if self.shared is None:
-            remember_wrapper(self._model, graph)
+            remember_wrapper(self._model, graph.nodes)
         shared = self._sharing.look(losses, graph)
         self._warn_of_none()
         if self._sharing.weights != weights:

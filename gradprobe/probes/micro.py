@@ -26,9 +26,9 @@ from gradprobe.probes.ghost import OutputGradients
 from gradprobe.probes.gramian import GramianSum, bring
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Gradients, pass_to
-from gradprobe.probes.ranks import Alone
 from gradprobe.probes.schedule import whole
 from gradprobe.probes.state import state_kept
+from gradprobe.processes import Alone
 from gradprobe.statistics import noise_part
 
 BatchSize = int | Sequence[int]

@@ -14,8 +14,8 @@ from gradprobe.measures import Array
 from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.ranks import Alone
 from gradprobe.probes.state import state_kept
+from gradprobe.processes import Alone
 
 
 class _Done(threading.local):

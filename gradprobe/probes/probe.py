@@ -40,12 +40,12 @@ from gradprobe.probes.measuring import Measuring
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.micro import BatchSize, MicroBatches, check_mean, micro_batches
 from gradprobe.probes.on_loader import OnLoader
-from gradprobe.probes.ranks import replicas
 from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.schedule import Also, Led, make_schedule, whole
 from gradprobe.probes.sketch import size_of
+from gradprobe.processes import replicas
 from gradprobe.rows import Header, Provenance, Sink
 
 

@@ -21,8 +21,8 @@ from gradprobe.probes import walk
 from gradprobe.probes.binding import Binding, Selection
 from gradprobe.probes.graph import Layer, SharedLayers, reached
 from gradprobe.probes.loss_weights import hidden, loss_weights
-from gradprobe.probes.ranks import Alone
 from gradprobe.probes.trace import Trace, several
+from gradprobe.processes import Alone
 
 Place = tuple[str, int]
 """A parameter by the name of its layer and its place among the layer's, which are the same in all processes."""

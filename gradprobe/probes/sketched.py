@@ -23,10 +23,10 @@ from gradprobe.probes.ghost import OutputGradients
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import Layer, SharedLayers
 from gradprobe.probes.passes import Listener, pass_to
-from gradprobe.probes.ranks import Alone
 from gradprobe.probes.sketch import Draw, Size
 from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Trace
+from gradprobe.processes import Alone
 
 
 class Sketching:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.probes import walk
-from gradprobe.probes.ranks import reduction_kept
+from gradprobe.processes import reduction_kept
 
 SMALL = 1 << 16
 """Plain tensors of a module with more numbers than this are not copied; see :func:`large_attributes`."""

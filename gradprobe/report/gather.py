@@ -18,7 +18,6 @@ from gradprobe.report.bins import Array
 from gradprobe.report.material import ArmData, Floats, Ledger, Material, RunData
 from gradprobe.report.names import clean, distinct
 from gradprobe.runfile import Run, schema, thin
-from gradprobe.verdict.readings import FIRST_STEPS_OF_ADAM
 
 ARMS, TASKS, PAIRS = 24, 6, 3
 """Drawn at most; what is left out is counted."""
@@ -213,8 +212,7 @@ def _ledger(run: Run, tasks: Sequence[str], span: tuple[int, int] | None) -> Led
     if not table or not len(table["step"]):
         return None
     start, stop = span if span is not None else (0, math.inf)
-    if str(run.provenance.get("settings.optimizer", "")).upper() != "SGD":
-        start = max(start, FIRST_STEPS_OF_ADAM)
+    start = max(start, measures.first_settled_step(str(run.provenance.get("settings.optimizer", ""))))
     found = window(table, run.tasks, start=start, stop=stop)
     if not len(found.rows):
         return None

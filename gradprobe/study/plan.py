@@ -12,6 +12,7 @@ from typing import Any
 
 from gradprobe import whole_files
 from gradprobe.errors import UsageError
+from gradprobe.measures import first_settled_step
 from gradprobe.study.arms import Arm
 from gradprobe.trainers.settings import Settings, as_provenance
 
@@ -39,9 +40,6 @@ BY_MACHINE = ("processes",)
 
 FROM_A_RUN = "gradnorm-static"
 """The trainer whose task weights become known only when it is made."""
-
-BURN_IN = 20
-"""Steps before the window under Adam, whose second moment is that of few gradients until then."""
 
 
 def parse_window(text: str, settings: Settings, steps: int | None) -> tuple[int, int] | None:
@@ -75,8 +73,8 @@ def parse_window(text: str, settings: Settings, steps: int | None) -> tuple[int,
 
 def default_start(settings: Settings, steps: int | None) -> int:
     """Where the window begins; 0 where the training is too short to leave anything out."""
-    adaptive = settings.optimizer != "SGD"
-    return BURN_IN if adaptive and (steps is None or steps >= 2 * BURN_IN) else 0
+    start = first_settled_step(settings.optimizer)
+    return start if steps is None or steps >= 2 * start else 0
 
 
 def parse_pairs(text: str, tasks: Sequence[str]) -> list[str]:

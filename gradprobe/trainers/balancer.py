@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradprobe.errors import TrainingError, UsageError
+from gradprobe.processes import mean_over_processes
 from gradprobe.trainers.settings import Settings
 
 
@@ -47,8 +47,9 @@ class Balancer(ABC):
         ... balancer.after_backward()
         ... optimizer.step()
 
-    Under data parallelism losses are this process's; what is learned from them has to be made of
-    :func:`mean_over_processes`. The loop sees to it that the first process's weights hold everywhere.
+    Under data parallelism losses are this process's; what is learned from them has to be made
+    of :func:`gradprobe.processes.mean_over_processes`. The loop sees to it that the first process's weights hold
+    everywhere.
 
     Attributes:
         loss_scale: What a GradScaler multiplies the losses with, so that gradients do not vanish in float16; set by the
@@ -109,14 +110,6 @@ class Balancer(ABC):
     def create(cls, model: nn.Module, setup: Setup) -> Balancer:
         """The balancer for a model that :meth:`prepare` gave; without arguments unless a class says otherwise."""
         return cls()
-
-
-def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of a tensor over the processes that train together; itself where there is one. In place."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return values
-    dist.all_reduce(values)
-    return values / dist.get_world_size()
 
 
 def loss_values(losses: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:

@@ -12,16 +12,16 @@ from torch import nn
 from gradprobe.errors import UsageError
 from gradprobe.probes import GradientProbe
 from gradprobe.probes.loader import ProbeLoader
+from gradprobe.processes import Alone
 from gradprobe.rows import Sink
 from gradprobe.trainers import checkpoint, loop, registry
 from gradprobe.trainers.balancer import Balancer, Setup
-from gradprobe.trainers.engine import Engine, make_engine
+from gradprobe.trainers.engine import Engine, make_engine, own_device
 from gradprobe.trainers.fixed_batch import make_ledger
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models.size import size_of
 from gradprobe.trainers.optim import make_optimizer, make_schedule
 from gradprobe.trainers.problems import Data, Kind, Problem, problem_of
-from gradprobe.trainers.processes import OneProcess, own_device
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import Settings, as_provenance
 from gradprobe.updates import Updates
@@ -34,7 +34,7 @@ def build(
     watcher: loop.Watcher,
     *,
     out: Path,
-    processes: OneProcess | None = None,
+    processes: Alone | None = None,
     hyp: DetectionHyp | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> loop.Training:
@@ -46,7 +46,7 @@ def build(
     hyp = hyp or DetectionHyp()
     problem = problem_of(settings)
     tasks = problem.kind.tasks
-    processes = processes or OneProcess()
+    processes = processes or Alone()
     device = check_device(own_device(settings.device))
     kind = registry.find(settings.trainer)
     reference = problem.build_model(settings, data, hyp).to(device)

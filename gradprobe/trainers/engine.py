@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradprobe.trainers.processes import OneProcess
+from gradprobe.errors import UsageError
+from gradprobe.processes import Alone, started
+from gradprobe.trainers.settings import Settings
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
@@ -32,7 +36,7 @@ class Engine:
     forward: nn.Module
     half: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
-    processes: OneProcess = field(default_factory=OneProcess)
+    processes: Alone = field(default_factory=Alone)
 
     def losses(self, model: Any, batch: Any, share: float) -> dict[str, Tensor]:
         """This process's unweighted losses; their mean over the processes is that of the whole batch.
@@ -44,7 +48,7 @@ class Engine:
         """
         # Where nothing wraps the model, its own forward: the audit puts a stand-in before it.
         forward = model if self.processes.size == 1 else self.forward
-        return self.processes.share(self.own_losses(model, batch, forward), share)
+        return self.processes.scaled(self.own_losses(model, batch, forward), share)
 
     def own_losses(self, model: Any, batch: Any, forward: Any = None) -> Mapping[str, Tensor]:
         """The unweighted losses of a batch that is this process's alone.
@@ -62,7 +66,8 @@ class Engine:
 
     def values(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         """The losses of the whole batch."""
-        return dict(zip(losses, self.processes.mean([float(v.detach()) for v in losses.values()]), strict=True))
+        own = np.array([float(loss.detach()) for loss in losses.values()])
+        return dict(zip(losses, self.processes.mean(own).tolist(), strict=True))
 
     @property
     def loss_scale(self) -> float:
@@ -94,9 +99,9 @@ class Engine:
         return torch.autocast(self.device.type, dtype=self.half)
 
 
-def make_engine(model: nn.Module, precision: str, device: torch.device, processes: OneProcess | None = None) -> Engine:
+def make_engine(model: nn.Module, precision: str, device: torch.device, processes: Alone | None = None) -> Engine:
     """The engine of a training."""
-    processes = processes or OneProcess()
+    processes = processes or Alone()
     half = HALF.get(precision)
     scaler = torch.amp.GradScaler(device.type) if half is torch.float16 else None
     return Engine(device, processes.copies(model, device), half, scaler, processes)
@@ -110,3 +115,68 @@ def _widened(outputs: Any) -> Any:
         parts = [_widened(part) for part in outputs]
         return type(outputs)(*parts) if hasattr(outputs, "_fields") else tuple(parts)
     return outputs
+
+
+# ---- which devices, and how many processes
+
+
+def counted(settings: Settings, environment: Mapping[str, str] = os.environ) -> Settings:
+    """The settings with the number of processes that they, or torchrun, ask for.
+
+    Raises:
+        UsageError: They contradict each other, or a batch cannot be divided.
+    """
+    running, devices = started(environment), len(settings.device.split(","))
+    here = int(environment.get("LOCAL_WORLD_SIZE", running))
+    count = settings.processes or (running if running > 1 else devices)
+    if running > 1 and count != running:
+        raise UsageError(f"torchrun started {running} processes, but the run is of {count}: start as many.")
+    if settings.device == "mps" and count > 1:
+        raise UsageError(f"--device mps: {count} processes cannot share one; take --device cpu, or one process.")
+    if devices > 1 and devices != (here if running > 1 else count):
+        raise UsageError(f"--device {settings.device} names {devices} devices for {count} processes: one for each.")
+    _check_devices(settings.device, here if running > 1 else count)
+    if settings.batch_size % count:
+        raise UsageError(
+            f"--batch-size {settings.batch_size} is that of all {count} processes together, and no multiple of "
+            f"{count}; the next one is {-(-settings.batch_size // count) * count}."
+        )
+    if settings.micro_batches > 1 and settings.micro_batches % count:
+        raise UsageError(
+            f"--micro-batches {settings.micro_batches} are those of all {count} processes together, and no multiple of "
+            f"{count}; each process's part of a batch is one already."
+        )
+    return replace(settings, processes=count)
+
+
+def _check_devices(device: str, here: int) -> None:
+    """Whether so many processes of one machine can train together on what ``--device`` names."""
+    names = [name.strip() for name in device.split(",")]
+    accelerators = [name for name in names if name != "cpu"]
+    if here > 1 and accelerators and len(set(accelerators)) < here:
+        raise UsageError(
+            f"--device {device}: {here} processes need a GPU each, such as --device "
+            f"{','.join(map(str, range(here)))}; or all of them --device cpu."
+        )
+
+
+def check_there(device: str) -> None:
+    """Find out before processes are started whether this machine has the GPUs; counting them takes no memory on any.
+
+    Raises:
+        UsageError: It has fewer than ``--device`` names.
+    """
+    count = torch.cuda.device_count()
+    if any(name.strip().isdecimal() and int(name) >= count for name in device.split(",")):
+        raise UsageError(
+            f"--device {device}: torch finds {count} GPUs on this machine. On any machine: --device cpu, with "
+            "--processes for several."
+        )
+
+
+def own_device(device: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Which of the devices that ``--device 0,1`` names is this process's."""
+    if started(environment) == 1:
+        return device
+    devices = device.split(",")
+    return devices[int(environment.get("LOCAL_RANK", "0")) % len(devices)].strip()

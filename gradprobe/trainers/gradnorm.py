@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.balancer import Balancer, Setup, kept, loss_values, mean_over_processes
+from gradprobe.processes import mean_over_processes
+from gradprobe.trainers.balancer import Balancer, Setup, kept, loss_values
 from gradprobe.trainers.optim import restore_optimizer
 
 

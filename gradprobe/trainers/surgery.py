@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,8 +20,8 @@ from gradprobe.errors import TrainingError
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers, by_module, find_shared, reached
-from gradprobe.probes.ranks import replicas
 from gradprobe.probes.state import state_kept
+from gradprobe.processes import everybody, replicas
 from gradprobe.trainers.balancer import Balancer, Setup, check_static, counted
 from gradprobe.trainers.settings import Settings
 from gradprobe.trainers.weightings import Weighting
@@ -71,7 +70,7 @@ class Surgery(Balancer):
         self._static = check_static(static)
         self._tasks = tuple(self._static)
         self._method = Weighting(method, len(self._tasks), seed=seed, cagrad_c=cagrad_c)
-        own = None if isinstance(model, DistributedDataParallel) else _all_processes()
+        own = None if isinstance(model, DistributedDataParallel) else everybody()
         self._model, self._ranks = replicas(model, own)
         self._match = match_norm
         self._weights = dict(self._static)
@@ -165,11 +164,6 @@ class Surgery(Balancer):
         """The method that ``--trainer`` names."""
         s = setup.settings
         return cls(s.trainer, model, setup.static, match_norm=s.match_norm, seed=s.seed, cagrad_c=s.cagrad_c)
-
-
-def _all_processes() -> dist.ProcessGroup | None:
-    there = dist.is_available() and dist.is_initialized()
-    return dist.group.WORLD if there else None
 
 
 def choose(method: Weighting, gram: Array, step: int, static: Array, *, match: bool) -> Array | None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradprobe.ledger.terms import noise_products
-from gradprobe.ledger.update_parts import YOUNG, Rule, dot, own_factor, rules
-from gradprobe.measures import Array
+from gradprobe.ledger.update_parts import Rule, dot, own_factor, rules
+from gradprobe.measures import FIRST_STEPS_OF_ADAM, Array
 from gradprobe.probes import walk
 from gradprobe.probes.graph import SharedLayers, reached
 from gradprobe.probes.passes import done
@@ -126,7 +126,7 @@ def look(optimizer: Optimizer, own: Own) -> Heads:
 
 def young(known: Sequence[Rule | None]) -> bool:
     """Whether an Adam among these rules has made too few steps."""
-    return any(rule is not None and rule.adam and rule.steps < YOUNG for rule in known)
+    return any(rule is not None and rule.adam and rule.steps < FIRST_STEPS_OF_ADAM for rule in known)
 
 
 def products(gradients: ByTask, moved: ByTask) -> Array:

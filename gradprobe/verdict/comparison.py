@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gradprobe.errors import UsageError
+from gradprobe.measures import lower_is_better
 from gradprobe.statistics import Contrast, sign_flip, skewed
 from gradprobe.verdict import conditions, decision, misleading, outcome, questions, readings, words
 from gradprobe.verdict.answers import (
@@ -160,7 +161,7 @@ def _resolve(asked: Options, plan: Mapping[str, Any], tasks: Sequence[str]) -> _
         raise UsageError(f"--margin {margin:g}, --outcome-margin {other:g}: margins are finite numbers above 0.")
     named = list(asked.pairs) or [str(name) for name in np.ravel(plan.get("pairs", []))]
     metrics = list(asked.metrics) or [str(name) for name in np.ravel(plan.get("metrics", []))]
-    losses = [name for name in metrics if outcome.is_loss(name)]
+    losses = [name for name in metrics if lower_is_better(name)]
     if losses:
         raise UsageError(f"{losses[0]} is a loss: a loss is no evidence here. Take a metric of the test split.")
     return _Resolved(

@@ -142,11 +142,6 @@ class Evidence:
         return int(self.provenance.get("data.train_images", 0) or 0)
 
     @property
-    def plain_descent(self) -> bool:
-        """Whether it is known to be trained by SGD, whose first steps are as any others."""
-        return str(self.setting.get("optimizer", "")).upper() == "SGD"
-
-    @property
     def ledger_on_probe_batch(self) -> bool:
         """Whether the ledger values updates by the gradients of its fixed probe batch, and not by the training's."""
         said = self.provenance

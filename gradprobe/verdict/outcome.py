@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradprobe.errors import UsageError
-from gradprobe.measures import Array
+from gradprobe.measures import Array, lower_is_better
 from gradprobe.statistics import Contrast, jackknife_variance, paired, welch, widened
 from gradprobe.verdict.evidence import Evidence
 
@@ -28,14 +28,6 @@ Source: Maninis et al., "Attentive Single-Tasking of Multiple Tasks", 2019, equa
 
 KNOWN = {"mAP50": "det", "mAP50-95": "det", "accuracy": "cls"}
 """Metrics of the bundled detector, and whose they are."""
-
-LOSSES = ("loss", "error", "rmse", "mae")
-"""Names of what is better when lower; none of these is taken for a metric."""
-
-
-def is_loss(metric: str) -> bool:
-    """Whether a metric's name says that lower is better."""
-    return any(word in metric.lower().replace("-", "_").replace(".", "_").split("_") for word in LOSSES)
 
 
 def task_of(metric: str, tasks: Sequence[str]) -> str:
@@ -55,7 +47,7 @@ def metrics(runs: Sequence[Evidence], tasks: Sequence[str], wanted: Sequence[str
     """
     together = [run for run in runs if not run.single]
     named = dict.fromkeys(name for run in together for name in run.tested.values)
-    main = [name for name in named if (name in KNOWN or name.rpartition("_")[2] in tasks) and not is_loss(name)]
+    main = [name for name in named if (name in KNOWN or name.rpartition("_")[2] in tasks) and not lower_is_better(name)]
     found = {name: task_of(name, tasks) for name in (wanted or main)}
     unknown = next((name for name, task in found.items() if not task), None)
     if unknown is not None:

@@ -11,12 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.ledger.windows import Window, window
-from gradprobe.measures import Array, over_counted
+from gradprobe.measures import Array, first_settled_step, over_counted
 from gradprobe.statistics import Estimate, Mean, pooled, pooled_ratio
 from gradprobe.verdict.evidence import Evidence, Rows
-
-FIRST_STEPS_OF_ADAM = 20
-"""Left out: its second moment is still that of few gradients."""
 
 Span = tuple[int, int] | None
 """Training steps that count, from the first up to before the second; None: all."""
@@ -174,8 +171,7 @@ def _ledger(run: Evidence, layers: tuple[str, ...], span: Span) -> Window | None
     if not run.ledger:
         return None
     start, stop = span if span is not None else (0, np.inf)
-    if not run.plain_descent:
-        start = max(start, FIRST_STEPS_OF_ADAM)
+    start = max(start, first_settled_step(str(run.setting.get("optimizer", ""))))
     return window(run.ledger, run.tasks, start=start, stop=stop, layers=[int(i) for i in places(run, layers)])
 
 

@@ -15,9 +15,9 @@ from gradprobe.probes.doctor.finding import Finding, Patient
 from gradprobe.probes.gramian import vector
 from gradprobe.probes.graph import by_module
 from gradprobe.probes.limits import reentrant_checkpoints
-from gradprobe.probes.ranks import remember_wrapper
 from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Node, is_leaf, several
+from gradprobe.processes import remember_wrapper
 
 
 def faulty(patient: Patient) -> Iterator[Finding]:
@@ -47,7 +47,7 @@ def sharing_nothing(patient: Patient) -> Iterator[Finding]:
 
 def shared_by_the_graph_alone(patient: Patient) -> Iterator[Finding]:
     """Losses out of one vector seem to reach each other's heads, with gradients of exactly 0."""
-    remember_wrapper(patient.model, patient.graph)
+    remember_wrapper(patient.model, patient.graph.nodes)
     if custom.operations(patient.graph.nodes) or custom.unpack_hooks(patient.graph.nodes):
         return  # a pass might use up the forward, or change something
     layers = {

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from gradprobe.measures import lower_is_better
 from gradprobe.report.chart import Block, Chart, Notice, Panel, Section, Table
 from gradprobe.report.figures import dots, lines
 from gradprobe.report.figures.dots import Dots
@@ -45,7 +46,7 @@ def metrics(material: Material) -> list[str]:
             values.setdefault(name, []).extend(table[:, 1])
         for name, value in run.test.items():
             values.setdefault(name, []).append(value)
-    scores = [n for n, v in values.items() if min(v) >= 0 and max(v) <= 1 and "loss" not in n.lower()]
+    scores = [n for n, v in values.items() if min(v) >= 0 and max(v) <= 1 and not lower_is_better(n)]
     wanted = [name for name in material.targets if name in values]
     known = [name for name in KNOWN if name in scores]
     return list(dict.fromkeys([*wanted, *known, *scores]))[: max(METRICS, len(wanted))]

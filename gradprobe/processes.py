@@ -1,15 +1,22 @@
-"""The processes of one data-parallel training, whose task gradients are averaged before they are multiplied.
+"""The processes of one data-parallel training: this one alone, or several with a copy of the model each.
 
-The cosine of the averaged gradients is not the mean of the processes' cosines, nor its norm that of their norms. So
-every process makes its own task gradients, those are averaged as the training averages the joint one, and each process
-multiplies the same averages: all of them know the same Gramians, and decide alike what to measure next.
+The engine is torch's own: ``torchrun`` starts the processes, ``torch.distributed`` joins them (gloo on CPUs, nccl on
+GPUs), and DDP averages the gradients. Evaluating and writing is the first process's.
+
+Task gradients are averaged before they are multiplied: the cosine of the averaged gradients is not the mean of the
+processes' cosines, nor its norm that of their norms. Every process makes its own task gradients, those are averaged as
+the training averages the joint one, and each multiplies the same averages: all of them know the same Gramians, and
+decide alike what to measure next.
 """
 
 from __future__ import annotations
 
+import inspect
+import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,11 +26,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gradprobe.errors import ProbeError
+from gradprobe.errors import ProbeError, TrainingError
 from gradprobe.measures import Array
-from gradprobe.probes.trace import Trace
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(hours=2)
+"""How long one process waits for another: the first evaluates alone, which may take its time."""
 
 
 class Alone:
@@ -32,7 +41,7 @@ class Alone:
     size = 1
     rank = 0
     first = True
-    """Whether this is the process that hands rows to the sinks."""
+    """Whether this is the process that evaluates, writes, and hands rows to the sinks."""
 
     parts: Array | None = None
     """(L, T, T) what :func:`gradprobe.statistics.noise_part` needs of the processes' own gradients in the last
@@ -101,6 +110,28 @@ class Alone:
         Args:
             own: (L, T, T) Gramians of this process's gradients before they are averaged.
         """
+
+    # ---- of a bundled training
+
+    def copies(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """What the forward of a training step goes through."""
+        return model
+
+    def scaled(self, losses: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """This process's losses, so scaled that their mean over the processes is the mean over all samples."""
+        return dict(losses)
+
+    def agreed(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The first process's weights: one number that differs would let the copies of the model drift apart."""
+        return dict(weights)
+
+    def leave(self) -> None:
+        """The training is over."""
+
+    @contextmanager
+    def losing_none(self) -> Iterator[None]:
+        """Within it, the end of another process is an error that says so."""
+        yield
 
 
 class Ranks(Alone):
@@ -176,6 +207,47 @@ class Ranks(Alone):
         """See :class:`Alone`. A task without a gradient in one process has a gradient of 0 there."""
         self.parts = self.mean(np.nan_to_num(own, posinf=0.0, neginf=0.0)) / self.size
 
+    def copies(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """DDP. Every copy keeps BatchNorm statistics of its own: training does not use them, and evaluation uses the
+        first process's. (Buffers that are broadcast before a forward would change under an earlier forward's graph.)
+        """
+        called = inspect.signature(DistributedDataParallel).parameters
+        apart = "forward_sync_buffers" if "forward_sync_buffers" in called else "broadcast_buffers"  # before torch 2.14
+        ids = [device] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, **{apart: False})  # type: ignore[arg-type]
+
+    def scaled(self, losses: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+        """See :class:`Alone`. DDP gives every process the weight 1 / size, however many samples it has."""
+        factor = share * self.size
+        return {task: loss * factor for task, loss in losses.items()} if factor != 1 else dict(losses)
+
+    def agreed(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """See :class:`Alone`."""
+        values = torch.tensor(list(weights.values()), dtype=torch.float64, device=self._device)
+        dist.broadcast(values, src=0)
+        return dict(zip(weights, values.tolist(), strict=True))
+
+    def leave(self) -> None:
+        """See :class:`Alone`."""
+        dist.destroy_process_group()
+
+    @contextmanager
+    def losing_none(self) -> Iterator[None]:
+        """See :class:`Alone`.
+
+        Raises:
+            TrainingError: Another process ended, or did not answer.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not _of_communication(error):
+                raise
+            raise TrainingError(
+                f"process {self.rank} of {self.size} lost another one, which ended or did not answer "
+                f"({' '.join(str(error).split())[:200]}). The file is complete up to here; go on with --resume."
+            ) from error
+
     def _reduced(self, values: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
         values = values.to(self._device)
         dist.all_reduce(values, how, group=self._group)
@@ -189,13 +261,58 @@ def _flat(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     return dense.detach().resolve_conj().reshape(-1)
 
 
+# ---- how a training's processes begin
+
+
+def started(environment: Mapping[str, str] = os.environ) -> int:
+    """How many processes torchrun has started for this training; 1 where it has not."""
+    return int(environment.get("WORLD_SIZE", "1")) if "MASTER_ADDR" in environment else 1
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is the process that evaluates and writes, before they are joined."""
+    return started(environment) == 1 or int(environment.get("RANK", "0")) == 0
+
+
+def join(device: torch.device) -> Alone:
+    """This process alone, or as one of those that torchrun has started."""
+    if started() == 1:
+        return Alone()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    return Ranks(dist.group.WORLD, device)
+
+
+def everybody() -> dist.ProcessGroup | None:
+    """The group of all processes that were joined; None: this one is alone."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes that were joined; itself where there is one. In place."""
+    if everybody() is None:
+        return values
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
+def _of_communication(error: RuntimeError) -> bool:
+    """Gloo's errors are plain RuntimeErrors, which name its source files or what the system said."""
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
+# ---- DDP around a model that is measured
+
+
 _wrappers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 """Model -> the DDP module through which its forward went."""
 
 
-def remember_wrapper(model: nn.Module, graph: Trace) -> None:
+def remember_wrapper(model: nn.Module, nodes: Iterable[object]) -> None:
     """Find DDP in the graph of a forward: its sink is there with ``find_unused_parameters`` and ``static_graph``."""
-    for node in graph.nodes:
+    for node in nodes:
         if type(node).__name__ == "_DDPSinkBackward" and hasattr(node, "ddp_weakref"):
             _wrappers[model] = node.ddp_weakref
 
