@@ -112,7 +112,7 @@ def test_clean_is_said_and_passes_the_gate(capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["nothing"], "write MODULE:FACTORY"),
+        (["nothing"], "write MODULE:FUNCTION"),
         (["test_audit_command:broken"], "no data here"),
         (["test_audit_command:missing"], "missing"),
         (["test_audit_command:clean", "--imgsz", "64"], "--imgsz is for the bundled one"),

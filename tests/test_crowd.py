@@ -19,7 +19,7 @@ from zoo import Collector, naive_gramian
 from gradprobe import GradientProbe, measures, plots
 from gradprobe.cli import summary as summary_command
 from gradprobe.cli.watch import line, render
-from gradprobe.plots import matrix
+from gradprobe.plots.figures import matrix
 from gradprobe.runfile import Run, RunWriter
 from gradprobe.summary import crowd, sentences, summarise
 from gradprobe.summary.latest import latest

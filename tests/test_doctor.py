@@ -438,7 +438,7 @@ def test_a_gate_can_be_asked_for(folder, capsys):
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("cases_for_the_doctor", "write MODULE:FACTORY"),
+        ("cases_for_the_doctor", "write MODULE:FUNCTION"),
         ("nowhere_at_all:make", "No module named 'nowhere_at_all'"),
         ("cases_for_the_doctor:missing", "has no attribute 'missing'"),
         ("cases_for_the_doctor:broken", "ValueError: no data"),

@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -19,8 +23,8 @@ from typer.testing import CliRunner
 from gradprobe import plots
 from gradprobe.cli.plot import plot
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.plots import heatmap, layers, metrics, series, style
-from gradprobe.plots.figure import WHAT
+from gradprobe.plots import WHAT, series, style
+from gradprobe.plots.figures import heatmap, layers, losses, metrics
 from gradprobe.runfile import Run, RunWriter
 
 SINGLE = WHAT[1:]
@@ -474,3 +478,71 @@ def test_a_figure_belongs_to_no_window(run):
     figure, _ = plots.make(run, "losses")
     assert isinstance(figure, Figure)
     assert getattr(figure.canvas, "manager", None) is None
+
+
+# ---- figures of one's own
+
+OWN = """
+import numpy as np
+
+
+def counts(run, figure):
+    ax = figure.add_subplot()
+    ax.plot(run["step"], run["grad_norm"][:, 0])
+    return {"step": run["step"], "norm": run["grad_norm"][:, 0, 0]}
+
+
+def bare(run, figure):
+    figure.add_subplot()
+
+
+def broken(run, figure):
+    raise KeyError("nothing")
+
+
+def uneven(run, figure):
+    return {"a": [1, 2], "b": [1]}
+"""
+
+
+def test_a_figure_of_one_s_own_is_drawn_with_its_numbers(tmp_path, monkeypatch):
+    (tmp_path / "own_figures.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = make_run(tmp_path / "conflict.h5", rows=7, layers=3)
+    assert call(path, "--what", "own_figures:counts").exit_code == 0
+    assert (tmp_path / "conflict-counts.png").stat().st_size > 1000
+    assert list(pd.read_csv(tmp_path / "conflict-counts.csv").columns) == ["step", "norm"]
+    assert len(pd.read_csv(tmp_path / "conflict-counts.csv")) == 7
+
+    assert call(path, "--what", "own_figures:bare").exit_code == 0
+    assert (tmp_path / "conflict-bare.png").exists()
+    assert not (tmp_path / "conflict-bare.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("broken", "figure broken: KeyError: 'nothing'"), ("uneven", "differ in length: a 2, b 1"), ("none", "no attrib")],
+)
+def test_a_figure_of_one_s_own_that_fails_says_that_it_is_that(name, message, tmp_path, monkeypatch):
+    (tmp_path / "own_figures.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = make_run(tmp_path / "conflict.h5", rows=7, layers=3)
+    with pytest.raises(UsageError, match=message):
+        raise call(path, "--what", f"own_figures:{name}").exception
+    assert [file.name for file in tmp_path.glob("conflict*")] == ["conflict.h5"]
+
+
+def test_a_new_figure_is_one_file(tmp_path):
+    shutil.copytree(
+        Path(plots.__file__).parents[1], tmp_path / "gradprobe", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    source = Path(losses.__file__).read_text(encoding="utf-8")
+    (tmp_path / "gradprobe/plots/figures/twice.py").write_text(source.replace('run["loss"]', '2 * run["loss"]'))
+    path = make_run(tmp_path / "conflict.h5", rows=7, layers=3)
+    words = [sys.executable, "-m", "gradprobe", "plot", str(path), "--what", "twice"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with Run(path) as run:
+        expected = 2 * run["loss"].T.ravel()  # task by task
+    np.testing.assert_array_equal(pd.read_csv(tmp_path / "conflict-twice.csv")["loss"].astype(np.float32), expected)

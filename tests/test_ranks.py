@@ -164,8 +164,10 @@ def test_a_bundled_trainer_in_two_processes_is_one_in_two_micro_batches(runs):
         assert row["status"] == one["status"] == "measured"
         np.testing.assert_allclose(row["loss"], one["loss"], rtol=1e-5)
         np.testing.assert_allclose(row["weight"], one["weight"], rtol=1e-5)
-        assert apart(row["gram"][None], one["gram"][None], one["gram"][None]) < 1e-5
-        assert apart(row["noise"][None], one["noise"][None], one["gram"][None]) < 1e-5
+        # Rounding is that of the parts' gradients, of which mean and noise are made: it does not cancel where they do.
+        parts = one["gram"][None] + np.nan_to_num(one["noise"][None])
+        assert apart(row["gram"][None], one["gram"][None], parts) < 1e-5
+        assert apart(row["noise"][None], one["noise"][None], parts) < 1e-5
         assert np.isnan(row["noise"]).all() == (row["size"] == 1)  # of a single image nothing is known
     assert first["weights"] == other["weights"] != {"det": 1.0, "cls": 1.0}
     assert first["watched"] == other["watched"]

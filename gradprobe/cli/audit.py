@@ -162,7 +162,7 @@ def _check_format(figure: Path) -> None:
         UsageError: Such a figure cannot be drawn.
     """
     from gradprobe.errors import UsageError
-    from gradprobe.plots.figure import FORMATS
+    from gradprobe.plots import FORMATS
 
     if figure.suffix[1:].lower() not in FORMATS:
         raise UsageError(f"--figure {figure}: no figure format {figure.suffix!r}; take one of: {', '.join(FORMATS)}.")

@@ -9,7 +9,7 @@ from gradprobe.errors import UsageError
 from gradprobe.trainers.registry import import_named
 
 
-def named_function(target: str) -> Callable[[], Any]:
+def named_function(target: str, example: str = "mytraining:make") -> Callable[..., Any]:
     """The function; its module is looked for in the present folder where it is not installed.
 
     Raises:
@@ -17,7 +17,7 @@ def named_function(target: str) -> Callable[[], Any]:
     """
     name, colon, attribute = target.partition(":")
     if not (name and colon and attribute):
-        raise UsageError(f"{target!r}: write MODULE:FACTORY, for example mytraining:make.")
+        raise UsageError(f"{target!r}: write MODULE:FUNCTION, for example {example}.")
     try:
         found = getattr(import_named(name), attribute)
     except Exception as error:

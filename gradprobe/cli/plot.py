@@ -7,17 +7,19 @@ from typing import Annotated
 
 import typer
 
+from gradprobe.plots import FORMATS, WHAT
+
 
 def plot(
     file: Annotated[Path, typer.Argument(help="The run file, finished or still being written.")],
     what: Annotated[
         str,
         typer.Option(
-            help="overview, losses, weights, norms, cosine, matrix, heatmap, layers, features, updates or metrics."
+            help=f"{', '.join(WHAT)}; or your own my_module:function, which draws a run into a matplotlib figure."
         ),
     ] = "overview",
     format: Annotated[
-        str | None, typer.Option(help="png, svg or pdf.", show_default="png, or the suffix of --out")
+        str | None, typer.Option(help=f"{', '.join(FORMATS)}.", show_default="png, or the suffix of --out")
     ] = None,
     out: Annotated[
         Path | None,
@@ -31,11 +33,14 @@ def plot(
     """
     from gradprobe import plots
     from gradprobe.cli.console import stdout
+    from gradprobe.cli.factory import named_function
     from gradprobe.runfile import Run
     from gradprobe.summary import sentences
 
+    page = named_function(what, "mypackage:draw") if ":" in what else what
+    target = _target(file, what.rpartition(":")[2], format, out)
     with Run(file) as run:
-        written = plots.write(run, what, _target(file, what, format, out), data=data)
+        written = plots.write(run, page, target, data=data)
         said = sentences(run)
     console = stdout()
     for text in (*map(str, written), "", *said):

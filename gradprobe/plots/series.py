@@ -20,6 +20,9 @@ POINTS = 4000
 WIDE = 30.0
 """Positive values that span more than this factor go on a logarithmic axis."""
 
+LIMITS = (0.1, 0.25, 0.5, 0.75, 1.0)
+"""Of the axes of cosines, to each side of 0."""
+
 
 def window(rows: int) -> int:
     """Rows in the running window: a thirtieth of the run, odd, from 5 to 101."""
@@ -83,6 +86,13 @@ def scale(ax: Axes, values: NDArray[Any]) -> None:
     known = values[np.isfinite(values)]
     if known.size and known.min() > 0 and known.max() > WIDE * known.min():
         ax.set_yscale("log")
+
+
+def bound(ax: Axes, cosine: NDArray[Any]) -> None:
+    """One of a few scales around 0, so that runs can be compared by eye."""
+    extreme = float(np.max(np.abs(cosine[np.isfinite(cosine)]), initial=0.0))
+    limit = next((value for value in LIMITS if extreme <= value), 1.0) * 1.04
+    ax.set_ylim(-limit, limit)
 
 
 def finish(ax: Axes, steps: NDArray[Any], values: NDArray[Any]) -> None:

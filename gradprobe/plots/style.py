@@ -12,6 +12,8 @@ import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullFormatter
@@ -24,6 +26,8 @@ TASK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
 # From Tol's "muted": apart from all task colours.
 PAIR_COLOURS = ("#332288", "#882255", "#999933")
 GREY, PALE = "#666666", "#E6E6E6"
+MAP = "RdBu"  # diverging, colour-blind-safe: red against each other, blue together
+MISSING = "///"
 
 METRIC_TASK = {
     **dict.fromkeys(("mAP50", "mAP50-95", "precision", "recall", "f1"), "det"),
@@ -170,6 +174,23 @@ def no_rows(run: Run) -> str | None:
     return f"no rows in this run: {why} ({holdings(run)})"
 
 
+def no_cosines(run: Run) -> str | None:
+    """The reason why nothing made of cosines can be drawn; None where it can."""
+    held = holdings(run)
+    if len(run.tasks) < 2:
+        return f"no cosines in this run: a cosine needs two tasks, it has {len(run.tasks)} ({held})"
+    if not len(run.layers):
+        return f"no cosines in this run: {why_no_layers(run)} ({held})"
+    if reason := no_rows(run):
+        return reason
+    if not np.isfinite(run["cosine"]).any():
+        return (
+            f"no row of this run holds a cosine: gradients are zero, missing or not finite in all of them "
+            f"({held}){why_not_measured(run)}"
+        )
+    return None
+
+
 def why_no_layers(run: Run) -> str:
     """Why a run has no layers, for a message."""
     if measures_parameters(run):
@@ -214,6 +235,13 @@ def layer_names(run: Run) -> list[str]:
     """Names of the layers as figures show them: those that are shared by the graph alone are in brackets."""
     left_out = set(run.graph_only)
     return [f"({name})" if name in left_out else name for name in run.layers]
+
+
+def add_colorbar(axes: Sequence[Axes]) -> None:
+    """One scale, from -1 to 1, beside all of some axes."""
+    colours = ScalarMappable(Normalize(-1, 1), MAP)
+    bar = axes[0].figure.colorbar(colours, ax=list(axes), pad=0.01, aspect=40, fraction=0.04)
+    bar.set_label("cosine: red against each other, blue together", fontsize=8)
 
 
 def name_layers(ax: Axes, names: Sequence[str], room: int) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from gradprobe.plots import crowd, series, style
+from gradprobe.plots import crowd, pages, series, style
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 
@@ -25,6 +26,11 @@ def lacks(run: Run) -> str | None:
     if not (norm[np.isfinite(norm)] > 0).any():
         return f"every gradient of this run is exactly zero ({style.holdings(run)}). Are the losses detached?"
     return None
+
+
+def page(run: Run, figure: Figure) -> Table:
+    """See :mod:`gradprobe.plots.figures`."""
+    return pages.single(run, figure, draw, tasks=True)
 
 
 def draw(run: Run, ax: Axes) -> Table:

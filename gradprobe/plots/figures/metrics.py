@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -44,6 +45,14 @@ def groups(run: Run) -> tuple[list[str], list[str]]:
         bounded = known.min() >= 0 and known.max() <= 1 and not lower_is_better(name)
         (scores if bounded else others).append(name)
     return scores, others
+
+
+def page(run: Run, figure: Figure) -> Table:
+    """See :mod:`gradprobe.plots.figures`."""
+    style.head(figure, run, tasks=False)
+    figure.set_size_inches(11, 6)
+    count = 2 if all(groups(run)) else 1
+    return draw(run, list(figure.subplots(1, count, squeeze=False).flat), gap=0.04)
 
 
 def draw(run: Run, axes: Sequence[Axes], gap: float = 0.07) -> Table:

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import NDArray
+from matplotlib.figure import Figure
 
-from gradprobe.plots import series, style
+from gradprobe.plots import crowd, pages, series, style
+from gradprobe.plots.figures import matrix
+from gradprobe.plots.style import no_cosines as lacks
 from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run, thin
 from gradprobe.summary import conflict_rate, median
 
+__all__ = ["draw", "lacks", "page"]
+
 WIDE = 45
 """Names of so many letters do not fit beside each other."""
 
-LIMITS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
-
-def lacks(run: Run) -> str | None:
-    """Why there is nothing to draw; None where there is. Holds for every panel made of cosines."""
-    held = style.holdings(run)
-    if len(run.tasks) < 2:
-        return f"no cosines in this run: a cosine needs two tasks, it has {len(run.tasks)} ({held})"
-    if not len(run.layers):
-        return f"no cosines in this run: {style.why_no_layers(run)} ({held})"
-    if reason := style.no_rows(run):
-        return reason
-    if not np.isfinite(run["cosine"]).any():
-        return (
-            f"no row of this run holds a cosine: gradients are zero, missing or not finite in all of them "
-            f"({held}){style.why_not_measured(run)}"
-        )
-    return None
+def page(run: Run, figure: Figure) -> Table:
+    """See :mod:`gradprobe.plots.figures`. Of many tasks all pairs as a matrix, and the lowest of them over steps."""
+    if crowd.many(run):
+        left, right, room = matrix.beside(run, figure, 8)
+        draw(run, right, style.lowest_pairs(run, len(style.PAIR_COLOURS)))
+        return matrix.draw(run, left, room)
+    table = pages.of_pairs(
+        run, figure, "cosine over all shared layers", lambda run, ax, pair, _: draw(run, ax, [pair]), by_layer=False
+    )
+    figure.supxlabel(series.reading(run), fontsize=8, color=style.GREY)
+    return table
 
 
 def draw(run: Run, ax: Axes, pairs: Sequence[int] = (0,)) -> Table:
@@ -54,7 +51,7 @@ def draw(run: Run, ax: Axes, pairs: Sequence[int] = (0,)) -> Table:
         spread = series.trace(ax, steps, cosine[:, pair], style.PAIR_COLOURS[place], style.pair_title(run, pair))
         tables.append(series.series_table(run, "pair", run.pairs[pair], "cosine", cosine[:, pair], spread))
     # From all pairs, so that the panels of one run have one scale.
-    bound(ax, cosine)
+    series.bound(ax, cosine)
     series.finish(ax, steps, cosine)
     ax.set_ylabel("cosine")
     style.titled(ax, _title(run, pairs), _note(run, pairs))
@@ -62,13 +59,6 @@ def draw(run: Run, ax: Axes, pairs: Sequence[int] = (0,)) -> Table:
         wide = sum(len(run.pairs[pair]) for pair in pairs) > WIDE
         ax.legend(loc="upper right", ncols=1 if wide else len(pairs), fontsize=7.5, handlelength=1.2, columnspacing=1)
     return stack(tables)
-
-
-def bound(ax: Axes, cosine: NDArray[Any]) -> None:
-    """One of a few scales around 0, so that runs can be compared by eye."""
-    extreme = float(np.max(np.abs(cosine[np.isfinite(cosine)]), initial=0.0))
-    limit = next((value for value in LIMITS if extreme <= value), 1.0) * 1.04
-    ax.set_ylim(-limit, limit)
 
 
 def _title(run: Run, pairs: Sequence[int]) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from gradprobe.plots import crowd, series, style
+from gradprobe.plots import crowd, pages, series, style
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 
@@ -19,6 +20,11 @@ def lacks(run: Run) -> str | None:
     if not np.isfinite(run["loss"]).any():
         return f"no finite loss in this run ({style.holdings(run)}). Look at what the loss function returns"
     return None
+
+
+def page(run: Run, figure: Figure) -> Table:
+    """See :mod:`gradprobe.plots.figures`."""
+    return pages.single(run, figure, draw, tasks=True)
 
 
 def draw(run: Run, ax: Axes) -> Table:

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from gradprobe.plots import style
-from gradprobe.plots.cosine import lacks
+from gradprobe.plots import pages, style
+from gradprobe.plots.style import MAP, MISSING, add_colorbar
+from gradprobe.plots.style import no_cosines as lacks
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run, thin
 from gradprobe.summary import median
 
-__all__ = ["COLUMNS", "add_colorbar", "bins", "draw", "lacks"]
+__all__ = ["COLUMNS", "bins", "draw", "lacks", "page"]
 
 COLUMNS = 200
 """Cells in time at most; a longer run is put together in bins of equally many rows (the last may have fewer)."""
 
-MAP = "RdBu"  # diverging, colour-blind-safe: red against each other, blue together
-MISSING, ZERO = "///", "xxxx"
+ZERO = "xxxx"
+
+
+def page(run: Run, figure: Figure) -> Table:
+    """See :mod:`gradprobe.plots.figures`."""
+    one = len(run.pairs) == 1
+    table = pages.of_pairs(
+        run, figure, "cosine by layer", lambda run, ax, pair, room: draw(run, ax, pair, room, colorbar=one)
+    )
+    if not one:
+        add_colorbar(figure.axes)
+    return table
 
 
 def bins(rows: int) -> NDArray[np.intp]:
@@ -71,13 +80,6 @@ def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, colorbar: bool = Tru
     if colorbar:
         add_colorbar([ax])
     return _table(run, pair, edges, cosine, measured, zero)
-
-
-def add_colorbar(axes: Sequence[Axes]) -> None:
-    """One scale, from -1 to 1, beside all of some axes."""
-    colours = ScalarMappable(Normalize(-1, 1), MAP)
-    bar = axes[0].figure.colorbar(colours, ax=list(axes), pad=0.01, aspect=40, fraction=0.04)
-    bar.set_label("cosine: red against each other, blue together", fontsize=8)
 
 
 def _cells(

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from gradprobe.plots import series, style
-from gradprobe.plots.cosine import bound
+from gradprobe.plots import pages, series, style
 from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run
 from gradprobe.summary import median
@@ -34,6 +34,11 @@ def lacks(run: Run) -> str | None:
     return None
 
 
+def page(run: Run, figure: Figure) -> Table:
+    """See :mod:`gradprobe.plots.figures`."""
+    return pages.single(run, figure, draw)
+
+
 def draw(run: Run, ax: Axes) -> Table:
     """The cosines over training steps: running median, spread, raw points.
 
@@ -52,7 +57,7 @@ def draw(run: Run, ax: Axes) -> Table:
             else:
                 spread = series.running(values, series.window(len(values)))
             tables.append(_table(steps, epochs, name, tasks, values, spread))
-    bound(ax, cosine)
+    series.bound(ax, cosine)
     series.finish(ax, steps, cosine)
     ax.set_ylabel("cosine")
     count = cosine.shape[1] * cosine.shape[2]

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from gradprobe.plots import crowd, series, style
+from gradprobe.plots import crowd, pages, series, style
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 
@@ -25,6 +26,11 @@ def lacks(run: Run) -> str | None:
             "weights to probe.record()"
         )
     return None
+
+
+def page(run: Run, figure: Figure) -> Table:
+    """See :mod:`gradprobe.plots.figures`."""
+    return pages.single(run, figure, draw, tasks=True)
 
 
 def draw(run: Run, ax: Axes) -> Table:

@@ -6,7 +6,8 @@ from typing import Any
 
 from matplotlib.figure import Figure, SubFigure
 
-from gradprobe.plots import cosine, crowd, features, heatmap, layers, losses, matrix, metrics, norms, style, weights
+from gradprobe.plots import crowd, style
+from gradprobe.plots.figures import cosine, features, heatmap, layers, losses, matrix, metrics, norms, weights
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 
@@ -17,7 +18,12 @@ ROOM, MATRIX_ROOM = 33, 44
 """Names of layers, and of tasks, that fit."""
 
 
-def draw(run: Run, figure: Figure) -> dict[str, Table]:
+def lacks(run: Run) -> str | None:
+    """Nothing: a panel without data says why."""
+    return None
+
+
+def page(run: Run, figure: Figure) -> dict[str, Table]:
     """Losses, weights, norms, cosine, metrics, and cosine by layer; a panel without data says why.
 
     Returns:

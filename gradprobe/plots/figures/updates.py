@@ -36,12 +36,13 @@ def lacks(run: Run) -> str | None:
     return None
 
 
-def draw(run: Run, figure: Figure) -> Table:
+def page(run: Run, figure: Figure) -> Table:
     """Six panels: shares, cosines, interference; clipping, BatchNorm, skipped steps.
 
     Returns:
         step, quantity, name; value.
     """
+    style.head(figure, run, tasks=False)
     figure.set_size_inches(15, 8.5)
     shares, cosines, effects, clip, drift, skipped = figure.subplots(2, 3).flat
     gram, weight = shared_gram(run), run["weight"].astype(np.float64)

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from scipy.special import bdtrik
 
 from gradprobe.measures import Array
-from gradprobe.plots import style
-from gradprobe.plots.cosine import lacks
+from gradprobe.plots import pages, style
+from gradprobe.plots.style import no_cosines as lacks
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 from gradprobe.summary import conflict_rate
 
-__all__ = ["LEVEL", "chance", "draw", "lacks"]
+__all__ = ["LEVEL", "chance", "draw", "lacks", "page"]
 
 LEVEL = 0.95
+
+
+def page(run: Run, figure: Figure) -> Table:
+    """See :mod:`gradprobe.plots.figures`."""
+    return pages.of_pairs(run, figure, "stochastic conflict rate by layer", draw)
 
 
 def chance(steps: ArrayLike) -> tuple[Array, Array]:

@@ -6,17 +6,18 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from gradprobe.measures import pair_index
 from gradprobe.plots import style
-from gradprobe.plots.cosine import lacks
-from gradprobe.plots.heatmap import MAP, MISSING, add_colorbar
+from gradprobe.plots.style import MAP, MISSING, add_colorbar
+from gradprobe.plots.style import no_cosines as lacks
 from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 from gradprobe.summary import conflict_rate, crowd, median
 
-__all__ = ["TITLE", "draw", "lacks", "order"]
+__all__ = ["TITLE", "draw", "lacks", "order", "page"]
 
 TITLE = "Cosine over all shared layers, median over steps"
 
@@ -27,6 +28,29 @@ WRITTEN = 10
 def order(run: Run) -> NDArray[np.intp]:
     """(T,) the tasks as they stand along both axes."""
     return crowd.clustered(_medians(run))
+
+
+def page(run: Run, figure: Figure) -> Table:
+    """See :mod:`gradprobe.plots.figures`."""
+    ax, _, room = beside(run, figure, 1)
+    return draw(run, ax, room)
+
+
+def beside(run: Run, figure: Figure, more: float) -> tuple[Axes, Any, int]:
+    """Axes for the matrix that grow with the number of tasks, and others beside it.
+
+    Args:
+        run, figure: What is drawn, and where.
+        more: Inches beside it; axes there only where a panel fits.
+
+    Returns:
+        Both axes (None: no panel fits), and how many names fit along the matrix.
+    """
+    side = min(16.0, max(6.0, 0.16 * len(run.tasks) + 2))
+    style.head(figure, run, tasks=False)
+    figure.set_size_inches(side + more, side)
+    left, right = figure.subplots(1, 2, width_ratios=(side, more - 1)) if more > 2 else (figure.add_subplot(), None)
+    return left, right, int((side - 2) / 0.085)
 
 
 def draw(run: Run, ax: Axes, room: int = 50, square: bool = True) -> Table:
