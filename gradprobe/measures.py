@@ -8,7 +8,6 @@ and is handed through, never turned into 0.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -20,9 +19,6 @@ Array = NDArray[np.float64]
 FIRST_STEPS_OF_ADAM = 20
 """Steps before which Adam's second moment is that of few gradients: it depends too much on the present batch."""
 
-LOWER_IS_BETTER = ("loss", "error", "rmse", "mae")
-"""Words in the names of metrics that are better when lower."""
-
 
 def first_settled_step(optimizer: str) -> int:
     """The first step whose update says something of the training, by the optimizer's name; unknown ones are adaptive.
@@ -31,16 +27,6 @@ def first_settled_step(optimizer: str) -> int:
     (0, 20)
     """
     return 0 if optimizer.upper() == "SGD" else FIRST_STEPS_OF_ADAM
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether a metric's name says so.
-
-    >>> lower_is_better("val/box_loss"), lower_is_better("mAP50-95"), lower_is_better("glossiness")
-    (True, False, False)
-    """
-    words = re.split(r"[^a-z0-9]+", metric.lower())
-    return any(word in LOWER_IS_BETTER or word.endswith("loss") for word in words)
 
 
 def pairs(tasks: Sequence[str]) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from gradprobe import plots
 from gradprobe.cli.plot import plot
+from gradprobe.display import short
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.plots import WHAT, series, style
 from gradprobe.plots.figures import heatmap, layers, losses, metrics
@@ -199,8 +200,8 @@ def test_labels_are_moved_apart_in_order_and_stay_inside():
 
 def test_long_layer_names_stay_apart():
     names = [f"backbone.encoder.layers.{i}.attention.self.query.projection" for i in range(30)]
-    assert len(set(style.short(names))) == 30
-    assert max(map(len, style.short(names))) <= 30
+    assert len(set(short(names))) == 30
+    assert max(map(len, short(names))) <= 30
 
 
 # ---- titles

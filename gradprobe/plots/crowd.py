@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from numpy.typing import NDArray
 
+from gradprobe.display import short
 from gradprobe.plots import series, style
 from gradprobe.runfile import Run
 from gradprobe.summary import crowd, median, quantiles
@@ -37,7 +38,7 @@ def trace(run: Run, ax: Axes, values: NDArray[Any]) -> list[NDArray[np.float32]]
     ax.fill_between(steps, low, high, color=style.GREY, alpha=0.25, linewidth=0)
     ax.plot(steps, middle, color="black", linewidth=1.6, label="median of the tasks")
     for colour, task in zip(style.TASK_COLOURS, outermost(values), strict=False):
-        label = style.legend_text(style.short([run.tasks[task]], 20)[0])
+        label = style.legend_text(short([run.tasks[task]], 20)[0])
         ax.plot(steps, lines[:, task], color=colour, linewidth=1.3, label=label)
     ax.legend(loc="best", fontsize=7, handlelength=1.2, ncols=2, columnspacing=1)
     return spreads

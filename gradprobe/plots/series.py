@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from gradprobe.display import logarithmic
 from gradprobe.plots.style import legend_text, log_axis, task_colour
 from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run, thin
@@ -16,9 +17,6 @@ from gradprobe.summary import quantiles
 
 POINTS = 4000
 """Raw points drawn at most; medians and tables use all rows that are looked at (:mod:`gradprobe.runfile.thin`)."""
-
-WIDE = 30.0
-"""Positive values that span more than this factor go on a logarithmic axis."""
 
 LIMITS = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Of the axes of cosines, to each side of 0."""
@@ -83,8 +81,7 @@ def _drawable(values: NDArray[Any], positive: bool) -> NDArray[Any]:
 
 def scale(ax: Axes, values: NDArray[Any]) -> None:
     """A logarithmic y axis where all values are positive and span decades, so that small series stay visible."""
-    known = values[np.isfinite(values)]
-    if known.size and known.min() > 0 and known.max() > WIDE * known.min():
+    if logarithmic(values):
         ax.set_yscale("log")
 
 

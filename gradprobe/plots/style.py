@@ -18,6 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullFormatter
 
+from gradprobe.display import short
+from gradprobe.metric import task_of
 from gradprobe.runfile import Run, thin
 from gradprobe.summary import crowd, measures_parameters, median, not_measured
 
@@ -28,12 +30,6 @@ PAIR_COLOURS = ("#332288", "#882255", "#999933")
 GREY, PALE = "#666666", "#E6E6E6"
 MAP = "RdBu"  # diverging, colour-blind-safe: red against each other, blue together
 MISSING = "///"
-
-METRIC_TASK = {
-    **dict.fromkeys(("mAP50", "mAP50-95", "precision", "recall", "f1"), "det"),
-    **dict.fromkeys(("accuracy", "macro_f1", "auroc"), "cls"),
-}
-"""Whose metric it is, for those that the bundled trainers record; others by the task's name in theirs."""
 
 RC = {
     "font.family": "DejaVu Sans",
@@ -82,9 +78,8 @@ def task_colour(tasks: Sequence[str], task: str) -> str:
 
 def metric_colour(tasks: Sequence[str], metric: str) -> str:
     """The colour of the task that a metric belongs to; grey where that is not known."""
-    named = [t for t in tasks if any(metric.startswith(t + s) or metric.endswith(s + t) for s in "_/.-")]
-    owner = max(named, key=len, default=METRIC_TASK.get(metric))
-    return task_colour(tasks, owner) if owner is not None and owner in tasks else GREY
+    owner = task_of(metric, tasks)
+    return task_colour(tasks, owner) if owner else GREY
 
 
 def lowest_pairs(run: Run, count: int) -> list[int]:
@@ -214,21 +209,6 @@ def log_axis(axis: Any, values: Iterable[float]) -> None:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 300 else (1,)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
-
-
-def short(names: Sequence[str], limit: int = 30) -> list[str]:
-    """Layer names that fit beside a panel: where some are too long, what all begin with goes, then the middle.
-
-    >>> short(["net.stem", "net.head"], limit=7)
-    ['…stem', '…head']
-    """
-    if max(map(len, names), default=0) <= limit:
-        return list(names)
-    parts = [name.split(".") for name in names]
-    common = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)
-    cut = ["…" * (common > 0) + ".".join(part[common:]) for part in parts]
-    half = limit // 2
-    return [name if len(name) <= limit else f"{name[: half - 1]}…{name[-half:]}" for name in cut]
 
 
 def layer_names(run: Run) -> list[str]:

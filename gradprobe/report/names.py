@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
+from gradprobe.display import short
+
 LONGEST = 80
 """Characters of a name that are shown; what is longer loses its middle."""
 
@@ -48,13 +50,9 @@ def distinct(names: Sequence[object], limit: int = LONGEST) -> list[str]:
 
 
 def in_short(names: Sequence[str], limit: int = 24) -> list[str]:
-    """Names of layers for a narrow axis: what all begin with goes where that is needed, then the middle.
+    """Names of layers for a narrow axis, as of :func:`gradprobe.display.short`, no two alike.
 
     >>> in_short(["net.stem", "net.head"], limit=7)
     ['…stem', '…head']
     """
-    if max(map(len, names), default=0) <= limit:
-        return distinct(names, limit)
-    parts = [name.split(".") for name in names]
-    common = next((i for i, level in enumerate(zip(*parts, strict=False)) if len(set(level)) > 1), 0)
-    return distinct(["…" * (common > 0) + ".".join(part[common:]) for part in parts], limit)
+    return distinct(short(names, limit), limit)

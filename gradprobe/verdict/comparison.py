@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gradprobe.errors import UsageError
-from gradprobe.measures import lower_is_better
+from gradprobe.metric import lower_is_better
 from gradprobe.statistics import Contrast, sign_flip, skewed
 from gradprobe.verdict import conditions, decision, misleading, outcome, questions, readings, words
 from gradprobe.verdict.answers import (

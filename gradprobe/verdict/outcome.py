@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradprobe.errors import UsageError
-from gradprobe.measures import Array, lower_is_better
+from gradprobe.measures import Array
+from gradprobe.metric import MAIN, lower_is_better, task_of
 from gradprobe.statistics import Contrast, jackknife_variance, paired, welch, widened
 from gradprobe.verdict.evidence import Evidence
 
@@ -26,18 +27,6 @@ DELTA_M = "Delta-m"
 Source: Maninis et al., "Attentive Single-Tasking of Multiple Tasks", 2019, equation 4, with the sign of a deficit.
 """
 
-KNOWN = {"mAP50": "det", "mAP50-95": "det", "accuracy": "cls"}
-"""Metrics of the bundled detector, and whose they are."""
-
-
-def task_of(metric: str, tasks: Sequence[str]) -> str:
-    """Whose metric it is, by its name: ``accuracy``, ``solved_a``, ``f1.det``; empty: not known."""
-    if metric in KNOWN and KNOWN[metric] in tasks:
-        return KNOWN[metric]
-    words = metric.replace("-", "_").replace(".", "_").split("_")
-    found = [task for task in tasks if task in words]
-    return found[0] if len(found) == 1 else ""
-
 
 def metrics(runs: Sequence[Evidence], tasks: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, str]:
     """The metrics to look at, and whose each is: those asked for, else the main ones of the runs of several tasks.
@@ -47,7 +36,7 @@ def metrics(runs: Sequence[Evidence], tasks: Sequence[str], wanted: Sequence[str
     """
     together = [run for run in runs if not run.single]
     named = dict.fromkeys(name for run in together for name in run.tested.values)
-    main = [name for name in named if (name in KNOWN or name.rpartition("_")[2] in tasks) and not lower_is_better(name)]
+    main = [name for name in named if (name in MAIN or name.rpartition("_")[2] in tasks) and not lower_is_better(name)]
     found = {name: task_of(name, tasks) for name in (wanted or main)}
     unknown = next((name for name, task in found.items() if not task), None)
     if unknown is not None:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from gradprobe.display import short
 from gradprobe.plots import pages, series, style
 from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run
@@ -50,7 +51,7 @@ def draw(run: Run, ax: Axes) -> Table:
     shown, tables = lowest(run), []
     for feature, name in enumerate(run.feature_names):
         for pair, tasks in enumerate(run.pairs):
-            values, label = cosine[:, feature, pair], f"{style.short([name], 24)[0]}: {style.pair_title(run, pair)}"
+            values, label = cosine[:, feature, pair], f"{short([name], 24)[0]}: {style.pair_title(run, pair)}"
             if (feature, pair) in shown:
                 colour = style.PAIR_COLOURS[shown.index((feature, pair))]
                 spread = series.trace(ax, steps, values, colour, label)

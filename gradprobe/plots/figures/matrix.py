@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from gradprobe.display import short
 from gradprobe.measures import pair_index
 from gradprobe.plots import style
 from gradprobe.plots.style import MAP, MISSING, add_colorbar
@@ -70,7 +71,7 @@ def draw(run: Run, ax: Axes, room: int = 50, square: bool = True) -> Table:
     count = len(places)
     ax.imshow(shown, cmap=MAP, vmin=-1, vmax=1, interpolation="nearest", aspect="equal" if square else "auto")
     _mark_missing(ax, shown)
-    names, every = style.short([run.tasks[i] for i in places], 18), max(1, -(-count // max(room, 1)))
+    names, every = short([run.tasks[i] for i in places], 18), max(1, -(-count // max(room, 1)))
     ticks = list(range(0, count, every))
     size = 8 if count <= 12 else max(4.5, min(7.5, 220 / count))
     ax.set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=size)

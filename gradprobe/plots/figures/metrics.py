@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from gradprobe.measures import Array, lower_is_better
+from gradprobe.measures import Array
+from gradprobe.metric import is_score
 from gradprobe.plots import series, style
 from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run
@@ -42,8 +43,7 @@ def groups(run: Run) -> tuple[list[str], list[str]]:
         known = values[np.isfinite(values)]
         if name == "epoch" or not known.size:
             continue
-        bounded = known.min() >= 0 and known.max() <= 1 and not lower_is_better(name)
-        (scores if bounded else others).append(name)
+        (scores if is_score(name, known) else others).append(name)
     return scores, others
 
 

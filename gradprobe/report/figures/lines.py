@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradprobe.display import logarithmic
 from gradprobe.report.bins import Array, band
 from gradprobe.report.chart import Chart, Figure, Table, numbers
 from gradprobe.report.look import Styles, axis, figure
@@ -15,8 +16,6 @@ from gradprobe.report.words import Words
 
 HEIGHT = 290
 TABLE_POINTS = 6
-WIDE = 30.0
-"""Positive values that span more than this factor go on a logarithmic axis."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def _scale(series: Sequence[Series], within: tuple[float, float] | None) -> dict
     if within is not None:
         return {"range": list(within)}
     known = np.concatenate([one.values[np.isfinite(one.values)] for one in series] or [np.zeros(0)])
-    if known.size and known.min() > 0 and known.max() > WIDE * known.min():
+    if logarithmic(known):
         if known.max() > 1000 * known.min():
             return {"type": "log", "dtick": 1, "exponentformat": "power"}
         return {"type": "log", "dtick": "D2", "tickformat": "~g"}  # else .5 is labelled 5

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gradprobe.measures import lower_is_better
+from gradprobe.metric import BUNDLED, is_score
 from gradprobe.report.chart import Block, Chart, Notice, Panel, Section, Table
 from gradprobe.report.figures import dots, lines
 from gradprobe.report.figures.dots import Dots
@@ -15,8 +15,6 @@ from gradprobe.report.material import Material, RunData
 from gradprobe.report.sections.common import Context
 
 METRICS = 12
-KNOWN = ("mAP50", "mAP50-95", "precision", "recall", "f1", "accuracy", "macro_f1", "auroc")
-"""Those of the bundled trainers, in the order in which they are read."""
 
 
 def section(context: Context) -> Section:
@@ -46,9 +44,9 @@ def metrics(material: Material) -> list[str]:
             values.setdefault(name, []).extend(table[:, 1])
         for name, value in run.test.items():
             values.setdefault(name, []).append(value)
-    scores = [n for n, v in values.items() if min(v) >= 0 and max(v) <= 1 and not lower_is_better(n)]
+    scores = [name for name, found in values.items() if is_score(name, found)]
     wanted = [name for name in material.targets if name in values]
-    known = [name for name in KNOWN if name in scores]
+    known = [name for name in BUNDLED if name in scores]
     return list(dict.fromkeys([*wanted, *known, *scores]))[: max(METRICS, len(wanted))]
 
 
