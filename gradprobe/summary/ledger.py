@@ -36,7 +36,7 @@ def summarise(run: Run) -> dict[str, Any] | None:
                         "passed": gate.passed,
                         "value": measures.known(gate.value),
                         "limit": gate.limit,
-                        "sentence": gate.sentence,
+                        "sentence": str(gate.sentence),
                     }
                     for gate in found.gates[i]
                 ],
