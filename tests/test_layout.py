@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "provenance": set(),
     "runfile": {"__init__", "errors", "foreign", "measures", "rows", "statistics", "whole_files"},
     "study": {"errors", "foreign", "runfile", "trainers", "whole_files"},
-    "summary": {"errors", "ledger", "measures", "rows", "runfile"},
+    "summary": {"errors", "ledger", "measures", "messages", "rows", "runfile"},
     "plots": {"errors", "foreign", "measures", "rows", "runfile", "summary", "verdict", "whole_files"},
     "probes": {"errors", "measures", "rows", "statistics"},
     "audit": {"errors"},

@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from run_factory import make_run
 from verdict_factory import Truth, study
 
 import gradprobe
 from gradprobe.errors import UsageError
 from gradprobe.messages import LANGUAGES, Language, Message, en, zh_tw
+from gradprobe.runfile import Run
+from gradprobe.summary import summarise, words
 from gradprobe.verdict import bare
 from gradprobe.verdict.answers import INCONCLUSIVE, Answer, Level
 from gradprobe.verdict.comparison import Options, compare
@@ -334,3 +337,12 @@ def test_a_bare_table_is_said_wholly_in_chinese():
     for message in messages_in(bare.judge(table)):
         text = Language("zh-TW").say(message)
         assert re.search("[\u4e00-\u9fff]", text), text
+
+
+def test_a_run_is_told_wholly_in_chinese(tmp_path):
+    tasks = [f"t{i}" for i in range(3)]
+    with Run(make_run(tmp_path / "r.h5", rows=30, layers=4, epochs=2, tasks=tasks)) as run:
+        said = words.messages(summarise(run))
+    assert len(said) > 8
+    for message in said:
+        assert not re.search(ENGLISH, Language("zh-TW").say(message)), message

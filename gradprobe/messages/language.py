@@ -154,7 +154,9 @@ class Language:
         if value is None or math.isnan(value):
             return self.missing
         if how.endswith("%"):
-            return self._signs(f"{100 * value:{how[:-1]}f}") + ("\u00a0%" if self.page else " %")
+            number = f"{100 * value:{how[:-1]}f}"
+            number = number.lstrip("-") if not number.strip("-0.") else number  # never -0 %
+            return self._signs(number) + ("\u00a0%" if self.page else " %")
         return self._signs(f"{value:{how}}")
 
     def _signs(self, number: str) -> str:
