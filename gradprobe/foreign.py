@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import unicodedata
 from pathlib import Path
 
 CONTROL = "\x00-\x08\x0b-\x1f\x7f-\x9f"
@@ -19,6 +20,9 @@ _JOINER = "[\u200c\u200d]"
 _SPURIOUS = f"(?<![^\x00-\x7f]){_JOINER}|{_JOINER}(?![^\x00-\x7f])"
 
 _STEERING = re.compile(f"[{CONTROL}{_UNSEEN}]|{_SPURIOUS}")
+
+LONGEST = 80
+"""Characters of a name that are shown; what is longer loses its middle."""
 
 _FORMULA = re.compile("[=+@\uff1d\uff0b\uff0d\uff20\t\r\n-]")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
@@ -60,3 +64,21 @@ def quoted(word: str | Path) -> str:
         return shlex.quote(text)
     plain = (chr(byte) if 32 <= byte < 127 and byte not in b"\\'" else f"\\x{byte:02x}" for byte in os.fsencode(text))
     return f"$'{''.join(plain)}'"
+
+
+def clean(name: object, limit: int = LONGEST) -> str:
+    """A name on one line, without anything that acts instead of being seen.
+
+    Control characters, marks that turn the direction of writing, private and half characters become U+FFFD; a name
+    that is too long loses its middle. Nothing is escaped here: a page does that for HTML and for its figures.
+
+    >>> clean("model\\n.9"), clean("a" * 9, limit=5)
+    ('model\ufffd.9', 'aa…aa')
+    """
+    text = "".join(
+        "\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else c for c in str(name)
+    )
+    if len(text) <= limit:
+        return text
+    half = (limit - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"

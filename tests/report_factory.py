@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from run_factory import make_run
 
+from gradprobe.messages import Message
 from gradprobe.report.gather import ArmFiles
 from gradprobe.statistics import paired
+from gradprobe.verdict import words
 from gradprobe.verdict.answers import (
     BY_RULE,
     DIRECTION,
@@ -70,7 +73,7 @@ def answer(
         question,
         arm,
         subject,
-        "a quantity",
+        words.quantity(DOMINANCE),
         BY_RULE[rule],
         rule,
         effect=float(contrast.effect[0]),
@@ -79,8 +82,8 @@ def answer(
         seeds=range(len(d)),
         baseline_values=[base] * len(d),
         arm_values=[float(v) for v in values],
-        gates=[Gate("residual", True, 0.04, 0.1, "the residual is 4 % of the terms, 10 % are allowed")],
-        reason="A made-up reason.",
+        gates=[Gate("residual", True, 0.04, 0.1, Message("gate.residual", task="det", part=0.04))],
+        reason=Message("reason.no_interval"),
         **numbers,
     )
 
@@ -98,28 +101,29 @@ def make_comparison(arms: Sequence[ArmFiles], baseline: str = "joint", **changes
             answer(DOMINANCE, arm, "largest share", 3 * spread - 0.1),
             answer(OUTCOME, arm, "mAP50", 2 * spread, margin=0.02, base=0.7),
         ]
-    failed = Gate("residual", False, 0.31, 0.1, "the residual is 31 % of the terms, 10 % are allowed")
+    quantity = words.quantity(INTERFERENCE, "det", "cls")
+    failed = Gate("residual", False, 0.31, 0.1, Message("gate.residual", task="a", part=0.31))
     answers += [
-        Answer(INTERFERENCE, "dual", "cls>det", "C", NOT_APPLICABLE, reason="dual shares no layer."),
-        Answer(INTERFERENCE, others[0], "a>b", "C", UNDEFINED, effect=-0.1, low95=-0.5, high95=0.3, low90=-0.4,
-               high90=0.2, margin=0.1, n=3, gates=[failed], reason="The residual is too large."),
+        Answer(INTERFERENCE, "dual", "cls>det", quantity, NOT_APPLICABLE,
+               reason=Message("reason.single", arm="dual", task="det")),
+        Answer(INTERFERENCE, others[0], "a>b", quantity, UNDEFINED, effect=-0.1, low95=-0.5, high95=0.3, low90=-0.4,
+               high90=0.2, margin=0.1, n=3, gates=[failed], reason=Message("reason.gates", gates=[failed.sentence])),
     ]  # fmt: skip
     levels = [
-        Level(
-            INTERFERENCE, arm.name, "cls>det", "C", 0.4, 0.3, 0.5, [0.4 + d for d in spread], range(5), "It is there."
-        )
+        Level(INTERFERENCE, arm.name, "cls>det", quantity, 0.4, 0.3, 0.5, [0.4 + d for d in spread], range(5))
         for arm in arms
     ]
+    levels = [replace(level, sentence=words.of_level(level, 0.1)) for level in levels]
     known = {
         "similarities": [Similarity(arm.name, "det|cls", 0.6, 0.5, 0.7, [0.6] * 3, range(3)) for arm in arms],
         "levels": levels,
-        "headline": ["Interference was reduced."],
+        "headline": words.headline(answers, levels, [], baseline),
         "baseline": baseline if any(arm.name == baseline for arm in arms) else "",
         "controls": [arm.name for arm in arms if arm.name == "single"],
         "arms": [Arm(arm.name, "arm", [p.name for p in arm.files], [int(s) for s in arm.seeds]) for arm in arms],
         "tasks": ["det", "cls"],
         "answers": answers,
-        "warnings": ["The last batch of each epoch is smaller."],
+        "warnings": [Message("misleading.scaled", file="0-0.h5", task="det")],
         "layers": [LayerAnswer(DIRECTION, others[0], "det|cls", "model.0.conv", -0.2, -0.3, -0.1, 0.003, True)],
     }
     return Comparison(**(known | changes))

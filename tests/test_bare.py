@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from gradprobe.cli.app import run as command
 from gradprobe.errors import DataError
+from gradprobe.verdict.answers import plain
 from gradprobe.verdict.bare import judge, parse
 from gradprobe.verdict.misleading import partial
 
@@ -27,7 +28,7 @@ def said(text):
 def test_the_report():
     found = said(REPORT.read_text())
     assert found.verdict == "INCONCLUSIVE"
-    misleading = "\n".join(found.misleading)
+    misleading = "\n".join(map(str, found.misleading))
     for phrase in (
         "The weights sum to 4.00 = T^2 with T = 2 tasks",
         "Step 130 is a partial batch: it holds 2 of 8 samples",
@@ -38,7 +39,7 @@ def test_the_report():
     ):
         assert phrase in misleading
     assert "The loss of cls goes with" not in misleading
-    missing = "\n".join(found.missing)
+    missing = "\n".join(map(str, found.missing))
     for phrase in ("No gradient was measured", "no control run", "one run", "no metrics on held-out data", "no ledger"):
         assert phrase in missing
     assert found.tasks["det"]["fall"] == pytest.approx(0.824, abs=1e-3)
@@ -53,9 +54,9 @@ def test_samples_may_be_those_of_each_batch():
 def test_sizes_alone_are_enough_and_without_them_nothing_is_said_of_batches():
     lines = [line.rpartition(",")[0] for line in REPORT.read_text().splitlines()]
     sizes = "\n".join(lines).replace("0.2487,8", "0.2487,2")
-    assert any("partial batch" in line for line in said(sizes).misleading)
+    assert any("partial batch" in line for line in map(str, said(sizes).misleading))
     none = "\n".join(line.rpartition(",")[0] for line in lines)
-    assert not any("batch" in line for line in said(none).misleading[1:])
+    assert not any("batch" in line for line in map(str, said(none).misleading[1:]))
     assert said(none).verdict == "INCONCLUSIVE"
 
 
@@ -64,18 +65,18 @@ def test_a_good_looking_table_is_as_inconclusive():
     found = said("step,loss_a,loss_b,weight_a,weight_b,batch_size,samples\n" + rows)
     assert found.verdict == "INCONCLUSIVE"
     assert len(found.missing) == 5
-    assert not any("did not learn" in line or "partial" in line or "T^2" in line for line in found.misleading)
+    assert not any("did not learn" in line or "partial" in line or "T^2" in line for line in map(str, found.misleading))
 
 
 def test_one_row_does_not_show_that_nothing_was_learned():
     assert said("step,loss_a\n0,1").misleading == []
-    assert "its loss went from 1 to 1 (+0 %)" in said("step,loss_a\n0,1\n9,1").misleading[0]
+    assert "its loss went from 1 to 1 (+0 %)" in str(said("step,loss_a\n0,1\n9,1").misleading[0])
 
 
 def test_weights_whose_sum_wanders_are_told():
     rows = "\n".join(f"{k},1,1,{1 + k},1" for k in range(5))
     found = said("step,loss_a,loss_b,weight_a,weight_b\n" + rows)
-    assert any("sum to 3 at one step and 6 at another" in line for line in found.misleading)
+    assert any("sum to 3 at one step and 6 at another" in line for line in map(str, found.misleading))
 
 
 @settings(deadline=None, max_examples=60)
@@ -85,7 +86,7 @@ def test_whatever_the_numbers_it_is_inconclusive_and_plain_json(values, size):
     text = "step,loss_a,loss_b,weight_a,weight_b,batch_size,samples\n" + "\n".join(lines)
     found = judge(parse(text))
     assert found.verdict == "INCONCLUSIVE"
-    json.dumps(found.as_json(), allow_nan=False)
+    json.dumps(plain(found), allow_nan=False)
 
 
 @pytest.mark.parametrize(

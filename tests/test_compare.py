@@ -12,6 +12,7 @@ import scipy.stats
 from verdict_factory import TASKS, Truth, again, alone, make, study
 
 from gradprobe.errors import UsageError
+from gradprobe.messages import Message
 from gradprobe.verdict import gates
 from gradprobe.verdict.answers import (
     EQUIVALENT,
@@ -83,15 +84,14 @@ def test_the_numbers_are_those_that_were_planted():
     assert one.effect == pytest.approx(np.mean(np.subtract(one.arm_values, one.baseline_values)))
     level = next(x for x in found.levels if (x.arm, x.subject) == ("joint", "cls>det"))
     assert level.low95 < np.mean(one.baseline_values) < level.high95
-    assert "gradnorm" not in found.headline[0]
-    assert found.headline[0].startswith("arm: interference against joint is REDUCED (cls>det), EQUIVALENT (det>cls).")
-    assert "cls cancels (C) is 0." in found.headline[1]
+    assert str(found.headline[0]) == "arm: interference against joint is REDUCED (cls>det), EQUIVALENT (det>cls)."
+    assert "cls cancels (C) is 0." in str(found.headline[1])
 
 
 def test_a_task_that_is_driven_backwards_is_told():
     found = compare(study({"joint": BASE.but(cancelled={"cls>det": 1.3, "det>cls": 0.2})}))
     level = next(x for x in found.levels if x.subject == "cls>det")
-    assert level.sentence.endswith("more than all of it: on the shared layers the task is driven backwards.")
+    assert str(level.sentence).endswith("more than all of it: on the shared layers the task is driven backwards.")
 
 
 def test_what_is_worse_than_the_baseline_is_listed():
@@ -129,14 +129,14 @@ def test_the_order_of_the_files_changes_nothing():
 
 def test_without_a_baseline_there_is_no_conclusion():
     found = compare(study({"gradnorm": BASE}))
-    assert found.headline[0].startswith("No conclusion about interference: there is no control run")
+    assert str(found.headline[0]).startswith("No conclusion about interference: there is no control run")
     assert found.answers == []
     assert found.open
 
 
 def test_one_arm_alone_is_compared_with_nothing():
     found = compare(study({"joint": BASE}))
-    assert found.headline[0] == "No conclusion about interference: there is nothing to compare joint with."
+    assert str(found.headline[0]) == "No conclusion about interference: there is nothing to compare joint with."
     assert [level.arm for level in found.levels] == ["joint"] * 4
 
 
@@ -144,8 +144,8 @@ def test_without_a_task_alone_nothing_is_said_of_what_sharing_costs():
     found = compare(study({"joint": BASE, "arm": BASE}, controls=False))
     one = answer(found, "outcome", "accuracy")
     assert one.verdict == NO_VERDICT
-    assert "no run of cls alone" in one.reason
-    assert "no conclusion about what sharing costs" in found.refusals[0]
+    assert "no run of cls alone" in str(one.reason)
+    assert "no conclusion about what sharing costs" in str(found.refusals[0])
     assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
 
 
@@ -154,10 +154,10 @@ def test_fewer_than_three_seeds_are_a_description(seeds):
     found = compare(study({"joint": BASE, "arm": BASE.but(cosine=0.5)}, range(seeds)))
     assert {a.verdict for a in found.answers} == {NO_VERDICT}
     one = answer(found, "direction", "det|cls")
-    assert f"from {seeds} seed" in one.reason
-    assert "there is a description and no verdict" in one.reason
+    assert f"from {seeds} seed" in str(one.reason)
+    assert "there is a description and no verdict" in str(one.reason)
     assert np.isfinite(one.effect)
-    assert found.headline[0].startswith("No conclusion about interference")
+    assert str(found.headline[0]).startswith("No conclusion about interference")
     assert found.open
 
 
@@ -179,19 +179,19 @@ def test_other_data_weights_or_budget_are_refused_unless_unpaired(said, word):
     if not word:
         assert not found.refusals
         return
-    assert f"differ in {word}" in found.refusals[0]
+    assert f"differ in {word}" in str(found.refusals[0])
     assert claimed(found) == {}
     assert {a.verdict for a in found.answers} == {NO_VERDICT}
     free = compare(runs, Options(paired=False))
     assert not free.refusals
     assert answer(free, "direction", "det|cls").verdict == REDUCED
-    assert any(f"differ in {word}" in said for said in free.warnings)
+    assert any(f"differ in {word}" in str(said) for said in free.warnings)
 
 
 def test_a_run_that_ended_early_has_another_budget():
     runs = study({"joint": BASE, "arm": BASE})
     found = compare([replace(run, finished=False) if run.file == "arm-2.h5" else run for run in runs])
-    assert "one of them did not come to its end" in found.refusals[0]
+    assert "one of them did not come to its end" in str(found.refusals[0])
 
 
 def test_unpaired_runs_are_compared_by_welch():
@@ -208,14 +208,14 @@ def test_files_that_do_not_show_how_they_were_made_are_paired_only_on_demand():
     hidden = {"data__fingerprint": None, "model__reference": None, "batches__hash": None}
     runs = [but(run, **hidden) for run in study({"joint": BASE, "arm": BASE})]
     found = compare(runs)
-    assert "do not show that they had the same data, initial weights, batches" in found.refusals[0]
+    assert "do not show that they had the same data, initial weights, batches" in str(found.refusals[0])
     assert not compare(runs, Options(paired=True)).refusals
 
 
 def test_files_without_seeds_are_taken_in_their_order_and_paired_only_on_demand():
     runs = [replace(run, seed=None) for run in study({"joint": BASE, "arm": BASE}, twice=False)]
     found = compare(runs)
-    assert "do not name their seeds" in found.refusals[0]
+    assert "do not name their seeds" in str(found.refusals[0])
     assert compare(runs, Options(paired=True)).arms[1].seeds == [0, 1, 2, 3, 4]
 
 
@@ -223,18 +223,17 @@ def test_seeds_of_one_arm_alone_are_left_out_and_told():
     runs = [run for run in study({"joint": BASE, "arm": BASE}, range(6)) if run.file != "arm-3.h5"]
     found = compare(runs)
     assert answer(found, "direction", "det|cls").n == 5
-    assert any("seeds [3] are in one of them only" in said for said in found.warnings)
+    assert any("seeds 3 are in one of them only" in str(said) for said in found.warnings)
 
 
 def test_values_that_differ_stand_in_the_order_of_the_names_before_them():
     runs = [but(run, settings__epochs=6) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
-    assert (
-        compare(runs)
-        .refusals[0]
-        .startswith("arm-0.h5 and joint-0.h5 (seed 0) differ in budget (settings.epochs 6 and 3).")
-    )
+    said = str(compare(runs).refusals[0])
+    assert said.startswith("arm-0.h5 and joint-0.h5 (seed 0) differ in budget (settings.epochs 6 and 3).")
     free = compare(runs, Options(paired=False))
-    assert "arm and joint differ in budget (settings.epochs 6 and 3), and are compared all the same." in free.warnings
+    assert "arm and joint differ in budget (settings.epochs 6 and 3), and are compared all the same." in map(
+        str, free.warnings
+    )
 
 
 def test_two_files_of_one_seed_with_other_settings_are_refused():
@@ -308,8 +307,8 @@ def test_every_gate_closes_on_one_bad_run_of_many(name, change):
     assert one.rule is None
     (closed, *_) = (gate for gate in one.gates if not gate.passed)
     assert closed.name == name
-    assert "arm, seed 1" in closed.sentence
-    assert closed.sentence in one.reason
+    assert "arm, seed 1" in str(closed.sentence)
+    assert str(closed.sentence) in str(one.reason)
     assert np.isnan(one.effect)
     assert found.open
 
@@ -354,7 +353,7 @@ def test_a_gradient_that_cannot_be_told_from_noise_has_no_direct_effect():
     into_det, into_cls = (answer(found, "interference", subject).direct for subject in ("cls>det", "det>cls"))
     assert answer(sound, "interference", "cls>det").direct.effect > 0.3
     assert np.isnan([into_det.effect, into_det.low95, into_det.high95]).all()
-    assert into_det.sentence == (
+    assert str(into_det.sentence) == (
         "At the baseline's checkpoints det's gradient cannot be told from noise: there is no direct effect."
     )
     assert into_cls.effect == answer(sound, "interference", "det>cls").direct.effect
@@ -378,7 +377,9 @@ def test_a_run_made_twice_that_is_equal_to_the_bit_passes(arm):
         gate = twice(found, question, subject)
         assert (gate.passed, gate.value) == (True, 0.0)
         assert gate.limit == (0.01 if question == "outcome" else 0.05)
-        assert gate.sentence == f"{arm}-0.h5 and {arm}-0-again.h5 are the same run made twice, and equal to the bit"
+        assert (
+            str(gate.sentence) == f"{arm}-0.h5 and {arm}-0-again.h5 are the same run made twice, and equal to the bit"
+        )
         assert answer(found, question, subject).verdict in (EQUIVALENT, "NOT REDUCED", "INCONCLUSIVE")
         assert answer(found, question, subject).n == 5
 
@@ -391,8 +392,8 @@ def test_where_no_run_was_made_twice_the_gate_is_closed_and_says_what_to_record(
         gate = twice(found, question, subject)
         assert not gate.passed
         assert np.isnan(gate.value)
-        assert "record the baseline's first seed a second time, into a file such as joint-s3-again.h5" in gate.sentence
-        assert gate.sentence in answer(found, question, subject).reason
+        assert gate.sentence == Message("gate.not_twice", file="joint-s3-again.h5")
+        assert str(gate.sentence) in str(answer(found, question, subject).reason)
     assert found.open
 
 
@@ -451,7 +452,7 @@ def test_a_run_that_does_not_repeat_to_the_bit_is_held_against_half_the_margin(q
         assert gate.value == pytest.approx(abs(by), rel=1e-6)
         assert gate.limit == 0.5 * margin
         assert gate.passed == passes
-        assert f"differ by {abs(by):.2g} in what is judged here" in gate.sentence
+        assert f"differ by {abs(by):.2g} in what is judged here" in str(gate.sentence)
         assert (answer(found, question, subject).verdict == UNDEFINED) == (not passes)
         for other, what in ASKED:  # what did not move between the two runs is judged all the same
             if other != question:
@@ -471,7 +472,7 @@ def test_a_second_run_without_the_number_closes_the_gate():
     runs = study({"joint": BASE, "arm": BASE}, twice=False)
     found = compare([*runs, replace(again(runs[0]), ledger={})])
     assert not twice(found).passed
-    assert "not all of them give a number" in twice(found).sentence
+    assert "not all of them give a number" in str(twice(found).sentence)
     assert twice(found, "direction", "det|cls").passed
 
 
@@ -486,12 +487,12 @@ def test_who_vouches_for_the_pairs_needs_equal_first_losses_and_no_second_run(ch
     runs = study({"joint": BASE, "arm": BASE}, twice=False)
     found = compare(runs, Options(paired=True))
     assert twice(found).passed
-    assert twice(found).sentence.startswith("no run was made twice; the losses of the first step are equal to the bit")
+    assert twice(found).sentence == Message("gate.first_equal")
     assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
     spoiled = compare(spoil(runs, change), Options(paired=True))
     assert not twice(spoiled).passed
-    assert "arm, seed 1" in twice(spoiled).sentence
-    assert message in twice(spoiled).sentence
+    assert "arm, seed 1" in str(twice(spoiled).sentence)
+    assert message in str(twice(spoiled).sentence)
     assert answer(spoiled, "interference", "cls>det").verdict == UNDEFINED
     second = shifted(again(runs[0]), "interference", 0.09)
     assert not twice(compare([*runs, second], Options(paired=True))).passed  # what the files show counts for more
@@ -507,7 +508,7 @@ def test_unpaired_runs_are_not_asked_for_a_second_one():
 def test_a_copy_of_a_file_is_no_second_run():
     runs = study({"joint": BASE, "arm": BASE}, twice=False)
     found = compare([*runs, replace(runs[0], file="copy.h5")])
-    assert twice(found).sentence.startswith("no run was made twice")
+    assert str(twice(found).sentence).startswith("no run was made twice")
     assert not twice(found).passed
     with pytest.raises(
         UsageError, match=r"joint-0\.h5 and copy\.h5 of arm 'joint' hold the same numbers under two seeds"
@@ -518,7 +519,9 @@ def test_a_copy_of_a_file_is_no_second_run():
 def test_an_arm_that_mixes_settings_is_told():
     runs = spoil(study({"joint": BASE, "arm": BASE}), lambda run: but(run, settings__gradnorm_alpha=0.1))
     runs = [but(r, settings__gradnorm_alpha=1.5) if r.arm == "arm" and r.seed != 1 else r for r in runs]
-    assert "arm mixes settings: gradnorm_alpha is 1.5 in arm-0.h5 and 0.1 in arm-1.h5." in compare(runs).warnings
+    assert "arm mixes settings: gradnorm_alpha is 1.5 in arm-0.h5 and 0.1 in arm-1.h5." in map(
+        str, compare(runs).warnings
+    )
 
 
 def test_an_unknown_batch_size_gives_no_noise_scale():
@@ -532,8 +535,8 @@ def test_an_unknown_batch_size_gives_no_noise_scale():
 def test_runs_without_micro_batches_or_a_ledger_say_how_to_record_them():
     runs = [replace(run, probed=None, ledger={}) for run in study({"joint": BASE, "arm": BASE})]
     found = compare(runs)
-    assert "--micro-batches 4" in answer(found, "direction", "det|cls").reason
-    assert "--ledger" in answer(found, "interference", "cls>det").reason
+    assert "--micro-batches 4" in str(answer(found, "direction", "det|cls").reason)
+    assert "--ledger" in str(answer(found, "interference", "cls>det").reason)
     assert answer(found, "interference", "cls>det").verdict == NO_VERDICT
     assert found.open
 
@@ -583,7 +586,7 @@ def test_only_common_layers_are_compared_and_it_says_so():
     found = compare(runs)
     assert found.common_layers == ["model.0.conv", "model.2.conv"]
     assert found.left_out_layers == ["model.1.conv"]
-    note = "Over the 2 layers that both arms share; 1 of the baseline's are left out."
+    note = Message("remark.layers", n=2, left_out=1)
     assert note in answer(found, "direction", "det|cls", "split").notes
     assert note not in answer(found, "direction", "det|cls", "arm").notes
     seen = [x.layer for x in found.layers if (x.arm, x.question) == ("split", "direction")]
@@ -628,7 +631,7 @@ def test_arms_that_share_nothing_are_not_applicable_and_no_zero():
     assert one == other
     assert found.common_layers == list(runs[0].layers)
     only = compare([run for run in runs if run.arm != "arm" and run.arm != "detach"])
-    assert only.headline[0].startswith("No gradient can interfere: in dual det and cls share no layer")
+    assert str(only.headline[0]).startswith("No gradient can interfere: in dual det and cls share no layer")
     assert not only.open
 
 
@@ -659,7 +662,7 @@ def test_the_direct_effect_of_weights_is_told_from_the_total_one():
     even = BASE.but(spread=0.0)
     same = compare(study({"joint": even, "arm": even}))
     assert answer(same, "interference", "cls>det").direct.effect == 0
-    note = "Both arms have the same weights: no difference can come from weights."
+    note = Message("remark.same_weights")
     assert note in answer(same, "interference", "cls>det").notes
     assert note not in one.notes
 
@@ -753,7 +756,7 @@ def test_what_was_planned_is_what_counts():
         (lambda runs: runs, Options(margin=0.05), "margin was planned as 0.2, and this comparison goes by 0.05"),
         (lambda runs: runs, Options(window=(0, 50)), "window was planned as 20, 100"),
         (lambda runs: runs, Options(pairs=["det>cls"]), "pairs was planned as cls>det"),
-        (lambda runs: [r for r in runs if r.seed != 4], None, r"joint: seeds \[4\] were planned and are not there"),
+        (lambda runs: [r for r in runs if r.seed != 4], None, "joint: seeds 4 were planned and are not there"),
         (lambda runs: [r for r in runs if r.single != "cls"], None, "arm single-cls was planned and is not there"),
         (
             lambda runs: spoil(runs, lambda run: but(run, plan__margin=0.3)),
@@ -769,14 +772,14 @@ def test_what_was_planned_is_what_counts():
 )
 def test_what_differs_from_the_plan_is_said(change, options, message):
     found = compare(change(planned(study({"joint": BASE, "arm": BASE}))), options)
-    assert any(np.char.find(said, message.replace("\\", "")) >= 0 for said in found.disagreements), found.disagreements
+    assert any(message in said for said in map(str, found.disagreements)), found.disagreements
 
 
 def test_a_file_without_the_plan_of_the_others_is_told():
     runs = planned(study({"joint": BASE, "arm": BASE}))
     bare = {name: value for name, value in runs[0].provenance.items() if not name.startswith("plan.")}
     found = compare([*runs[1:], replace(runs[0], provenance=bare)])
-    assert "joint-0.h5 holds no plan, and others do." in found.disagreements
+    assert "joint-0.h5 holds no plan, and others do." in map(str, found.disagreements)
 
 
 def test_partial_batches_and_scaled_losses_are_warned_of_by_name():
@@ -787,7 +790,7 @@ def test_partial_batches_and_scaled_losses_are_warned_of_by_name():
         return replace(run, batch_size=size, loss=loss)
 
     found = compare(spoil(study({"joint": BASE, "arm": BASE}), last_of_epoch))
-    said = [x for x in found.warnings if "arm-1.h5" in x]
+    said = [x for x in map(str, found.warnings) if "arm-1.h5" in x]
     assert "3 recorded steps are partial batches (4 of 16 samples)" in said[0]
     assert "the loss of det is scaled by batch size" in said[1]
     assert len(said) == 2
@@ -802,14 +805,15 @@ def test_a_lower_training_loss_is_named_and_changes_nothing():
         return replace(run, loss=loss)
 
     plain, found = compare(runs), compare([lower(run) if run.arm == "arm" else run for run in runs])
-    assert any("arm: the training loss of det ends 70 % lower than in joint" in said for said in found.warnings)
+    assert any("arm: the training loss of det ends 70 % lower than in joint" in str(said) for said in found.warnings)
     assert [(a.verdict, a.effect) for a in found.answers] == [(a.verdict, a.effect) for a in plain.answers]
 
 
 def test_an_arm_with_another_learning_rate_is_told():
     runs = [but(run, settings__lr=0.5) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
     found = compare(runs)
-    assert "arm differs from joint also in lr 0.5 and 0.01: a difference may come from that." in found.warnings
+    said = list(map(str, found.warnings))
+    assert "arm differs from joint also in lr 0.5 and 0.01: a difference may come from that." in said
     assert not found.refusals
 
 
@@ -833,7 +837,7 @@ def test_a_run_without_a_test_split_is_named():
     assert (one.verdict, one.subject) == (NO_VERDICT, "test split")
     found = compare([bare[k] if run.file == "arm-1.h5" else run for k, run in enumerate(runs)])
     assert {a.verdict for a in found.of("outcome")} == {NO_VERDICT}
-    assert "arm-1.h5 holds no accuracy of the test split." in {a.reason for a in found.of("outcome")}
+    assert "arm-1.h5 holds no accuracy of the test split." in {str(a.reason) for a in found.of("outcome")}
     with pytest.raises(UsageError, match="--metrics speed: whose is it"):
         compare(runs, Options(metrics=["speed"]))
 
@@ -851,11 +855,11 @@ def test_clusters_of_the_test_split_widen_the_interval():
     wide = answer(compare([clustered(run) if run.arm == "arm" else run for run in runs]), "outcome", "accuracy")
     assert wide.high95 - wide.low95 > 1.3 * (plain.high95 - plain.low95)
     assert wide.effect == plain.effect
-    assert "12 independent clusters" in wide.notes[0]
+    assert "12 independent clusters" in str(wide.notes[0])
     both = answer(compare([clustered(run) for run in runs]), "outcome", "accuracy")
     assert both.high95 - both.low95 == pytest.approx(plain.high95 - plain.low95, rel=0.1)  # the same images: paired
     none = [replace(run, tested=replace(run.tested, clusters=(), without={})) for run in runs]
-    assert "over seeds alone" in answer(compare(none), "outcome", "accuracy").notes[0]
+    assert "over seeds alone" in str(answer(compare(none), "outcome", "accuracy").notes[0])
 
 
 def test_metrics_of_tasks_with_other_names_are_found_by_the_tasks_name():

@@ -12,6 +12,7 @@ from verdict_factory import Truth, study, write
 
 from gradprobe.cli.app import run as command
 from gradprobe.cli.comparing import gather, parse_window
+from gradprobe.messages import Language
 from gradprobe.verdict.comparison import compare as judge
 
 BASE = Truth(spread=0.01)
@@ -118,7 +119,7 @@ def test_words_come_first_and_tables_after(folder, capsys):
     code, out, err = compare(capsys, folder)
     lines = out.splitlines()
     assert "lighter: interference against joint is REDUCED (cls>det), EQUIVALENT (det>cls)." in lines[0]
-    assert out.index("gradnorm: direction det|cls REDUCED") < out.index("\nDirection")
+    assert out.index("point less against each other: gradnorm (det|cls)") < out.index("\nDirection")
     assert "Training loss is no part of any verdict." in lines[-1]
     assert err == ""
     assert code == 0
@@ -126,7 +127,7 @@ def test_words_come_first_and_tables_after(folder, capsys):
 
 def test_tables_as_markdown(folder, capsys):
     _, out, _ = compare(capsys, folder, "--table-format", "md")
-    assert "| arm | subject | verdict |" in out
+    assert "| Arm | Subject | Verdict |" in out
     assert r"| gradnorm | det\|cls | REDUCED |" in out
 
 
@@ -134,7 +135,7 @@ def test_the_magnitude_similarity_stands_beside_the_direct_effect(folder, capsys
     _, said = as_json(capsys, folder)
     found = {x["arm"]: x for x in said["similarities"]}
     assert set(found) == set(STUDY)
-    mean = f"{found['lopsided']['mean']:+.3f}"  # weights do not enter
+    mean = Language().number(found["lopsided"]["mean"])  # weights do not enter
     assert found["lopsided"]["mean"] == pytest.approx(found["joint"]["mean"], abs=0.05)
     text, md = (compare(capsys, folder, "--table-format", form)[1] for form in ("text", "md"))
     assert text.index("Direct effect") < text.index("Magnitude similarity") < text.index("Layers that changed most")

@@ -228,7 +228,7 @@ def test_a_change_that_the_terms_do_not_explain_shuts_that_task_s_gate_alone():
     assert np.isfinite(found.interference[0]).all()
     shut = [gate for gate in found.gates[1] if not gate.passed]
     assert [gate.name for gate in shut] == ["residual"]
-    assert "b's loss" in shut[0].sentence
+    assert "b's loss" in str(shut[0].sentence)
 
 
 def test_a_task_without_weight_has_no_own_progress_to_lose():
@@ -256,7 +256,7 @@ def test_a_short_window_says_nothing():
     empty = window(a_ledger(), TASKS, start=100)
     assert np.isnan(empty.interference).all()
     assert not empty.passed(0)
-    assert [gate.sentence for gate in empty.gates[0]] == ["0 rows of the ledger count"]
+    assert [str(gate.sentence) for gate in empty.gates[0]] == ["0 rows of the ledger count"]
 
 
 def test_the_standard_error_of_a_sum_of_correlated_rows():

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gradprobe.errors import RunFileError, UsageError
+from gradprobe.messages import Language, Message
 from gradprobe.verdict import bare as bare_table
-from gradprobe.verdict.answers import QUESTIONS, Answer, Comparison
+from gradprobe.verdict.answers import QUESTIONS, Answer, Comparison, plain
 from gradprobe.verdict.conditions import GOES_BY
 from gradprobe.verdict.evidence import Evidence, read
 
@@ -18,6 +19,7 @@ SHOWN_LAYERS = 8
 INCONCLUSIVE = 11
 
 Rows = list[list[str]]
+SAY = Language("en")
 
 
 def words(text: str) -> list[str]:
@@ -103,13 +105,11 @@ def bare(path: Path, as_json: bool) -> int:
         raise RunFileError(f"{path}: cannot be read ({error}).") from error
     found = bare_table.judge(bare_table.parse(text, path.name))
     if as_json:
-        print(json.dumps(found.as_json(), indent=2, allow_nan=False))
+        print(json.dumps(plain(found), indent=2, allow_nan=False))
         return INCONCLUSIVE
     print(found.headline)
-    for title, lines in (("What is missing:", found.missing), ("What in the numbers misleads:", found.misleading)):
-        print(f"\n{title}")
-        for line in lines:
-            print(f"- {line}")
+    _listed(SAY("bare.missing"), found.missing)
+    _listed(SAY("bare.misleading"), found.misleading)
     return INCONCLUSIVE
 
 
@@ -120,49 +120,51 @@ def show(found: Comparison, table_format: str) -> None:
     """The verdict in words, then tables."""
     for sentence in found.headline:
         print(sentence)
-    for title, lines in (
-        ("Refused", found.refusals),
-        ("Not as planned", found.disagreements),
-        ("Warnings", found.warnings),
+    for key, lines in (
+        ("compare.refused", found.refusals),
+        ("compare.not_planned", found.disagreements),
+        ("compare.warnings", found.warnings),
     ):
-        _listed(title, lines)
+        _listed(SAY(key), lines)
     for title, columns, rows in tables(found):
         print()
         draw(title, columns, rows, table_format)
-    _listed("To be known", list(_notes(found)))
+    _listed(SAY("compare.known"), list(_remarks(found)))
     print(f"\n{closing(found)}")
 
 
-def _listed(title: str, lines: Sequence[str]) -> None:
+def _listed(title: str, lines: Sequence[Message]) -> None:
     if lines:
-        print(f"\n{title}:")
+        print(f"\n{title}")
     for line in lines:
         print(f"- {line}")
 
 
-def _notes(found: Comparison) -> Iterator[str]:
-    """Each note once, with the question and the arms that it is about."""
-    places: dict[tuple[str, str], list[str]] = {}
+def _remarks(found: Comparison) -> Iterator[Message]:
+    """Each remark once, with the question and the arms that it is about."""
+    places: dict[tuple[str, Message], list[str]] = {}
     for answer in found.answers:
         for note in answer.notes:
             places.setdefault((answer.question, note), []).append(answer.arm)
-    for (question, note), arms in places.items():
-        every = set(arms) == {a.arm for a in found.of(question)}
-        yield f"{question}: {note}" if every else f"{question}, {', '.join(dict.fromkeys(arms))}: {note}"
+    for (name, note), arms in places.items():
+        question = Message(f"question.{name}")
+        if set(arms) == {a.arm for a in found.of(name)}:
+            yield Message("compare.remark", question=question, remark=note)
+        else:
+            yield Message("compare.remark_of", question=question, arms=list(dict.fromkeys(arms)), remark=note)
 
 
 def closing(found: Comparison) -> str:
     """What holds for all of it."""
-    steps = f"steps {found.window[0]} to {found.window[1]}" if found.window else "all steps"
-    planned = "fixed before the runs" if found.plan else "chosen now, and not before the runs"
-    if any(GOES_BY in line for line in found.disagreements):
-        planned += ", but for what is not as planned"
-    how = "paired by seed" if found.paired else "as independent runs"
-    over = f"Over {len(found.common_layers)} shared layers and {steps}, {how}. " if found.answers else ""
-    return (
-        f"{over}Margins, window and pairs were {planned}. "
-        "Below 0 is a fall; intervals are of 95 %, over seeds. Training loss is no part of any verdict."
-    )
+    steps = Message("closing.all_steps")
+    if found.window:
+        steps = Message("closing.steps", start=found.window[0], stop=found.window[1])
+    over = "closing.paired" if found.paired else "closing.unpaired"
+    planned = "closing.planned" if found.plan else "closing.chosen"
+    if any(line.key == GOES_BY for line in found.disagreements):
+        planned = "closing.planned_but"
+    first = [SAY(over, n=len(found.common_layers), steps=steps)] if found.answers else []
+    return SAY.join([*first, SAY(planned), SAY("closing.reading")])
 
 
 def tables(found: Comparison) -> Iterator[tuple[str, list[str], Rows]]:
@@ -170,75 +172,56 @@ def tables(found: Comparison) -> Iterator[tuple[str, list[str], Rows]]:
     for question in QUESTIONS:
         answers = found.of(question)
         if answers:
-            columns = ["arm", "subject", "verdict", "arm - baseline", "95 %", "margin", "p (Holm, one-sided)", "seeds"]
-            yield question.capitalize(), columns, [_answer(a) for a in answers]
+            columns = _columns("arm", "subject", "verdict", "effect", "ci95", "margin", "p_holm", "n")
+            yield SAY(f"question.{question}"), columns, [_answer(a) for a in answers]
     if found.answers:
-        yield "Why", ["arm", "question", "subject", "reason"], [_why(a) for a in found.answers]
-    levels = [[x.arm, x.question, x.subject, _number(x.mean), _interval(x.low95, x.high95)] for x in found.levels]
+        why = [[a.arm, _question(a.question), a.subject, str(a.reason)] for a in found.answers]
+        yield SAY("compare.why"), _columns("arm", "question", "subject", "reason"), why
+    levels = [
+        [x.arm, _question(x.question), x.subject, SAY.number(x.mean), SAY.span(x.low95, x.high95)] for x in found.levels
+    ]
     if levels:
-        yield "How large it is in each arm", ["arm", "question", "subject", "mean", "95 %"], levels
+        yield SAY("compare.levels"), _columns("arm", "question", "subject", "mean", "ci95"), levels
     direct = [
-        [a.arm, a.subject, _number(a.direct.effect), _interval(a.direct.low95, a.direct.high95), _number(a.effect)]
+        [a.arm, a.subject, *_effect(a.direct.effect, a.direct.low95, a.direct.high95), SAY.signed(a.effect)]
         for a in found.answers
         if a.direct is not None
     ]
     if direct:
-        yield (
-            "Direct effect (weights, at the baseline's checkpoints) beside the total one (along each training)",
-            ["arm", "subject", "direct", "95 %", "total"],
-            direct,
-        )
-    alike = [[x.arm, x.subject, _number(x.mean), _interval(x.low95, x.high95)] for x in found.similarities]
+        yield SAY("direct.title"), _columns("arm", "subject", "direct", "ci95", "total"), direct
+    alike = [[x.arm, x.subject, SAY.number(x.mean), SAY.span(x.low95, x.high95)] for x in found.similarities]
     if alike:
-        yield "Magnitude similarity of the gradients (1: equally long)", ["arm", "subject", "mean", "95 %"], alike
+        yield SAY("similarity.title"), _columns("arm", "subject", "mean", "ci95"), alike
     ranked = sorted((x for x in found.layers if math.isfinite(x.p)), key=lambda x: x.p)[:SHOWN_LAYERS]
     if ranked:
-        yield (
-            "Layers that changed most (exploratory)",
-            ["layer", "arm", "question", "subject", "arm - baseline", "95 %", "discovery"],
-            [
-                [
-                    x.layer,
-                    x.arm,
-                    x.question,
-                    x.subject,
-                    _number(x.effect),
-                    _interval(x.low95, x.high95),
-                    _yes(x.discovery),
-                ]
-                for x in ranked
-            ],
-        )
+        rows = [
+            [x.layer, x.arm, _question(x.question), x.subject, *_effect(x.effect, x.low95, x.high95), _yes(x.discovery)]
+            for x in ranked
+        ]
+        columns = _columns("layer", "arm", "question", "subject", "effect", "ci95", "discovery")
+        yield SAY("compare.layers"), columns, rows
+
+
+def _columns(*names: str) -> list[str]:
+    return [SAY(f"column.{name}") for name in names]
+
+
+def _question(name: str) -> str:
+    return SAY(f"question.{name}")
 
 
 def _answer(a: Answer) -> list[str]:
     p = min((x for x in (a.p_zero_holm, a.p_increased_holm) if math.isfinite(x)), default=math.nan)
-    return [
-        a.arm,
-        a.subject,
-        a.verdict,
-        _number(a.effect),
-        _interval(a.low95, a.high95),
-        f"{a.margin:g}",
-        f"{p:.3g}" if math.isfinite(p) else "-",
-        str(a.n),
-    ]
+    effect = _effect(a.effect, a.low95, a.high95)
+    return [a.arm, a.subject, a.verdict, *effect, SAY.number(a.margin), SAY.p_value(p), str(a.n)]
 
 
-def _why(a: Answer) -> list[str]:
-    return [a.arm, a.question, a.subject, a.reason]
-
-
-def _number(value: float) -> str:
-    return f"{value:+.3f}" if math.isfinite(value) else "-"
-
-
-def _interval(low: float, high: float) -> str:
-    return f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) and math.isfinite(high) else "-"
+def _effect(effect: float, low: float, high: float) -> tuple[str, str]:
+    return SAY.signed(effect), SAY.span(low, high, signed=True)
 
 
 def _yes(value: bool) -> str:
-    return "yes" if value else ""
+    return SAY("layers.yes") if value else ""
 
 
 def draw(title: str, columns: Sequence[str], rows: Rows, table_format: str) -> None:

@@ -40,14 +40,14 @@ def report(
     Example: gradprobe report study/ --out report.html --lang zh-TW
     """
     from gradprobe.cli import comparing
+    from gradprobe.messages import Language
     from gradprobe.report.report import html, write
     from gradprobe.report.targets import parse
-    from gradprobe.report.words import Words
     from gradprobe.verdict.comparison import Options, compare
     from gradprobe.verdict.evidence import read
 
     goals = parse(target or [])
-    Words(lang)  # an unknown language is told before the files are read
+    Language(lang)  # an unknown language is told before the files are read
     named = comparing.named(files or [], arm or [])
     evidence = {path: read(path, name) for path, name in named.items()}
     found = compare(list(evidence.values()), Options(baseline=baseline, controls=control or (), paired=paired))

@@ -203,7 +203,7 @@ def _in_few_words(seen: dict[str, Any]) -> list[str]:
     said = []
     for what, called in (("loss", "loss"), ("weight", "weight"), ("grad_norm", "gradient norm")):
         values = {name: task[what] for name, task in seen["tasks"].items()}
-        said += [f"{called} of {len(values)} tasks: {text}"] if (text := crowd.spread(values, _text)) else []
+        said += [f"{called} of {len(values)} tasks: {text}"] if (text := crowd.spread(values)) else []
     pairs = [f"{name} {_text(seen['pairs'][name]['median'])}" for name in _lowest(seen)]
     return [*said, f"lowest median cosines of {len(seen['pairs'])} pairs: {', '.join(pairs)}"] if pairs else said
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.measures import Array
+from gradprobe.messages import Message
 
 RESIDUAL_LIMIT = 0.10
 """How much of the sum of |terms| the residual may be."""
@@ -43,7 +44,7 @@ class Gate:
     passed: bool
     value: float
     limit: float
-    sentence: str
+    sentence: Message
 
 
 @dataclass(frozen=True)
@@ -208,33 +209,20 @@ def _summed(
 def _gates(w: Window, index: int, task: str) -> list[Gate]:
     residual, error, size = abs(w.residual[index]), w.residual_error[index], w.size[index]
     part = _over(residual, size)
-    kind = "more than the rows' noise" if residual > RESOLVED * error else "no more than the rows' noise"
+    kind = "gate.residual" if residual > RESOLVED * error else "gate.residual_noise"
     earlier, own = _over(abs(w.term[index, -1]), size), _over(w.own[index], w.own_error[index])
+    count = len(w.rows)
+    said = {
+        "rows": Message("gate.rows", n=count),
+        "residual": Message(kind, task=task, part=part),
+        "earlier": Message("gate.earlier", task=task, part=earlier),
+        "own": Message("gate.own", task=task, ratio=own),
+    }
     found = [
-        Gate(
-            "rows", len(w.rows) >= LEAST_ROWS, float(len(w.rows)), LEAST_ROWS, f"{len(w.rows)} rows of the ledger count"
-        ),
-        Gate(
-            "residual",
-            part <= RESIDUAL_LIMIT,
-            part,
-            RESIDUAL_LIMIT,
-            f"of {task}'s loss the terms leave {part:.0%} of their size unexplained, which is {kind}",
-        ),
-        Gate(
-            "earlier momentum",
-            earlier <= EARLIER_LIMIT,
-            earlier,
-            EARLIER_LIMIT,
-            f"momentum from before the burst is {earlier:.1%} of {task}'s terms",
-        ),
-        Gate(
-            "own progress",
-            own >= RESOLVED,
-            own,
-            RESOLVED,
-            f"{task}'s own progress is {own:.1f} of its standard errors above 0",
-        ),
+        Gate("rows", count >= LEAST_ROWS, float(count), LEAST_ROWS, said["rows"]),
+        Gate("residual", part <= RESIDUAL_LIMIT, part, RESIDUAL_LIMIT, said["residual"]),
+        Gate("earlier momentum", earlier <= EARLIER_LIMIT, earlier, EARLIER_LIMIT, said["earlier"]),
+        Gate("own progress", own >= RESOLVED, own, RESOLVED, said["own"]),
     ]
     # with too few rows there may be nothing to say of the others
     return found if found[0].passed else [gate for gate in found if not math.isnan(gate.value)]

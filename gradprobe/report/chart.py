@@ -92,12 +92,10 @@ class Notice:
     Attributes:
         kind: "missing": not recorded; "open": not answered; "warning"; "refusal".
         text: The sentence.
-        english: Whether it comes from elsewhere, in English whatever the report's language.
     """
 
     kind: Literal["missing", "open", "warning", "refusal"]
     text: str
-    english: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe import measures
+from gradprobe.foreign import clean
 from gradprobe.ledger.windows import window
 from gradprobe.report import bins, heat
 from gradprobe.report.bins import Array
 from gradprobe.report.material import ArmData, Floats, Ledger, Material, RunData
-from gradprobe.report.names import clean, distinct
+from gradprobe.report.names import distinct
 from gradprobe.runfile import Run, schema, thin
 
 ARMS, TASKS, PAIRS = 24, 6, 3

@@ -13,11 +13,11 @@ from typing import Any
 
 from gradprobe import __version__
 from gradprobe.foreign import visible
+from gradprobe.messages import Language
 from gradprobe.report.chart import Chart, Figure, Notice, Section, inert
 from gradprobe.report.figures.verdicts import LOOKS
 from gradprobe.report.look import DARK, LIGHT
 from gradprobe.report.sections.front import Card
-from gradprobe.report.words import Words
 from gradprobe.runfile.extras import optional
 
 WHY = "gradprobe report"
@@ -76,7 +76,7 @@ class Numbering:
         return len(self.figures) - 1
 
 
-def render(report: Report, words: Words) -> str:
+def render(report: Report, words: Language) -> str:
     """The page as HTML.
 
     It loads nothing: its policy forbids any address, and any script but its own two, known by their sums.

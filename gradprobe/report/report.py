@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gradprobe import whole_files
+from gradprobe.messages import Language
 from gradprobe.report import page
 from gradprobe.report.chart import Section
 from gradprobe.report.gather import ArmFiles, gather
@@ -13,7 +14,6 @@ from gradprobe.report.look import Styles
 from gradprobe.report.material import Material
 from gradprobe.report.sections import course, evidence, front, ledger, limits, outcome, provenance, validity, where
 from gradprobe.report.sections.common import Context
-from gradprobe.report.words import Words
 from gradprobe.verdict.answers import Comparison
 from gradprobe.whole_files import telling
 
@@ -30,13 +30,13 @@ SECTIONS: tuple[Callable[[Context], Section], ...] = (
 """In the order of the page; what it does not show stands right behind the evidence."""
 
 
-def build(material: Material, comparison: Comparison, words: Words) -> page.Report:
+def build(material: Material, comparison: Comparison, words: Language) -> page.Report:
     """The report as data, ready to be put on a page."""
     styles = Styles([arm.name for arm in material.arms], material.baseline, material.controls)
     context = Context(material, comparison, words, styles)
     first, rest = front.headline(context)
     return page.Report(
-        words("page.title", headline=first),
+        words("page.title", headline=first.replace("`", "")),
         first,
         rest,
         front.notices(context),
@@ -62,7 +62,7 @@ def html(
         RunFileError: A file cannot be read.
         MissingExtraError: plotly or jinja2 is not installed.
     """
-    words = Words(lang)
+    words = Language(lang, page=True)
     material = gather(arms, comparison.baseline or None, comparison.controls, targets, comparison.window)
     return page.render(build(material, comparison, words), words)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gradprobe.measures import Array, pair_index
+from gradprobe.messages import Message
 
 MANY = 8
 """Up to so many tasks are told apart by colours, one by one in words, and pair by pair."""
@@ -77,37 +78,46 @@ def lowest(medians: Mapping[str, float | None], count: int = LOWEST) -> list[str
     return sorted(known, key=known.__getitem__)[:count]
 
 
-def counted(names: Sequence[str]) -> str:
-    """How many tasks there are, and the first of them: ``40 tasks (a, b, c, ...)``."""
-    return f"{len(names)} tasks ({', '.join(names[:NAMED])}, ...)"
+def counted(names: Sequence[str]) -> Message:
+    """How many tasks there are, and the first of them."""
+    return Message("summary.many_tasks", n=len(names), tasks=names[:NAMED])
 
 
-def spread(values: Mapping[str, float | None], show: Callable[[float], str] = "{:.3g}".format) -> str:
-    """The middle of one value per task, and the tasks at both ends; empty where none is known.
+def spread(values: Mapping[str, float | None], *, shares: bool = False) -> Message | None:
+    """The middle of one value per task, and the tasks at both ends; None where none is known.
 
-    >>> spread({"a": 1.0, "b": 2.0, "c": 9.0})
+    >>> str(spread({"a": 1.0, "b": 2.0, "c": 9.0}))
     'median 2, from 1 (a) to 9 (c)'
     """
     known = {name: value for name, value in values.items() if value is not None}
     if not known:
-        return ""
+        return None
     low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
-    middle = float(np.median(list(known.values())))
-    return f"median {show(middle)}, from {show(known[low])} ({low}) to {show(known[high])} ({high})"
+    return Message(
+        "crowd.spread_share" if shares else "crowd.spread",
+        median=float(np.median(list(known.values()))),
+        low=known[low],
+        lowest=low,
+        high=known[high],
+        highest=high,
+    )
 
 
-def moved(ends: Mapping[str, tuple[float | None, float | None]]) -> str:
+def moved(ends: Mapping[str, tuple[float | None, float | None]]) -> Message:
     """Of values that went from one to another: how many fell, rose and stayed, and which rose most.
 
-    >>> moved({"a": (1.0, 0.5), "b": (1.0, 2.0), "c": (1.0, 1.0)})
+    >>> str(moved({"a": (1.0, 0.5), "b": (1.0, 2.0), "c": (1.0, 1.0)}))
     'fell for 1 of 3 tasks, rose for 1 (b), stayed for 1'
     """
     known = {name: (a, b) for name, (a, b) in ends.items() if a is not None and b is not None}
     rises = {name: b - a for name, (a, b) in known.items()}
     up = sorted((name for name, rise in rises.items() if rise > 0), key=lambda name: -rises[name])
     if known and not any(rises.values()):
-        return f"stayed for all {len(known)} tasks"
-    down, same = sum(r < 0 for r in rises.values()), sum(r == 0 for r in rises.values())
-    named = ", ".join(up[:NAMED]) + (", ..." if len(up) > NAMED else "")
-    rose = f", rose for {len(up)} ({named})" if up else ""
-    return f"fell for {down} of {len(known)} tasks{rose}" + (f", stayed for {same}" if same else "")
+        return Message("crowd.stayed", n=len(known))
+    same = sum(rise == 0 for rise in rises.values())
+    parts = [Message("crowd.fell", n=len(known) - len(up) - same, of=len(known))]
+    if up:
+        parts.append(Message("crowd.rose", n=len(up), names=[*up[:NAMED], *["..."][: len(up) > NAMED]]))
+    if same:
+        parts.append(Message("crowd.same", n=same))
+    return Message("crowd.moved", parts=parts)

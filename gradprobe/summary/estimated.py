@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gradprobe import measures
+from gradprobe.messages import Message
 from gradprobe.runfile import Run, schema, thin
 
 
@@ -43,27 +44,28 @@ def summarise(run: Run) -> dict[str, Any] | None:
     }
 
 
-def sentences(found: dict[str, Any] | None) -> list[str]:
+def messages(found: dict[str, Any] | None) -> list[Message]:
     """The same in words."""
     if found is None:
         return []
-    of = f"{found['split']}, " if found["split"] else ""
-    cosines = "; ".join(f"{pair.replace('|', ' and ')} {_cosine(value)}" for pair, value in found["pairs"].items())
-    scales = ", ".join(
-        f"{task} {'unknown' if value['noise_scale'] is None else format(value['noise_scale'], '.3g')}"
+    cosines = [_cosine(pair.split("|"), value) for pair, value in found["pairs"].items()]
+    scales = [
+        Message("summary.unknown", name=task)
+        if value["noise_scale"] is None
+        else Message("summary.value", name=task, value=value["noise_scale"])
         for task, value in found["tasks"].items()
-    )
-    said = [
-        f"On independent samples ({of}{found['rows']} rows of the probe loader), less their noise, over all steps: "
-        f"cosine of {cosines}. Batch at which noise and gradient are equally long, in samples: {scales}."
     ]
-    if missing := found["not_measured"]:
-        why = "; ".join(f"{reason} ({count})" for reason, count in missing.items())
-        said.append(f"{sum(missing.values())} of these rows hold less than a measurement: {why}.")
-    return said
+    said = Message("summary.probe", rows=found["rows"], cosines=cosines, scales=scales)
+    if split := found["split"]:
+        said = Message("summary.probe_split", split=split, rows=found["rows"], cosines=cosines, scales=scales)
+    missing = found["not_measured"]
+    if not missing:
+        return [said]
+    why = [Message("summary.why", reason=reason, n=count) for reason, count in missing.items()]
+    return [said, Message("summary.probe_missing", n=sum(missing.values()), why=why)]
 
 
-def _cosine(pair: dict[str, Any]) -> str:
+def _cosine(tasks: list[str], pair: dict[str, Any]) -> Message:
     if pair["cosine"] is None or pair["low"] is None:
-        return "cannot be told from noise"
-    return f"{pair['cosine']:+.2f} (95 % interval of this run {pair['low']:+.2f} to {pair['high']:+.2f})"
+        return Message("summary.probe_hidden", tasks=tasks)
+    return Message("summary.probe_cosine", tasks=tasks, cosine=pair["cosine"], low=pair["low"], high=pair["high"])

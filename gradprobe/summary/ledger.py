@@ -6,6 +6,7 @@ from typing import Any
 
 from gradprobe import measures
 from gradprobe.ledger.windows import window
+from gradprobe.messages import Message
 from gradprobe.runfile import schema
 from gradprobe.runfile.reader import Run
 
@@ -36,7 +37,7 @@ def summarise(run: Run) -> dict[str, Any] | None:
                         "passed": gate.passed,
                         "value": measures.known(gate.value),
                         "limit": gate.limit,
-                        "sentence": gate.sentence,
+                        "sentence": str(gate.sentence),
                     }
                     for gate in found.gates[i]
                 ],
@@ -52,21 +53,17 @@ def summarise(run: Run) -> dict[str, Any] | None:
     }
 
 
-def sentences(found: dict[str, Any] | None) -> list[str]:
+def messages(found: dict[str, Any] | None) -> list[Message]:
     """In words; empty where there is no ledger."""
     if found is None:
         return []
-    said = [f"Loss ledger: {found['counted']} of {found['rows']} rows count."]
+    said = [Message("summary.ledger", n=found["counted"], rows=found["rows"])]
     for pair in found["cancelled"]:
-        if pair["c"] is None:
-            continue
-        verb = "cancelled" if pair["c"] > 0 else "added"
-        said.append(
-            f"{pair['by']}'s part of the updates {verb} {abs(pair['c']):.0%} of {pair['task']}'s own progress (C = "
-            f"{pair['c']:+.2f}), of this run alone."
-        )
+        if (c := pair["c"]) is not None:
+            key = "summary.cancelled" if c > 0 else "summary.added"
+            said.append(Message(key, by=pair["by"], task=pair["task"], part=abs(c), c=c))
     for task, about in found["tasks"].items():
-        shut = [gate for gate in about["gates"] if not gate["passed"]]
+        shut = [gate["sentence"] for gate in about["gates"] if not gate["passed"]]
         if shut:
-            said.append(f"What others did to {task} cannot be told: {'; '.join(gate['sentence'] for gate in shut)}.")
+            said.append(Message("summary.ledger_shut", task=task, gates=shut))
     return said

@@ -298,4 +298,4 @@ def sentences(run: Run, summary: dict[str, Any] | None = None) -> list[str]:
         run: Any run; unfinished and empty ones too.
         summary: Its :func:`summarise`, where that is at hand already.
     """
-    return words.sentences(summarise(run) if summary is None else summary)
+    return list(map(str, words.messages(summarise(run) if summary is None else summary)))

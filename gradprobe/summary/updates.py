@@ -8,6 +8,7 @@ import numpy as np
 
 from gradprobe import measures
 from gradprobe.measures import Array
+from gradprobe.messages import Message, Value
 from gradprobe.rows import MEASURED
 from gradprobe.runfile import Run, schema, thin
 from gradprobe.summary import crowd
@@ -80,54 +81,55 @@ def summarise(run: Run, seen: Run, gradient: Array) -> dict[str, Any] | None:
     }
 
 
-def sentences(found: dict[str, Any] | None) -> list[str]:
+def messages(found: dict[str, Any] | None) -> list[Message]:
     """The same in words."""
     if found is None:
         return []
     said = [*_taken_apart(found), *_compared(found)]
-    clip, bn = found["clipping"], found["batchnorm"]
+    clip, batches = found["clipping"], found["batchnorm"]["batches_per_step"]
     if clip["clipped"]:
-        parts = ", ".join(f"{task} {_percent(v)}" for task, v in clip["share"].items() if v is not None)
-        parts = crowd.spread(clip["share"], _percent) if crowd.many(clip["share"]) else parts
-        said.append(
-            f"The gradient was scaled down before {clip['clipped']} of {clip['rows']} updates, to "
-            f"{clip['scale']['min']:.2g} at the least; parts in its squared norm, median: {parts}."
-        )
+        parts, least = _shares(clip["share"]), clip["scale"]["min"]
+        said.append(Message("summary.clipped", n=clip["clipped"], rows=clip["rows"], least=least, parts=parts))
     if found["skipped_steps"]:
-        said.append(f"{found['skipped_steps']} steps changed nothing.")
-    if (batches := bn["batches_per_step"]) is not None and batches > 1:
-        said.append(
-            f"BatchNorm averaged {batches:.3g} batches per step: each step has more than one forward, so running "
-            "statistics are a mix of their data."
-        )
+        said.append(Message("summary.skipped", n=found["skipped_steps"]))
+    if batches is not None and batches > 1:
+        said.append(Message("summary.batchnorm", batches=batches))
     return said
 
 
-def _taken_apart(found: dict[str, Any]) -> list[str]:
+def _shares(values: dict[str, float | None]) -> Value:
+    """Of each task, or in few words of many."""
+    if crowd.many(values):
+        return crowd.spread(values, shares=True)
+    return [Message("summary.share", name=name, value=value) for name, value in values.items() if value is not None]
+
+
+def _taken_apart(found: dict[str, Any]) -> list[Message]:
     missing = found["not_taken_apart"]
     if not missing:
         return []
-    why = "; ".join(f"{reason} ({count})" for reason, count in missing.items())
-    return [f"{sum(missing.values())} of {found['rows']} updates were not taken apart by task: {why}."]
+    why = [Message("summary.why", reason=reason, n=count) for reason, count in missing.items()]
+    return [Message("summary.update_unknown", n=sum(missing.values()), rows=found["rows"], why=why)]
 
 
-def _compared(found: dict[str, Any]) -> list[str]:
+def _compared(found: dict[str, Any]) -> list[Message]:
     shares = {name: value for name, value in found["share"].items() if value is not None}
     if not shares:
         return []
-    text = ", ".join(f"{name} {_percent(value)}" for name, value in shares.items())
-    gradient = ", ".join(f"{n} {_percent(v)}" for n, v in found["gradient_share"].items() if v is not None)
-    if crowd.many(found["gradient_share"]):
-        text, gradient = crowd.spread(shares, _percent), crowd.spread(found["gradient_share"], _percent)
-    said = [f"Share of the update (after momentum and preconditioning, median): {text}; of the gradient: {gradient}."]
+    few = not crowd.many(found["gradient_share"])
+    update = _shares(shares) if few else crowd.spread(shares, shares=True)
+    said = [Message("summary.update_shares", update=update, gradient=_shares(found["gradient_share"]))]
     pairs = {pair: value for pair, value in found["cosine"].items() if value is not None}
     if pairs and len(pairs) <= 3:
-        text = "; ".join(f"{pair.replace('|', ' and ')} {value:+.2f}" for pair, value in pairs.items())
-        said.append(f"Cosine between the tasks' parts of the update, median: {text}.")
-    effects = [e for e in found["interference"] if e["median"] is not None]
+        cosines = [Message("summary.cosine_of", tasks=pair.split("|"), value=value) for pair, value in pairs.items()]
+        said.append(Message("summary.update_cosines", values=cosines))
+    effects = [
+        Message("summary.effect", by=e["by"], task=e["task"], value=e["median"])
+        for e in found["interference"]
+        if e["median"] is not None
+    ]
     if effects and len(shares) <= 5:
-        text = "; ".join(f"{e['by']} on {e['task']} {e['median']:+.2f}" for e in effects)
-        said.append(f"Effect of one task's part of the update on another's own progress (first order, median): {text}.")
+        said.append(Message("summary.update_effects", values=effects))
     return said
 
 
@@ -144,7 +146,3 @@ def _number(value: Any) -> float | None:
 
 def _least(values: Array) -> float | None:
     return float(values.min()) if values.size else None
-
-
-def _percent(share: float) -> str:
-    return f"{round(100 * share) + 0} %"  # never -0

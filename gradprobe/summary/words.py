@@ -6,269 +6,235 @@ whether anything changed interference takes a control run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
+from gradprobe.messages import Message, Value
 from gradprobe.rows import says_absent
 from gradprobe.summary import crowd, estimated, ledger, updates
 
-CAUTION = (
-    "These are single minibatches: mostly noise. They do not show whether interference is there, or whether "
-    "anything reduced it: that takes a control run."
-)
+CAUTION = Message("summary.caution")
 
 PAIRS_IN_WORDS = 3
 METRICS_IN_WORDS = 16
 NAMES_IN_WORDS = 4
 
 
-def sentences(summary: dict[str, Any]) -> list[str]:
+def messages(summary: dict[str, Any]) -> list[Message]:
     """What a run shows, in words, from its :func:`~gradprobe.summary.numbers.summarise`."""
     said = [_what_it_is(summary), *_gaps(summary), *_looked_at(summary)]
     if summary["audit"] is not None:
         return [*said, *_audited(summary["audit"])]
     if not summary["rows"]:
-        return [*said, "No row was recorded, so there is nothing to say about gradients."]
+        return [*said, Message("summary.no_row")]
     said += [*_losses_and_weights(summary), *_norms(summary)]
     gradients = _at_features(summary)
     if summary["level"] == "features":
-        gradients.append("Gradients on parameters were not measured (level='features').")
+        gradients.append(Message("summary.at_features_only"))
     elif summary["layers"]:
         gradients = [
             *_sketched(summary),
             *_not_derived(summary),
             *_cosines(summary),
             *_first_order(summary),
-            *updates.sentences(summary["updates"]),
+            *updates.messages(summary["updates"]),
             *gradients,
-            *ledger.sentences(summary["ledger"]),
+            *ledger.messages(summary["ledger"]),
         ]
     said += [*gradients, CAUTION] if gradients else []
-    said += estimated.sentences(summary["probe_loader"])
+    said += estimated.messages(summary["probe_loader"])
     if summary["level"] != "features" and not summary["layers"]:
-        said.append(
-            "The tasks share no layer, so no cosine between their gradients is defined: interference is not "
-            "applicable, which is not the same as 0."
-        )
-    return [*said, *_metric_words(summary), *_overhead_words(summary)]
+        said.append(Message("summary.not_shared"))
+    return [*said, *_metrics(summary), *_overhead(summary)]
 
 
-def _what_it_is(summary: dict[str, Any]) -> str:
-    state = summary["end"] or "unfinished (still being written, or left by a killed process)"
-    rows = f"{summary['rows']} rows"
-    if summary["steps"]:
-        rows += f" (steps {summary['steps']['first']} to {summary['steps']['last']})"
-    trainer = f", trainer {summary['trainer']}" if summary["trainer"] else ""
-    where = f"{_count(summary['layers'], 'shared layer')} with {summary['parameters']:,} parameters"
+def _what_it_is(summary: dict[str, Any]) -> Message:
+    steps, names = summary["steps"], list(summary["tasks"])
+    rows = Message("summary.rows", n=summary["rows"])
+    if steps:
+        rows = Message("summary.rows_steps", n=summary["rows"], first=steps["first"], last=steps["last"])
+    where = Message("summary.layers", n=summary["layers"], parameters=summary["parameters"])
     if summary["level"] == "features":
-        where = _count(len(summary["features"]), "feature")
-    names = list(summary["tasks"])
-    tasks = crowd.counted(names) if crowd.many(names) else f"tasks {_and(names)}"
-    return f"{summary['file']}: {rows}, {tasks}, {where}{trainer}; {state}."
+        where = Message("summary.features", n=len(summary["features"]))
+    if summary["trainer"]:
+        where = Message("summary.trained", where=where, trainer=summary["trainer"])
+    return Message(
+        "summary.what",
+        file=summary["file"],
+        rows=rows,
+        tasks=crowd.counted(names) if crowd.many(names) else Message("summary.tasks", tasks=names),
+        where=where,
+        state=summary["end"] or Message("summary.unfinished"),
+    )
 
 
-def _audited(audit: dict[str, Any]) -> list[str]:
-    said = [f"An audit, not a recording: {audit['sentence']}"]
-    for door in audit["doors"]:
-        if door["state"] == "open":
-            said.append(f"{door['door']}: {door['evidence']}. To shut it: {door['how_to_shut']}.")
-    return said
+def _audited(audit: dict[str, Any]) -> list[Message]:
+    doors = [
+        Message("summary.door", door=door["door"], evidence=door["evidence"], how=door["how_to_shut"])
+        for door in audit["doors"]
+        if door["state"] == "open"
+    ]
+    return [Message("summary.audit", sentence=audit["sentence"]), *doors]
 
 
-def _gaps(summary: dict[str, Any]) -> list[str]:
+def _gaps(summary: dict[str, Any]) -> list[Message]:
     missing, said = summary["rows_not_measured"], []
     if missing:
-        why = "; ".join(f"{reason} ({count})" for reason, count in missing.items())
-        said.append(f"{sum(missing.values())} of {summary['rows']} rows hold less than a full measurement: {why}.")
+        why = [Message("summary.why", reason=reason, n=count) for reason, count in missing.items()]
+        said.append(Message("summary.not_measured", n=sum(missing.values()), rows=summary["rows"], why=why))
     said += _of_layers(summary)
     if summary["rows_dropped"]:
-        said.append(f"{summary['rows_dropped']} rows were dropped; gradprobe check says why that may be.")
+        said.append(Message("summary.dropped", n=summary["rows_dropped"]))
     return said
 
 
-def _of_layers(summary: dict[str, Any]) -> list[str]:
+def _of_layers(summary: dict[str, Any]) -> list[Message]:
     """Layers that do not count, that came later, or that are not in every row."""
     said, lacking = [], summary["lacking"]
     if names := summary["layers_by_graph_only"]:
-        said.append(
-            f"{_count(len(names), 'layer')} left out of all sums: the graph leads two tasks there, but fewer than two "
-            f"ever had a gradient other than 0 ({_first(names)})."
-        )
+        said.append(Message("summary.graph_only", n=len(names), names=_first(names)))
     if joined := summary["layers_joined"]:
-        names = [f"{name} from step {step}" for name, step in joined.items()]
-        said.append(f"{_count(len(names), 'layer')} joined the shared ones after the start ({_first(names)}).")
+        since = [Message("summary.from_step", layer=name, step=step) for name, step in joined.items()]
+        said.append(Message("summary.joined", n=len(since), names=_first(since)))
     if lacking["rows"]:
         often = sorted(lacking["layers"].items(), key=lambda item: -item[1])
-        names = [f"{name} in {rows}" for name, rows in often]
-        said.append(
-            f"{_count(lacking['rows'], 'row')} of {summary['rows']} lack layers, and are measured over those that they "
-            f"have; lacking most often: {_first(names)}."
-        )
+        lacks = [Message("summary.lacks", layer=name, n=rows) for name, rows in often]
+        said.append(Message("summary.lacking", n=lacking["rows"], rows=summary["rows"], names=_first(lacks)))
     if count := sum(n for reason, n in summary["rows_not_measured"].items() if says_absent(reason)):
-        said.append(f"{_count(count, 'row')} with absent tasks, which are in no median and no sum there.")
+        said.append(Message("summary.absent", n=count))
     return said
 
 
-def _first(names: list[str]) -> str:
-    more = f", and {len(names) - NAMES_IN_WORDS} more" if len(names) > NAMES_IN_WORDS else ""
-    return f"{', '.join(names[:NAMES_IN_WORDS])}{more}"
+def _first(names: Sequence[Value]) -> list[Value]:
+    more = [Message("join.more", n=len(names) - NAMES_IN_WORDS)] if len(names) > NAMES_IN_WORDS else []
+    return [*names[:NAMES_IN_WORDS], *more]
 
 
-def _looked_at(summary: dict[str, Any]) -> list[str]:
+def _looked_at(summary: dict[str, Any]) -> list[Message]:
     every, rows = summary["looked_at"]["every"], summary["looked_at"]["rows"]
-    if every == 1:
-        return []
-    return [
-        f"It is long: what is said of gradients below is from one row in {every} ({rows:,} rows); losses, weights and "
-        "counts are from all."
-    ]
+    return [] if every == 1 else [Message("summary.long", every=every, rows=rows)]
 
 
-def _losses_and_weights(summary: dict[str, Any]) -> list[str]:
-    tenth = max(1, summary["rows"] // 10)
-    losses = _changes(summary, "loss")
+def _losses_and_weights(summary: dict[str, Any]) -> list[Message]:
     said = []
-    if losses:
-        said.append(f"Training losses ({_count(tenth, 'row')} at each end, medians): {losses}.")
-    weights = _changes(summary, "weight")
-    if weights:
-        said.append(
-            f"Weights: {weights}. A cosine between two tasks' gradients does not depend on the weights; dominance does."
-        )
+    if losses := _changes(summary, "loss"):
+        said.append(Message("summary.losses", n=max(1, summary["rows"] // 10), changes=losses))
+    if weights := _changes(summary, "weight"):
+        said.append(Message("summary.weights", changes=weights))
     return said
 
 
-def _changes(summary: dict[str, Any], what: str) -> str:
-    parts = []
+def _changes(summary: dict[str, Any], what: str) -> list[Message]:
     if crowd.many(summary["tasks"]):
         ends = {task: (values[what]["first"], values[what]["last"]) for task, values in summary["tasks"].items()}
-        return crowd.moved(ends) if any(None not in pair for pair in ends.values()) else ""
+        return [crowd.moved(ends)] if any(None not in pair for pair in ends.values()) else []
+    parts = []
     for task, values in summary["tasks"].items():
         first, last = values[what]["first"], values[what]["last"]
         if first is None or last is None:
             continue
-        moved = first != last or values[what].get("min") != values[what].get("max")
-        parts.append(
-            f"{what} of {task} went from {first:.4g} to {last:.4g}"
-            if moved
-            else f"{what} of {task} stayed at {first:.4g}"
-        )
-    return "; ".join(parts)
+        if first != last or values[what].get("min") != values[what].get("max"):
+            parts.append(Message(f"summary.{what}_moved", task=task, first=first, last=last))
+        else:
+            parts.append(Message(f"summary.{what}_stayed", task=task, first=first))
+    return parts
 
 
-def _norms(summary: dict[str, Any]) -> list[str]:
-    known = {t: v["grad_norm"]["median"] for t, v in summary["tasks"].items()}
-    text = ", ".join(f"{task} {value:.3g}" for task, value in known.items() if value is not None)
-    text = crowd.spread(known) if crowd.many(known) else text
-    return [f"Gradient norm over its shared layers, median, in loss per unit of parameter: {text}."] if text else []
+def _norms(summary: dict[str, Any]) -> list[Message]:
+    norms = {t: v["grad_norm"]["median"] for t, v in summary["tasks"].items()}
+    each = [Message("summary.value", name=task, value=value) for task, value in norms.items() if value is not None]
+    return [Message("summary.norms", values=crowd.spread(norms) if crowd.many(norms) else each)] if each else []
 
 
-def _cosines(summary: dict[str, Any]) -> list[str]:
+def _cosines(summary: dict[str, Any]) -> list[Message]:
     pairs = summary["pairs"]
     known = [name for name, values in pairs.items() if values["cosine"]["median"] is not None]
-    said = [f"{_both(name)}: no cosine was measured." for name in pairs if name not in known][:PAIRS_IN_WORDS]
+    unknown = [name for name in pairs if name not in known][:PAIRS_IN_WORDS]
+    said = [Message("summary.no_cosine", tasks=_both(name)) for name in unknown]
     if len(known) > PAIRS_IN_WORDS:
-        said.append(f"The {PAIRS_IN_WORDS} of {len(known)} pairs with the lowest median cosine (all: summary --json):")
+        said.append(Message("summary.lowest", n=PAIRS_IN_WORDS, of=len(known)))
         known = sorted(known, key=lambda name: pairs[name]["cosine"]["median"])[:PAIRS_IN_WORDS]
     return said + [_cosine(name, pairs[name]) for name in known]
 
 
-def _not_derived(summary: dict[str, Any]) -> list[str]:
+def _not_derived(summary: dict[str, Any]) -> list[Message]:
     found = summary["joint_difference"]
-    if not found:
-        return []
-    return [
-        f"From step {found['step']:.0f} on every task has had a pass of its own, and rows are exact: a gradient "
-        f"taken from the joint one differed by {found['value']:.1e} of the norms, by rounding within layers."
-    ]
+    return [Message("summary.exact", step=found["step"], value=found["value"])] if found else []
 
 
-def _sketched(summary: dict[str, Any]) -> list[str]:
+def _sketched(summary: dict[str, Any]) -> list[Message]:
     kept = summary["sketch"]
     if kept is None:
         return []
     error = kept**-0.5
-    return [
-        f"Gradients were sketched to {kept:,} numbers per layer and task: on larger layers a cosine near 0 is right to "
-        f"about {error:.1g} a row (standard deviation), without bias, and a norm to {error / 2**0.5:.1%}."
-    ]
+    return [Message("summary.sketched", kept=kept, error=error, norm=error / 2**0.5)]
 
 
-def _cosine(name: str, values: dict[str, Any]) -> str:
+def _cosine(name: str, values: dict[str, Any]) -> Message:
     cosine = values["cosine"]
-    return (
-        f"{_both(name)}: cosine over all shared layers has median {cosine['median']:+.2f} (middle half "
-        f"{cosine['q25']:+.2f} to {cosine['q75']:+.2f}); {_percent(values['stochastic_conflict_rate'])} of the "
-        f"{_count(cosine['rows'], 'measured step')} had it below 0 (the stochastic conflict rate)."
+    return Message(
+        "summary.cosine",
+        tasks=_both(name),
+        median=cosine["median"],
+        low=cosine["q25"],
+        high=cosine["q75"],
+        rate=values["stochastic_conflict_rate"],
+        rows=cosine["rows"],
     )
 
 
-def _at_features(summary: dict[str, Any]) -> list[str]:
-    known = [
+def _at_features(summary: dict[str, Any]) -> list[Message]:
+    known = sorted(
         (values["cosine"]["median"], feature["feature"], pair, values["cosine"]["rows"])
         for feature in summary["features"]
         for pair, values in feature["pairs"].items()
         if values["cosine"]["median"] is not None
-    ]
-    if not known:
-        return []
-    text = "; ".join(
-        f"{middle:+.2f} at {name} for {_both(pair)} ({_count(rows, 'step')})"
-        for middle, name, pair, rows in sorted(known)[:PAIRS_IN_WORDS]
     )
-    lowest = f"the lowest {PAIRS_IN_WORDS} of {len(known)} " if len(known) > PAIRS_IN_WORDS else ""
-    return [
-        f"Where the tasks part, {lowest}median cosines of their gradients at the features: {text}. They bound what the "
-        "parameters' gradients can be, and do not measure it."
+    found = [
+        Message("summary.at_feature", median=middle, feature=name, tasks=_both(pair), rows=rows)
+        for middle, name, pair, rows in known[:PAIRS_IN_WORDS]
     ]
+    if len(known) > PAIRS_IN_WORDS:
+        return [Message("summary.features_lowest", n=PAIRS_IN_WORDS, of=len(known), values=found)]
+    return [Message("summary.features_all", values=found)] if known else []
 
 
-def _first_order(summary: dict[str, Any]) -> list[str]:
+def _first_order(summary: dict[str, Any]) -> list[Message]:
     shares = {t: v["dominance"]["median"] for t, v in summary["tasks"].items()}
-    text = ", ".join(f"{task} {_percent(value)}" for task, value in shares.items() if value is not None)
-    text = crowd.spread(shares, _percent) if crowd.many(shares) else text
-    said = [f"Dominance (share of the squared weighted gradient, median): {text}."] if text else []
-    effects = [e for e in summary["interference"] if e["median"] is not None]
-    if effects and len(summary["tasks"]) <= 3:
-        text = "; ".join(f"{e['by']} on {e['task']} {e['median']:+.2f}" for e in effects)
-        said.append(
-            f"Effect of one task's part of the step on another's own progress (+ adds, - cancels; first order, "
-            f"on the same minibatch, median): {text}."
+    each = [Message("summary.share", name=task, value=value) for task, value in shares.items() if value is not None]
+    values = crowd.spread(shares, shares=True) if crowd.many(shares) else each
+    said = [Message("summary.dominance", values=values)] if each else []
+    effects = [
+        Message("summary.effect", by=e["by"], task=e["task"], value=e["median"])
+        for e in summary["interference"]
+        if e["median"] is not None
+    ]
+    return [*said, Message("summary.effects", values=effects)] if effects and len(summary["tasks"]) <= 3 else said
+
+
+def _metrics(summary: dict[str, Any]) -> list[Message]:
+    each = [
+        Message(
+            f"summary.metric_{m['best_is']}",
+            name=name,
+            first=m["first"]["value"],
+            last=m["last"]["value"],
+            best=m["best"]["value"],
+            epoch=m["best"]["epoch"],
         )
-    return said
-
-
-def _metric_words(summary: dict[str, Any]) -> list[str]:
-    parts = [
-        f"{name} {m['first']['value']:.3g} to {m['last']['value']:.3g} ({m['best_is']} {m['best']['value']:.3g} "
-        f"in epoch {m['best']['epoch']})"
         for name, m in summary["metrics"].items()
         if m["first"]
     ]
-    more = [f"{len(parts) - METRICS_IN_WORDS} more (all: summary --json)"] if len(parts) > METRICS_IN_WORDS else []
-    text = "; ".join([*parts[:METRICS_IN_WORDS], *more])
-    return [f"Metrics from the first to the last epoch (counted from 0): {text}."] if parts else []
+    more = [Message("summary.more", n=len(each) - METRICS_IN_WORDS)] if len(each) > METRICS_IN_WORDS else []
+    return [Message("summary.metrics", values=[*each[:METRICS_IN_WORDS], *more])] if each else []
 
 
-def _overhead_words(summary: dict[str, Any]) -> list[str]:
+def _overhead(summary: dict[str, Any]) -> list[Message]:
     cost = summary["overhead"]
     if cost["share"] is None:
         return []
-    return [f"Measuring took {cost['seconds']:.3g} s, {_percent(cost['share'])} of the recorded time."]
+    return [Message("summary.overhead", seconds=cost["seconds"], share=cost["share"])]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _both(pair: str) -> str:
-    return pair.replace("|", " and ")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _and(names: Iterable[str]) -> str:
-    *rest, last = list(names) or [""]
-    return f"{', '.join(rest)} and {last}" if rest else last
+def _both(pair: str) -> list[str]:
+    return pair.split("|")

@@ -1,4 +1,4 @@
-"""What a comparison says: plain data, and the same as JSON. Charts, tables and sentences are made from these alone."""
+"""What a comparison says: plain data, with messages in the place of sentences, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from gradprobe.messages import Message
 
 DIRECTION, INTERFERENCE, DOMINANCE, OUTCOME = "direction", "interference", "dominance", "outcome"
 QUESTIONS = (DIRECTION, INTERFERENCE, DOMINANCE, OUTCOME)
@@ -29,6 +31,33 @@ NO_VERDICT = "NO VERDICT"
 OPEN = (INCONCLUSIVE, UNDEFINED, NO_VERDICT)
 """Verdicts that leave the question open."""
 
+KEYS = {
+    REDUCED: "reduced",
+    UNCERTAIN: "reduced_uncertain",
+    EQUIVALENT: "equivalent",
+    INCREASED: "increased",
+    NOT_REDUCED: "not_reduced",
+    INCONCLUSIVE: "inconclusive",
+    UNDEFINED: "undefined",
+    NOT_APPLICABLE: "not_applicable",
+    NO_VERDICT: "no_verdict",
+}
+"""The verdicts, and what they are called in keys."""
+
+
+def verdict_key(verdict: str) -> str:
+    """The key of a verdict; one that this version does not know says nothing.
+
+    >>> verdict_key("NOT REDUCED")
+    'not_reduced'
+    """
+    return KEYS.get(verdict, "no_verdict")
+
+
+def verdict_said(verdict: str) -> Message:
+    """A verdict as a message."""
+    return Message(f"verdict.{verdict_key(verdict)}")
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -46,7 +75,7 @@ class Gate:
     passed: bool
     value: float
     limit: float
-    sentence: str
+    sentence: Message
 
 
 @dataclass(frozen=True)
@@ -64,7 +93,7 @@ class Direct:
     high95: float
     baseline_values: Sequence[float]
     arm_values: Sequence[float]
-    sentence: str
+    sentence: Message
 
 
 @dataclass(frozen=True)
@@ -101,7 +130,7 @@ class Answer:
     question: str
     arm: str
     subject: str
-    quantity: str
+    quantity: Message
     verdict: str
     rule: int | None = None
     effect: float = math.nan
@@ -121,9 +150,9 @@ class Answer:
     baseline_values: Sequence[float] = ()
     arm_values: Sequence[float] = ()
     gates: Sequence[Gate] = ()
-    reason: str = ""
+    reason: Message | None = None
     task: str = ""
-    notes: Sequence[str] = ()
+    notes: Sequence[Message] = ()
     direct: Direct | None = None
     sign_flip: float = math.nan
     skewed: bool = False
@@ -160,13 +189,13 @@ class Level:
     question: str
     arm: str
     subject: str
-    quantity: str
+    quantity: Message
     mean: float
     low95: float
     high95: float
     values: Sequence[float]
     seeds: Sequence[int]
-    sentence: str
+    sentence: Message | None = None
 
 
 @dataclass(frozen=True)
@@ -238,7 +267,7 @@ class Comparison:
         disagreements: Where files, or this comparison, differ from the plan.
     """
 
-    headline: Sequence[str]
+    headline: Sequence[Message]
     baseline: str
     controls: Sequence[str]
     arms: Sequence[Arm]
@@ -252,9 +281,9 @@ class Comparison:
     levels: Sequence[Level] = ()
     similarities: Sequence[Similarity] = ()
     layers: Sequence[LayerAnswer] = ()
-    refusals: Sequence[str] = ()
-    warnings: Sequence[str] = ()
-    disagreements: Sequence[str] = ()
+    refusals: Sequence[Message] = ()
+    warnings: Sequence[Message] = ()
+    disagreements: Sequence[Message] = ()
 
     def of(self, question: str) -> list[Answer]:
         """The answers to one question."""
@@ -273,18 +302,28 @@ class Comparison:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as JSON can hold it: names of the attributes, None where a number is not known."""
-    found: dict[str, Any] = _plain(dataclasses.asdict(comparison))
+    """The comparison as JSON can hold it: names of the attributes, messages in English, None for an unknown number.
+
+    Beside each ``reason`` stands its ``reason_key``, which stays as it is where wording gets better.
+    """
+    found: dict[str, Any] = plain(comparison)
     return found
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The same of any data of a verdict."""
+    if isinstance(value, Message):
+        return str(value)
+    if dataclasses.is_dataclass(value):
+        found = {one.name: plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        reason = getattr(value, "reason", None)
+        return found if reason is None else {**found, "reason_key": reason.key}
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): plain(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     if hasattr(value, "tolist"):  # numpy's
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

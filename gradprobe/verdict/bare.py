@@ -9,13 +9,13 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from gradprobe.errors import DataError
 from gradprobe.measures import Array, known
+from gradprobe.messages import Message
 from gradprobe.verdict.answers import INCONCLUSIVE
 from gradprobe.verdict.misleading import Scaled, partial
 
@@ -24,13 +24,11 @@ LEARNED = 0.05
 """A loss that fell by less of itself has not been learned, as far as single batches tell."""
 
 MISSING = (
-    "No gradient was measured: without the angle and the length of the tasks' gradients on shared layers nothing is "
-    "known of interference. Record with gradprobe.attach or gradprobe record.",
-    "There is no control run: the same seed with static weights (--trainer joint), and each task alone (--trainer "
-    "single).",
-    "There is one run: what another seed gives is not known; at least 3 are needed, 5 to 8 give an answer.",
-    "There are no metrics on held-out data: a training loss is no evidence of interference, nor of its absence.",
-    "There is no ledger: what each task's part of the real update did to the other's loss is not known (--ledger).",
+    Message("bare.no_gradient"),
+    Message("bare.no_control"),
+    Message("bare.one_run"),
+    Message("bare.no_metrics"),
+    Message("bare.no_ledger"),
 )
 
 
@@ -82,14 +80,10 @@ class Bare:
     """
 
     verdict: str
-    headline: str
-    missing: Sequence[str]
-    misleading: Sequence[str]
+    headline: Message
+    missing: Sequence[Message]
+    misleading: Sequence[Message]
     tasks: Mapping[str, Mapping[str, float | None]]
-
-    def as_json(self) -> dict[str, Any]:
-        """By the same names."""
-        return asdict(self)
 
 
 def parse(text: str, name: str = "the table") -> Table:
@@ -142,7 +136,7 @@ def judge(table: Table) -> Bare:
     ends = {task: _ends(table, t, scaled[t]) for t, task in enumerate(table.tasks)}
     return Bare(
         INCONCLUSIVE,
-        "Inconclusive: a table of losses and weights says nothing about interference between tasks.",
+        Message("bare.headline"),
         MISSING,
         [*_losses(ends), *_batches(table, scaled, ends), *_weights(table)],
         {task: {name: known(value) for name, value in values.items()} for task, values in ends.items()},
@@ -169,64 +163,50 @@ def _ends(table: Table, t: int, scaled: Scaled | None) -> dict[str, float]:
     }
 
 
-def _losses(ends: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+def _losses(ends: Mapping[str, Mapping[str, float]]) -> Iterator[Message]:
     fell = [task for task, end in ends.items() if end["fall"] > 0]
     if fell:
-        falls = ", ".join(f"{task} {ends[task]['first']:.4g} to {ends[task]['last']:.4g}" for task in fell)
-        yield (
-            f"A falling training loss ({falls}) is offered as evidence. Losses fall with and without interference: a "
-            "run that interferes more may reach a lower one."
-        )
+        falls = [Message("bare.fall", task=task, first=ends[task]["first"], last=ends[task]["last"]) for task in fell]
+        yield Message("bare.falling", falls=falls)
     for task, end in ends.items():
         if end["fall"] < LEARNED:
-            change = 0.0 - 100 * end["fall"]  # no -0 %
-            yield (
-                f"{task} did not learn: its loss went from {end['first']:.4g} to {end['last']:.4g} ({change:+.0f} %). "
-                "What another task gained may be what this one lost."
-            )
+            change = 0.0 - end["fall"]  # no -0 %
+            yield Message("bare.not_learned", task=task, first=end["first"], last=end["last"], change=change)
 
 
-def _batches(table: Table, scaled: Sequence[Scaled | None], ends: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+def _batches(
+    table: Table, scaled: Sequence[Scaled | None], ends: Mapping[str, Mapping[str, float]]
+) -> Iterator[Message]:
     held = table.in_batch
     for row in np.flatnonzero((held > 0) & (held < held.max())):
-        yield (
-            f"Step {int(table.step[row])} is a partial batch: it holds {int(held[row])} of {int(held.max())} samples, "
-            "and its losses are not comparable with the others."
-        )
+        yield Message("bare.partial", step=int(table.step[row]), n=int(held[row]), of=int(held.max()))
     for t, task in enumerate(table.tasks):
         found = scaled[t]
         if found is not None and found.is_sum:
             yield _multiplied(table, task, found)
             if found.rows[-1] == np.flatnonzero(np.isfinite(table.loss[:, t]))[-1]:
-                raw, corrected = (100 * ends[task][name] for name in ("fall", "fall_corrected"))
-                yield f"The fall of {task} by {raw:.1f} % is then one of about {corrected:.0f} %, on one batch."
+                raw, corrected = (ends[task][name] for name in ("fall", "fall_corrected"))
+                yield Message("bare.corrected", task=task, raw=raw, corrected=corrected)
 
 
-def _multiplied(table: Table, task: str, found: Scaled) -> str:
-    step, size = int(table.step[found.rows[-1]]), int(found.size[-1])
-    return (
-        f"The loss of {task} goes with the batch size, as one that is multiplied by it does (YOLOv5's is): at step "
-        f"{step} it is {found.loss[-1]:.4g} for that alone, and about {found.corrected[-1]:.2f} when corrected (times "
-        f"{found.full / size:g}), beside {found.usual[-1]:.2f} in full batches near it."
+def _multiplied(table: Table, task: str, found: Scaled) -> Message:
+    return Message(
+        "bare.multiplied",
+        task=task,
+        step=int(table.step[found.rows[-1]]),
+        loss=float(found.loss[-1]),
+        corrected=float(found.corrected[-1]),
+        times=found.full / int(found.size[-1]),
+        usual=float(found.usual[-1]),
     )
 
 
-def _weights(table: Table) -> Iterator[str]:
+def _weights(table: Table) -> Iterator[Message]:
     total, count = table.weight.sum(axis=1), len(table.tasks)
     settled = total[1:][np.isfinite(total[1:])]
     if len(settled) and count > 1 and np.allclose(settled, count**2, rtol=0.01):
-        yield (
-            f"The weights sum to {settled.mean():.2f} = T^2 with T = {count} tasks; GradNorm's sum to T = {count}. So "
-            "they do where they are renormalised to mean 1 and then multiplied by T: gradients are "
-            f"{count} times too long."
-        )
+        yield Message("bare.too_long", total=float(settled.mean()), count=count)
     elif len(settled) and np.ptp(settled) > 0.05 * abs(settled.mean()):
-        yield (
-            f"The weights sum to {settled.min():.3g} at one step and {settled.max():.3g} at another: the size of the "
-            "whole update changes with them."
-        )
+        yield Message("bare.unsteady", low=float(settled.min()), high=float(settled.max()))
     if np.isfinite(table.weight).any():
-        yield (
-            "Positive weights cannot change the angle between two gradients at given parameters: weights that moved "
-            "show no less conflict."
-        )
+        yield Message("bare.angle")

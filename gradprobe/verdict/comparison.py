@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from gradprobe.errors import UsageError
+from gradprobe.messages import Message
 from gradprobe.metric import lower_is_better
 from gradprobe.statistics import Contrast, sign_flip, skewed
 from gradprobe.verdict import conditions, decision, misleading, outcome, questions, readings, words
@@ -92,9 +93,7 @@ def compare(evidence: Sequence[Evidence], options: Options | None = None) -> Com
     items = [item for s in laid for item in _items(s, controls, chosen, evidence)] + refused
     answers = _answers(items, chosen)
     if not controls and len(tasks) > 1:
-        refusals.append(
-            "There is no run of one task alone (--trainer single): no conclusion about what sharing costs the tasks."
-        )
+        refusals.append(Message("refusal.no_controls"))
     common, left_out = _layers(baseline, arms, tasks)
     found = levels(baseline, arms, common, chosen.pairs, chosen.window, chosen.margin)
     return Comparison(
@@ -229,21 +228,17 @@ def _arm(group: Group, baseline: str, controls: Mapping[str, Group]) -> Arm:
 
 def _lay_side_by_side(
     baseline: Group | None, arms: Sequence[Group], chosen: _Resolved
-) -> tuple[list[str], list[Sides], list[Item]]:
+) -> tuple[list[Message], list[Sides], list[Item]]:
     """Refusals, the arms that can be compared, and what is said of those that cannot."""
     if baseline is None:
-        there = ", ".join(group.name for group in arms) or "none"
-        return (
-            [f"there is no control run: no arm {chosen.baseline!r} (arms: {there}); name one with --baseline."],
-            [],
-            [],
-        )
+        there = [group.name for group in arms]
+        return [Message("refusal.no_baseline", arm=chosen.baseline, there=there)], [], []
     if not arms:
-        return [f"there is nothing to compare {baseline.name} with."], [], []
+        return [Message("refusal.nothing", arm=baseline.name)], [], []
     refusals, laid, refused = [], [], []
     for arm in arms:
         why = conditions.refusal(baseline, arm, chosen.paired)
-        if why:
+        if why is not None:
             refusals.append(why)
             refused += [_refused(arm, pair, why) for pair in chosen.pairs]
         else:
@@ -252,7 +247,7 @@ def _lay_side_by_side(
     return refusals, laid, refused
 
 
-def _refused(arm: Group, pair: Pair, why: str) -> Item:
+def _refused(arm: Group, pair: Pair, why: Message) -> Item:
     quantity = words.quantity(INTERFERENCE, pair.task, pair.by)
     return Item(INTERFERENCE, arm.name, pair.name, quantity, list(arm.runs), verdict=NO_VERDICT, reason=why)
 
@@ -340,31 +335,26 @@ def _answer(item: Item, found: decision.Decision | None, place: int | None, marg
         sign_flip=sign_flip(differences) if len(differences) else math.nan,
         skewed=bool(skewed(differences)) if len(differences) else False,
     )
-    return answer if answer.reason else _with_reason(answer)
+    return answer if answer.reason is not None else _with_reason(answer)
 
 
-def _skew(differences: Any) -> list[str]:
-    if not (len(differences) and skewed(differences)):
-        return []
-    return ["The differences lean to one side: a t interval then errs up to 13 % of the time instead of 5."]
+def _skew(differences: Any) -> list[Message]:
+    return [Message("remark.skew")] if len(differences) and skewed(differences) else []
 
 
 def _with_reason(answer: Answer) -> Answer:
     if answer.rule is not None:
         reason = words.of_rule(answer)
     elif answer.n < decision.MIN_SEEDS:
-        reason = (
-            f"from {answer.n} {'seed' if answer.n == 1 else 'seeds'} there is a description and no verdict; at least "
-            f"{decision.MIN_SEEDS} are needed, and 5 to 8 give an answer."
-        )
+        reason = Message("reason.few_seeds", n=answer.n, least=decision.MIN_SEEDS)
     else:
-        reason = "a number of it is not known, so there is no interval."
+        reason = Message("reason.no_interval")
     return Answer(**{**vars(answer), "reason": reason})
 
 
 def _warnings(
     baseline: Group | None, arms: Sequence[Group], evidence: Sequence[Evidence], chosen: _Resolved
-) -> list[str]:
+) -> list[Message]:
     found = [said for arm in arms if baseline for said in conditions.cautions(baseline, arm, chosen.paired)]
     groups = [baseline, *arms] if baseline else list(arms)
     within = [said for group in groups for said in conditions.mixed(group)]

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from gradprobe.errors import UsageError
+from gradprobe.messages import Message
 from gradprobe.verdict.evidence import CONDITIONS, SHOULD_BE_EQUAL, Evidence
 
 NEEDED_FOR_PAIRS = ("data", "initial weights", "batches")
 """What files have to show before seeds are compared one by one."""
 
-GOES_BY = "comparison goes by"
-"""In each sentence on a rule that this comparison takes otherwise than planned."""
+GOES_BY = "plan.goes_by"
+"""The key of what this comparison takes otherwise than planned."""
 
 
 @dataclass(frozen=True)
@@ -108,25 +109,29 @@ def _what_it_is(run: Evidence) -> tuple[str, ...]:
 # ---- whether two runs may be compared
 
 
-def differences(one: Evidence, other: Evidence) -> list[str]:
+def differences(one: Evidence, other: Evidence) -> list[Message]:
     """Conditions that are known to differ, each with both values."""
     found = [
-        f"{name} ({key} {_short(mine[key])} and {_short(theirs[key])})"
+        Message("difference.values", what=_term(name), name=key, one=_short(mine[key]), other=_short(theirs[key]))
         for name in CONDITIONS
         for mine, theirs in [(one.condition(name), other.condition(name))]
         for key in mine
         if key in theirs and not _equal(mine[key], theirs[key])
     ]
-    return found if one.finished == other.finished else [*found, "budget (one of them did not come to its end)"]
+    return found if one.finished == other.finished else [*found, Message("difference.end")]
 
 
-def not_shown(one: Evidence, other: Evidence) -> list[str]:
+def _term(condition: str) -> Message:
+    return Message(f"term.{condition.replace(' ', '_')}")
+
+
+def not_shown(one: Evidence, other: Evidence) -> list[Message]:
     """Conditions of a pair that the files do not show."""
-    return [name for name in NEEDED_FOR_PAIRS if not (one.condition(name) and other.condition(name))]
+    return [_term(name) for name in NEEDED_FOR_PAIRS if not (one.condition(name) and other.condition(name))]
 
 
-def refusal(baseline: Group, arm: Group, paired: bool | None) -> str:
-    """Why an arm is not compared with the baseline; empty: it may be.
+def refusal(baseline: Group, arm: Group, paired: bool | None) -> Message | None:
+    """Why an arm is not compared with the baseline; None: it may be.
 
     Args:
         baseline, arm: The runs.
@@ -134,71 +139,65 @@ def refusal(baseline: Group, arm: Group, paired: bool | None) -> str:
             have to show it.
     """
     if paired is False:
-        return ""
+        return None
     common = [seed for seed in arm.runs if seed in baseline.runs]
     if not common:
-        return f"{arm.name} and {baseline.name} have no seed in common; --unpaired compares them as independent runs."
+        return Message("refusal.no_common_seed", arm=arm.name, baseline=baseline.name)
     for seed in common:
         one, other = baseline.runs[seed], arm.runs[seed]
         found = differences(other, one)  # in the order of their names in the sentence
         if found:
-            return (
-                f"{other.file} and {one.file} (seed {seed}) differ in {'; '.join(found)}. A difference between them "
-                "could come from that. Record them alike (gradprobe study does), or take them as independent: "
-                "--unpaired."
-            )
+            return Message("refusal.differ", other=other.file, one=one.file, seed=seed, what=found)
         missing = not_shown(one, other)
         if missing and paired is None:
-            return (
-                f"{other.file} and {one.file} do not show that they had the same {', '.join(missing)}. If runs of one "
-                "seed did, say so: --paired; else --unpaired compares them as independent runs."
-            )
+            return Message("refusal.not_shown", other=other.file, one=one.file, what=missing)
         if (baseline.ordered or arm.ordered) and paired is None:
-            return (
-                f"the files of {arm.name if arm.ordered else baseline.name} do not name their seeds. If the files of "
-                "both arms belong together in their order, say so: --paired; else: --unpaired."
-            )
-    return ""
+            return Message("refusal.no_seeds", arm=arm.name if arm.ordered else baseline.name)
+    return None
 
 
 PER_SEED = ("seed", "from_run", "task_weights", "double", "double_sizes")
 """Settings that may differ from seed to seed: some trainers take theirs from a run of the same seed."""
 
 
-def mixed(group: Group) -> Iterator[str]:
+def mixed(group: Group) -> Iterator[Message]:
     """Settings that differ within an arm."""
     runs = list(group.runs.values())
     for name in runs[0].setting:
         if name not in PER_SEED:
             other = next((run for run in runs if not _equal(run.setting.get(name), runs[0].setting[name])), None)
             if other is not None:
-                yield (
-                    f"{group.name} mixes settings: {name} is {_short(runs[0].setting[name])} in {runs[0].file} and "
-                    f"{_short(other.setting.get(name))} in {other.file}."
+                yield Message(
+                    "caution.mixed",
+                    arm=group.name,
+                    name=name,
+                    one=_short(runs[0].setting[name]),
+                    file=runs[0].file,
+                    other=_short(other.setting.get(name)),
+                    another=other.file,
                 )
 
 
-def cautions(baseline: Group, arm: Group, paired: bool | None) -> Iterator[str]:
+def cautions(baseline: Group, arm: Group, paired: bool | None) -> Iterator[Message]:
     """What does not forbid a comparison, and has to be known."""
     pairs = [(baseline.runs[s], run) for s, run in arm.runs.items() if s in baseline.runs]
     if paired is False and pairs:
         found = differences(*pairs[0][::-1])
         if found:
-            yield f"{arm.name} and {baseline.name} differ in {'; '.join(found)}, and are compared all the same."
+            yield Message("caution.differ", arm=arm.name, baseline=baseline.name, what=found)
     else:
         apart = sorted(set(baseline.runs) ^ set(arm.runs))
         if apart:
-            yield f"{arm.name} and {baseline.name}: seeds {apart} are in one of them only, and left out."
+            yield Message("caution.seeds", arm=arm.name, baseline=baseline.name, seeds=apart)
     if pairs:
         one, other = pairs[0]
         unequal = [
-            f"{name} {_short(other.setting[name])} and {_short(one.setting[name])}"
+            Message("caution.setting", name=name, one=_short(other.setting[name]), other=_short(one.setting[name]))
             for name in SHOULD_BE_EQUAL
             if name in one.setting and name in other.setting and not _equal(one.setting[name], other.setting[name])
         ]
         if unequal:
-            also = "; ".join(unequal)
-            yield f"{arm.name} differs from {baseline.name} also in {also}: a difference may come from that."
+            yield Message("caution.also", arm=arm.name, baseline=baseline.name, what=unequal)
 
 
 def _equal(one: Any, other: Any) -> bool:
@@ -220,7 +219,7 @@ def plan_of(evidence: Sequence[Evidence]) -> dict[str, Any]:
 
 def disagreements(
     evidence: Sequence[Evidence], groups: Mapping[str, Group], plan: Mapping[str, Any], now: Mapping[str, Any]
-) -> list[str]:
+) -> list[Message]:
     """Where files, or this comparison, differ from the plan.
 
     Args:
@@ -238,38 +237,39 @@ def disagreements(
     ]
 
 
-def _of_this_comparison(plan: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _of_this_comparison(plan: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Message]:
     for name, value in now.items():
         if name in plan and not _equal(plan[name], value):
-            yield f"{name} was planned as {_short(plan[name])}, and this comparison goes by {_short(value)}."
+            yield Message(GOES_BY, name=name, planned=_short(plan[name]), now=_short(value))
 
 
-def _of_seeds(groups: Mapping[str, Group], plan: Mapping[str, Any]) -> Iterator[str]:
+def _of_seeds(groups: Mapping[str, Group], plan: Mapping[str, Any]) -> Iterator[Message]:
     planned = {int(seed) for seed in np.ravel(plan.get("seeds", []))}
     for name, found in groups.items():
         missing, more = sorted(planned - set(found.runs)), sorted(set(found.runs) - planned)
         if planned and missing:
-            yield f"{name}: seeds {missing} were planned and are not there."
+            yield Message("plan.seeds_missing", arm=name, seeds=missing)
         if planned and more:
-            yield f"{name}: seeds {more} were not planned."
+            yield Message("plan.seeds_more", arm=name, seeds=more)
     arms = [str(name) for name in np.ravel(plan.get("arms", []))]
     for name in arms:
         if name not in groups:
-            yield f"arm {name} was planned and is not there."
+            yield Message("plan.arm_missing", arm=name)
     for name in groups:
         if arms and name not in arms:
-            yield f"arm {name} was not planned."
+            yield Message("plan.arm_unplanned", arm=name)
 
 
-def _of_a_file(run: Evidence, plan: Mapping[str, Any]) -> Iterator[str]:
+def _of_a_file(run: Evidence, plan: Mapping[str, Any]) -> Iterator[Message]:
     if not run.plan:
-        yield f"{run.file} holds no plan, and others do."
+        yield Message("plan.none", file=run.file)
         return
     for name in sorted(set(plan) | set(run.plan)):
         if name not in run.plan or name not in plan or not _equal(run.plan[name], plan[name]):
-            yield f"{run.file} was recorded under another plan: {name} is not the same."
+            yield Message("plan.another", file=run.file, name=name)
     for name, value in run.plan.items():
         if name in run.provenance and not _equal(run.provenance[name], value):
-            yield f"{run.file}: {name} was planned as {_short(value)}, and was {_short(run.provenance[name])}."
+            was = _short(run.provenance[name])
+            yield Message("plan.otherwise", file=run.file, name=name, planned=_short(value), now=was)
     if not run.finished:
-        yield f"{run.file} did not come to its end."
+        yield Message("plan.unfinished", file=run.file)

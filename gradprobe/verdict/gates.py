@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from gradprobe.messages import Message
 from gradprobe.verdict.answers import Gate
 from gradprobe.verdict.evidence import Evidence
 from gradprobe.verdict.readings import Pair, Span, estimate, ledger
@@ -53,14 +54,17 @@ def passed(gates: Sequence[Gate]) -> bool:
     return all(gate.passed for gate in gates)
 
 
-def closed_sentence(gates: Sequence[Gate]) -> str:
+def closed(gates: Sequence[Gate]) -> Message:
     """What is wrong, of all that are closed."""
-    return "; ".join(gate.sentence for gate in gates if not gate.passed)
+    return Message("reason.gates", gates=[gate.sentence for gate in gates if not gate.passed])
 
 
-def name_of(run: Evidence) -> str:
-    """For sentences."""
-    return f"{run.arm}, seed {run.seed}"
+def _name(run: Evidence) -> Message:
+    return Message("gate.run", arm=run.arm, seed=run.seed)
+
+
+def _of(run: Evidence, found: Message) -> Message:
+    return Message("gate.of_run", run=_name(run), found=found)
 
 
 def self_check(runs: Sequence[Evidence]) -> Gate:
@@ -72,12 +76,11 @@ def _self_check(run: Evidence) -> Gate:
     found = run.provenance.get("self_check")
     limit = SELF_CHECK_TOLERANCE
     if found is None or np.size(found) != 2:
-        how = "record it anew with this version"
-        return Gate("self-check", False, math.nan, limit, f"{name_of(run)}: no self-check is in the file; {how}")
+        return Gate("self-check", False, math.nan, limit, _of(run, Message("gate.no_self_check")))
     copy, negative = (float(value) for value in np.ravel(found))
     off = max(abs(copy - 1), abs(negative + 1))
-    said = f"{name_of(run)}: a task has cosine {copy:+.4f} with its own copy and {negative:+.4f} with its negative"
-    return Gate("self-check", bool(off <= limit), off, limit, said)
+    said = Message("gate.self_check", copy=copy, negative=negative)
+    return Gate("self-check", bool(off <= limit), off, limit, _of(run, said))
 
 
 def same_twice(
@@ -96,28 +99,20 @@ def same_twice(
     """
     limit = REPEATED * margin
     if not again:
-        said = (
-            "no run was made twice, so that it is not known how far the same training differs from itself; record the "
-            f"baseline's first seed a second time, into a file such as {wanted} (gradprobe study does)"
-        )
-        return Gate(SAME_TWICE, False, math.nan, limit, said)
+        return Gate(SAME_TWICE, False, math.nan, limit, Message("gate.not_twice", file=wanted))
     return worst(_same_twice(group, read, limit) for group in again)
 
 
 def _same_twice(group: Sequence[Evidence], read: Callable[[Evidence], float | None], limit: float) -> Gate:
-    files = " and ".join(run.file for run in group)
+    files = [run.file for run in group]
     values = np.array([math.nan if (value := read(run)) is None else value for run in group], dtype=np.float64)
     same_rows = len({run.content for run in group}) == 1
     if same_rows and np.array_equal(values, np.full_like(values, values[0]), equal_nan=True):
-        return Gate(SAME_TWICE, True, 0.0, limit, f"{files} are the same run made twice, and equal to the bit")
+        return Gate(SAME_TWICE, True, 0.0, limit, Message("gate.twice_equal", files=files))
     if not np.isfinite(values).all():
-        said = f"{files} are the same run made twice, and not all of them give a number of what is judged here"
-        return Gate(SAME_TWICE, False, math.nan, limit, said)
+        return Gate(SAME_TWICE, False, math.nan, limit, Message("gate.twice_unknown", files=files))
     apart = float(np.ptp(values))
-    said = (
-        f"{files} are the same run made twice, and differ by {apart:.2g} in what is judged here; {limit:.2g} is "
-        "allowed, half the margin: where it is more, train deterministically"
-    )
+    said = Message("gate.twice_apart", files=files, apart=apart, limit=limit)
     return Gate(SAME_TWICE, apart <= limit, apart, limit, said)
 
 
@@ -132,20 +127,18 @@ def first_losses_equal(baseline: Sequence[Evidence], arm: Sequence[Evidence]) ->
     """
     for one, other in zip(baseline, arm, strict=True):
         unequal = _first_losses_differ(one, other)
-        if unequal:
+        if unequal is not None:
             return Gate(SAME_TWICE, False, math.nan, 0.0, unequal)
-    return Gate(SAME_TWICE, True, 0.0, 0.0, "no run was made twice; the losses of the first step are equal to the bit")
+    return Gate(SAME_TWICE, True, 0.0, 0.0, Message("gate.first_equal"))
 
 
-def _first_losses_differ(one: Evidence, other: Evidence) -> str:
-    both = f"{name_of(one)} and {name_of(other)}"
+def _first_losses_differ(one: Evidence, other: Evidence) -> Message | None:
+    runs = [_name(one), _name(other)]
     if not (len(one.step) and len(other.step)) or one.step[0] != 0 or other.step[0] != 0:
-        return f"{both}: no run was made twice, and step 0 was not recorded in both"
+        return Message("gate.first_missing", runs=runs)
     mine = [one.loss[0, one.tasks.index(task)] for task in one.tasks if task in other.tasks]
     theirs = [other.loss[0, other.tasks.index(task)] for task in one.tasks if task in other.tasks]
-    if mine != theirs:
-        return f"{both} differ in the losses of their first step, before any update: {mine} and {theirs}"
-    return ""
+    return None if mine == theirs else Message("gate.first_differ", runs=runs, one=mine, other=theirs)
 
 
 def resolved(runs: Sequence[Evidence], layers: Sequence[str], tasks: Sequence[str], span: Span) -> Gate:
@@ -156,19 +149,13 @@ def resolved(runs: Sequence[Evidence], layers: Sequence[str], tasks: Sequence[st
 def _resolved(run: Evidence, layers: Sequence[str], tasks: Sequence[str], span: Span) -> Gate:
     found = estimate(run, layers, tasks, span)
     name = "gradients resolved"
-    if found is None:
-        return Gate(name, False, math.nan, 0.0, f"{name_of(run)}: not measured in micro-batches; record with {MICRO}")
+    assert found is not None  # a question without such rows has no gates
     with np.errstate(invalid="ignore", divide="ignore"):
         part = found.square_low / np.abs(found.square)
     low = int(np.argmin(np.where(np.isfinite(part), part, -np.inf)))
-    said = (
-        f"{name_of(run)}: of {tasks[low]}'s squared gradient {found.square[low]:.3g} the lower bound is "
-        f"{found.square_low[low]:.3g}; where that is not above 0, take more or larger probe batches"
-    )
-    return Gate(name, bool(found.square_resolved.all()), float(found.square_low[low]), 0.0, said)
-
-
-MICRO = "--micro-batches 4 --probe-loader val"
+    square, bound = float(found.square[low]), float(found.square_low[low])
+    said = Message("gate.resolved", task=tasks[low], square=square, low=bound)
+    return Gate(name, bool(found.square_resolved.all()), bound, 0.0, _of(run, said))
 
 
 def enough_samples(
@@ -190,20 +177,16 @@ def enough_samples(
 def _enough_samples(run: Evidence, layers: Sequence[str], task: str, span: Span, of_ledger: bool) -> Gate:
     name, limit = "samples over noise scale", float(SAMPLES_PER_NOISE_SCALE)
     if run.ledger_on_probe_batch if of_ledger else run.probed is not None:
-        where = "valued on a fixed probe batch" if of_ledger else "measured on a probe loader, drawn with replacement"
-        return Gate(name, True, math.inf, limit, f"{name_of(run)}: {where}")
+        where = Message("gate.on_probe_batch" if of_ledger else "gate.on_probe_loader")
+        return Gate(name, True, math.inf, limit, _of(run, where))
     found = estimate(run, layers, [task], span)
     scale = float(found.noise_scale[0]) if found is not None else math.nan
     if not (run.samples and math.isfinite(scale)):
-        missing = "the number of training samples" if not run.samples else f"the noise scale of {task}"
-        said = f"{name_of(run)}: {missing} is not known; record with {MICRO}"
-        return Gate(name, False, math.nan, limit, said)
+        missing = Message("gate.no_noise_scale", task=task) if run.samples else Message("gate.no_samples")
+        return Gate(name, False, math.nan, limit, _of(run, missing))
     ratio = run.samples / scale if scale > 0 else math.inf
-    said = (
-        f"{name_of(run)}: {run.samples} training samples are {ratio:.1f} times {task}'s noise scale of {scale:.0f}; "
-        f"{limit:.0f} times are asked for, or its estimates are biased by shuffling"
-    )
-    return Gate(name, ratio >= limit, ratio, limit, said)
+    said = Message("gate.samples", n=run.samples, ratio=ratio, task=task, scale=scale, limit=limit)
+    return Gate(name, ratio >= limit, ratio, limit, _of(run, said))
 
 
 def of_the_ledger(runs: Sequence[Evidence], layers: Sequence[str], pair: Pair, span: Span) -> list[Gate]:
@@ -211,10 +194,8 @@ def of_the_ledger(runs: Sequence[Evidence], layers: Sequence[str], pair: Pair, s
     by_name: dict[str, list[Gate]] = {}
     for run in runs:
         found = ledger(run, layers, span)
-        if found is None:
-            said = f"{name_of(run)}: no ledger; record with --ledger"
-            return [Gate("ledger", False, math.nan, math.nan, said)]
+        assert found is not None  # a question without a ledger has no gates
         for gate in found.gates[run.tasks.index(pair.task)]:
-            said = f"{name_of(run)}: {gate.sentence}"
+            said = _of(run, gate.sentence)
             by_name.setdefault(gate.name, []).append(Gate(gate.name, gate.passed, gate.value, gate.limit, said))
     return [worst(gates) for gates in by_name.values()]

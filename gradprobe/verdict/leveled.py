@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from gradprobe.measures import Array
+from gradprobe.messages import Message
 from gradprobe.statistics import t_interval
 from gradprobe.verdict import gates, questions, readings, words
 from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, Gate, Level, Similarity
@@ -37,7 +39,7 @@ def levels(
         return []
     groups = [baseline, *arms] if baseline else arms
     found = [level for group in groups for level in _of(group, layers, pairs, span)]
-    return [Level(**{**vars(level), "sentence": words.of_level(level, margin)}) for level in found]
+    return [replace(level, sentence=words.of_level(level, margin)) for level in found]
 
 
 def similarities(
@@ -126,10 +128,10 @@ def _level(
     group: Group,
     question: str,
     subject: str,
-    quantity: str,
+    quantity: Message,
     runs: list[Evidence],
     read: Callable[[Evidence], float],
     closing: Callable[[Evidence], Sequence[Gate]],
 ) -> Level:
     values = np.array([read(run) if gates.passed(closing(run)) else math.nan for run in runs])
-    return Level(question, group.name, subject, quantity, *_over_seeds(values), values.tolist(), list(group.runs), "")
+    return Level(question, group.name, subject, quantity, *_over_seeds(values), values.tolist(), list(group.runs))

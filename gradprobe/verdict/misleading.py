@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gradprobe.measures import Array
+from gradprobe.messages import Message
 from gradprobe.verdict.conditions import Group
 from gradprobe.verdict.evidence import Evidence
 
@@ -73,7 +74,7 @@ def _near(loss: Array, whole: NDArray[np.intp], row: int, near: int) -> float:
     return float(np.median(loss[np.concatenate([before, after])]))
 
 
-def of_runs(baseline: Group | None, arms: Sequence[Group], evidence: Sequence[Evidence]) -> list[str]:
+def of_runs(baseline: Group | None, arms: Sequence[Group], evidence: Sequence[Evidence]) -> list[Message]:
     """Warnings by name of the file, or the arm."""
     found = [said for run in evidence for said in _batches(run)]
     if baseline is not None:
@@ -81,23 +82,19 @@ def of_runs(baseline: Group | None, arms: Sequence[Group], evidence: Sequence[Ev
     return found
 
 
-def _batches(run: Evidence) -> Iterator[str]:
+def _batches(run: Evidence) -> Iterator[Message]:
     for place, task in enumerate(run.tasks):
         found = partial(run.loss[:, place], run.batch_size) if len(run.step) else None
         if found is None:
             continue
         if place == 0:
-            yield (
-                f"{run.file}: {len(found.rows)} recorded steps are partial batches ({int(found.size.min())} of "
-                f"{found.full} samples): their losses are not comparable with the others."
-            )
+            count, smallest = len(found.rows), int(found.size.min())
+            yield Message("misleading.partial", file=run.file, n=count, size=smallest, full=found.full)
         if found.is_sum:
-            yield (
-                f"{run.file}: the loss of {task} is scaled by batch size: at partial batches it is low for that alone."
-            )
+            yield Message("misleading.scaled", file=run.file, task=task)
 
 
-def _training_losses(baseline: Group, arm: Group) -> Iterator[str]:
+def _training_losses(baseline: Group, arm: Group) -> Iterator[Message]:
     """Where training losses differ so much that somebody might offer them."""
     for task in next(iter(baseline.runs.values())).tasks:
         ends = [[_end(run, task) for run in group.runs.values()] for group in (baseline, arm)]
@@ -105,12 +102,9 @@ def _training_losses(baseline: Group, arm: Group) -> Iterator[str]:
             continue
         one, other = (float(np.mean(values)) for values in ends)
         if one > 0 and abs(other / one - 1) > NOTABLE:
-            change = 100 * (other / one - 1)
-            yield (
-                f"{arm.name}: the training loss of {task} ends {abs(change):.0f} % "
-                f"{'lower' if change < 0 else 'higher'} than in {baseline.name}. Training loss is no evidence of "
-                "interference, and is no part of any verdict."
-            )
+            change = other / one - 1
+            key = "misleading.lower" if change < 0 else "misleading.higher"
+            yield Message(key, arm=arm.name, task=task, part=abs(change), baseline=baseline.name)
 
 
 def _end(run: Evidence, task: str) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 
 from gradprobe.errors import UsageError
 from gradprobe.measures import Array
+from gradprobe.messages import Message
 from gradprobe.metric import MAIN, lower_is_better, task_of
 from gradprobe.statistics import Contrast, jackknife_variance, paired, welch, widened
 from gradprobe.verdict.evidence import Evidence
@@ -44,13 +45,13 @@ def metrics(runs: Sequence[Evidence], tasks: Sequence[str], wanted: Sequence[str
     return found
 
 
-def untested(runs: Sequence[Evidence], chosen: Mapping[str, str]) -> str:
-    """The first file that lacks one of its metrics; empty: none does."""
+def untested(runs: Sequence[Evidence], chosen: Mapping[str, str]) -> Message | None:
+    """The first file that lacks one of its metrics; None: none does."""
     for run in runs:
         for metric, task in chosen.items():
             if metric not in run.tested.values and run.single in ("", task):
-                return f"{run.file} holds no {metric} of the test split"
-    return ""
+                return Message("reason.untested", file=run.file, metric=metric)
+    return None
 
 
 @dataclass(frozen=True)

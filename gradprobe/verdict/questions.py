@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gradprobe.measures import Array
+from gradprobe.messages import Message
 from gradprobe.statistics import Contrast, paired, welch
 from gradprobe.verdict import gates, outcome, readings, words
 from gradprobe.verdict.answers import (
@@ -115,16 +116,16 @@ class Item:
     question: str
     arm: str
     subject: str
-    quantity: str
+    quantity: Message
     seeds: Sequence[int]
     baseline: Array = field(default_factory=lambda: np.zeros(0))
     treated: Array = field(default_factory=lambda: np.zeros(0))
     contrast: Contrast | None = None
     gates: Sequence[Gate] = ()
     verdict: str = ""
-    reason: str = ""
+    reason: Message | None = None
     task: str = ""
-    notes: Sequence[str] = ()
+    notes: Sequence[Message] = ()
     direct: Direct | None = None
     same_seed: bool = True
 
@@ -160,32 +161,27 @@ def _measured(
         contrast=None if closed else s.contrast(baseline, treated),
         same_seed=s.same_seed,
         verdict=UNDEFINED if closed else "",
-        reason=f"{gates.closed_sentence(found)}." if closed else "",
+        reason=gates.closed(found) if closed else None,
         **more,
     )
     return Item(**values)
 
 
-def _without(blank: Item, verdict: str, reason: str) -> Item:
+def _without(blank: Item, verdict: str, reason: Message) -> Item:
     return Item(**{**vars(blank), "verdict": verdict, "reason": reason})
 
 
-def _not_shared(s: Sides, tasks: Sequence[str]) -> str:
-    """Why gradients of tasks cannot be compared in this arm; empty: they can."""
+def _not_shared(s: Sides, tasks: Sequence[str]) -> Message | None:
+    """Why gradients of tasks cannot be compared in this arm; None: they can."""
     alone = next((run for run in s.treated if run.single), None)
     if alone is not None:
-        return f"{s.arm} trains {alone.single} alone: no other task can interfere."
-    if not s.layers(tasks):
-        both = " and ".join(tasks)
-        return f"in {s.arm} {both} share no layer that they share in the baseline: what is not shared has no angle."
-    return ""
+        return Message("reason.single", arm=s.arm, task=alone.single)
+    return None if s.layers(tasks) else Message("reason.not_shared", arm=s.arm, tasks=tasks)
 
 
-def _layer_note(s: Sides, layers: Sequence[str]) -> list[str]:
+def _layer_note(s: Sides, layers: Sequence[str]) -> list[Message]:
     left_out = [name for name in s.baseline[0].layers if name not in layers]
-    if not left_out:
-        return []
-    return [f"Over the {len(layers)} layers that both arms share; {len(left_out)} of the baseline's are left out."]
+    return [Message("remark.layers", n=len(layers), left_out=len(left_out))] if left_out else []
 
 
 # ---- direction and dominance
@@ -202,7 +198,7 @@ def _direction(s: Sides, tasks: Sequence[str]) -> Item:
     subject, what = "|".join(tasks), words.quantity(DIRECTION, *tasks)
     blank = Item(DIRECTION, s.arm, subject, what, _seeds(s.treated))
     reason = _not_shared(s, tasks)
-    if reason:
+    if reason is not None:
         return _without(blank, NOT_APPLICABLE, reason)
     if any(readings.stream(run) is None for run in s.runs):
         return _without(blank, NO_VERDICT, _no_noise(s))
@@ -217,7 +213,7 @@ def _direction(s: Sides, tasks: Sequence[str]) -> Item:
         s,
         lambda run: _opposition(run, layers, tasks, s.span),
         found,
-        notes=[*_layer_note(s, layers), *_stream_note(s), words.NOTES[DIRECTION]],
+        notes=[*_layer_note(s, layers), *_stream_note(s), Message("remark.direction")],
     )
 
 
@@ -226,18 +222,12 @@ def _opposition(run: Evidence, layers: Sequence[str], tasks: Sequence[str], span
     return None if found is None else -float(found.cosine[0])
 
 
-def _no_noise(s: Sides) -> str:
-    file = next(run.file for run in s.runs if readings.stream(run) is None)
-    return (
-        f"{file} was not measured in micro-batches, and single minibatches show mostly noise; record with "
-        f"{gates.MICRO}."
-    )
+def _no_noise(s: Sides) -> Message:
+    return Message("reason.no_noise", file=next(run.file for run in s.runs if readings.stream(run) is None))
 
 
-def _stream_note(s: Sides) -> list[str]:
-    if all(run.probed is not None for run in s.runs):
-        return []
-    return ["From the training stream: a claim rests better on a probe loader (--probe-loader val)."]
+def _stream_note(s: Sides) -> list[Message]:
+    return [] if all(run.probed is not None for run in s.runs) else [Message("remark.stream")]
 
 
 def dominance(s: Sides) -> list[Item]:
@@ -245,7 +235,7 @@ def dominance(s: Sides) -> list[Item]:
     tasks = s.baseline[0].tasks
     blank = Item(DOMINANCE, s.arm, "largest share", words.quantity(DOMINANCE), _seeds(s.treated))
     reason = _not_shared(s, tasks)
-    if reason:
+    if reason is not None:
         return [_without(blank, NOT_APPLICABLE, reason)]
     if any(readings.stream(run) is None for run in s.runs):
         return [_without(blank, NO_VERDICT, _no_noise(s))]
@@ -254,7 +244,7 @@ def dominance(s: Sides) -> list[Item]:
         gates.resolved(s.runs, layers, tasks, s.span),
         *(gates.enough_samples(s.runs, layers, task, s.span) for task in tasks),
     ]
-    notes = [*_layer_note(s, layers), *_largest(s, layers), words.NOTES[DOMINANCE]]
+    notes = [*_layer_note(s, layers), *_largest(s, layers), Message("remark.dominance")]
     return [_measured(blank, s, lambda run: _largest_share(run, layers, s.span), found, notes=notes)]
 
 
@@ -263,15 +253,16 @@ def _largest_share(run: Evidence, layers: Sequence[str], span: Span) -> float | 
     return None if found is None else found.largest
 
 
-def _largest(s: Sides, layers: Sequence[str]) -> list[str]:
+def _largest(s: Sides, layers: Sequence[str]) -> list[Message]:
     said = []
-    for name, runs in (("baseline", s.baseline), (s.arm, s.treated)):
+    for name, runs in ((Message("term.baseline"), s.baseline), (s.arm, s.treated)):
         shares = np.array([found.share for run in runs if (found := readings.dominance(run, layers, s.span))])
         if len(shares) and np.isfinite(shares).all():
             mean = shares.mean(axis=0)
-            tasks = runs[0].tasks
-            said.append(f"{name}: " + ", ".join(f"{task} {share:.2f}" for task, share in zip(tasks, mean, strict=True)))
-    return [f"Shares: {'; '.join(said)}."] if said else []
+            each = zip(runs[0].tasks, mean.tolist(), strict=True)
+            parts = [Message("remark.share", task=task, share=share) for task, share in each]
+            said.append(Message("remark.shares_of", arm=name, shares=parts))
+    return [Message("remark.shares", arms=said)] if said else []
 
 
 # ---- interference
@@ -286,11 +277,11 @@ def _interference(s: Sides, pair: Pair) -> Item:
     tasks = (pair.task, pair.by)
     blank = Item(INTERFERENCE, s.arm, pair.name, words.quantity(INTERFERENCE, *tasks), _seeds(s.treated))
     reason = _not_shared(s, tasks)
-    if reason:
+    if reason is not None:
         return _without(blank, NOT_APPLICABLE, reason)
     silent = next((run for run in s.runs if not run.ledger), None)
     if silent is not None:
-        return _without(blank, NO_VERDICT, f"{silent.file} holds no ledger; record with --ledger ({DEARER}).")
+        return _without(blank, NO_VERDICT, Message("reason.no_ledger", file=silent.file))
     layers = s.layers(tasks)
     found = [
         *gates.of_the_ledger(s.runs, layers, pair, s.span),
@@ -307,12 +298,9 @@ def _interference(s: Sides, pair: Pair) -> Item:
     )
 
 
-def _residual_note(found: Sequence[Gate], task: str) -> list[str]:
+def _residual_note(found: Sequence[Gate], task: str) -> list[Message]:
     worst = next((gate for gate in found if gate.name == "residual" and math.isfinite(gate.value)), None)
-    return [] if worst is None else [f"Of {task}'s terms the ledger leaves at most {worst.value:.1%} unexplained."]
-
-
-DEARER = "every task's gradient at every step of a burst"
+    return [] if worst is None else [Message("remark.residual", task=task, part=worst.value)]
 
 
 def cancelled(run: Evidence, layers: Sequence[str], pair: Pair, span: Span) -> float | None:
@@ -323,7 +311,7 @@ def cancelled(run: Evidence, layers: Sequence[str], pair: Pair, span: Span) -> f
     return float(found.interference[run.tasks.index(pair.task), run.tasks.index(pair.by)])
 
 
-def _weight_note(s: Sides) -> list[str]:
+def _weight_note(s: Sides) -> list[Message]:
     """Where both arms have the same weights, nothing in a difference can be direct."""
     if not s.same_seed:
         return []
@@ -331,7 +319,7 @@ def _weight_note(s: Sides) -> list[str]:
         len(one.step) and np.array_equal(one.weights_at(other.step), other.weight)
         for one, other in zip(s.baseline, s.treated, strict=True)
     )
-    return ["Both arms have the same weights: no difference can come from weights."] if same else []
+    return [Message("remark.same_weights")] if same else []
 
 
 def _direct(s: Sides, pair: Pair, layers: Sequence[str]) -> Direct | None:
@@ -348,16 +336,11 @@ def _direct(s: Sides, pair: Pair, layers: Sequence[str]) -> Direct | None:
     apart = under - own
     contrast = paired(apart if np.isfinite(apart).all() else np.full_like(apart, math.nan))
     low, high = contrast.interval()
-    said = (
-        f"At the baseline's checkpoints the weights of {s.arm} change what {pair.by} cancels of {pair.task}'s "
-        f"first-order progress by {float(contrast.effect):+.3f}; the effect above is along each arm's own training."
-    )
-    if not math.isfinite(float(contrast.effect)):
-        said = (
-            f"At the baseline's checkpoints {pair.task}'s gradient cannot be told from noise: "
-            "there is no direct effect."
-        )
-    return Direct(float(contrast.effect), float(low), float(high), own.tolist(), under.tolist(), said)
+    effect = float(contrast.effect)
+    said = Message("direct.effect", arm=s.arm, by=pair.by, task=pair.task, effect=effect)
+    if not math.isfinite(effect):
+        said = Message("direct.none", task=pair.task)
+    return Direct(effect, float(low), float(high), own.tolist(), under.tolist(), said)
 
 
 # ---- outcome
@@ -372,10 +355,8 @@ def outcomes(s: Sides, controls: Mapping[str, Group], chosen: Mapping[str, str])
         chosen: Metric -> task.
     """
     if not chosen:
-        blank = Item(OUTCOME, s.arm, "test split", "what the tasks lose on the test split", _seeds(s.treated))
-        return [
-            _without(blank, NO_VERDICT, "no file holds metrics of a test split, so nothing is said of the outcome.")
-        ]
+        blank = Item(OUTCOME, s.arm, "test split", Message("quantity.untested"), _seeds(s.treated))
+        return [_without(blank, NO_VERDICT, Message("reason.no_test"))]
     items = [_outcome(s, controls, metric, {metric: task}, task) for metric, task in chosen.items()]
     if set(chosen.values()) >= set(s.baseline[0].tasks):
         items.append(_outcome(s, controls, outcome.DELTA_M, chosen, ""))
@@ -387,17 +368,11 @@ def _outcome(s: Sides, controls: Mapping[str, Group], subject: str, chosen: Mapp
     blank = Item(OUTCOME, s.arm, subject, quantity, _seeds(s.treated), task=task)
     missing = sorted({t for t in chosen.values() if t not in controls})
     if missing:
-        which = " and ".join(missing)
-        return _without(
-            blank,
-            NO_VERDICT,
-            f"there is no run of {which} alone, so what sharing costs is not known; record with --trainer single "
-            f"--task {missing[0]}.",
-        )
+        return _without(blank, NO_VERDICT, Message("reason.no_control", tasks=missing, task=missing[0]))
     runs = {t: dict(controls[t].runs) for t in chosen.values()}
     lacking = outcome.untested([*s.runs, *(one for t in runs.values() for one in t.values())], chosen)
-    if lacking:
-        return _without(blank, NO_VERDICT, f"{lacking}.")
+    if lacking is not None:
+        return _without(blank, NO_VERDICT, lacking)
     found = {
         name: outcome.deficits(side, runs, chosen, same_seed=s.same_seed)
         for name, side in (("baseline", s.baseline), ("arm", s.treated))
@@ -414,16 +389,11 @@ def _outcome(s: Sides, controls: Mapping[str, Group], subject: str, chosen: Mapp
             "same_seed": s.same_seed,
             "gates": checked,
             "verdict": UNDEFINED if closed else "",
-            "reason": f"{gates.closed_sentence(closed)}." if closed else "",
-            "notes": [_cluster_note(found["arm"].without.shape[1]), words.NOTES[OUTCOME]],
+            "reason": gates.closed(closed) if closed else None,
+            "notes": [_cluster_note(found["arm"].without.shape[1]), Message("remark.outcome")],
         }
     )
 
 
-def _cluster_note(clusters: int) -> str:
-    if clusters < 2:
-        return (
-            "The interval is over seeds alone: which images of one clip or patient belong together is not in the "
-            "files, so that it says nothing of other images."
-        )
-    return f"The interval is over seeds and over the {clusters} independent clusters of the test split."
+def _cluster_note(clusters: int) -> Message:
+    return Message("remark.no_clusters") if clusters < 2 else Message("remark.clusters", n=clusters)

@@ -1,10 +1,11 @@
-"""The verdicts in words."""
+"""The verdicts as messages."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 
+from gradprobe.messages import Message
 from gradprobe.verdict.answers import (
     DIRECTION,
     DOMINANCE,
@@ -12,109 +13,111 @@ from gradprobe.verdict.answers import (
     NOT_APPLICABLE,
     OPEN,
     OUTCOME,
-    QUESTIONS,
     Answer,
     Level,
+    verdict_key,
+    verdict_said,
 )
 
-BY_RULE = {
-    1: "fell by more than the margin of {margin:g}",
-    2: "changed by less than the margin of {margin:g}, so it was not reduced",
-    3: "fell; whether by more than the margin of {margin:g} is uncertain",
-    4: "rose",
-    5: "did not fall by as much as the margin of {margin:g}",
-    6: "is not settled: the interval holds a fall that would matter, and none",
-}
-
-NOT_ADJUSTED = "its interval alone would say more, but not beside so many comparisons"
+TELLING = ("reduced", "reduced_uncertain", "increased")
+"""Keys of the verdicts that a headline names arms by."""
 
 
-def quantity(question: str, task: str = "", other: str = "", metric: str = "") -> str:
+def quantity(question: str, task: str = "", other: str = "", metric: str = "") -> Message:
     """What an effect is a difference of."""
     if question == DIRECTION:
-        return f"the opposition of {task} and {other} (minus the noise-corrected cosine)"
+        return Message("quantity.direction", task=task, other=other)
     if question == INTERFERENCE:
-        return f"the part of {task}'s own progress that {other} cancels (C)"
+        return Message("quantity.interference", task=task, by=other)
     if question == DOMINANCE:
-        return "the largest task's share of the squared weighted gradient"
-    return (
-        f"the loss in {metric} against {task} trained alone" if task else f"{metric}, the mean relative loss over tasks"
-    )
+        return Message("quantity.dominance")
+    return Message("quantity.outcome", metric=metric, task=task) if task else Message("quantity.delta_m", metric=metric)
 
 
-def of_rule(answer: Answer) -> str:
+def of_rule(answer: Answer) -> Message:
     """The reason of an answer that a rule gave."""
-    assert answer.rule is not None
-    said = BY_RULE[answer.rule].format(margin=answer.margin)
-    held_back = answer.rule == 6 and (answer.high95 < 0 or answer.low95 > 0)
-    return (
-        f"{answer.quantity[0].upper()}{answer.quantity[1:]} {said}: {answer.effect:+.3f} (95 % interval "
-        f"{answer.low95:+.3f} to {answer.high95:+.3f}, {answer.n} seeds)" + (f"; {NOT_ADJUSTED}." if held_back else ".")
-    )
+    numbers = Message("rule.numbers", effect=answer.effect, low=answer.low95, high=answer.high95, n=answer.n)
+    if answer.rule == 6:
+        held_back = answer.high95 < 0
+        return Message("rule.held_back" if held_back else "rule.6", quantity=answer.quantity, numbers=numbers)
+    return Message(f"rule.{answer.rule}", quantity=answer.quantity, margin=answer.margin, numbers=numbers)
 
 
-def of_level(level: Level, margin: float) -> str:
+def of_level(level: Level, margin: float) -> Message:
     """How large a quantity is in one arm."""
     if not math.isfinite(level.low95):
         many = sum(map(math.isfinite, level.values))
-        return f"{level.arm}: {level.quantity} has no interval ({many} of {len(level.values)} runs give a number)."
-    if level.question == DOMINANCE:
-        said = "where 1 over the number of tasks is even"
-    elif level.question == INTERFERENCE and level.low95 > 1:
-        said = "more than all of it: on the shared layers the task is driven backwards"
-    elif level.low95 > margin:
-        said = "above what matters"
-    elif level.low95 > 0:
-        said = "above 0"
-    elif level.high95 < 0:
-        said = "below 0" + (": it helps" if level.question == INTERFERENCE else "")
-    else:
-        said = "not told from 0"
-    return (
-        f"{level.arm}: {level.quantity} is {level.mean:.3f} (95 % interval {level.low95:.3f} to {level.high95:.3f}, "
-        f"{len(level.seeds)} seeds), {said}."
+        return Message("level.none", arm=level.arm, quantity=level.quantity, n=many, of=len(level.values))
+    return Message(
+        "level.is",
+        arm=level.arm,
+        quantity=level.quantity,
+        mean=level.mean,
+        low=level.low95,
+        high=level.high95,
+        n=len(level.seeds),
+        said=_how_much(level, margin),
     )
 
 
-def headline(answers: Sequence[Answer], levels: Sequence[Level], refusals: Sequence[str], baseline: str) -> list[str]:
-    """The whole in a few sentences, the first one first."""
-    said = [_first(answers, refusals, baseline)]
-    said += [level.sentence for level in levels if level.arm == baseline and level.question == INTERFERENCE]
-    return [*said, *_by_arm(answers)]
+def _how_much(level: Level, margin: float) -> Message:
+    if level.question == DOMINANCE:
+        return Message("level.even")
+    if level.question == INTERFERENCE and level.low95 > 1:
+        return Message("level.all")
+    if level.low95 > margin:
+        return Message("level.matters")
+    if level.low95 > 0:
+        return Message("level.small" if level.high95 < margin else "level.there")
+    if level.high95 < 0:
+        return Message("level.helps" if level.question == INTERFERENCE else "level.below")
+    return Message("level.open")
 
 
-def _first(answers: Sequence[Answer], refusals: Sequence[str], baseline: str) -> str:
+def headline(
+    answers: Sequence[Answer], levels: Sequence[Level], refusals: Sequence[Message], baseline: str
+) -> list[Message]:
+    """The whole in a few sentences: on interference all of it, since half of it would mislead; then on the rest."""
+    of_baseline = [level for level in levels if level.arm == baseline and level.question == INTERFERENCE]
+    return [
+        _first(answers, refusals, baseline),
+        *(level.sentence for level in of_baseline if level.sentence is not None),
+        *_who(DIRECTION, answers),
+        *_who(OUTCOME, answers),
+    ]
+
+
+def _first(answers: Sequence[Answer], refusals: Sequence[Message], baseline: str) -> Message:
     found = [answer for answer in answers if answer.question == INTERFERENCE]
     judged = [answer for answer in found if answer.verdict != NOT_APPLICABLE]
     settled = [answer for answer in judged if answer.verdict not in OPEN]
     if not baseline or not found:
-        why = refusals[0] if refusals else "there is nothing to compare."
-        return f"No conclusion about interference: {why}"
+        return Message("headline.no_conclusion", why=refusals[0] if refusals else Message("headline.nothing"))
     if not judged:
-        return f"No gradient can interfere: {found[0].reason}"
+        return Message("headline.no_gradient", why=found[0].reason)
     if not settled:
-        why = next((answer.reason for answer in judged), "no arm shares a layer with the baseline.")
-        return f"No conclusion about interference: {why}"
-    return " ".join(
-        f"{arm}: interference against {baseline} is "
-        + ", ".join(f"{a.verdict} ({a.subject})" for a in found if a.arm == arm)
-        + "."
+        return Message("headline.no_conclusion", why=judged[0].reason)
+    arms = [
+        Message("headline.arm", arm=arm, baseline=baseline, verdicts=[_verdict(a) for a in found if a.arm == arm])
         for arm in dict.fromkeys(a.arm for a in settled)
-    )
+    ]
+    return Message("headline.interference", arms=arms)
 
 
-def _by_arm(answers: Sequence[Answer]) -> Iterator[str]:
-    for arm in dict.fromkeys(answer.arm for answer in answers):
-        parts = []
-        for question in QUESTIONS:
-            mine = [answer for answer in answers if answer.arm == arm and answer.question == question]
-            if mine:
-                parts.append(f"{question} " + ", ".join(f"{a.subject} {a.verdict}" for a in mine))
-        yield f"{arm}: {'; '.join(parts)}."
+def _verdict(answer: Answer) -> Message:
+    return Message("headline.verdict", verdict=verdict_said(answer.verdict), subject=answer.subject)
 
 
-NOTES = {
-    DIRECTION: "Weights cannot change a cosine at given parameters; what changed came through the trajectory.",
-    DOMINANCE: "Who decides the update says nothing of whether tasks cancel each other.",
-    OUTCOME: "Of this test split; training loss is no part of it.",
-}
+def _who(question: str, answers: Sequence[Answer]) -> Iterator[Message]:
+    """Where it was reduced, where it increased, and where neither was shown: a sentence each."""
+    groups: dict[str, list[Message]] = {}
+    for answer in answers:
+        if answer.question == question:
+            who = Message("headline.who", arm=answer.arm, subject=answer.subject)
+            groups.setdefault(verdict_key(answer.verdict), []).append(who)
+    telling = [key for key in TELLING if key in groups]
+    for key in telling:
+        yield Message(f"headline.{question}.{key}", who=groups[key])
+    if groups and not telling:
+        quiet = next((key for key in ("equivalent", "undefined") if set(groups) == {key}), "open")
+        yield Message(f"headline.{question}.{quiet}")

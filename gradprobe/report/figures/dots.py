@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from gradprobe.messages import Language
 from gradprobe.report.bins import Array
 from gradprobe.report.chart import Figure, numbers
 from gradprobe.report.look import Styles, axis, figure
 from gradprobe.report.names import in_short
-from gradprobe.report.words import Words
 
 SEEDS = 60
 """Dots of an arm at most; of more seeds, so many that are evenly spread in rank."""
@@ -42,7 +42,7 @@ def thinned(values: Array) -> Array:
 
 
 def draw(
-    rows: Sequence[Dots], styles: Styles, words: Words, x_title: str, *, target: float | None = None, **x: Any
+    rows: Sequence[Dots], styles: Styles, words: Language, x_title: str, *, target: float | None = None, **x: Any
 ) -> Figure:
     """The figure; ``x`` are properties of the horizontal axis."""
     data = []

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from gradprobe.messages import Language
 from gradprobe.report.chart import Figure, numbers
 from gradprobe.report.figures.dots import thinned
 from gradprobe.report.look import axis, figure
-from gradprobe.report.words import Words
 
 ROWS = 40
 """Drawn at most."""
@@ -50,7 +50,7 @@ class Row:
     seeds: Sequence[float] = ()
 
 
-def draw(rows: Sequence[Row], words: Words, x_title: str) -> Figure:
+def draw(rows: Sequence[Row], words: Language, x_title: str) -> Figure:
     """The figure: names and verdicts stand above each interval, so that it fits a phone too."""
     data: list[dict[str, Any]] = []
     notes: list[dict[str, Any]] = []
@@ -115,7 +115,7 @@ def _frame(place: int, row: Row) -> list[dict[str, Any]]:
     return shapes
 
 
-def _row(place: int, row: Row, words: Words) -> list[dict[str, Any]]:
+def _row(place: int, row: Row, words: Language) -> list[dict[str, Any]]:
     """Interval at 95 % thin, at 90 % thick, and the mean."""
     common = _common(row)
     drawn = []
@@ -142,7 +142,7 @@ def _row(place: int, row: Row, words: Words) -> list[dict[str, Any]]:
     return drawn
 
 
-def _seeds(place: int, row: Row, words: Words) -> list[dict[str, Any]]:
+def _seeds(place: int, row: Row, words: Language) -> list[dict[str, Any]]:
     """A dot for each seed that has a number, also where not all have one and there is no mean."""
     seeds = thinned(np.array([value for value in row.seeds if math.isfinite(value)]))
     if not len(seeds):

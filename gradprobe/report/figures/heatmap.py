@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 
+from gradprobe.messages import Language
 from gradprobe.report.bins import Array, quietly
 from gradprobe.report.chart import Chart, Figure, Table, numbers
 from gradprobe.report.look import DIVERGING, axis, figure
 from gradprobe.report.material import ArmData, Floats
 from gradprobe.report.names import in_short
-from gradprobe.report.words import Words
 
 ROWS = 120
 """Rows of cells at most; of more layers, so many neighbours stand for one another by their median."""
@@ -30,7 +30,7 @@ def fold(layers: tuple[str, ...], values: Floats) -> tuple[list[str], Floats]:
     return names, np.stack([quietly(np.nanmedian, values[i : i + per_row]) for i in starts]).astype(np.float32)
 
 
-def draw(layers: tuple[str, ...], values: Floats, steps: Array, words: Words) -> Figure:
+def draw(layers: tuple[str, ...], values: Floats, steps: Array, words: Language) -> Figure:
     """(L, B) cosines as cells, the first layer on top, on [-1, 1]."""
     names, cells = fold(layers, values)
     short = in_short(names, 16)
@@ -68,7 +68,7 @@ def draw(layers: tuple[str, ...], values: Floats, steps: Array, words: Words) ->
     return figure(data, x, y, height, hovermode="closest", plot_bgcolor="@surface")
 
 
-def chart(title: str, arm: ArmData, pair: int, steps: Array, words: Words) -> Chart:
+def chart(title: str, arm: ArmData, pair: int, steps: Array, words: Language) -> Chart:
     """One arm's heatmap of one pair, with its lowest and highest layers in words."""
     values = arm.heat[pair]
     middle = quietly(np.nanmedian, values.T)
@@ -89,7 +89,7 @@ def chart(title: str, arm: ArmData, pair: int, steps: Array, words: Words) -> Ch
     return Chart(title, draw(arm.layers, values, steps, words), text)
 
 
-def table(caption: str, arms: list[ArmData], pairs: tuple[str, ...], words: Words) -> Table:
+def table(caption: str, arms: list[ArmData], pairs: tuple[str, ...], words: Language) -> Table:
     """Per arm, pair and layer the median of the first and last third and of all; long ones in part, the lowest."""
     rows = []
     for arm in arms:

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gradprobe.messages import Language
 from gradprobe.report.bins import Array
 from gradprobe.report.chart import Figure, Key, numbers
 from gradprobe.report.look import axis, figure
 from gradprobe.report.names import in_short
-from gradprobe.report.words import Words
 
 
-def parts(sources: Sequence[str], words: Words) -> list[Key]:
+def parts(sources: Sequence[str], words: Language) -> list[Key]:
     """The segments: what an update of shared layers comes from, and the task's private layers. The legend, too."""
     names = {"weight decay": words("ledger.decay"), "earlier momentum": words("ledger.momentum")}
     shown = [Key(f"source {i}", names.get(s, s), f"@series{i % 8}", symbol="square") for i, s in enumerate(sources)]
@@ -21,7 +21,7 @@ def parts(sources: Sequence[str], words: Words) -> list[Key]:
     return [*shown, head, Key("change", words("ledger.change"), "@ink", symbol="diamond")]
 
 
-def draw(arms: Sequence[str], segments: Array, change: Array, keys: Sequence[Key], words: Words) -> Figure:
+def draw(arms: Sequence[str], segments: Array, change: Array, keys: Sequence[Key], words: Language) -> Figure:
     """One task's ledger.
 
     Args:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gradprobe.foreign import clean
+from gradprobe.messages import Language
 from gradprobe.report.chart import Chart, Table
 from gradprobe.report.figures.forest import Row, draw
 from gradprobe.report.figures.verdicts import TOLD, label
 from gradprobe.report.look import Styles
-from gradprobe.report.names import clean
-from gradprobe.report.words import Words
 from gradprobe.verdict.answers import Level
 
 
-def row(level: Level, styles: Styles, words: Words) -> Row:
+def row(level: Level, styles: Styles, words: Language) -> Row:
     """The level as a row in the colour of its arm."""
     arm = clean(level.arm)
     return Row(
@@ -29,7 +29,7 @@ def row(level: Level, styles: Styles, words: Words) -> Row:
     )
 
 
-def chart(title: str, levels: Sequence[Level], styles: Styles, words: Words, x_title: str) -> Chart:
+def chart(title: str, levels: Sequence[Level], styles: Styles, words: Language, x_title: str) -> Chart:
     """The figure, and its rows in words."""
     said = [
         words(
@@ -46,7 +46,7 @@ def chart(title: str, levels: Sequence[Level], styles: Styles, words: Words, x_t
     return Chart(title, figure, words("forest.alt", title=title, said=words.join(said)))
 
 
-def table(caption: str, levels: Sequence[Level], words: Words) -> Table:
+def table(caption: str, levels: Sequence[Level], words: Language) -> Table:
     """Mean, interval and number of runs of each."""
     rows = [
         [

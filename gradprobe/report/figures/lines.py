@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradprobe.display import logarithmic
+from gradprobe.messages import Language
 from gradprobe.report.bins import Array, band
 from gradprobe.report.chart import Chart, Figure, Table, numbers
 from gradprobe.report.look import Styles, axis, figure
-from gradprobe.report.words import Words
 
 HEIGHT = 290
 TABLE_POINTS = 6
@@ -106,7 +106,7 @@ def chart(
     title: str,
     series: Sequence[Series],
     styles: Styles,
-    words: Words,
+    words: Language,
     x_title: str,
     y_title: str,
     *,
@@ -126,7 +126,7 @@ def chart(
     return Chart(title, draw(series, styles, x_title, y_title, within=within, whole=whole), text)
 
 
-def table(caption: str, named: Sequence[tuple[str, Sequence[Series]]], words: Words, x_title: str) -> Table:
+def table(caption: str, named: Sequence[tuple[str, Sequence[Series]]], words: Language, x_title: str) -> Table:
     """Mean and span over seeds at a few places of each series; ``named`` are the charts' titles and series."""
     rows = []
     for title, series in named:

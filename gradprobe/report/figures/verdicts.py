@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gradprobe.foreign import clean
+from gradprobe.messages import Language
 from gradprobe.report.chart import Chart, Key, Table
 from gradprobe.report.figures.forest import Row, draw
-from gradprobe.report.names import clean
-from gradprobe.report.words import Words, verdict_key
-from gradprobe.verdict.answers import Answer, Similarity
+from gradprobe.verdict.answers import Answer, Similarity, verdict_key
 
 LABEL = 34
 TOLD = 12
@@ -31,7 +31,7 @@ LOOKS = {
 """Colour and marker of each verdict; a marker of its own, so that nothing hangs on colour."""
 
 
-def label(arm: str, subject: str, words: Words) -> str:
+def label(arm: str, subject: str, words: Language) -> str:
     """Arm and subject, as a row is named."""
     return f"{clean(arm, LABEL // 2)}\u00a0· {words.subject(subject)}"
 
@@ -47,7 +47,7 @@ def differences(answer: Answer) -> list[float]:
     return [-d if turned else d for d in found]
 
 
-def row(answer: Answer, words: Words) -> Row:
+def row(answer: Answer, words: Language) -> Row:
     """The answer as a row; without an effect it is a name and a verdict."""
     key = verdict_key(answer.verdict)
     return Row(
@@ -65,13 +65,13 @@ def row(answer: Answer, words: Words) -> Row:
     )
 
 
-def legend(answers: Sequence[Answer], words: Words) -> list[Key]:
+def legend(answers: Sequence[Answer], words: Language) -> list[Key]:
     """The verdicts that are drawn."""
     found = dict.fromkeys(verdict_key(answer.verdict) for answer in answers if math.isfinite(answer.effect))
     return [Key(key, words(f"verdict.{key}"), LOOKS[key][0], symbol=LOOKS[key][1]) for key in found]
 
 
-def chart(title: str, answers: Sequence[Answer], words: Words, x_title: str) -> Chart:
+def chart(title: str, answers: Sequence[Answer], words: Language, x_title: str) -> Chart:
     """The figure, and its rows in words."""
     said = [words("forest.alt_row", what=label(a.arm, a.subject, words), **told(a, words)) for a in answers[:TOLD]]
     if len(answers) > TOLD:
@@ -80,7 +80,7 @@ def chart(title: str, answers: Sequence[Answer], words: Words, x_title: str) -> 
     return Chart(title, figure, words("forest.alt", title=title, said=words.join(said)))
 
 
-def told(answer: Answer, words: Words) -> dict[str, str]:
+def told(answer: Answer, words: Language) -> dict[str, str]:
     """An answer's numbers as words take them."""
     return {
         "verdict": words(f"verdict.{verdict_key(answer.verdict)}"),
@@ -96,7 +96,7 @@ COLUMNS = (
 )
 
 
-def table(caption: str, answers: Sequence[Answer], words: Words) -> Table:
+def table(caption: str, answers: Sequence[Answer], words: Language) -> Table:
     """All there is of each answer."""
     rows = [
         [
@@ -121,7 +121,7 @@ def table(caption: str, answers: Sequence[Answer], words: Words) -> Table:
     return Table(caption, columns, rows, text=3, note=words("forest.p_note"))
 
 
-def direct(answers: Sequence[Answer], words: Words) -> Table:
+def direct(answers: Sequence[Answer], words: Language) -> Table:
     """Direct effects beside the total ones, of answers that have them."""
     rows = [
         [
@@ -139,7 +139,7 @@ def direct(answers: Sequence[Answer], words: Words) -> Table:
     return Table(words("direct.title"), columns, rows, text=2, note=words("direct.note"))
 
 
-def similarity(found: Sequence[Similarity], words: Words) -> Table:
+def similarity(found: Sequence[Similarity], words: Language) -> Table:
     """How alike gradients are in length, by arm and pair."""
     rows = [
         [clean(x.arm), words.subject(x.subject), words.number(x.mean), words.span(x.low95, x.high95)] for x in found

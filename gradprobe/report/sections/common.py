@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradprobe.messages import Language
 from gradprobe.report.chart import Key
 from gradprobe.report.figures.lines import Series
 from gradprobe.report.look import Styles
 from gradprobe.report.material import ArmData, Material
-from gradprobe.report.words import Words
 from gradprobe.verdict.answers import Comparison
 
 
@@ -21,7 +21,7 @@ class Context:
 
     material: Material
     comparison: Comparison
-    words: Words
+    words: Language
     styles: Styles
 
     def legend(self, arms: Sequence[ArmData] | None = None) -> list[Key]:

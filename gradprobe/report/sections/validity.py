@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from gradprobe.foreign import clean
 from gradprobe.report.chart import Block, Notice, Prose, Section, Table
-from gradprobe.report.names import clean
 from gradprobe.report.sections.common import Context
-from gradprobe.report.sections.front import heard
+from gradprobe.report.sections.front import said
 from gradprobe.verdict.answers import Gate
 
 ROWS, NOTES = 200, 20
@@ -15,18 +15,18 @@ def section(context: Context) -> Section:
     """Disagreements, warnings, gates, and what is left out of the drawings."""
     words, comparison, material = context.words, context.comparison, context.material
     blocks: list[Block] = [
-        *heard(context, "warning", comparison.disagreements),
-        *heard(context, "warning", comparison.warnings),
+        *said(context, "warning", comparison.disagreements),
+        *said(context, "warning", comparison.warnings),
     ]
     for name, number in material.left_out.items():
         blocks.append(Notice("warning", words(f"left_out.{name}", n=number)))
     if comparison.left_out_layers:
         layers = [clean(name) for name in comparison.left_out_layers]
-        shown = words.list([*layers[:8], *([words("headline.more", n=len(layers) - 8)] if len(layers) > 8 else [])])
+        shown = words.list([*layers[:8], *([words("join.more", n=len(layers) - 8)] if len(layers) > 8 else [])])
         blocks.append(Notice("warning", words("left_out.layers", n=len(layers), layers=shown)))
     blocks.append(_gates(context))
     notes = list(dict.fromkeys(note for answer in comparison.answers for note in answer.notes))
-    blocks += heard(context, "warning", notes[:NOTES])
+    blocks += said(context, "warning", notes[:NOTES])
     blocks.append(Prose([words("validity.rules")]))
     blocks.append(Prose([words(f"validity.rule{number}") for number in range(1, 7)], points=True))
     blocks.append(Prose([words("validity.holm")]))
@@ -59,4 +59,4 @@ def _told(context: Context, gate: Gate) -> list[str]:
     words = context.words
     name = f"gate_name.{gate.name.replace(' ', '_').replace('-', '_')}"
     title = words(name) if name in words else clean(gate.name)
-    return [title, words.heard(gate.sentence)[0], words.number(gate.value), words.number(gate.limit)]
+    return [title, words.say(gate.sentence), words.number(gate.value), words.number(gate.limit)]

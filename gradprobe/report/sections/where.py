@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from gradprobe.foreign import clean
 from gradprobe.report import bins
 from gradprobe.report.chart import Block, Notice, Panel, Section, Table
 from gradprobe.report.figures import heatmap
-from gradprobe.report.names import clean
 from gradprobe.report.sections.common import Context
 
 LAYERS = 40

@@ -1,0 +1,167 @@
+"""Says messages in one language, for a terminal or for a page: the one place where numbers and lists become text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from string import Formatter
+
+from gradprobe.errors import UsageError
+from gradprobe.foreign import clean
+from gradprobe.messages import en, zh_tw
+from gradprobe.messages.message import Message, Value
+
+LANGUAGES: dict[str, Mapping[str, str]] = {"en": en.MESSAGES, "zh-TW": zh_tw.MESSAGES}
+
+MOST = 20
+"""Of several values so many are named; the rest is counted."""
+
+PLAIN = str.maketrans({"−": "-", "–": "-", "“": '"', "”": '"', "→": "->", "←": "<-", "`": None})
+"""What a terminal is given in the place of typographic signs, and of the marks of code."""
+
+JOINED = ("and", "semicolons", "sentences")
+
+
+class Language:
+    """The messages of one language.
+
+    Places in a message are ``{name}`` or ``{name:how}``. Of numbers ``how`` is ``signed``, ``p``, Python's own format,
+    or what is counted (``seed|seeds``); of several values, how they are joined (``and``, ``semicolons``, ``sentences``;
+    else with commas), or how each is shown; of a message ``first``, with a capital; of a text ``subject``.
+
+    Args:
+        lang: "en" or "zh-TW".
+        page: With real minus signs, spaces that do not break before units, and ``code`` between backticks; names are
+            cleaned. Else plain, for terminals and programs.
+
+    Raises:
+        UsageError: There is no such language; lists those there are.
+    """
+
+    def __init__(self, lang: str = "en", *, page: bool = False) -> None:
+        known = {name.lower(): name for name in LANGUAGES} | {"zh-hant": "zh-TW", "zh-hant-tw": "zh-TW", "zh": "zh-TW"}
+        name = known.get(lang.lower().replace("_", "-"))
+        if name is None:
+            raise UsageError(f"--lang {lang}: no such language; take one of: {', '.join(LANGUAGES)}.")
+        self.lang = name
+        self.page = page
+        self.messages = LANGUAGES[name]
+        self.missing = "–" if page else "-"
+
+    def __call__(self, key: str, /, **values: Value) -> str:
+        """The message with its values filled in; texts among them are taken as they are."""
+        return self._filled(key, values, clean_names=False)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.messages
+
+    def say(self, message: Message) -> str:
+        """A message; on a page, names in it are cleaned."""
+        return self._filled(message.key, dict(message.values), clean_names=self.page)
+
+    def subject(self, text: str) -> str:
+        """ "cls>det", what the first does to the second, and "det|cls", the two, as they are read.
+
+        >>> Language(page=True).subject("cls>det"), Language(page=True).subject("det|cls")
+        ('cls\xa0→\xa0det', 'det\xa0|\xa0cls')
+        """
+        if f"subject.{text}" in self:
+            return self(f"subject.{text}")
+        return clean(text).replace(">", "\u00a0→\u00a0", 1).replace("|", "\u00a0|\u00a0") if self.page else text
+
+    def join(self, sentences: Iterable[str]) -> str:
+        """Sentences one after the other."""
+        return self.messages["join.sentences"].join(sentences)
+
+    def list(self, names: Iterable[str]) -> str:
+        """Names in a row: "a, b and c"."""
+        *rest, last = list(names) or [""]
+        return f"{self.messages['join.comma'].join(rest)}{self.messages['join.and']}{last}" if rest else last
+
+    def number(self, value: float | None, digits: int = 3) -> str:
+        """To so many significant digits, whole numbers whole; a dash where there is none.
+
+        >>> Language(page=True).number(-0.12345), Language().number(-0.12345), Language().number(None)
+        ('−0.123', '-0.123', '-')
+        """
+        if value is None or not math.isfinite(value):
+            return self.missing
+        if isinstance(value, Integral) or (float(value).is_integer() and abs(value) < 1e6):
+            return self._signs(f"{value:.0f}")
+        return self._signs(f"{value:.{digits}g}")
+
+    def signed(self, value: float | None, digits: int = 3) -> str:
+        """As :meth:`number`, with the sign always."""
+        text = self.number(value, digits)
+        return f"+{text}" if value is not None and math.isfinite(value) and value > 0 else text
+
+    def span(self, low: float | None, high: float | None, signed: bool = False) -> str:
+        """An interval in words: "0.1 to 0.3"."""
+        if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+            return self.missing
+        shown = self.signed if signed else self.number
+        return self("join.span", low=shown(low), high=shown(high))
+
+    def p_value(self, value: float | tuple[float, float] | None) -> str:
+        """A p-value, or raw and adjusted beside each other."""
+        if isinstance(value, tuple):
+            return " / ".join(self.p_value(v) for v in value)
+        if value is None or not math.isfinite(value):
+            return self.missing
+        return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+    # ---- places of a message
+
+    def _filled(self, key: str, values: Mapping[str, Value], *, clean_names: bool) -> str:
+        said = []
+        for text, name, how, _ in Formatter().parse(self._template(key)):
+            said.append(text)
+            if name is not None:
+                said.append(self._value(values[name], how or "", clean_names))
+        return "".join(said)
+
+    def _template(self, key: str) -> str:
+        text = self.messages[key]
+        return text.replace(" %", "\u00a0%") if self.page else text.translate(PLAIN)
+
+    def _value(self, value: Value, how: str, clean_names: bool) -> str:
+        if isinstance(value, Message):
+            said = self.say(value)
+            return said[:1].upper() + said[1:] if how == "first" else said
+        if isinstance(value, str):
+            return self.subject(value) if how == "subject" else clean(value) if clean_names else value
+        if isinstance(value, Sequence):
+            each = [self._value(one, "" if how in JOINED else how, clean_names) for one in value[:MOST]]
+            return self._several([*each, *([self("join.more", n=len(value) - MOST)] if len(value) > MOST else [])], how)
+        return self._amount(value, how)
+
+    def _several(self, each: Sequence[str], how: str) -> str:
+        if not each:
+            return self.missing
+        if how == "and":
+            return self.list(each)
+        return self.messages[f"join.{how if how in JOINED else 'comma'}"].join(each)
+
+    def _amount(self, value: float | None, how: str) -> str:
+        if "|" in how:
+            one, many = how.split("|")
+            return f"{self.number(value)} {one if value == 1 else many}"
+        if how == "p":
+            return self.p_value(value)
+        if how in ("", "signed"):
+            return self.signed(value) if how else self.number(value)
+        if value is None or math.isnan(value):
+            return self.missing
+        if how.endswith("%"):
+            number = f"{100 * value:{how[:-1]}f}"
+            number = number.lstrip("-") if not number.strip("-0.") else number  # never -0 %
+            return self._signs(number) + ("\u00a0%" if self.page else " %")
+        return self._signs(f"{value:{how}}")
+
+    def _signs(self, number: str) -> str:
+        return number.replace("-", "−").replace("inf", "∞") if self.page else number
+
+
+ENGLISH = Language("en")
+"""For a terminal and for programs."""
