@@ -164,8 +164,8 @@ def share(parts: ArrayLike) -> Array:
     return result
 
 
-def interference(gram: ArrayLike, weight: ArrayLike) -> Array:
-    """What each task's share of a plain gradient step does to each other's: w_j G_ij / (w_i G_ii).
+def effect(gram: ArrayLike, weight: ArrayLike) -> Array:
+    """What each task's share of a plain gradient step does to each other's progress: w_j G_ij / (w_i G_ii).
 
     Args:
         gram: (..., T, T).
@@ -176,7 +176,7 @@ def interference(gram: ArrayLike, weight: ArrayLike) -> Array:
         task j adds (+) or cancels (-). Below -1 task i is driven backwards. The diagonal is 1. NaN where task i
         makes no progress of its own (zero gradient or weight 0) or either is missing.
 
-    >>> interference([[4.0, -2.0], [-2.0, 9.0]], [1.0, 1.0])[0, 1]
+    >>> effect([[4.0, -2.0], [-2.0, 9.0]], [1.0, 1.0])[0, 1]
     np.float64(-0.5)
     """
     force = np.asarray(gram, dtype=np.float64) * np.asarray(weight, dtype=np.float64)[..., None, :]
@@ -186,32 +186,32 @@ def interference(gram: ArrayLike, weight: ArrayLike) -> Array:
     return result
 
 
-def update_effect(effect: ArrayLike, reach: ArrayLike) -> Array:
+def loss_change(parts: ArrayLike, reach: ArrayLike) -> Array:
     """What each part of an update changes each task's loss by over all shared layers, to first order.
 
     Args:
-        effect: (..., L, T, S): by layer, task whose loss it is, and source of the part.
+        parts: (..., L, T, S): by layer, task whose loss it is, and source of the part.
         reach: (L, T) or (..., L, T) bool.
 
     Returns:
         (..., T, S), in units of loss; below 0: the loss falls. NaN where a layer that the task reaches is unknown.
     """
     there = np.asarray(reach, dtype=bool)[..., None]
-    total = np.where(there, np.asarray(effect, dtype=np.float64), 0.0).sum(axis=-3)
+    total = np.where(there, np.asarray(parts, dtype=np.float64), 0.0).sum(axis=-3)
     return np.where(there.any(axis=-3), total, np.nan)
 
 
-def update_interference(effect: ArrayLike) -> Array:
-    """What each task's part of the real update does to each other's: the effects over a task's own.
+def update_effect(change: ArrayLike) -> Array:
+    """What each task's part of the real update does to each other's progress: changes of a loss over its task's own.
 
     Args:
-        effect: (..., T, S) from :func:`update_effect`.
+        change: (..., T, S) from :func:`loss_change`.
 
     Returns:
-        (..., T, T), dimensionless, read as :func:`interference`. NaN where a task's own part makes no progress: with
+        (..., T, T), dimensionless, read as :func:`effect`. NaN where a task's own part makes no progress: with
         momentum it may point uphill.
     """
-    values = np.asarray(effect, dtype=np.float64)
+    values = np.asarray(change, dtype=np.float64)
     tasks = values[..., : values.shape[-2]]
     own = _diagonal(tasks)[..., :, None]
     with np.errstate(invalid="ignore", divide="ignore"):

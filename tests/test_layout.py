@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "provenance": set(),
     "runfile": {"__init__", "errors", "foreign", "measures", "rows", "statistics", "whole_files"},
     "study": {"errors", "foreign", "measures", "runfile", "trainers", "whole_files"},
-    "summary": {"errors", "ledger", "measures", "messages", "rows", "runfile"},
+    "summary": {"errors", "ledger", "measures", "messages", "metric", "rows", "runfile"},
     "plots": {
         "display",
         "errors",

@@ -69,12 +69,12 @@ def test_a_missing_task_stays_missing():
     assert np.isnan(measures.from_norms(measures.norm(gram), measures.pair_cosine(gram))[0, 1])
 
 
-def test_interference_depends_on_the_weights_and_cosine_does_not():
+def test_an_effect_depends_on_the_weights_and_cosine_does_not():
     gram = np.array([[4.0, -2.0], [-2.0, 9.0]])
-    assert measures.interference(gram, [1, 1])[0, 1] == -0.5
-    assert measures.interference(gram, [1, 4])[0, 1] == -2.0  # task 0 is driven backwards
+    assert measures.effect(gram, [1, 1])[0, 1] == -0.5
+    assert measures.effect(gram, [1, 4])[0, 1] == -2.0  # task 0 is driven backwards
     assert measures.progress(gram, [1, 4])[0] == -4.0
-    assert np.isnan(measures.interference(gram, [0, 1])[0, 1])  # no progress of its own to compare with
+    assert np.isnan(measures.effect(gram, [0, 1])[0, 1])  # no progress of its own to compare with
 
 
 def test_dominance_is_a_share_of_squared_weighted_norms():

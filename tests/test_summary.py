@@ -79,18 +79,20 @@ def test_the_summary_agrees_with_the_file(run):
     assert found["overhead"]["share"] == pytest.approx(90 * 0.02 / 18.0)
 
 
-def test_dominance_and_interference_use_the_weights_in_force(run):
+def test_dominance_and_effects_use_the_weights_in_force(run):
     found = summarise(run)
     norm, weight = run["shared_grad_norm"].astype(float), run["weight"].astype(float)
     part = (weight * norm) ** 2
     assert found["tasks"]["cls"]["dominance"]["median"] == pytest.approx(
         np.median(part[:, 1] / part.sum(axis=1)), rel=1e-6
     )
-    effect = {(e["task"], e["by"]): e["median"] for e in found["interference"]}
+    effect = {(e["task"], e["by"]): e["median"] for e in found["effect"]}
     inner = run["shared_cosine"][:, 0] * norm[:, 0] * norm[:, 1]
     own = weight[:, 0] * norm[:, 0] ** 2
     assert effect["det", "cls"] == pytest.approx(np.median(weight[:, 1] * inner / own), rel=1e-6)
     assert set(effect) == {("det", "cls"), ("cls", "det")}
+    assert found["renamed"] == {"interference": "effect"}  # the old name stays for one version
+    assert found["interference"] == found["effect"]
 
 
 def test_partly_shared_layers_enter_the_gramian_where_both_reach_them(tmp_path):
@@ -113,7 +115,7 @@ def test_tasks_that_never_meet_have_no_inner_product(tmp_path):
     with Run(make_run(tmp_path / "r.h5", rows=5, layers=2, tasks="abc", reach=reach)) as run:
         assert np.isnan(shared_gram(run)[:, 0, 2]).all()
         assert np.isfinite(shared_gram(run)[:, 0, 1]).all()
-        effect = {(e["task"], e["by"]): e["median"] for e in summarise(run)["interference"]}
+        effect = {(e["task"], e["by"]): e["median"] for e in summarise(run)["effect"]}
     assert effect["a", "c"] is None
     assert effect["a", "b"] is not None
 

@@ -150,7 +150,7 @@ def test_the_summary_sets_update_and_gradient_side_by_side(path, capsys):
     np.testing.assert_allclose([told["gradient_share"][t] for t in TASKS], np.median(share, axis=0), rtol=1e-4)
     total = found["effect"].astype(float).sum(axis=1)
     pulls = np.where(total[:, 0, 0] < 0, total[:, 0, 1] / total[:, 0, 0], np.nan)
-    np.testing.assert_allclose(told["interference"][0]["median"], np.nanmedian(pulls), rtol=1e-4)
+    np.testing.assert_allclose(told["effect"][0]["median"], np.nanmedian(pulls), rtol=1e-4)
     assert told["clipping"]["clipped"] == 20
     assert told["batchnorm"]["batches_per_step"] == 1
     assert command(["summary", str(path)]) == 0
@@ -197,7 +197,7 @@ def test_a_figure_of_updates_that_were_not_taken_apart(tmp_path):
     assert any("no update of this run was taken apart" in note for note in notes)
 
 
-def test_share_and_interference_are_invariant_to_the_order_of_tasks():
+def test_share_and_effect_are_invariant_to_the_order_of_tasks():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(5, 4, 7))
     gram = vectors @ vectors.swapaxes(1, 2)
@@ -211,7 +211,7 @@ def test_share_and_interference_are_invariant_to_the_order_of_tasks():
 
 def test_a_part_that_points_uphill_is_no_progress_to_measure_by():
     effect = np.array([[-2.0, 1.0, 0.0], [0.5, 0.1, 0.0]])  # the second task's own part raises its loss
-    found = measures.update_interference(effect)
+    found = measures.update_effect(effect)
     np.testing.assert_allclose(found[0], [1.0, -0.5])
     assert np.isnan(found[1]).all()
 

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from gradprobe import measures
 from gradprobe.measures import Array
+from gradprobe.metric import lower_is_better
 from gradprobe.rows import MEASURED
 from gradprobe.runfile import Run, schema, thin
 from gradprobe.summary import estimated, ledger, updates, words
@@ -17,7 +18,6 @@ from gradprobe.summary import estimated, ledger, updates, words
 LOWEST_LAYERS = 3
 SUMMED = 1 << 23
 """Entries of Gramians in memory at a time, where they have to be made from norms and cosines."""
-LOWER_IS_BETTER = ("loss", "error", "rmse", "mae")
 
 
 def quantiles(values: ArrayLike, probabilities: Sequence[float], axis: int = 0) -> Array:
@@ -89,10 +89,10 @@ def summarise(run: Run) -> dict[str, Any]:
     """The run in numbers, ready for JSON: what is unknown, or not finite, is None.
 
     Losses and weights have no unit of ours; norms are in loss per unit of parameter; cosine, dominance,
-    interference and shares are dimensionless. Docs: docs/run-file.md.
+    effects and shares are dimensionless. Docs: docs/run-file.md.
 
     Counts, losses, weights and times are of all rows. What is of gradients (norms, cosines, dominance,
-    interference, conflict rates) is of all rows of a run of up to :data:`gradprobe.runfile.thin.ROWS`, and of
+    effects, conflict rates) is of all rows of a run of up to :data:`gradprobe.runfile.thin.ROWS`, and of
     every k-th row of a longer one: ``looked_at`` says which k, and how many rows that were.
     """
     run, seen = thin.whole(run), thin.thin(run)
@@ -119,7 +119,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "tasks": _tasks(run, seen, measures.dominance(gram, weight)),
         "pairs": _pairs(seen),
         "features": _features(seen),
-        "interference": _interference(seen, measures.interference(gram, weight)),
+        **updates.by_pair(run.tasks, median(measures.effect(gram, weight))),
         "updates": updates.summarise(run, seen, updates.gradient_share(gram, weight)),
         "ledger": ledger.summarise(run),
         "probe_loader": estimated.summarise(run),
@@ -237,24 +237,13 @@ def _features(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _interference(run: Run, values: Array) -> list[dict[str, Any]]:
-    """The median of w_j G_ij / (w_i G_ii) for every ordered pair: what task j did to task i."""
-    middle = median(values)
-    return [
-        {"task": task, "by": other, "median": measures.known(middle[i, j])}
-        for i, task in enumerate(run.tasks)
-        for j, other in enumerate(run.tasks)
-        if i != j
-    ]
-
-
 def _metrics(run: Run) -> dict[str, Any]:
     table = run.epochs
     epoch = table.pop("epoch")
     found = {}
     for name, values in table.items():
         known = np.flatnonzero(np.isfinite(values))
-        lower = any(word in name.lower() for word in LOWER_IS_BETTER)
+        lower = lower_is_better(name)
         best = (np.argmin if lower else np.argmax)(values[known]) if known.size else None
         places = {"first": known[0], "best": known[best], "last": known[-1]} if best is not None else {}
         at = {k: {"epoch": int(epoch[i]), "value": float(values[i])} for k, i in places.items()}

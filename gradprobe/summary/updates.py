@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,11 +28,30 @@ def gradient_share(gram: Array, weight: Array) -> Array:
     return measures.share(gram * weight[:, :, None] * weight[:, None, :])
 
 
-def interference(run: Run) -> Array:
-    """(m, T, T) of the real updates, see :func:`gradprobe.measures.update_interference`."""
-    effect = run["update/effect"]
-    there = ~np.isnan(effect).all(axis=-1) | (run["update/status"] != 0)[:, None, None]  # else no path at that step
-    return measures.update_interference(measures.update_effect(effect, run.shared_reach & there))
+def effect(run: Run) -> Array:
+    """(m, T, T) of the real updates, see :func:`gradprobe.measures.update_effect`."""
+    parts = run["update/effect"]
+    there = ~np.isnan(parts).all(axis=-1) | (run["update/status"] != 0)[:, None, None]  # else no path at that step
+    return measures.update_effect(measures.loss_change(parts, run.shared_reach & there))
+
+
+def by_pair(tasks: Sequence[str], effects: Array) -> dict[str, Any]:
+    """Effects of every task on every other, for JSON.
+
+    Args:
+        tasks: T names.
+        effects: (T, T); [i, j] is what j adds (+) to i's own progress, or cancels (-).
+
+    Returns:
+        The list as ``effect``; and as ``interference``, its name until 0.1, which ``renamed`` marks.
+    """
+    found = [
+        {"task": task, "by": other, "median": measures.known(effects[i, j])}
+        for i, task in enumerate(tasks)
+        for j, other in enumerate(tasks)
+        if i != j
+    ]
+    return {"effect": found, "interference": found, "renamed": {"interference": "effect"}}
 
 
 def summarise(run: Run, seen: Run, gradient: Array) -> dict[str, Any] | None:
@@ -48,8 +68,8 @@ def summarise(run: Run, seen: Run, gradient: Array) -> dict[str, Any] | None:
     counts = np.bincount(status, minlength=1)
     known = scale[np.isfinite(scale)]
     share, middle = _middle(seen["update/shared_share"]), _middle(gradient)
-    part, cosine, effect = (
-        _middle(values) for values in (seen["update/clip_share"], seen["update/shared_cosine"], interference(seen))
+    part, cosine, middle_effect = (
+        _middle(values) for values in (seen["update/clip_share"], seen["update/shared_cosine"], effect(seen))
     )
     return {
         "rows": len(status),
@@ -60,12 +80,7 @@ def summarise(run: Run, seen: Run, gradient: Array) -> dict[str, Any] | None:
         "share": {source: _number(share[i]) for i, source in enumerate(run.sources)},
         "gradient_share": {task: _number(middle[i]) for i, task in enumerate(run.tasks)},
         "cosine": {pair: _number(cosine[i]) for i, pair in enumerate(run.pairs)},
-        "interference": [
-            {"task": task, "by": other, "median": _number(effect[i, j])}
-            for i, task in enumerate(run.tasks)
-            for j, other in enumerate(run.tasks)
-            if i != j
-        ],
+        **by_pair(run.tasks, middle_effect),
         "clipping": {
             "rows": len(known),
             "clipped": int((known < CLIPPED).sum()),
@@ -125,7 +140,7 @@ def _compared(found: dict[str, Any]) -> list[Message]:
         said.append(Message("summary.update_cosines", values=cosines))
     effects = [
         Message("summary.effect", by=e["by"], task=e["task"], value=e["median"])
-        for e in found["interference"]
+        for e in found["effect"]
         if e["median"] is not None
     ]
     if effects and len(shares) <= 5:

@@ -206,7 +206,7 @@ def _first_order(summary: dict[str, Any]) -> list[Message]:
     said = [Message("summary.dominance", values=values)] if each else []
     effects = [
         Message("summary.effect", by=e["by"], task=e["task"], value=e["median"])
-        for e in summary["interference"]
+        for e in summary["effect"]
         if e["median"] is not None
     ]
     return [*said, Message("summary.effects", values=effects)] if effects and len(summary["tasks"]) <= 3 else said

@@ -15,7 +15,7 @@ from gradprobe.plots import series, style
 from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run, schema
 from gradprobe.summary import shared_gram
-from gradprobe.summary.updates import CLIPPED, gradient_share, interference
+from gradprobe.summary.updates import CLIPPED, effect, gradient_share
 
 PAIRS = 3
 """Of all pairs of tasks, those with the lowest cosines are drawn; the table has all."""
@@ -37,7 +37,7 @@ def lacks(run: Run) -> str | None:
 
 
 def page(run: Run, figure: Figure) -> Table:
-    """Six panels: shares, cosines, interference; clipping, BatchNorm, skipped steps.
+    """Six panels: shares, cosines, effects; clipping, BatchNorm, skipped steps.
 
     Returns:
         step, quantity, name; value.
@@ -49,7 +49,7 @@ def page(run: Run, figure: Figure) -> Table:
     lines = [
         *_shares(run, shares, gradient_share(gram, weight)),
         *_cosines(run, cosines),
-        *_interference(run, effects, measures.interference(gram, weight)),
+        *_effects(run, effects, measures.effect(gram, weight)),
         *_clipping(run, clip),
         *_drift(run, drift),
         *_skipped(run, skipped),
@@ -87,8 +87,8 @@ def _cosines(run: Run, ax: Axes) -> Iterator[Line]:
     _done(run, ax, values, "Cosine between the tasks' parts", "cosine", _unknown(run, values) or fewer)
 
 
-def _interference(run: Run, ax: Axes, gradient: NDArray[Any]) -> Iterator[Line]:
-    values, steps = interference(run), run["update/step"]
+def _effects(run: Run, ax: Axes, gradient: NDArray[Any]) -> Iterator[Line]:
+    values, steps = effect(run), run["update/step"]
     ax.axhline(0, color=style.GREY, linewidth=0.9)
     ordered = [(i, j) for i in range(len(run.tasks)) for j in range(len(run.tasks)) if i != j]
     for place, (i, j) in enumerate(ordered):
@@ -96,8 +96,8 @@ def _interference(run: Run, ax: Axes, gradient: NDArray[Any]) -> Iterator[Line]:
         if place < len(style.PAIR_COLOURS):
             series.trace(ax, steps, values[:, i, j], style.PAIR_COLOURS[place], name)
             _dashed(ax, run["step"], gradient[:, i, j], style.PAIR_COLOURS[place])
-        yield "interference in the update", name, steps, values[:, i, j]
-        yield "interference in the gradient", name, run["step"], gradient[:, i, j]
+        yield "effect in the update", name, steps, values[:, i, j]
+        yield "effect in the gradient", name, run["step"], gradient[:, i, j]
     _bounded(ax, values, gradient)
     note = _unknown(run, values.reshape(len(values), -1)) or "below 0: cancels the other's own progress"
     _done(run, ax, values, "Effect on the other's progress, first order", "part of own progress", note)
