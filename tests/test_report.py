@@ -693,8 +693,9 @@ def test_arms_with_other_layers_and_tasks_are_drawn_side_by_side(tmp_path):
     assert figures_in(page_of([*two, *three]))
 
 
-def test_a_long_wide_study_stays_small(tmp_path):
-    arms = make_study(tmp_path, ["joint", "gradnorm"], 1, rows=4000, layers=40, epochs=300)
+@pytest.mark.parametrize("rows", [800, pytest.param(4000, marks=pytest.mark.slow)])
+def test_a_long_wide_study_stays_small(rows, tmp_path):
+    arms = make_study(tmp_path, ["joint", "gradnorm"], 1, rows=rows, layers=40, epochs=300)
     names = ["joint", *(f"arm {i}" for i in range(11))]
     many = [ArmFiles(name, arms[i % 2].files, [0]) for i, name in enumerate(names)]
     text = page_of(many)
