@@ -577,9 +577,16 @@ def read_as_cfg(path):
     return str(caught.value)
 
 
+def every_yaml():
+    """The longest by one reader: all hand on to one loader."""
+    for kind in YAMLS:
+        for reader in (*READERS, "record --cfg"):
+            marks = pytest.mark.slow if kind == "values" and reader != "data" else ()
+            yield pytest.param(kind, reader, marks=marks)
+
+
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("reader", [*READERS, "record --cfg"])
-@pytest.mark.parametrize("kind", YAMLS)
+@pytest.mark.parametrize(("kind", "reader"), list(every_yaml()))
 def test_no_yaml_takes_for_ever_or_gives_a_traceback(kind, reader, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("evil.yaml").write_text(YAMLS[kind])
