@@ -8,14 +8,13 @@ import errno
 import gc
 import logging
 import multiprocessing
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from programs import forked
 from test_lightning import lightning, train  # noqa: F401 - fixtures
 from test_lightning import pytestmark as of_lightning
 from trainings import WEIGHTS
@@ -343,30 +342,37 @@ for step in range(3):
     probe.backward(case.losses(step))
 def full(self, path): raise OSError(errno.ENOSPC, "no room")
 Disk.create = full
-{end}
 """
+ENDS = {
+    "print('saved')": 0,
+    "raise ValueError('own')": 1,
+    "sys.exit(7)": 7,
+    "del probe; import gc; gc.collect(); print('saved')": 0,
+    "import gradprobe.runfile.writer as w; w._close_what_is_open()": 0,
+}
 
 
-@pytest.mark.parametrize(
-    ("end", "code"),
-    [
-        ("print('saved')", 0),
-        ("raise ValueError('own')", 1),
-        ("sys.exit(7)", 7),
-        ("del probe; import gc; gc.collect(); print('saved')", 0),
-        ("import gradprobe.runfile.writer as w; w._close_what_is_open()", 0),
-    ],
-)
-def test_a_program_ends_as_it_would_and_one_line_says_what_is_lost(tmp_path, end, code):
-    path = tmp_path / "run.h5"
-    script = SCRIPT.format(tests=str(Path(__file__).parent), path=str(path), end=end)
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert result.returncode == code, result.stderr
-    assert "3 rows are lost" in result.stderr
-    assert result.stderr.count("Traceback") == ("own" in end), result.stderr
-    assert "Exception ignored" not in result.stderr
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Each end -> the code that its program ended with, and what it said."""
+    folder = tmp_path_factory.mktemp("ended")
+    programs = [
+        SCRIPT.format(tests=str(Path(__file__).parent), path=str(folder / f"{number}.h5")) + end
+        for number, end in enumerate(ENDS)
+    ]
+    first = f"sys.path.insert(0, {str(Path(__file__).parent)!r}); import gradprobe, torch._dynamo, zoo"
+    return dict(zip(ENDS, forked(programs, folder, first), strict=True))
+
+
+@pytest.mark.parametrize(("end", "code"), ENDS.items())
+def test_a_program_ends_as_it_would_and_one_line_says_what_is_lost(ended, end, code):
+    returned, said = ended[end]
+    assert returned == code, said
+    assert "3 rows are lost" in said
+    assert said.count("Traceback") == ("own" in end), said
+    assert "Exception ignored" not in said
     if "own" in end:
-        assert "ValueError: own" in result.stderr
+        assert "ValueError: own" in said
 
 
 def test_a_probe_that_is_lost_tells(tmp_path, disk):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,8 +129,9 @@ def sbatch(path: Path, cores: int) -> list[int]:
     return codes
 
 
-def test_a_slurm_job_records_what_this_machine_records(here, tmp_path, monkeypatch, capsys):
-    """What is left of it: the first run is there."""
+@pytest.mark.parametrize("done", [["gradnorm-s0"], pytest.param([], marks=pytest.mark.slow)], ids=["two left", "three"])
+def test_a_slurm_job_records_what_this_machine_records(done, here, tmp_path, monkeypatch, capsys):
+    """What is left of it: the first run is there when the job is written, and those in ``done`` when it starts."""
     monkeypatch.chdir(tmp_path)
     begin(tmp_path / "my 5 % study", here, "joint-s0")
     ask = [*STUDY, "--out", "my 5 % study", "--engine", "slurm", "--jobs", "2"]
@@ -144,6 +146,8 @@ def test_a_slurm_job_records_what_this_machine_records(here, tmp_path, monkeypat
     assert "--gres" not in text
     lines = text[text.index("RUNS=(") :].splitlines()[1:3]
     assert lines == ["gradnorm-s0,gradnorm-static-s0", "joint-s0-again"]  # made from one another: in one task
+    for name in done:
+        shutil.copy(here / f"{name}.h5", script.parent)
     assert sbatch(script, 1) == [0, 0]
     assert sorted(path.name for path in (script.parent / "logs").glob("slurm*")) == ["slurm-0.log", "slurm-1.log"]
     monkeypatch.setattr("gradprobe.study.runner.start", lambda *_: pytest.fail("nothing is left to run"))
@@ -309,18 +313,21 @@ def cluster():
     found.shutdown()
 
 
-def test_a_ray_cluster_records_what_this_machine_records(here, cluster, tmp_path):
+@pytest.mark.parametrize(
+    ("done", "fails"), [(NAMES[:2], NAMES[2]), pytest.param(NAMES[:1], NAMES[1], marks=pytest.mark.slow)]
+)
+def test_a_ray_cluster_records_what_this_machine_records(done, fails, here, cluster, tmp_path):
     """Where a run fails, no other is stopped, and the same command tries it again."""
-    begin(tmp_path / "a study", here, "joint-s0")
-    (tmp_path / "a study" / "gradnorm-s0.h5").mkdir()  # where a file belongs
+    begin(tmp_path / "a study", here, *done)
+    (tmp_path / "a study" / f"{fails}.h5").mkdir()  # where a file belongs
     ask = [*STUDY, "--out", "a study", "--engine", "ray"]
     child = start(*ask, env=cluster, cwd=tmp_path)
     _, err = child.communicate(timeout=280)
     assert child.returncode == 1
     assert "4 runs, 2 at a time" in err
-    assert "failed: gradnorm-s0.h5: cannot be read as a run file" in err
+    assert f"failed: {fails}.h5: cannot be read as a run file" in err
     assert "identical, bit for bit" in err  # so the second run of joint-s0, after that, is there
-    (tmp_path / "a study" / "gradnorm-s0.h5").rmdir()
+    (tmp_path / "a study" / f"{fails}.h5").rmdir()
     child = start(*ask, env=cluster, cwd=tmp_path)
     out, err = child.communicate(timeout=280)
     assert child.returncode == 0, err

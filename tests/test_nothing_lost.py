@@ -307,11 +307,13 @@ def open_writer(folder, **more):
 # ---- what the reader refuses, the writer does not write
 
 
-def test_too_many_metrics_are_refused_at_the_call(tmp_path):
+@pytest.mark.parametrize("most", [50, pytest.param(limits.MAX_METRICS, marks=pytest.mark.slow)])
+def test_too_many_metrics_are_refused_at_the_call(most, tmp_path, monkeypatch):
+    monkeypatch.setattr("gradprobe.runfile.writer.MAX_METRICS", most)
     with open_writer(tmp_path) as writer:
-        with pytest.raises(RunFileError, match="20,000 metrics per epoch; a run file holds 5,000"):
+        with pytest.raises(RunFileError, match=f"20,000 metrics per epoch; a run file holds {most:,}"):
             writer.write_epoch(0, {f"m{i}": 1.0 for i in range(20_000)})
-        writer.write_epoch(0, {f"m{i}": 1.0 for i in range(limits.MAX_METRICS)})
+        writer.write_epoch(0, {f"m{i}": 1.0 for i in range(most)})
 
 
 class Colour(enum.Enum):

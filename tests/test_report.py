@@ -68,6 +68,12 @@ def page_of(study, comparison=None, lang="en", **options):
     return make_html(comparison or make_comparison(study), study, lang, **options)
 
 
+@pytest.fixture(scope="module")
+def written(study):
+    """The page of the study, for all who only read it."""
+    return page_of(study)
+
+
 def figures_in(text):
     (data,) = re.findall(r'<script type="application/json" id="page-data">(.*?)</script>', text, re.DOTALL)
     return json.loads(data)["figures"]
@@ -547,8 +553,9 @@ def test_arms_with_other_layers_and_tasks_are_drawn_side_by_side(tmp_path):
     assert figures_in(page_of([*two, *three]))
 
 
-def test_a_long_wide_study_stays_small(tmp_path):
-    arms = make_study(tmp_path, ["joint", "gradnorm"], 1, rows=4000, layers=40, epochs=300)
+@pytest.mark.parametrize("rows", [800, pytest.param(4000, marks=pytest.mark.slow)])
+def test_a_long_wide_study_stays_small(rows, tmp_path):
+    arms = make_study(tmp_path, ["joint", "gradnorm"], 1, rows=rows, layers=40, epochs=300)
     names = ["joint", *(f"arm {i}" for i in range(11))]
     many = [ArmFiles(name, arms[i % 2].files, [0]) for i, name in enumerate(names)]
     text = page_of(many)
@@ -558,16 +565,17 @@ def test_a_long_wide_study_stays_small(tmp_path):
     assert max(len(t["x"]) for f in figures_in(text) for t in f["data"]) <= 2 * bins.BINS
 
 
-def test_many_seeds_are_drawn_as_some_of_them_and_counted_in_full(tmp_path):
-    (one,) = make_study(tmp_path, ["joint"], 1, rows=20, layers=2)
-    material = gather([ArmFiles("joint", [one.files[0]] * 150, range(150))], "joint")
+@pytest.mark.parametrize("seeds", [dots.SEEDS + 1, pytest.param(150, marks=pytest.mark.slow)])
+def test_many_seeds_are_drawn_as_some_of_them_and_counted_in_full(seeds, tmp_path):
+    (one,) = make_study(tmp_path, ["joint"], 1, rows=6, layers=2)
+    material = gather([ArmFiles("joint", [one.files[0]] * seeds, range(seeds))], "joint")
     comparison = Comparison((), "joint", (), (), ("det", "cls"))
     words = PAGE
     context = Context(material, comparison, words, Styles(["joint"], "joint"))
-    assert len(material.runs) == 150
+    assert len(material.runs) == seeds
     charts = [c for p in panels(context) for c in p.charts]
     assert max(len(t["x"]) for c in charts for t in c.figure["data"]) <= 2 * bins.BINS
-    assert any("(n = 150)" in json.dumps(c.figure) for c in charts)
+    assert any(f"(n = {seeds})" in json.dumps(c.figure) for c in charts)
 
 
 def test_more_arms_tasks_and_pairs_than_can_be_drawn_are_counted(tmp_path):
@@ -609,8 +617,8 @@ def hostile(tmp_path_factory):
     return page_of(arms, comparison, targets={HOSTILE[0]: 0.5})
 
 
-def test_hostile_names_add_no_element_and_no_attribute_that_acts(hostile, study):
-    mine, theirs = Reader(page_of(study)), Reader(hostile)
+def test_hostile_names_add_no_element_and_no_attribute_that_acts(hostile, written):
+    mine, theirs = Reader(written), Reader(hostile)
     assert {tag for tag, _ in theirs.elements} <= {tag for tag, _ in mine.elements}
     assert sum(tag == "script" for tag, _ in theirs.elements) == 3
     for _, attributes in theirs.elements:
@@ -645,9 +653,8 @@ def test_text_is_made_inert_everywhere_but_in_our_own_templates():
     assert inert(figure) == {"data": [{"name": "&lt;b&gt;", "text": [["&amp;"]], "hovertemplate": "<b>%{x}</b>"}]}
 
 
-def test_the_policy_allows_two_scripts_and_no_address(study):
-    text = page_of(study)
-    (policy,) = [a["content"] for t, a in Reader(text).elements if a.get("http-equiv") == "Content-Security-Policy"]
+def test_the_policy_allows_two_scripts_and_no_address(written):
+    (policy,) = [a["content"] for t, a in Reader(written).elements if a.get("http-equiv") == "Content-Security-Policy"]
     rules = dict(part.split(" ", 1) for part in policy.split("; "))
     assert rules["default-src"] == "'none'"
     assert len(rules["script-src"].split()) == 2
@@ -700,14 +707,13 @@ def test_what_is_wrong_on_the_command_line_is_told_before_a_file_is_read(tmp_pat
 # ---- the file
 
 
-def test_the_library_is_in_the_file_once(study):
-    text = page_of(study)
-    assert text.count("plotly.js v") == 1
-    assert len(text.encode()) < 6_000_000
+def test_the_library_is_in_the_file_once(written):
+    assert written.count("plotly.js v") == 1
+    assert len(written.encode()) < 6_000_000
 
 
-def test_the_same_study_gives_the_same_bytes(study):
-    assert page_of(study) == page_of(study)
+def test_the_same_study_gives_the_same_bytes(study, written):
+    assert page_of(study) == written
 
 
 def test_a_missing_extra_names_the_pip_line(study, monkeypatch):
@@ -726,8 +732,8 @@ def test_a_place_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path)
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["report.html"]
 
 
-def test_headings_go_down_by_one_and_every_section_has_one(study):
-    read = Reader(page_of(study))
+def test_headings_go_down_by_one_and_every_section_has_one(written):
+    read = Reader(written)
     levels = [int(tag[1]) for tag, _ in read.elements if re.fullmatch(r"h[1-6]", tag)]
     assert levels.count(1) == 1
     assert all(b - a <= 1 for a, b in pairwise(levels))

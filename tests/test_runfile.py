@@ -75,7 +75,7 @@ def test_a_run_can_be_read_while_it_is_written_and_parts_stay_few(tmp_path, monk
     path = tmp_path / "run.h5"
     writer = write(path, [], flush_rows=1000, flush_seconds=1000)
     wide = False
-    for step in range(60):
+    for step in range(40):
         writer.write(row(step))
         assert writer.flush()
         with open_run(path) as run:
@@ -87,8 +87,8 @@ def test_a_run_can_be_read_while_it_is_written_and_parts_stay_few(tmp_path, monk
         assert len(main["step"]) >= 20
     writer.close()
     with open_run(path) as run:
-        np.testing.assert_array_equal(run["step"], np.arange(60))
-        np.testing.assert_allclose(run["loss"], [row(s).loss for s in range(60)], rtol=1e-6)
+        np.testing.assert_array_equal(run["step"], np.arange(40))
+        np.testing.assert_allclose(run["loss"], [row(s).loss for s in range(40)], rtol=1e-6)
 
 
 def test_rows_reach_the_disk_by_themselves(tmp_path):

@@ -40,19 +40,20 @@ def joint():
     return order, training.run(made, 1).watcher.losses[0]
 
 
+@pytest.mark.parametrize("steps", [12, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_twenty_steps_on_the_phantom_lower_a_loss(trainer, joint):
-    run = training.run(training.make(trainer, every=5, **OPTIONS.get(trainer, {})), 20)
+def test_some_steps_on_the_phantom_lower_a_loss(trainer, steps, joint):
+    run = training.run(training.make(trainer, every=5, **OPTIONS.get(trainer, {})), steps)
     order, first = joint
     assert len(set(order)) > 4  # epochs are shuffled
-    assert run.order == order
+    assert run.order == order[:steps]
     assert run.watcher.losses[0] == first  # to the last bit: one model, one batch
     losses = {task: [step[task] for step in run.watcher.losses] for task in ("det", "cls")}
     falls = {task: np.mean(values[-4:]) / np.mean(values[:4]) for task, values in losses.items()}
     assert min(falls.values()) < 0.95, falls  # the first and the last epoch hold the same images
     if trainer == "single":
         assert falls["cls"] < 0.95
-    assert [row.step for row in run.rows] == [0, 5, 10, 15]
+    assert [row.step for row in run.rows] == list(range(0, steps, 5))
     assert all(np.isfinite(row.weight).all() for row in run.rows)
 
 
