@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from gradprobe.foreign import quoted
+from gradprobe.messages import ENGLISH as SAY
+from gradprobe.messages import Message
 
 SHOWN = 10
 
@@ -63,77 +65,54 @@ def _show(said: dict[str, Any], file: Path) -> None:
     from gradprobe.cli.console import stdout
 
     console = stdout()
-    several = len(said["pairs"]) > 1
-    pair = "" if several else f" of {said['pairs'][0]['pair']}"
-    title = f"Cosines{pair}, the worst layers first (interval within this run)"
+    several, pair = len(said["pairs"]) > 1, said["pairs"][0]["pair"]
+    title = SAY("advice.title") if several else SAY("advice.title_of", pair=pair)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("layer", overflow="fold", min_width=12)
+    table.add_column(SAY("column.layer"), overflow="fold", min_width=12)
     if several:
-        table.add_column("pair", overflow="fold")
-    for column in ("parameters", "cosine", "95 %", "score", "conflict"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(SAY("column.pair"), overflow="fold")
+    for name in ("parameters", "cosine", "ci95", "score", "conflict"):
+        table.add_column(SAY(f"column.{name}"), justify="right", no_wrap=True)
     for row in said["layers"][:SHOWN]:
         names = [row["layer"], row["pair"]] if several else [row["layer"]]
-        interval = f"{row['low']:+.2f} to {row['high']:+.2f}"
+        interval = SAY("join.span", low=f"{row['low']:+.2f}", high=f"{row['high']:+.2f}")
         numbers = (f"{row['parameters']:,}", f"{row['cosine']:+.2f}", interval, f"{row['score']:+.1f}")
-        table.add_row(*names, *numbers, "yes" if row["conflicting"] else "")
+        table.add_row(*names, *numbers, SAY("layers.yes") if row["conflicting"] else "")
     console.print(table)
-    for text in (*_trouble(said), *_layers(said, file), *_weights(said), _dual(said), CAUTION):
-        console.print(text, soft_wrap=True)
+    caution = Message("advice.caution")
+    for message in (*_trouble(said), *_layers(said, file), _weights(said), _dual(said), caution):
+        console.print(str(message), soft_wrap=True)
 
 
-CAUTION = (
-    "Within one run, from single minibatches: samples that tasks share bias a cosine. Whether a remedy helps takes "
-    "the same seeds with and without it."
-)
-
-
-def _trouble(said: dict[str, Any]) -> Iterator[str]:
+def _trouble(said: dict[str, Any]) -> Iterator[Message]:
     if said["nothing_to_do"]:
-        yield (
-            "Nothing to do: no pair of tasks and no layer is in conflict beyond noise and chance, and no task "
-            "dominates."
-        )
+        yield Message("advice.nothing")
     for pair in said["direction"]:
-        yield (
-            f"Direction: {pair['pair'].replace('|', ' and ')} point against each other (cosine {pair['cosine']:+.2f}, "
-            f"{pair['low']:+.2f} to {pair['high']:+.2f}). No weights change that; surgery or doubled layers may."
-        )
+        tasks, cosine = pair["pair"].split("|"), pair["cosine"]
+        yield Message("advice.direction", tasks=tasks, cosine=cosine, low=pair["low"], high=pair["high"])
     for task in said["dominant"]:
-        yield (
-            f"Dominance: {task} makes {100 * said['dominance'][task]:.0f} % of the squared weighted gradient. Weights "
-            "(--task-weights, gradnorm) change that."
-        )
+        yield Message("advice.dominance", task=task, share=said["dominance"][task])
 
 
-def _layers(said: dict[str, Any], file: Path) -> Iterator[str]:
-    chosen = list(dict.fromkeys(row["layer"] for row in said["layers"] if row["conflicting"]))
-    if not chosen:
-        return
+def _layers(said: dict[str, Any], file: Path) -> Iterator[Message]:
+    chosen = len({row["layer"] for row in said["layers"] if row["conflicting"]})
     known = len({row["layer"] for row in said["layers"]})
-    found = f"{len(chosen)} of {known} layers are in conflict (false discovery rate 10 %, exploratory)."
-    if said["doubled"]:
-        yield f"{found} {said['doubled']} others are doubled already; `split` needs a run of an undivided model."
-    else:
-        command = f"gradprobe record --trainer split --from {quoted(file)} --top-k {len(chosen)}"
-        yield f"{found} To double them: {command}"
+    if chosen and said["doubled"]:
+        yield Message("advice.layers_doubled", n=chosen, of=known, doubled=said["doubled"])
+    elif chosen:
+        yield Message("advice.layers", n=chosen, of=known, file=quoted(file))
 
 
-def _weights(said: dict[str, Any]) -> Iterator[str]:
+def _weights(said: dict[str, Any]) -> Message:
     weights = said["equal_progress_weights"]
     if weights is None:
-        yield "In most rows no positive weights give all tasks the same relative progress."
-        return
+        return Message("advice.no_weights")
+    spread = [Message("advice.spread", task=task, low=v["q25"], high=v["q75"]) for task, v in weights.items()]
     given = ",".join(f"{task}={value['median']:.3g}" for task, value in weights.items())
-    spread = "; ".join(f"{task} {value['q25']:.3g} to {value['q75']:.3g}" for task, value in weights.items())
-    yield (
-        f"Weights with the same relative progress for all, to first order: --task-weights {given} "
-        f"(middle half: {spread})."
-    )
+    return Message("advice.weights", given=given, spread=spread)
 
 
-def _dual(said: dict[str, Any]) -> str:
+def _dual(said: dict[str, Any]) -> Message:
     count, whole = said["dual_parameters"], said["model_parameters"]
-    share = f", {100 * count / whole:.0f} % of the model's {whole:,}" if whole else ""
-    what = "To double what is still shared" if said["doubled"] else "A dual backbone"
-    return f"{what} would take {count:,} parameters more{share}."
+    share = Message("advice.share", part=count / whole, whole=int(whole)) if whole else ""
+    return Message("advice.rest" if said["doubled"] else "advice.dual", n=count, share=share)

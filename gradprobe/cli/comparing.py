@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.messages import Language, Message
+from gradprobe.messages import ENGLISH as SAY
+from gradprobe.messages import Message
 from gradprobe.verdict import bare as bare_table
 from gradprobe.verdict.answers import QUESTIONS, Answer, Comparison, plain
 from gradprobe.verdict.conditions import GOES_BY
@@ -19,7 +20,6 @@ SHOWN_LAYERS = 8
 INCONCLUSIVE = 11
 
 Rows = list[list[str]]
-SAY = Language("en")
 
 
 def words(text: str) -> list[str]:
@@ -146,6 +146,10 @@ def _remarks(found: Comparison) -> Iterator[Message]:
     for answer in found.answers:
         for note in answer.notes:
             places.setdefault((answer.question, note), []).append(answer.arm)
+    if any(answer.direct is not None for answer in found.answers):
+        yield Message("direct.note")
+    if found.similarities:
+        yield Message("similarity.note")
     for (name, note), arms in places.items():
         question = Message(f"question.{name}")
         if set(arms) == {a.arm for a in found.of(name)}:

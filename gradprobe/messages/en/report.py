@@ -322,7 +322,7 @@ MESSAGES: dict[str, str] = {
     "column.total": "Total",
     "direct.title": "Direct effect beside the total one",
     "direct.note": "Direct: what the arm's weights do at the baseline's own checkpoints. Total: what came of the "
-    "whole training, as drawn above. The direct effect is to first order.",
+    "whole training. The direct effect is to first order.",
     "similarity.title": "Magnitude similarity of the gradients",
     "similarity.note": "2ab / (a² + b²) of the two gradients' lengths a and b, less the noise of their samples, over "
     "the window: 1 is equally long; near 0, one drowns the other. Task weights do not enter.",
