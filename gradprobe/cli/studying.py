@@ -13,6 +13,7 @@ from typing import Any
 import typer
 
 from gradprobe import whole_files
+from gradprobe.cli.options import flag_of, given
 from gradprobe.cli.progress import Lines, make_watcher
 from gradprobe.cli.recording import Request, settings_of
 from gradprobe.errors import GradprobeError, UsageError
@@ -48,7 +49,20 @@ PRESETS = {
     ),
 }
 
-OURS = ("seed", "trainer", "task", "out", "resume", "overwrite", "project", "name", "plan", "arm", "list_trainers")
+OURS = (
+    "seed",
+    "trainer",
+    "task",
+    "out",
+    "resume",
+    "overwrite",
+    "project",
+    "name",
+    "plan",
+    "arm",
+    "source",
+    "list_trainers",
+)
 """Flags of ``gradprobe record`` that the study gives itself."""
 
 
@@ -125,8 +139,8 @@ def prepare(asked: Asked, *, check_extras: bool = True, write: bool = True) -> P
     arms = make_arms([t.strip() for t in trainers.split(",") if t.strip()], asked.arms, tasks)
     baseline = check_baseline(arms, asked.baseline)
     seeds = parse_seeds(asked.seeds or (preset.seeds if preset else "5"))
-    given = {name for name, value in _request(words).flags.items() if value is not None}
-    common = (*words, *measuring.flags(given))
+    chosen_by_user = {name for name, value in _request(words).flags.items() if value is not None}
+    common = (*words, *measuring.flags(chosen_by_user))
     settings = {arm.name: _settings(_request([*common, *arm.flags], arm)) for arm in arms}
     if check_extras:
         _check_trainers(settings.values())
@@ -161,15 +175,19 @@ def _request(words: Sequence[str], arm: Arm | None = None) -> Request:
     values = _parsed(words)
     own = [name for name in OURS if values.get(name) and not (arm and name == "task")]
     if own:
-        flag = own[0].replace("_", "-")
-        better = {"seed": "--seeds", "trainer": "--trainers or --arm", "task": "the trainer single"}.get(own[0])
-        raise UsageError(f"--{flag} is given to each run by the study" + (f"; use {better}." if better else "."))
-    flags = {name: value for name, value in values.items() if name in Settings.__dataclass_fields__}
-    flags["skip_bad"], flags["keep_going"] = flags["skip_bad"] or None, flags["keep_going"] or None
-    flags["task_weights"] = None
+        better = {
+            "seed": "--seeds",
+            "trainer": "--trainers or --arm",
+            "task": "the trainer single",
+            "source": "trainers",
+        }.get(own[0])
+        raise UsageError(
+            f"{flag_of(own[0])} is given to each run by the study" + (f"; use {better}." if better else ".")
+        )
+    flags = given(values)
     if arm is not None:
         flags["trainer"] = arm.trainer
-    return Request(flags=flags, task_weights=values["task_weights"], preset=values["preset"], hyp=values["hyp"])
+    return Request(flags=flags, preset=values["preset"], hyp=values["hyp"])
 
 
 def _settings(request: Request) -> Settings:
