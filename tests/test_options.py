@@ -83,7 +83,15 @@ def test_no_setting_takes_what_is_no_number(name):
 
 
 @pytest.mark.parametrize(
-    "words", [["--lr", "-1"], ["--optimizer", "adam"], ["--group-by", "("], ["--nonsense"], ["--from", "other.h5"]]
+    "words",
+    [
+        ["--lr", "-1"],
+        ["--optimizer", "adam"],
+        ["--group-by", "("],
+        ["--nonsense"],
+        ["--from", "other.h5"],
+        ["--seed", "0"],
+    ],
 )
 def test_a_study_refuses_what_record_would_before_it_writes(words, tmp_path, capsys):
     study = ["study", "--trainers", "joint", "--out", str(tmp_path / "study"), "--data", "dial:size=32"]

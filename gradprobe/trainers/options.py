@@ -65,6 +65,7 @@ class Option:
         """The bounds in words."""
         bounds = (
             ("a positive number", self.above == 0),
+            (f"above {_number(self.above)}", self.above not in (0, -math.inf)),
             (f"at least {_number(self.least)}", self.least > -math.inf),
             (f"at most {_number(self.most)}", self.most < math.inf),
             (f"below {_number(self.below)}", self.below < math.inf),
