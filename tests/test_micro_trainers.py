@@ -229,8 +229,8 @@ def test_record_and_summary_from_the_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("probe_loader", "test", "unknown --probe-loader 'test'"),
-        ("probe_batches", 1, "--probe-batches 1: noise is told"),
+        ("probe_loader", "test", "--probe-loader test: must be one of train, val"),
+        ("probe_batches", 1, "--probe-batches 1: must be at least 2; noise is told"),
     ],
 )
 def test_a_probe_loader_that_cannot_be_is_refused(flag, value, message):

@@ -152,7 +152,7 @@ def test_single_trains_the_trunk_as_if_the_other_task_were_absent():
 def test_single_wants_to_know_which_task():
     with pytest.raises(UsageError, match=r"--task det or --task cls"):
         training.make("single")
-    with pytest.raises(UsageError, match="--task det goes with --trainer single"):
+    with pytest.raises(UsageError, match="--task det: goes with --trainer single, not with"):
         training.make("joint", task="det")
 
 

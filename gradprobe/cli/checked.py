@@ -11,17 +11,42 @@ import click
 from typer.core import TyperCommand
 
 from gradprobe.errors import UsageError
+from gradprobe.trainers.options import PANELS
 from gradprobe.trainers.settings import LONGEST
 
 PATHS = ("data", "cfg", "weights", "name")
 """Options that may name a file, or something else."""
+
+OTHERS = "Options"
+"""The panel of options that name none."""
+
+COLUMN = 25
+"""Characters of flags beside which their words stand; behind longer ones they stand below."""
 
 ROOM = 40
 """Characters by which names of files beside a named one, finished or half made, are longer."""
 
 
 class Checked(TyperCommand):
-    """Refuses paths that no file can have."""
+    """Refuses paths that no file can have; lists its options by panel, where they have one."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each panel, all with their words in one column."""
+        lines: dict[str, list[tuple[str, str]]] = {}
+        for each in self.get_params(ctx):
+            panel = getattr(each, "rich_help_panel", None) or (OTHERS if isinstance(each, click.Option) else "")
+            if (line := each.get_help_record(ctx)) is not None:
+                lines.setdefault(panel, []).append(line)
+        if not set(lines) & set(PANELS):
+            return super().format_options(ctx, formatter)
+        lines[PANELS[0]] += lines.pop(OTHERS, [])
+        widest = min(COLUMN, max(len(names) for panel in lines.values() for names, _ in panel))
+        for panel in sorted(lines, key=lambda name: PANELS.index(name) if name in PANELS else -1):
+            with formatter.section(panel or "Arguments"):
+                formatter.write_dl(
+                    [(names.ljust(widest) if words else names, words) for names, words in lines[panel]], col_max=COLUMN
+                )
+        return None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Look, then run.

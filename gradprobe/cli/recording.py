@@ -42,10 +42,9 @@ MOST_PROCESSES = 8
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line; None: not given."""
+    """What was asked for on the command line; None: not given. Task weights are a text: their tasks are the data's."""
 
     flags: Mapping[str, Any]
-    task_weights: str | None = None
     preset: str = ""
     hyp: Path | None = None
     out: Path | None = None
@@ -72,6 +71,7 @@ class Plan:
     study: Mapping[str, Any] = field(default_factory=dict)  # what was fixed before the runs of a study
     arm: str = ""  # of the study that it belongs to
     id: str = ""  # of the run: in its file and in its checkpoint
+    notes: tuple[str, ...] = ()  # of flags that change nothing
 
 
 def record_run(request: Request) -> int:
@@ -135,7 +135,7 @@ def make_plan(request: Request) -> Plan:
         return _plan_to_resume(request)
     file = read_hyp(request.hyp) if request.hyp is not None else None
     settings = settings_of(request, file)
-    if settings.trainer == "gradnorm-static" and request.task_weights is not None:
+    if settings.trainer == "gradnorm-static" and request.flags.get("task_weights") is not None:
         raise UsageError("gradnorm-static takes its weights from --from; leave out --task-weights.")
     settings = dataclasses.replace(settings, **read_source(request.source, settings))
     settings = counted(settings)
@@ -150,16 +150,22 @@ def make_plan(request: Request) -> Plan:
         study=read_plan(request.plan) if request.plan is not None else {},
         arm=request.arm,
         id=uuid.uuid4().hex,
+        notes=tuple(registry.unused(settings.trainer, _given(request))),
     )
 
 
 def settings_of(request: Request, file: HypFile | None = None) -> Settings:
     """The settings that the flags give, without what ``--from`` adds."""
     flags = dict(request.flags)
-    if request.task_weights is not None:
+    if flags.get("task_weights") is not None:
         tasks = kind_of(flags.get("data") or Settings.data).tasks
-        flags["task_weights"] = parse_task_weights(request.task_weights, tasks)
+        flags["task_weights"] = parse_task_weights(flags["task_weights"], tasks)
     return resolve(flags, preset=request.preset, hyp=file.optimizer if file else None)
+
+
+def _given(request: Request) -> list[str]:
+    """The settings that have a flag on this command line."""
+    return [name for name, value in request.flags.items() if value is not None]
 
 
 def read_plan(path: Path) -> dict[str, Any]:
@@ -194,12 +200,11 @@ def _plan_to_resume(request: Request) -> Plan:
     from gradprobe.trainers.hyp import DetectionHyp
 
     assert request.resume is not None
-    given = [name for name, value in request.flags.items() if value is not None and name != "trainer"]
     others = (
-        *(request.task_weights, request.preset, request.hyp, request.out, request.overwrite, request.source),
+        *(request.preset, request.hyp, request.out, request.overwrite, request.source),
         *(request.plan, request.arm),
     )
-    if given or any(others) or request.project is not None or request.name is not None:
+    if {*_given(request)} - {"trainer"} or any(others) or request.project is not None or request.name is not None:
         raise UsageError(
             "--resume goes on with the settings of that run; give no other flags with it (but --trainer, where that is "
             "a module of your own)."
@@ -368,6 +373,7 @@ def _check_same_data(plan: Plan, data: Data) -> None:
 
 
 def _notes(plan: Plan, data: Data) -> Iterator[str]:
+    yield from plan.notes
     if plan.ignored_hyp:
         yield (
             f"ignored in --hyp: {', '.join(plan.ignored_hyp)}. gradprobe trains without augmentation and warm-up, "

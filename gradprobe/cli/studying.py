@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from click.core import ParameterSource
 
 from gradprobe import whole_files
+from gradprobe.cli.options import flag_of, given
 from gradprobe.cli.progress import Lines, make_watcher
 from gradprobe.cli.recording import Request, settings_of
 from gradprobe.errors import GradprobeError, UsageError
@@ -48,7 +50,10 @@ PRESETS = {
     ),
 }
 
-OURS = ("seed", "trainer", "task", "out", "resume", "overwrite", "project", "name", "plan", "arm", "list_trainers")
+OURS = (
+    *("seed", "trainer", "task", "source", "out", "resume", "overwrite", "project", "name", "plan", "arm"),
+    "list_trainers",
+)
 """Flags of ``gradprobe record`` that the study gives itself."""
 
 
@@ -119,14 +124,13 @@ def prepare(asked: Asked, *, check_extras: bool = True, write: bool = True) -> P
         if not 0 < value < math.inf:
             raise UsageError(f"--{name} {value}: must be a positive number.")
     words = [*(preset.record if preset else ()), *asked.record]
-    data = _request(words).flags["data"] or Settings.data
+    data = _request(words).flags.get("data", Settings.data)
     tasks = kind_of(data).tasks
     trainers = asked.trainers if asked.trainers is not None else preset.trainers if preset else ""
     arms = make_arms([t.strip() for t in trainers.split(",") if t.strip()], asked.arms, tasks)
     baseline = check_baseline(arms, asked.baseline)
     seeds = parse_seeds(asked.seeds or (preset.seeds if preset else "5"))
-    given = {name for name, value in _request(words).flags.items() if value is not None}
-    common = (*words, *measuring.flags(given))
+    common = (*words, *measuring.flags(_request(words).flags))
     settings = {arm.name: _settings(_request([*common, *arm.flags], arm)) for arm in arms}
     if check_extras:
         _check_trainers(settings.values())
@@ -159,17 +163,15 @@ def _request(words: Sequence[str], arm: Arm | None = None) -> Request:
         click.UsageError: There is no such flag.
     """
     values = _parsed(words)
-    own = [name for name in OURS if values.get(name) and not (arm and name == "task")]
+    own = [name for name in OURS if name in values and not (arm and name == "task")]
     if own:
-        flag = own[0].replace("_", "-")
         better = {"seed": "--seeds", "trainer": "--trainers or --arm", "task": "the trainer single"}.get(own[0])
-        raise UsageError(f"--{flag} is given to each run by the study" + (f"; use {better}." if better else "."))
-    flags = {name: value for name, value in values.items() if name in Settings.__dataclass_fields__}
-    flags["skip_bad"], flags["keep_going"] = flags["skip_bad"] or None, flags["keep_going"] or None
-    flags["task_weights"] = None
+        said = f"{flag_of(own[0])} is given to each run by the study"
+        raise UsageError(said + (f"; use {better}." if better else "."))
+    flags = given(values)
     if arm is not None:
         flags["trainer"] = arm.trainer
-    return Request(flags=flags, task_weights=values["task_weights"], preset=values["preset"], hyp=values["hyp"])
+    return Request(flags=flags, preset=values.get("preset", ""), hyp=values.get("hyp"))
 
 
 def _settings(request: Request) -> Settings:
@@ -179,13 +181,15 @@ def _settings(request: Request) -> Settings:
 
 
 def _parsed(words: Sequence[str]) -> dict[str, Any]:
+    """Parameter of ``record`` -> its value, of those that are on the command line."""
     from gradprobe.cli.record import record
 
     app = typer.Typer(add_completion=False)
     app.command()(record)
     parser = typer.main.get_command(app)
     with parser.make_context("record", list(words)) as context:
-        return dict(context.params)
+        there = context.get_parameter_source
+        return {name: value for name, value in context.params.items() if there(name) is ParameterSource.COMMANDLINE}
 
 
 def _check_trainers(settings: Any) -> None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gradprobe.attachment import attach
 from gradprobe.errors import UsageError, tell
 from gradprobe.probes import GradientProbe
+from gradprobe.probes.options import refuse_unknown
 from gradprobe.probes.probe import ending
 from gradprobe.processes import everybody
 from gradprobe.rows import Sink
@@ -33,6 +34,9 @@ class Recording:
         out, sinks, overwrite: See :func:`gradprobe.attach`. A training that is resumed never overwrites.
         options: Further arguments of :func:`gradprobe.attach`.
 
+    Raises:
+        TypeError: There is no such argument.
+
     Attributes:
         trouble: What of the last file could not be written when it was closed, and what to do; empty: nothing.
     """
@@ -46,6 +50,7 @@ class Recording:
         overwrite: bool = False,
         **options: Any,
     ) -> None:
+        refuse_unknown(attach, options, "GradprobeCallback")
         # Absolute: a trainer may change its folder before it begins, or between two beginnings.
         self._trainer, self._out, self._sinks = trainer, None if out is None else Path(out).absolute(), sinks
         self.trouble = ""

@@ -40,9 +40,6 @@ from gradprobe.probes.sketched import SketchedMeasurement, Sketching, measure_sk
 from gradprobe.probes.trace import Trace, trace
 from gradprobe.processes import Alone, remember_wrapper
 
-MEMORY = ("normal", "low")
-PRODUCTS = ("direct", "ghost")
-
 
 class Meter:
     """Knows the shared layers, and what the last row tells about the next.
@@ -78,14 +75,6 @@ class Meter:
         sketch: Size | None = None,
         differs: Callable[[float], None] = lambda _: None,
     ) -> None:
-        if memory not in MEMORY:
-            raise ProbeError(f"memory={memory!r}: there are {' and '.join(map(repr, MEMORY))}.")
-        if products not in PRODUCTS:
-            raise ProbeError(f"products={products!r}: there are {' and '.join(map(repr, PRODUCTS))}.")
-        if sketch is not None and products == "ghost":
-            raise ProbeError("sketch= and products='ghost' exclude each other: a sketch is made of every gradient.")
-        if (memory, products) == ("low", "ghost"):
-            raise ProbeError("memory='low' and products='ghost' exclude each other: blocks make every gradient.")
         self._ranks, self._differs = ranks or Alone(), differs
         self.guard = Guard(model, warn, self._ranks)
         if products == "ghost" and self._ranks.size > 1:

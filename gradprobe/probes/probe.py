@@ -5,21 +5,18 @@ from __future__ import annotations
 import atexit
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError, tell
-from gradprobe.probes.beside import Joins
-from gradprobe.probes.binding import Groups, Selection, Shared
+from gradprobe.probes.binding import Selection
 from gradprobe.probes.checks import (
     Given,
     Losses,
@@ -34,19 +31,21 @@ from gradprobe.probes.checks import (
 from gradprobe.probes.clock import StepClock, bare
 from gradprobe.probes.feature_meter import FeatureMeter
 from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.level import level_called
-from gradprobe.probes.loader import ProbeLoader, undisturbed
+from gradprobe.probes.loader import undisturbed
 from gradprobe.probes.measuring import Measuring
 from gradprobe.probes.meter import Meter
 from gradprobe.probes.micro import BatchSize, MicroBatches, check_mean, micro_batches
 from gradprobe.probes.on_loader import OnLoader
+from gradprobe.probes.options import Options, ProbeOptions, refuse_unknown, shows_options
 from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
 from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.schedule import Also, Led, make_schedule, whole
-from gradprobe.probes.sketch import size_of
 from gradprobe.processes import replicas
-from gradprobe.rows import Header, Provenance, Sink
+from gradprobe.rows import Header, Sink
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class GradientProbe:
@@ -61,83 +60,42 @@ class GradientProbe:
         model: Any module whose tasks share parameters.
         tasks: Names, two or more.
         sinks: Who gets the rows.
-        every: Measure at steps 0, every, 2 every, ...; default 10, and 1 at ``level="features"``.
-        budget: Instead of ``every``: the share of the time that measuring may take, above 0 and below 1.
-        optimizer: Where given, a training step is what its ``step()`` completes, or that of whichever optimizer updates
-            the shared parameters (:mod:`gradprobe.probes.stepping`), and rows carry its learning rate. The calls
-            between two steps, of gradient accumulation, make one row: see :mod:`gradprobe.probes.accumulation`.
-        scaler: Of mixed precision. :meth:`backward` scales the loss by it; :meth:`record` takes unscaled losses.
-            Gradients are measured scaled, so that they do not vanish in float16, and stored unscaled.
-        accumulate: Without an optimizer: how many calls make one step; fewer do where the parameters have changed.
-        shared: Overrides the search in the graph: module names, parameters, or a predicate of name and parameter.
-        layers: How parameters are grouped: layer name -> parameters. Default: by the module that owns them.
-        level: "parameters"; "features": where the tasks part, nearly free, see :mod:`gradprobe.probes.features`;
-            or "both": parameters at the due steps and features at every one.
-        features: At which modules' outputs, by name; default: at all where tasks part.
-        memory: "normal": at most T - 1 copies of the shared parameters, one pass saved; or "low": block by block.
-        products: "direct": of the gradients; "ghost": those of weights on few samples and positions without making
-            their gradients, see :mod:`gradprobe.probes.ghost`: cheaper, and as exact as float32 products.
-        sketch: For large models: of each task's gradient on a layer only so many numbers are kept (4096, say), or so
-            many and a seed, ``(4096, 1)``: a random linear sketch, drawn anew for each row. Gradients are sketched one
-            by one as they arrive, so that never a whole one is alive. Cosines are right to about (1 - c^2)/sqrt(k) a
-            row, without bias, and exact on layers that are no larger; see :mod:`gradprobe.probes.sketch`.
-        process_group: Of a data-parallel training that averages gradients over it; found by itself where ``model`` is
-            DDP. The gradients that are measured are averaged likewise, losses too; ``batch_size`` is summed up. Every
-            process calls its probe at every step, and the sinks of the first one get the rows.
-        updates: A :class:`gradprobe.Updates`, which looks at what the optimizer makes of the gradients.
-        ledger: A :class:`gradprobe.Ledger`, which finds out what that did to the losses, at steps that it chooses.
-        probe_loader: A :class:`gradprobe.ProbeLoader`: what is also measured, on samples of its own, at steps of its
-            own, in the first call of a step. ``budget`` does not count it.
-        provenance: Stored in the header.
+        options: The fields of :class:`gradprobe.probes.options.ProbeOptions`, which says what each means.
 
     Raises:
         ProbeError: Fewer than two tasks, a model that has a probe already, ``shared`` that names nothing, or an
             argument out of its range.
     """
 
+    @shows_options
     def __init__(
         self,
         model: nn.Module,
         tasks: Sequence[str],
         sinks: Sequence[Sink] = (),
         *,
-        every: int | None = None,
-        budget: float | None = None,
-        optimizer: Optimizer | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-        accumulate: int = 1,
-        shared: Shared | None = None,
-        layers: Groups | None = None,
-        level: str = "parameters",
-        features: Iterable[str] | None = None,
-        memory: str = "normal",
-        products: str = "direct",
-        sketch: int | tuple[int, int] | None = None,
-        process_group: ProcessGroup | None = None,
-        updates: Joins | None = None,
-        ledger: Joins | None = None,
-        probe_loader: ProbeLoader | None = None,
-        provenance: Provenance | None = None,
         _caller: FrameType | None = None,
         _open: Callable[[], Sink] | None = None,
         _divided: bool = False,
+        **options: Unpack[Options],
     ) -> None:
+        refuse_unknown(GradientProbe, options)
+        o = ProbeOptions(**options)
         self.tasks = task_names(tasks)
-        optimizer = bare(optimizer) if optimizer is not None else None
-        chosen = level_called(level)
-        model, ranks = replicas(model, process_group)
-        schedule = make_schedule(every, budget, default=chosen.every)
-        if budget is not None and ranks.size > 1:
+        optimizer = bare(o.optimizer) if o.optimizer is not None else None
+        chosen = o.measured
+        model, ranks = replicas(model, o.process_group)
+        schedule = make_schedule(o.every, o.budget, default=chosen.every)
+        if o.budget is not None and ranks.size > 1:
             schedule = Led(schedule, ranks.first_says)
-        readers = [reader for reader in (updates, ledger) if reader is not None]
+        readers = [reader for reader in (o.updates, o.ledger) if reader is not None]
         beside = readers[0].together(readers) if readers else None
         if beside is not None:
             schedule = Also(schedule, beside.wants)
-        clock = StepClock(schedule, accumulate)
-        scale = LossScale(scaler)
-        selection = Selection(model, shared, layers, nothing=not chosen.parameters, divided=_divided)
-        how: dict[str, Any] = {"level": level, "memory": memory, "products": products}
-        how |= {"budget": budget} if budget is not None else {"every": every if every is not None else chosen.every}
+        clock = StepClock(schedule, o.accumulate)
+        scale = LossScale(o.scaler)
+        selection = Selection(model, o.shared, o.layers, nothing=not chosen.parameters, divided=_divided)
+        how = o.about()
 
         def warn(reason: str) -> None:
             report.warn(clock.step, reason)
@@ -145,37 +103,30 @@ class GradientProbe:
         def differs(value: float) -> None:
             report.annotate({"probe.joint_difference.step": clock.step, "probe.joint_difference.value": value})
 
-        size = size_of(sketch)
-        if size is not None:
-            if not chosen.parameters:
-                raise ProbeError("sketch= is of gradients on parameters: leave it out, or level='features'.")
-            how |= {"sketch": size.numbers, "sketch_seed": size.seed}
-        meter = Meter(model, selection, memory, products, warn, ranks, size, differs)
+        meter = Meter(model, selection, o.memory, o.products, warn, ranks, o.size, differs)
         if beside is not None:
             beside.check(self.tasks, chosen, optimizer, meter)
             how |= {reader.name: reader.about for reader in readers}
-        if probe_loader is not None:
-            if not chosen.parameters:
-                raise ProbeError("probe_loader= measures gradients on parameters: leave level='features' out.")
+        if o.probe_loader is not None:
             meter.check_micro()
             how["probe_loader"] = True
         # The last that can raise, so that what failed left nothing attached. The file is opened when the old probe of
         # the same variable, which may hold it, is closed.
         make_room(model, _caller or sys._getframe(1))
         sinks = [*((_open(),) if _open is not None else ()), *sinks] if ranks.first else []
-        about = {} if probe_loader is None else {"probe_loader": probe_loader.about}
-        report = Reporter(self.tasks, sinks, {**(provenance or {}), "probe": how, **about})
+        about = {} if o.probe_loader is None else {"probe_loader": o.probe_loader.about}
+        report = Reporter(self.tasks, sinks, {**(o.provenance or {}), "probe": how, **about})
         self._measuring = Measuring(
             tasks=self.tasks,
             level=chosen,
             clock=clock,
             report=report,
             meter=meter,
-            features=FeatureMeter(model, features, warn, meter.guard),
+            features=FeatureMeter(model, o.features, warn, meter.guard),
             scale=scale,
             optimizer=optimizer,
             ranks=ranks,
-            loader=OnLoader(probe_loader, model) if probe_loader is not None else None,
+            loader=OnLoader(o.probe_loader, model) if o.probe_loader is not None else None,
         )
         if beside is not None:
             beside.open(self._measuring, model)

@@ -132,13 +132,11 @@ class Also:
 
 
 def make_schedule(every: int | None, budget: float | None, *, default: int = 10) -> Schedule:
-    """The schedule that the two arguments ask for; every ``default``-th step where there is none.
+    """The schedule that one of the two arguments asks for; every ``default``-th step where neither does.
 
     Raises:
-        ProbeError: Both are given, or one is out of range.
+        ProbeError: It is out of range.
     """
-    if every is not None and budget is not None:
-        raise ProbeError(f"every={every} and budget={budget} exclude each other: give one of them.")
     return Budget(budget) if budget is not None else Every(default if every is None else every)
 
 

@@ -1,19 +1,24 @@
 """The table of trainers. Imports nothing heavy: the command line reads it for its help.
 
-A trainer is one file with a :class:`~gradprobe.trainers.balancer.Balancer`, and one entry here.
+A trainer is one file with a :class:`~gradprobe.trainers.balancer.Balancer`, one entry here, and, where it has options
+of its own, their fields in :class:`TrainerOptions`: flag, help, check and provenance follow from them.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradprobe.errors import UsageError
+from gradprobe.trainers.options import flag, near, option, options
+from gradprobe.trainers.problems import YOLOV5
 
 if TYPE_CHECKING:
     from gradprobe.trainers.balancer import Balancer
@@ -143,6 +148,62 @@ TRAINERS: dict[str, Trainer] = {
 }
 
 
+GRADNORM: dict[str, Any] = {"trainers": ("gradnorm",), "panel": "GradNorm"}
+SURGERY = tuple(name for name, trainer in TRAINERS.items() if trainer.factory == _HERE + "surgery:Surgery")
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """The options of single trainers; all other settings: :class:`gradprobe.trainers.settings.Settings`."""
+
+    gradnorm_alpha: float = option(
+        1.5, "Pull to equal rates.", least=0, why="the paper calls 3 and more unstable", **GRADNORM
+    )
+    gradnorm_lr: float = option(0.025, "Learning rate of the weights' own Adam.", above=0, **GRADNORM)
+    gradnorm_momentum: float = option(0.9, "Its beta1.", least=0, below=1, **GRADNORM)
+    gradnorm_layer: str = option(
+        "", "W: where the norms are balanced.", shown="the last convolution of SPPF", **GRADNORM
+    )
+    min_weight: float = option(1e-3, "The weights' lower bound.", least=0, **GRADNORM)
+    max_weight: float = option(math.inf, "Their upper bound.", shown="none", least=0, endless=True, **GRADNORM)
+    weight_sum: float = option(
+        float(len(YOLOV5.tasks)), "What they sum to.", shown="number of tasks", above=0, **GRADNORM
+    )
+
+    task: str = option(
+        "",
+        f"single: the one that is trained: {', '.join(YOLOV5.tasks)}; of dial: a, b.",
+        shown="none",
+        trainers=("single",),
+        refused=True,
+    )
+    dwa_temperature: float = option(2.0, "dwa: larger is more even.", above=0, trainers=("dwa",))
+    share_until: str = option(
+        "", "dual: the last layer of the trunk that stays shared.", shown="none", trainers=("dual",), refused=True
+    )
+    top_k: int = option(5, "split: how many layers to double.", least=1, below=2**53, trainers=("split",))
+    double: tuple[str, ...] = option((), "split: the layers that are doubled.", flag=False)
+    double_sizes: tuple[int, ...] = option(
+        (), "split: their numbers of parameters in the run that they were chosen from.", flag=False
+    )
+    match_norm: bool = option(
+        True, "Gradient surgery: a combined gradient as long as the joint one.", shown="on", trainers=SURGERY
+    )
+    cagrad_c: float = option(
+        0.4, "cagrad: how far from the mean step, over its length.", least=0, endless=True, trainers=("cagrad",)
+    )
+
+
+def unused(trainer: str, given: Iterable[str]) -> list[str]:
+    """What to say of options that were given and that a trainer does not read; one of a user's own may read any."""
+    readers = {each.name: known.trainers for each, known in options(TrainerOptions) if known.trainers}
+    return [
+        f"{flag(name)} changes nothing here: {trainer} does not use it; {', '.join(readers[name])} would."
+        for name in given
+        if trainer in TRAINERS and trainer not in readers.get(name, (trainer,))
+    ]
+
+
 def find(name: str) -> type[Balancer]:
     """The class that ``--trainer`` names: an entry of the table, or a user's ``module:Class``.
 
@@ -172,10 +233,9 @@ def check(name: str) -> None:
     module, colon, attribute = name.partition(":")
     if name in TRAINERS or (colon and all(part.isidentifier() for part in (*module.split("."), attribute))):
         return
-    near = get_close_matches(name, TRAINERS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UsageError(
-        f"unknown trainer {name!r} (there are: {', '.join(TRAINERS)}; your own: my_module:MyBalancer).{hint}"
+        f"unknown trainer {name!r} (there are: {', '.join(TRAINERS)}; your own: my_module:MyBalancer)."
+        f"{near(name, TRAINERS)}"
     )
 
 
@@ -209,7 +269,7 @@ def _attribute(module: Any, attribute: str, name: str) -> Any:
     try:
         return getattr(module, attribute)
     except AttributeError:
-        near = get_close_matches(attribute, [n for n in vars(module) if not n.startswith("_")], n=3)
+        alike = get_close_matches(attribute, [n for n in vars(module) if not n.startswith("_")], n=3)
         raise UsageError(
-            f"--trainer {name}: {module.__name__} has no {attribute!r} (near: {', '.join(near) or 'none'})."
+            f"--trainer {name}: {module.__name__} has no {attribute!r} (near: {', '.join(alike) or 'none'})."
         ) from None

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 from gradprobe.errors import UsageError
 from gradprobe.trainers import registry
 from gradprobe.trainers.data import grouping
+from gradprobe.trainers.options import check, near, option
 from gradprobe.trainers.problems import YOLOV5, kind_of
 from gradprobe.trainers.problems.dial_spec import parse
 
 TASKS = YOLOV5.tasks
 """Of the default data; those of others: :func:`gradprobe.trainers.problems.kind_of`."""
 
-LEDGER_ENDS = ("probe", "batch")
 LARGEST_IMAGE = 16384
 """Pixels of a side: one such image takes 800 MB."""
 
@@ -29,66 +29,112 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """As Lightning names them. Parameters, losses and the optimizer are float32 in all; 16-mixed scales the losses."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One training.
+def _check_size(pixels: int) -> None:
+    if pixels % 32:
+        raise UsageError(f"--imgsz {pixels}: must be a multiple of 32; the next one is {-(-pixels // 32) * 32}.")
 
-    Names are those of YOLOv5's train.py where it has one; units and ranges in the comments.
+
+def _check_data(data: str) -> None:
+    if kind_of(data).name == "dial":
+        parse(data)
+
+
+NAMES = f"{', '.join(registry.TRAINERS)}, or your own my_module:MyBalancer"
+
+COUNT = {"least": 1, "below": 2**53}
+"""Of what there is one at least, and as many as a float64 counts."""
+
+common, training = partial(option, panel="Common"), partial(option, panel="Training")
+measuring = partial(option, panel="Measuring", audit=False)
+
+
+@dataclass(frozen=True)
+class Settings(registry.TrainerOptions):
+    """One training: what all trainers share, and each trainer's own from the registry.
+
+    Names are those of YOLOv5's train.py where it has one.
     """
 
-    trainer: str = "gradnorm"  # see gradprobe.trainers.registry
-    task: str = ""  # for `single`
-    from_run: str = ""  # name of the run file that --from read; what it gave is in the other settings
-    data: str = "phantom"  # or the path of a data.yaml, or dial:angle=120,ratio=10,noise=1
-    cfg: str = "yolov5n.yaml"
-    weights: str = ""  # a state_dict to start from; empty: random initial weights
-    imgsz: int = 128  # pixels, multiple of 32
-    epochs: int = 12
-    batch_size: int = 16  # images, of all processes together
-    device: str = "cpu"  # 0,1: one for each process
-    processes: int = 0  # that train together; 0: as many as torchrun started, or as devices
-    precision: str = "32-true"  # of the forward: see PRECISIONS
-    seed: int = 0
+    trainer: str = common("gradnorm", f"{NAMES}.", rule=registry.check, audit=f"{NAMES}. [default: joint]")
+    from_run: str = option("", "Name of the run file that --from read; what it gave is in other settings.", flag=False)
+    data: str = common("phantom", "data.yaml, phantom, or dial:angle=120,ratio=10,noise=1.", rule=_check_data)
+    imgsz: int = common(128, "Image size in pixels, a multiple of 32.", rule=_check_size, least=32, most=LARGEST_IMAGE)
+    epochs: int = common(12, "Passes through the training split.", **COUNT, audit="Of the learning rate's schedule.")
+    batch_size: int = common(16, "Images, of all processes together.", **COUNT, audit="Images.")
+    device: str = common("cpu", "cpu, 0, mps; 0,1: one process on each.", audit="cpu, 0, mps.")
+    seed: int = common(0, "Of weights, data order, phantoms.", least=0, below=2**63)
+    every: int = common(2, "Measure every so many steps.", **COUNT, audit=False)
 
-    optimizer: str = "AdamW"  # or SGD
-    lr: float = 2e-3
-    lrf: float = 0.05  # final learning rate as a fraction of lr; a cosine in between
-    momentum: float = 0.9  # SGD's momentum, AdamW's beta1
-    weight_decay: float = 5e-4  # on weights of two and more dimensions only
-    clip_norm: float = 0.0  # global gradient clipping; 0: none
+    group_by: str = option(
+        grouping.AUTO,
+        "Which images are of one clip or patient, as for `gradprobe data check`: auto, folder, prefix, none, or a "
+        "regular expression with a group.",
+        rule=grouping.parse,
+        panel="Data",
+        audit=False,
+    )
+    skip_bad: bool = option(False, "Leave bad images out instead of refusing the data.", switch=True, panel="Data")
+    cfg: str = option("yolov5n.yaml", "YOLOv5 model.", panel="Model")
+    weights: str = option("", "Start from this state_dict (a .pt file).", shown="random", panel="Model")
 
-    task_weights: tuple[float, ...] = (1.0, 1.0)  # of each task, det and cls; GradNorm starts from them
-    gradnorm_alpha: float = 1.5
-    gradnorm_lr: float = 0.025
-    gradnorm_momentum: float = 0.9  # beta1 of the weights' own Adam
-    gradnorm_layer: str = ""  # empty: the last convolution of SPPF
-    min_weight: float = 1e-3
-    max_weight: float = math.inf
-    weight_sum: float = float(len(TASKS))
+    optimizer: str = training("AdamW", "{choices}.", choices=("AdamW", "SGD"))
+    lr: float = training(2e-3, "First learning rate.", above=0)
+    lrf: float = training(0.05, "Last one, as a fraction of it; a cosine in between.", least=0)
+    momentum: float = training(0.9, "SGD's, or AdamW's beta1.", least=0, below=1)
+    weight_decay: float = training(5e-4, "On weights of two and more dimensions.", least=0)
+    clip_norm: float = training(
+        0.0, "Clip the global gradient norm; couples tasks.", shown="off", least=0, endless=True
+    )
+    task_weights: tuple[float, ...] = training(
+        (1.0, 1.0),
+        "Such as det=1,cls=0.01, or equal; GradNorm starts from them.",
+        shown="1 each",
+        audit="Such as det=1,cls=0.01; --weight is the audited task's.",
+    )
+    precision: str = training("32-true", "{choices}.", choices=PRECISIONS)
+    processes: int = training(
+        0, "How many train together.", shown="as torchrun started, or as devices", least=0, audit=False
+    )
+    keep_going: bool = training(False, "Go on after a loss that is not finite.", switch=True, audit=False)
+    bn_batches: int = training(
+        16, "Batches to recompute BatchNorm over before evaluating; 0: not.", least=0, audit=False
+    )
 
-    dwa_temperature: float = 2.0
-    share_until: str = ""  # dual: the last shared layer; empty: nothing is shared
-    top_k: int = 5  # split: how many layers are doubled
-    double: tuple[str, ...] = ()  # split: which
-    double_sizes: tuple[int, ...] = ()  # their numbers of parameters in the run that they were chosen from
-    match_norm: bool = True  # gradient surgery: the combined gradient as long as the joint one
-    cagrad_c: float = 0.4
-
-    every: int = 2  # steps between two measurements
-    updates: bool = False  # what the optimizer makes of the gradients, at the same steps
-    micro_batches: int = 1  # forwards per step, of equal parts of the batch; from 2 on the noise is measured too
-    probe_loader: str = ""  # also measure on samples drawn from this split; empty: not
-    probe_every: int = 20  # steps between two such measurements
-    probe_batches: int = 8  # micro-batches of one, each as large as those of the training
-    ledger: bool = False  # what each update did to the losses, at all steps unless in bursts
-    ledger_burst: int = 0  # steps of a burst; 0: all steps
-    ledger_every: int = 0  # steps from the beginning of a burst to that of the next
-    ledger_ends: str = "probe"  # whose gradients value an update: those of the fixed "probe" batch, or the "batch"'s
-    ledger_images: int = 64  # of the fixed probe batch, drawn once from those that are trained on
-    bn_batches: int = 16  # BatchNorm statistics are recomputed over so many batches before evaluating; 0: not
-    group_by: str = grouping.AUTO  # which images are of one clip or patient: see gradprobe.trainers.data.grouping
-    skip_bad: bool = False
-    keep_going: bool = False
+    micro_batches: int = measuring(
+        1,
+        "Train and measure each batch in so many micro-batches, which tells noise from gradient; 4 or more.",
+        shown="1, as a whole",
+        **COUNT,
+        audit="Forwards per step, of equal parts of the batch.",
+    )
+    probe_loader: str = measuring(
+        "",
+        "Also measure on samples drawn from this split: {choices}. Claims rest on it.",
+        shown="off",
+        choices=("train", "val"),
+    )
+    probe_every: int = measuring(20, "Do so every so many steps.", **COUNT)
+    probe_batches: int = measuring(
+        8,
+        "On so many micro-batches, as large as those of the training.",
+        least=2,
+        why="noise is told from 2 or more",
+    )
+    updates: bool = measuring(
+        False, "Also take the optimizer's updates apart by task, and record clipping.", shown="off"
+    )
+    ledger: bool = measuring(
+        False, "Keep a loss ledger: what each task's part of every update did to each loss.", shown="off"
+    )
+    ledger_burst: int = measuring(0, "Steps of a burst that the ledger measures.", shown="0, all steps", least=0)
+    ledger_every: int = measuring(0, "Steps from the beginning of a burst to that of the next.", least=0)
+    ledger_ends: str = measuring(
+        "probe",
+        "Whose gradients value an update: probe, of a fixed probe batch; or batch, the training's own, with "
+        "--micro-batches.",
+        choices=("probe", "batch"),
+    )
+    ledger_images: int = measuring(64, "Of the fixed probe batch, drawn once from the training split.", least=1)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -121,7 +167,7 @@ def resolve(flags: Mapping[str, Any], *, preset: str = "", hyp: Mapping[str, flo
         UsageError: An unknown preset, trainer or optimizer, or a value out of its range.
     """
     if preset and preset not in PRESETS:
-        raise UsageError(_unknown("preset", preset, PRESETS))
+        raise _unknown("preset", preset, PRESETS)
     values: dict[str, Any] = {_HYP_TO_SETTING[k]: v for k, v in (hyp or {}).items() if k in _HYP_TO_SETTING}
     values.update(PRESETS.get(preset, {}))
     values.update({name: value for name, value in flags.items() if value is not None})
@@ -145,7 +191,7 @@ def restored(values: Any) -> Settings:
     plain: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise UsageError(_unknown("setting", str(name)[:80], known))
+            raise _unknown("setting", str(name)[:80], known)
         plain[name] = tuple(value) if isinstance(value, list) else value
         if not _is_a(known[name], plain[name]):
             raise UsageError(f"setting {name} is {repr(value)[:80]}, not of type {known[name]}.")
@@ -193,65 +239,20 @@ def parse_task_weights(text: str, tasks: tuple[str, ...] = TASKS) -> tuple[float
 
 
 def _validate(s: Settings) -> None:
-    registry.check(s.trainer)
-    tasks = kind_of(s.data).tasks
-    if kind_of(s.data).name == "dial":
-        parse(s.data)
-    _validate_trainer(s, tasks)
-    grouping.parse(s.group_by)
-    if s.group_by != grouping.AUTO and kind_of(s.data).name == "dial":
+    check(s)
+    kind = kind_of(s.data)
+    if s.trainer == "single" and s.task not in kind.tasks:
+        raise UsageError(f"--trainer single: which task? --task {' or --task '.join(kind.tasks)}.")
+    if s.group_by != grouping.AUTO and kind.name == "dial":
         raise UsageError(f"--group-by {s.group_by}: goes with images; the dial problem has clips of its own.")
-    if s.optimizer not in ("AdamW", "SGD"):
-        raise UsageError(_unknown("optimizer", s.optimizer, ("AdamW", "SGD")))
-    if s.precision not in PRECISIONS:
-        raise UsageError(_unknown("precision", s.precision, PRECISIONS))
-    if s.processes < 0:
-        raise UsageError(f"--processes {s.processes}: must be at least 1.")
-    if s.imgsz < 32 or s.imgsz % 32:
-        nearest = max(32, -(-s.imgsz // 32) * 32)
-        raise UsageError(f"--imgsz {s.imgsz}: must be a multiple of 32; the next one is {nearest}.")
-    if s.imgsz > LARGEST_IMAGE:
-        raise UsageError(f"--imgsz {s.imgsz}: images of at most {LARGEST_IMAGE} pixels are trained on.")
-    for name in ("epochs", "batch_size", "every", "top_k", "micro_batches", "probe_every"):
-        if not 1 <= getattr(s, name) < 2**53:
-            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 1, and below 2^53.")
-    if s.probe_loader not in ("", "train", "val"):
-        raise UsageError(_unknown("--probe-loader", s.probe_loader, ("train", "val")))
-    if s.probe_batches < 2:
-        raise UsageError(f"--probe-batches {s.probe_batches}: noise is told from at least 2; 8 are the default.")
     if s.micro_batches > s.batch_size:
         raise UsageError(f"--micro-batches {s.micro_batches}: a batch has no more than {s.batch_size} images.")
-    _validate_ledger(s)
-    for name in ("lr", "weight_sum", "gradnorm_lr", "dwa_temperature"):
-        if not 0 < getattr(s, name) < math.inf:
-            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be a positive number.")
-    for name in (
-        "lrf",
-        "weight_decay",
-        "clip_norm",
-        "min_weight",
-        "max_weight",
-        "bn_batches",
-        "gradnorm_alpha",
-        "cagrad_c",
-    ):
-        if math.isnan(getattr(s, name)) or getattr(s, name) < 0:
-            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must not be negative.")
-    for name in ("lrf", "weight_decay", "min_weight"):
-        if math.isinf(getattr(s, name)):
-            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be finite.")
     if len(s.double_sizes) not in (0, len(s.double)):
         raise UsageError(f"{len(s.double_sizes)} sizes for {len(s.double)} layers to double.")
-    for name in ("momentum", "gradnorm_momentum"):
-        if not 0 <= getattr(s, name) < 1:
-            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must be at least 0 and below 1.")
-    if not 0 <= s.seed < 2**63:
-        raise UsageError(f"--seed {s.seed}: must be a whole number from 0 to 2^63 - 1.")
-    if math.isinf(s.gradnorm_alpha):
-        raise UsageError("--gradnorm-alpha inf: must be finite; the paper calls 3 and more unstable.")
-    if len(s.task_weights) != len(tasks):
+    _validate_ledger(s)
+    if len(s.task_weights) != len(kind.tasks):
         raise UsageError(
-            f"--task-weights {s.task_weights}: are {len(s.task_weights)}, of the tasks {', '.join(tasks)}."
+            f"--task-weights {s.task_weights}: are {len(s.task_weights)}, of the tasks {', '.join(kind.tasks)}."
         )
     bad = [w for w in s.task_weights if not 0 <= w < math.inf]
     if bad or not any(s.task_weights):
@@ -259,40 +260,18 @@ def _validate(s: Settings) -> None:
 
 
 def _validate_ledger(s: Settings) -> None:
-    if s.ledger_ends not in LEDGER_ENDS:
-        raise UsageError(_unknown("--ledger-ends", s.ledger_ends, LEDGER_ENDS))
-    for name in ("ledger_burst", "ledger_every"):
-        if getattr(s, name) < 0:
-            raise UsageError(f"{_flag(name)} {getattr(s, name)}: must not be negative.")
     if bool(s.ledger_burst) != bool(s.ledger_every):
         raise UsageError("--ledger-burst and --ledger-every go together: so many steps of every so many.")
     if s.ledger_burst > s.ledger_every:
         raise UsageError(f"--ledger-burst {s.ledger_burst}: longer than --ledger-every {s.ledger_every}.")
-    if s.ledger_images < 1:
-        raise UsageError(f"--ledger-images {s.ledger_images}: must be at least 1.")
     if s.ledger and s.ledger_ends == "batch" and s.micro_batches < 2:
         raise UsageError(
             "--ledger-ends batch needs --micro-batches 4: a batch's own noise is known from its parts only."
         )
 
 
-def _validate_trainer(s: Settings, tasks: tuple[str, ...]) -> None:
-    if s.trainer == "single" and s.task not in tasks:
-        raise UsageError(f"--trainer single: which task? --task {' or --task '.join(tasks)}.")
-    if s.share_until and s.trainer != "dual":
-        raise UsageError(f"--share-until {s.share_until} goes with --trainer dual.")
-    if s.task and s.trainer != "single":
-        raise UsageError(f"--task {s.task} goes with --trainer single; all tasks are trained by {s.trainer}.")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _unknown(kind: str, value: str, known: Any) -> str:
-    near = get_close_matches(value, list(known), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"unknown {kind} {value!r} (there are: {', '.join(known)}).{hint}"
+def _unknown(kind: str, value: str, known: Iterable[str]) -> UsageError:
+    return UsageError(f"unknown {kind} {value!r} (there are: {', '.join(known)}).{near(value, known)}")
 
 
 def as_provenance(settings: Settings) -> dict[str, Any]:
