@@ -24,7 +24,7 @@ def _look_only_where_packages_are() -> None:
     """Let no import look into the present folder, which may be a stranger's: `python -m` puts it before all others.
 
     Nor into the package's own, which is there where this file is run by its path. What a command line names is looked
-    for by :func:`gradprobe.trainers.registry.import_named`.
+    for by :func:`gradprobe.named_code.import_named`.
     """
     places = [HERE]
     try:  # noqa: SIM105  # contextlib is imported no earlier either

@@ -17,7 +17,7 @@ import pytest
 import torch
 from stopped_runs import DIAL, altered, contents, copied, stop_in_epoch
 
-from gradprobe import open_run
+from gradprobe import named_code, open_run
 from gradprobe.cli.app import run as command
 from gradprobe.errors import UsageError
 from gradprobe.trainers import registry
@@ -177,7 +177,7 @@ def test_a_named_module_that_is_installed_goes_before_one_of_the_present_folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "fractions", raising=False)
     before = list(sys.path)
-    assert Path(registry.import_named("fractions").__file__).parent != tmp_path
+    assert Path(named_code.import_named("fractions").__file__).parent != tmp_path
     assert sys.path == before
     assert not marker.exists()
 

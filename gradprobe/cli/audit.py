@@ -57,9 +57,9 @@ def audit(
     from gradprobe.audit import CLASSES, Options
     from gradprobe.audit import audit as examine
     from gradprobe.audit.report import plain
-    from gradprobe.cli.factory import named_function
     from gradprobe.cli.recording import Request
     from gradprobe.errors import UsageError
+    from gradprobe.named_code import named_function
 
     if fail_on and fail_on not in CLASSES[1:]:
         raise UsageError(f"--fail-on {fail_on!r}: one of {', '.join(CLASSES[1:])}.")

@@ -49,7 +49,7 @@ def _made(target: str) -> tuple[Any, Any]:
 
     from torch import nn
 
-    from gradprobe.cli.factory import named_function
+    from gradprobe.named_code import named_function
 
     try:
         made = named_function(target)()

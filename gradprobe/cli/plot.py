@@ -33,7 +33,7 @@ def plot(
     """
     from gradprobe import plots
     from gradprobe.cli.console import stdout
-    from gradprobe.cli.factory import named_function
+    from gradprobe.named_code import named_function
     from gradprobe.runfile import Run
     from gradprobe.summary import sentences
 

@@ -24,7 +24,7 @@ from gradprobe.foreign import quoted
 from gradprobe.provenance import argv, environment
 from gradprobe.runfile import RunWriter, open_run
 from gradprobe.trainers.paths import Paths
-from gradprobe.trainers.problems import kind_of
+from gradprobe.trainers.problems import allow, is_own, kind_of
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import Settings, parse_task_weights, resolve, restored
 
@@ -157,6 +157,7 @@ def make_plan(request: Request) -> Plan:
 def settings_of(request: Request, file: HypFile | None = None) -> Settings:
     """The settings that the flags give, without what ``--from`` adds."""
     flags = dict(request.flags)
+    allow(flags.get("data") or "")
     if flags.get("task_weights") is not None:
         tasks = kind_of(flags.get("data") or Settings.data).tasks
         flags["task_weights"] = parse_task_weights(flags["task_weights"], tasks)
@@ -204,15 +205,21 @@ def _plan_to_resume(request: Request) -> Plan:
         *(request.preset, request.hyp, request.out, request.overwrite, request.source),
         *(request.plan, request.arm),
     )
-    if {*_given(request)} - {"trainer"} or any(others) or request.project is not None or request.name is not None:
+    if (
+        {*_given(request)} - {"trainer", "data"}
+        or any(others)
+        or request.project is not None
+        or request.name is not None
+    ):
         raise UsageError(
-            "--resume goes on with the settings of that run; give no other flags with it (but --trainer, where that is "
-            "a module of your own)."
+            "--resume goes on with the settings of that run; give no other flags with it (but --trainer and "
+            "--data, where those are modules of your own)."
         )
     with open_run(request.resume) as run:
         if run.end == "finished":
             raise UsageError(f"--resume {request.resume}: this run is finished; there is nothing to go on with.")
         last, own = int(run["step"].max(initial=-1)), str(run.provenance.get("id", ""))
+        _check_named(request, {name: run.provenance.get(f"settings.{name}", "") for name in ("trainer", "data")})
     paths = Paths(request.resume)
     if not os.path.lexists(paths.checkpoint) and paths.earlier_checkpoint.is_file():
         raise RunFileError(
@@ -228,8 +235,8 @@ def _plan_to_resume(request: Request) -> Plan:
             f"{request.resume}: ends at step {last}, but its checkpoint belongs to a run that was measured up to step "
             f"{state['probe']['last_row']}. There is nothing to go on from; record anew with --overwrite."
         )
+    _check_named(request, state["settings"])
     settings = restored(state["settings"])
-    _check_named(request, settings.trainer)
     if settings.processes > max(started(), MOST_PROCESSES, os.cpu_count() or 1):
         raise RunFileError(
             f"{request.resume}: was recorded by {settings.processes} processes, which are not started on a machine of "
@@ -248,20 +255,22 @@ def _plan_to_resume(request: Request) -> Plan:
     )
 
 
-def _check_named(request: Request, recorded: str) -> None:
+def _check_named(request: Request, settings: Mapping[str, Any]) -> None:
     """A module is imported because this command line names it, never because a file does.
 
     Raises:
-        UsageError: The run is of a trainer that the command line does not name, or of another than it names.
+        UsageError: The run is of a trainer or data that the command line does not name, or of others than it names.
     """
-    named = request.flags.get("trainer")
-    if named is not None and named != recorded:
-        raise UsageError(f"--trainer {named}: {request.resume} was recorded with --trainer {recorded}; leave it out.")
-    if named is None and recorded not in TRAINERS:
-        raise UsageError(
-            f"--resume {request.resume}: was recorded with {recorded!r}, a module that is no part of gradprobe and "
-            f"whose code would be run. If it is yours, name it too: --trainer {quoted(recorded)}"
-        )
+    for name, bundled in (("trainer", TRAINERS.__contains__), ("data", lambda data: not is_own(data))):
+        named, recorded = request.flags.get(name), str(settings.get(name, ""))
+        if named is not None and named != recorded:
+            raise UsageError(f"--{name} {named}: {request.resume} was recorded with --{name} {recorded}; leave it out.")
+        if named is None and not bundled(recorded):
+            raise UsageError(
+                f"--resume {request.resume}: was recorded with {recorded!r}, a module that is no part of gradprobe and "
+                f"whose code would be run. If it is yours, name it too: --{name} {quoted(recorded)}"
+            )
+    allow(request.flags.get("data") or "")
 
 
 def _check_side_files(plan: Plan) -> None:

@@ -24,7 +24,7 @@ from gradprobe.study.arms import Arm, Planned, chains, check_baseline, choose, m
 from gradprobe.study.budget import steps_of
 from gradprobe.study.folder import FINISHED, Folder
 from gradprobe.study.runner import DONE, FAILED, SKIPPED, Entry, Launcher, Study, subprocesses
-from gradprobe.trainers.problems import kind_of
+from gradprobe.trainers.problems import allow, kind_of
 from gradprobe.trainers.settings import Settings
 
 
@@ -125,6 +125,7 @@ def prepare(asked: Asked, *, check_extras: bool = True, write: bool = True) -> P
             raise UsageError(f"--{name} {value}: must be a positive number.")
     words = [*(preset.record if preset else ()), *asked.record]
     data = _request(words).flags.get("data", Settings.data)
+    allow(data or "")
     tasks = kind_of(data).tasks
     trainers = asked.trainers if asked.trainers is not None else preset.trainers if preset else ""
     arms = make_arms([t.strip() for t in trainers.split(",") if t.strip()], asked.arms, tasks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gradprobe.errors import GradprobeError
-from gradprobe.trainers.problems import kind_of
+from gradprobe.trainers.problems import is_own, kind_of
 from gradprobe.trainers.problems.dial_spec import parse
 from gradprobe.trainers.settings import Settings
 
@@ -20,6 +20,8 @@ def steps_of(settings: Settings) -> int | None:
 
 
 def _images(settings: Settings) -> int | None:
+    if is_own(settings.data):
+        return None
     if kind_of(settings.data).name == "dial":
         return parse(settings.data).size
     if settings.data == "phantom":

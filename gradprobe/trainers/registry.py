@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradprobe.errors import UsageError
+from gradprobe.named_code import import_named
 from gradprobe.trainers.options import flag, near, option, options
 from gradprobe.trainers.problems import YOLOV5
 
@@ -237,21 +236,6 @@ def check(name: str) -> None:
         f"unknown trainer {name!r} (there are: {', '.join(TRAINERS)}; your own: my_module:MyBalancer)."
         f"{near(name, TRAINERS)}"
     )
-
-
-def import_named(module: str) -> Any:
-    """Import a module that this command line names: an installed one, or else one of the present folder.
-
-    Installed ones go first, and the present folder is looked into only for what is not installed: where a folder is a
-    stranger's, no file of it may stand in for a package. A name that was read from a file is never given to this.
-    """
-    try:
-        installed = importlib.util.find_spec(module.partition(".")[0]) is not None
-    except (ImportError, ValueError):
-        installed = False
-    if not installed and (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # to stay: what the module imports may lie there, too
-    return importlib.import_module(module)
 
 
 def _module(module: str, name: str) -> Any:

@@ -39,6 +39,7 @@ def _check_data(data: str) -> None:
         parse(data)
 
 
+DATA = "data.yaml, phantom, dial:angle=120,ratio=10,noise=1, or your own my_module:make"
 NAMES = f"{', '.join(registry.TRAINERS)}, or your own my_module:MyBalancer"
 
 COUNT = {"least": 1, "below": 2**53}
@@ -57,7 +58,7 @@ class Settings(registry.TrainerOptions):
 
     trainer: str = common("gradnorm", f"{NAMES}.", rule=registry.check, audit=f"{NAMES}. [default: joint]")
     from_run: str = option("", "Name of the run file that --from read; what it gave is in other settings.", flag=False)
-    data: str = common("phantom", "data.yaml, phantom, or dial:angle=120,ratio=10,noise=1.", rule=_check_data)
+    data: str = common("phantom", f"{DATA}.", rule=_check_data)
     imgsz: int = common(128, "Image size in pixels, a multiple of 32.", rule=_check_size, least=32, most=LARGEST_IMAGE)
     epochs: int = common(12, "Passes through the training split.", **COUNT, audit="Of the learning rate's schedule.")
     batch_size: int = common(16, "Images, of all processes together.", **COUNT, audit="Images.")

@@ -1,14 +1,21 @@
 """What a bundled training is about: its data, its model, its tasks and how they are judged.
 
-A problem is one file beside this one, and one entry here. Imports nothing heavy: the command line reads the table.
+A problem is one file beside this one, and one entry here; or, of the user's, a class with a ``kind``, or a function
+that returns a data set, which ``--data module:name`` names. Imports nothing heavy: the command line reads the table.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from gradprobe.errors import UsageError
+from gradprobe.named_code import import_named
 
 if TYPE_CHECKING:
     from gradprobe.trainers.hyp import DetectionHyp
@@ -55,6 +62,9 @@ class Kind:
 
 _HERE = "gradprobe.trainers.problems."
 
+NEEDED = ("load", "describe", "build_model", "loader", "example", "score", "fitness", "clusters")
+"""What a :class:`Problem` does."""
+
 YOLOV5 = Kind(
     "yolov5",
     ("det", "cls"),
@@ -87,8 +97,49 @@ DIAL = Kind(
 
 
 def kind_of(data: str) -> Kind:
-    """The problem that ``--data`` names: ``dial`` and ``dial:...`` a synthetic one, all else images for YOLOv5."""
+    """The problem that ``--data`` names: ``dial`` and ``dial:...`` a synthetic one, ``module:name`` one of the user's.
+
+    All else are images for YOLOv5.
+
+    Raises:
+        UsageError: It is one of the user's that :func:`allow` does not know, cannot be imported, or is none.
+    """
+    if is_own(data):
+        return getattr(_own(data), "kind", YOLOV5)
     return DIAL if data == "dial" or data.startswith("dial:") else YOLOV5
+
+
+def is_own(data: str) -> bool:
+    """Whether ``--data`` is written as ``module:name``, and is no path of a file."""
+    return re.fullmatch(r"(?!dial:)[A-Za-z_][\w.]*:[A-Za-z_]\w*", data) is not None and not Path(data).exists()
+
+
+def allow(data: str) -> None:
+    """Let ``--data`` import a module of the user's, because this command line names it, and not a file."""
+    _allowed.add(data)
+
+
+_allowed: set[str] = set()
+
+
+@lru_cache
+def _own(data: str) -> Any:
+    """The user's class of a :class:`Problem`, or function that returns data for YOLOv5."""
+    if data not in _allowed:
+        raise UsageError(f"--data {data}: is code that would be run. If it is yours, name it on the command line.")
+    module, _, name = data.partition(":")
+    try:
+        found = getattr(import_named(module), name)
+    except Exception as error:
+        raise UsageError(f"--data {data}: {type(error).__name__}: {error}") from error
+    kind = getattr(found, "kind", None)
+    if kind is None and callable(found) and not isinstance(found, type):
+        return found
+    missing = [each for each in NEEDED if not callable(getattr(found, each, None))]
+    if not isinstance(kind, Kind) or missing:
+        lacks = f"lacks {', '.join(missing)}" if missing else "has no kind, a gradprobe.trainers.problems.Kind"
+        raise UsageError(f"--data {data}: is neither a function that returns a data set nor a problem: it {lacks}.")
+    return found
 
 
 class Data(Protocol):
@@ -171,6 +222,13 @@ class Problem(Protocol):
 
 def problem_of(settings: Settings) -> Problem:
     """The problem that ``--data`` names, ready to be loaded."""
+    if is_own(settings.data):
+        own = _own(settings.data)
+        if hasattr(own, "kind"):
+            return cast(Problem, own())
+        from gradprobe.trainers.problems.yolov5 import YOLOv5
+
+        return YOLOv5(own)
     module, _, name = kind_of(settings.data).factory.partition(":")
     make = cast(Callable[[], Problem], getattr(importlib.import_module(module), name))
     return make()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradprobe.errors import DataError
 from gradprobe.trainers import data as datasets
-from gradprobe.trainers.data import LoadedData, Loader
+from gradprobe.trainers.data import LoadedData, Loader, given
 from gradprobe.trainers.data.dataset import ImageDataset
 from gradprobe.trainers.evaluate import ImageScores, score
 from gradprobe.trainers.hyp import DetectionHyp
@@ -20,12 +21,25 @@ from gradprobe.trainers.settings import Settings
 
 
 class YOLOv5:
-    """See :class:`gradprobe.trainers.problems.Problem`."""
+    """See :class:`gradprobe.trainers.problems.Problem`.
+
+    Args:
+        make: Returns the data, see :func:`gradprobe.trainers.data.given.load`; None: ``--data`` names them.
+    """
 
     kind = YOLOV5
 
+    def __init__(self, make: Callable[[], Any] | None = None) -> None:
+        self._make = make
+
     def load(self, settings: Settings) -> LoadedData:
-        """The phantoms, or what a data.yaml names."""
+        """The phantoms, what a data.yaml names, or what a function of the user's returns."""
+        if self._make is not None:
+            try:
+                found = self._make()
+            except Exception as error:
+                raise DataError(f"--data {settings.data}: {type(error).__name__}: {error}") from error
+            return given.load(found, settings.data, settings.imgsz)
         return datasets.load_data(
             settings.data,
             imgsz=settings.imgsz,

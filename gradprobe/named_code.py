@@ -1,12 +1,30 @@
-"""A function of the user's, named on the command line as MODULE:FUNCTION."""
+"""Code of the user's that this command line names. A name that was read from a file is never given to this."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.registry import import_named
+
+
+def import_named(module: str) -> Any:
+    """Import a module that this command line names: an installed one, or else one of the present folder.
+
+    Installed ones go first, and the present folder is looked into only for what is not installed: where a folder is a
+    stranger's, no file of it may stand in for a package. A name that was read from a file is never given to this.
+    """
+    try:
+        installed = importlib.util.find_spec(module.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        installed = False
+    if not installed and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # to stay: what the module imports may lie there, too
+    return importlib.import_module(module)
 
 
 def named_function(target: str, example: str = "mytraining:make") -> Callable[..., Any]:
