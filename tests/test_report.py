@@ -29,7 +29,7 @@ from gradprobe.report.look import Styles
 from gradprobe.report.material import Ledger, RunData
 from gradprobe.report.report import SECTIONS, build, write
 from gradprobe.report.report import html as make_html
-from gradprobe.report.sections import evidence, limits, outcome
+from gradprobe.report.sections import evidence, front, limits, outcome
 from gradprobe.report.sections import ledger as ledger_section
 from gradprobe.report.sections.common import Context
 from gradprobe.rows import ProbeLoaderRow
@@ -739,6 +739,17 @@ def test_headings_go_down_by_one_and_every_section_has_one(written):
     assert all(b - a <= 1 for a, b in pairwise(levels))
     linked = {a["href"][1:] for t, a in read.elements if t == "a"}
     assert linked <= {a.get("id") for _, a in read.elements}
+
+
+def test_a_long_headline_is_said_in_short_and_then_in_full(context):
+    why = Message("reason.not_shared", arm="dual", tasks=["det", "cls"])
+    for key, short in (
+        ("no_gradient", "No gradient can interfere."),
+        ("no_conclusion", "No conclusion about interference."),
+    ):
+        said = Message(f"headline.{key}", why=why)
+        found = front.headline(replace(context, comparison=replace(context.comparison, headline=[said])))
+        assert found == (short, [PAGE.say(said)])
 
 
 def test_the_top_says_all_of_interference_since_half_of_it_would_mislead(context):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from report_factory import HOSTILE, make_comparison, make_study
 
+from gradprobe.messages import Message
 from gradprobe.report.look import DARK, LIGHT
 from gradprobe.report.report import html, write
 
@@ -41,10 +42,11 @@ def files(tmp_path_factory):
     comparison = make_comparison(arms)
     (folder / "bad").mkdir()
     bad = make_study(folder / "bad", HOSTILE[:2], 3, rows=12, layers=list(HOSTILE), tasks=HOSTILE[2:4])
+    warnings = [Message("plan.none", file=name) for name in HOSTILE]
     texts = {
         "en": html(comparison, arms, "en", {"mAP50": 0.6}),
         "zh": html(comparison, arms, "zh-TW"),
-        "hostile": html(make_comparison(bad, HOSTILE[0], warnings=HOSTILE), bad, targets={HOSTILE[0]: 1.0}),
+        "hostile": html(make_comparison(bad, HOSTILE[0], warnings=warnings), bad, targets={HOSTILE[0]: 1.0}),
     }
     for name, text in texts.items():
         write(text, folder / f"{name}.html")

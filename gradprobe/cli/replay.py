@@ -7,6 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from gradprobe.messages import ENGLISH as SAY
+from gradprobe.messages import Message
+
 
 def replay(
     file: Annotated[Path, typer.Argument(help="The run file, finished or still being written.")],
@@ -43,43 +46,34 @@ def replay(
                 *draw(run, replayed), out or file.with_name(f"{file.name.removesuffix('.h5')}-replay.png")
             )
     if as_json:
-        print(json.dumps({"file": file.name, "methods": rows, "notes": notes}, indent=2, allow_nan=False))
+        print(
+            json.dumps({"file": file.name, "methods": rows, "notes": list(map(str, notes))}, indent=2, allow_nan=False)
+        )
         return
     _show(rows, notes, written)
 
 
-def _notes(run: Any, names: list[str]) -> list[str]:
-    said = [
-        "At the recorded parameters, to first order, on the same minibatch. Progress 1: as if the other tasks were "
-        "absent. What a training with these weights would become takes a run."
-    ]
+def _notes(run: Any, names: list[str]) -> list[Message]:
+    said = [Message("replay.reading")]
     steps = run["step"]
     if "gradnorm" in names and len(steps) > 1 and int(steps[-1] - steps[0]) != len(steps) - 1:
-        said.append(
-            f"gradnorm saw the {len(steps)} measured rows alone, of {int(steps[-1]) + 1} steps: live it moves at every "
-            "step. Record with --every 1 for its own weights."
-        )
+        said.append(Message("replay.gradnorm", n=len(steps), steps=int(steps[-1]) + 1))
     return said
 
 
-def _show(rows: list[dict[str, Any]], notes: list[str], written: list[Path]) -> None:
+def _show(rows: list[dict[str, Any]], notes: list[Message], written: list[Path]) -> None:
     from rich.table import Table
 
     from gradprobe.cli.console import stdout
 
-    columns = ("method", "task", "weight", "progress", "change to joint", "harmed", "step length")
-    table = Table(title="Replay (medians over rows)", title_justify="left")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="left" if place < 2 else "right", overflow="fold")
+    keys = ("replay.method", "column.task", *(f"replay.{name}" for name in ("weight", "progress", "change")))
+    table = Table(title=SAY("replay.title"), title_justify="left")
+    for place, key in enumerate((*keys, "replay.harmed", "replay.length")):
+        table.add_column(SAY(key), justify="left" if place < 2 else "right", overflow="fold")
     for row in rows:
-        harmed = "-" if row["harmed"] is None else f"{100 * row['harmed']:.0f} %"
-        medians = [_text(value) for value in (row["weight"], row["progress"], row["change"]["median"])]
-        table.add_row(row["method"], row["task"], *medians, harmed, _text(row["length"]))
+        medians = [SAY.number(value) for value in (row["weight"], row["progress"], row["change"]["median"])]
+        table.add_row(row["method"], row["task"], *medians, SAY.percent(row["harmed"]), SAY.number(row["length"]))
     console = stdout()
     console.print(table)
-    for text in (*notes, *map(str, written)):
-        console.print(text, soft_wrap=True)
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    for text in (*notes, *written):
+        console.print(str(text), soft_wrap=True)

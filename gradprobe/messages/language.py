@@ -103,6 +103,18 @@ class Language:
         shown = self.signed if signed else self.number
         return self("join.span", low=shown(low), high=shown(high))
 
+    def percent(self, share: float | None, digits: str = ".0") -> str:
+        """A share of 1 in percent.
+
+        >>> Language().percent(0.123), Language(page=True).percent(-0.001)
+        ('12 %', '0\xa0%')
+        """
+        if share is None or math.isnan(share):
+            return self.missing
+        number = f"{100 * share:{digits}f}"
+        number = number.lstrip("-") if not number.strip("-0.") else number  # never -0 %
+        return self._signs(number) + ("\u00a0%" if self.page else " %")
+
     def p_value(self, value: float | tuple[float, float] | None) -> str:
         """A p-value, or raw and adjusted beside each other."""
         if isinstance(value, tuple):
@@ -154,9 +166,7 @@ class Language:
         if value is None or math.isnan(value):
             return self.missing
         if how.endswith("%"):
-            number = f"{100 * value:{how[:-1]}f}"
-            number = number.lstrip("-") if not number.strip("-0.") else number  # never -0 %
-            return self._signs(number) + ("\u00a0%" if self.page else " %")
+            return self.percent(value, how[:-1])
         return self._signs(f"{value:{how}}")
 
     def _signs(self, number: str) -> str:

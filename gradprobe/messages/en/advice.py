@@ -26,4 +26,16 @@ MESSAGES: dict[str, str] = {
     "advice.share": ", {part:.0%} of the model's {whole:,}",
     "advice.caution": "Within one run, from single minibatches: samples that tasks share bias a cosine. Whether a "
     "remedy helps takes the same seeds with and without it.",
+    # ---- what other methods would have done
+    "replay.title": "Replay (medians over rows)",
+    "replay.method": "Method",
+    "replay.weight": "Weight",
+    "replay.progress": "Progress",
+    "replay.change": "Change to joint",
+    "replay.harmed": "Harmed",
+    "replay.length": "Step length",
+    "replay.reading": "At the recorded parameters, to first order, on the same minibatch. Progress 1: as if the other "
+    "tasks were absent. What a training with these weights would become takes a run.",
+    "replay.gradnorm": "gradnorm saw the {n} measured rows alone, of {steps} steps: live it moves at every step. "
+    "Record with `--every 1` for its own weights.",
 }

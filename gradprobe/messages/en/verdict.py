@@ -51,6 +51,7 @@ MESSAGES: dict[str, str] = {
     "headline.no_conclusion_short": "No conclusion about interference.",
     "headline.nothing": "there is nothing to compare.",
     "headline.no_gradient": "No gradient can interfere: {why}",
+    "headline.no_gradient_short": "No gradient can interfere.",
     "headline.interference": "{arms:sentences}",
     "headline.arm": "{arm}: interference against {baseline} is {verdicts}.",
     "headline.verdict": "{verdict} ({subject:subject})",

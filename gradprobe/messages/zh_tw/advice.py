@@ -24,4 +24,16 @@ MESSAGES: dict[str, str] = {
     "advice.share": "，為模型 {whole:,} 個參數的 {part:.0%}",
     "advice.caution": "僅就一次執行的單一小批次而言：任務共用的樣本會使餘弦有偏差。補救是否有效，需以相同的種子比較有無"
     "補救的執行。",
+    # ---- 其他方法會如何
+    "replay.title": "重演（各列的中位數）",
+    "replay.method": "方法",
+    "replay.weight": "權重",
+    "replay.progress": "進展",
+    "replay.change": "相對於 joint 的變化",
+    "replay.harmed": "受損",
+    "replay.length": "步長",
+    "replay.reading": "在記錄的參數上，一階近似，同一小批次。進展為 1：如同沒有其他任務。以這些權重訓練會如何，需要"
+    "實際執行。",
+    "replay.gradnorm": "gradnorm 只看到 {steps} 步中量測的 {n} 列：實際訓練時它每一步都會變動。請以 `--every 1` 記錄，"
+    "以取得它自己的權重。",
 }

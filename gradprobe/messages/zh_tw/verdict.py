@@ -49,6 +49,7 @@ MESSAGES: dict[str, str] = {
     "headline.no_conclusion_short": "無法對干擾下結論。",
     "headline.nothing": "沒有可比較的內容。",
     "headline.no_gradient": "不可能有梯度干擾：{why}",
+    "headline.no_gradient_short": "不可能有梯度干擾。",
     "headline.interference": "{arms:sentences}",
     "headline.arm": "{arm}：與 {baseline} 相比，干擾{verdicts}。",
     "headline.verdict": "{verdict}（{subject:subject}）",

@@ -57,7 +57,8 @@ def headline(context: Context) -> tuple[str, list[str]]:
         return whole, rest
     if first.key == "headline.interference":
         return _counted(words, context.comparison.of(INTERFERENCE)), [whole, *rest]
-    return words("headline.no_conclusion_short"), [whole, *rest]
+    short = "headline.no_gradient_short" if first.key == "headline.no_gradient" else "headline.no_conclusion_short"
+    return words(short), [whole, *rest]
 
 
 def _counted(words: Language, answers: Sequence[Answer]) -> str:
