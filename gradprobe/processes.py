@@ -165,7 +165,6 @@ class Ranks(Alone):
         raise failure or RuntimeError("failed in another process")
 
     def all(self, flag: bool) -> bool:
-        """See :class:`Alone`."""
         return bool(self._reduced(torch.tensor([float(flag)]), dist.ReduceOp.MIN))
 
     def gathered(self, own: T) -> list[T]:
@@ -175,7 +174,6 @@ class Ranks(Alone):
         return found
 
     def first_says(self, flag: bool) -> bool:
-        """See :class:`Alone`."""
         return bool(self._reduced(torch.tensor([float(flag and self.first)]), dist.ReduceOp.MAX))
 
     def average(self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -194,12 +192,10 @@ class Ranks(Alone):
         return result
 
     def mean(self, values: Array) -> Array:
-        """See :class:`Alone`."""
         total = self._reduced(torch.from_numpy(np.array(values, dtype=np.float64)), dist.ReduceOp.SUM)
         return total.cpu().numpy() / self.size
 
     def shares(self, own: Sequence[float]) -> list[float]:
-        """See :class:`Alone`."""
         found = self.gathered([self.share * part for part in own])
         return [share for process in found for share in process if share > 0]
 
@@ -222,13 +218,11 @@ class Ranks(Alone):
         return {task: loss * factor for task, loss in losses.items()} if factor != 1 else dict(losses)
 
     def agreed(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """See :class:`Alone`."""
         values = torch.tensor(list(weights.values()), dtype=torch.float64, device=self._device)
         dist.broadcast(values, src=0)
         return dict(zip(weights, values.tolist(), strict=True))
 
     def leave(self) -> None:
-        """See :class:`Alone`."""
         dist.destroy_process_group()
 
     @contextmanager

@@ -43,7 +43,6 @@ class Begun:
         """Nothing to do."""
 
     def flush(self) -> bool:
-        """Nothing is kept back."""
         return True
 
     def close(self, end: str) -> None:

@@ -66,14 +66,12 @@ class Display:
         self.say(f"note: {text}")
 
     def stepped(self, epoch: int, step: int, losses: Mapping[str, float]) -> None:
-        """A step is done."""
         self.losses = dict(losses)
         if time.monotonic() >= self._line_due:
             self._line_due = time.monotonic() + self.line_seconds
             self.line(epoch, step)
 
     def evaluated(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """An epoch is done."""
         self.metrics.append((epoch, dict(metrics)))
         self.epoch_line(epoch, metrics)
 
@@ -114,7 +112,6 @@ class Display:
         """Nothing to show."""
 
     def flush(self) -> bool:
-        """Nothing is kept back."""
         return True
 
     def close(self, end: str) -> None:
@@ -123,7 +120,6 @@ class Display:
     # ---- lines
 
     def say(self, text: str) -> None:
-        """One line."""
         self.messages.print(text)
 
     def line(self, epoch: int, step: int) -> None:
@@ -186,7 +182,6 @@ class LiveDisplay(Display):
         )
 
     def stepped(self, epoch: int, step: int, losses: Mapping[str, float]) -> None:
-        """Move the bar."""
         self.losses, self._epoch = dict(losses), epoch
         self._progress.update(self._bar, completed=step + 1, description=f"epoch {epoch + 1}/{self.epochs} training")
 

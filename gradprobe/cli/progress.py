@@ -26,11 +26,9 @@ class Lines:
         self._left: float | None = None
 
     def say(self, text: str) -> None:
-        """One line."""
         self.console.print(text)
 
     def began(self, entry: Entry) -> None:
-        """A run was started."""
         self.say(f"started {entry.run.name}")
 
     def ended(self, entry: Entry) -> None:
@@ -84,7 +82,6 @@ class Bar(Lines):
         """The bar names it."""
 
     def going_on(self, entries: Sequence[Entry], done: float) -> None:
-        """Move the bar."""
         super().going_on(entries, done)
         names = ", ".join(entry.run.name for entry in entries if entry.state == RUNNING)
         self._progress.update(self._bar, completed=done, description=names, left=self.left)

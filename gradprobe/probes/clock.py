@@ -109,7 +109,6 @@ class StepClock:
         self._calls -= self._calls % self.accumulate
 
     def state_dict(self) -> dict[str, int]:
-        """What :meth:`load_state_dict` needs to go on."""
         return {"step": self.step, "calls": self._calls, "last_asked": self._last_asked}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

@@ -348,7 +348,6 @@ class Measuring:
         return shared
 
     def state_dict(self) -> dict[str, Any]:
-        """What :meth:`load_state_dict` needs to go on."""
         return {
             "clock": self.clock.state_dict(),
             "meter": self.meter.state_dict(),

@@ -103,11 +103,9 @@ class Led:
         return self._first_says(self._own.due(step))
 
     def spent(self, seconds: float) -> None:
-        """Of this process."""
         self._own.spent(seconds)
 
     def passed(self, now: float) -> None:
-        """Of this process."""
         self._own.passed(now)
 
 
@@ -123,11 +121,9 @@ class Also:
         return due or wanted
 
     def spent(self, seconds: float) -> None:
-        """Of the schedule."""
         self._own.spent(seconds)
 
     def passed(self, now: float) -> None:
-        """Of the schedule."""
         self._own.passed(now)
 
 

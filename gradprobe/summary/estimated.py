@@ -45,7 +45,6 @@ def summarise(run: Run) -> dict[str, Any] | None:
 
 
 def messages(found: dict[str, Any] | None) -> list[Message]:
-    """The same in words."""
     if found is None:
         return []
     cosines = [_cosine(pair.split("|"), value) for pair, value in found["pairs"].items()]

@@ -97,7 +97,6 @@ def summarise(run: Run, seen: Run, gradient: Array) -> dict[str, Any] | None:
 
 
 def messages(found: dict[str, Any] | None) -> list[Message]:
-    """The same in words."""
     if found is None:
         return []
     said = [*_taken_apart(found), *_compared(found)]

@@ -31,5 +31,4 @@ class BatchOrder:
         return {"hash": self.hash, "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one stopped."""
         self.hash, self.count = state["hash"], state["count"]

@@ -61,7 +61,6 @@ class DWA(Balancer):
         return {"sum": self._sum.clone(), "seen": self._seen, "counted": self._counted, "means": list(self._means)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one stopped."""
         self._sum, self._seen, self._counted = (
             kept(state, "sum", self._sum),
             counted(state, "seen"),

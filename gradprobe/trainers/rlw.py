@@ -45,7 +45,6 @@ class RLW(Balancer):
         return {"weight": self._weight.clone(), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one stopped."""
         self._weight = kept(state, "weight", self._weight)
         self._generator.set_state(state["generator"].cpu())
 

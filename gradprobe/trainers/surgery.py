@@ -150,7 +150,6 @@ class Surgery(Balancer):
         return {"count": self._count, "weights": dict(self._weights), "method": self._method.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one stopped."""
         self._count, self._weights = counted(state, "count"), {task: float(w) for task, w in state["weights"].items()}
         self._method.load_state_dict(state["method"])
 

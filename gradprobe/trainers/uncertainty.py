@@ -56,7 +56,6 @@ class Uncertainty(Balancer):
         return {"log_variance": self._log_variance.detach().clone(), "optimizer": self._optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one stopped."""
         with torch.no_grad():
             self._log_variance.copy_(kept(state, "log_variance", self._log_variance))
         restore_optimizer(self._optimizer, state["optimizer"])

@@ -77,7 +77,6 @@ class Weighting:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one stopped."""
         if "alpha" in state:
             alpha = np.array(state["alpha"], dtype=np.float64)
             if alpha.shape != np.shape(self._made.prvs_alpha) or not np.isfinite(alpha).all():

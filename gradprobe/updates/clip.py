@@ -109,5 +109,4 @@ class Limit:
         return {"value": self.value, "seen": list(self._seen)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one stopped."""
         self.value, self._seen = state["value"], list(state["seen"])

@@ -80,14 +80,12 @@ class Drift:
         return UNKNOWN if now is None or last is None else moved(last[1], now, step - last[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
         if self._last is None:
             return {}
         step, last = self._last
         return {"step": step, "mean": last.mean, "variance": last.variance, "eps": last.eps, "batches": last.batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one stopped."""
         self._last = None
         if state:
             tensors = (state[name].cpu() for name in ("mean", "variance", "eps", "batches"))

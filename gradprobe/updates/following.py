@@ -130,7 +130,6 @@ class Reader:
         """Nothing more will come at all."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -177,7 +176,6 @@ class Following:
             reader.check(tasks, meter)
 
     def open(self, measuring: Measuring, model: nn.Module) -> None:
-        """Belong to a probe."""
         assert measuring.optimizer is not None
         self._measuring, self.model, self.optimizer = measuring, model, measuring.optimizer
         for reader in self.readers:
@@ -225,7 +223,6 @@ class Following:
             self._each(lambda reader: reader.close(), {})
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
         return {
             "skipped": self._skipped,
             "passed": self._passed,
@@ -234,7 +231,6 @@ class Following:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one stopped."""
         device = self.now.meter.device
         self._skipped, self._passed = state["skipped"], state["passed"]
         self._kept = {tuple(places): [m.to(device) for m in moments] for places, moments in state["kept"]}

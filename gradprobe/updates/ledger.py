@@ -152,7 +152,6 @@ class Ledger(Reader):
         meter.keep(micro=self.ends == "batch")
 
     def open(self, following: Following, model: nn.Module) -> None:
-        """Belong to a probe."""
         self._following, self._model = following, model
 
     def wants(self, step: int) -> bool:

@@ -56,7 +56,6 @@ class Updates(Reader):
         meter.keep()
 
     def open(self, following: Following, model: nn.Module) -> None:
-        """Belong to a probe."""
         self._following, self._model, self._drift = following, model, Drift(model)
 
     def begun(self, at: Measured) -> None:
@@ -92,11 +91,9 @@ class Updates(Reader):
         self._now.now.report.row(replace(row, status=status, calls=at.calls, skipped=at.skipped, overhead=self.seconds))
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
         return {"limit": self._limit.state_dict(), "drift": self._drift.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another one stopped."""
         if "limit" in state:
             self._limit.load_state_dict(state["limit"])
             self._drift.load_state_dict(state["drift"])

@@ -36,7 +36,6 @@ def lacks(run: Run) -> str | None:
 
 
 def page(run: Run, figure: Figure) -> Table:
-    """See :mod:`gradprobe.plots.figures`."""
     return pages.single(run, figure, draw)
 
 

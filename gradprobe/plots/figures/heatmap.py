@@ -28,7 +28,6 @@ ZERO = "xxxx"
 
 
 def page(run: Run, figure: Figure) -> Table:
-    """See :mod:`gradprobe.plots.figures`."""
     one = len(run.pairs) == 1
     table = pages.of_pairs(
         run, figure, "cosine by layer", lambda run, ax, pair, room: draw(run, ax, pair, room, colorbar=one)

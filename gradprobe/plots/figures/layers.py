@@ -21,7 +21,6 @@ LEVEL = 0.95
 
 
 def page(run: Run, figure: Figure) -> Table:
-    """See :mod:`gradprobe.plots.figures`."""
     return pages.of_pairs(run, figure, "stochastic conflict rate by layer", draw)
 
 

@@ -32,7 +32,6 @@ def order(run: Run) -> NDArray[np.intp]:
 
 
 def page(run: Run, figure: Figure) -> Table:
-    """See :mod:`gradprobe.plots.figures`."""
     ax, _, room = beside(run, figure, 1)
     return draw(run, ax, room)
 

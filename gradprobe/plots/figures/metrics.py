@@ -48,7 +48,6 @@ def groups(run: Run) -> tuple[list[str], list[str]]:
 
 
 def page(run: Run, figure: Figure) -> Table:
-    """See :mod:`gradprobe.plots.figures`."""
     style.head(figure, run, tasks=False)
     figure.set_size_inches(11, 6)
     count = 2 if all(groups(run)) else 1

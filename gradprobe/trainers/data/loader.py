@@ -34,7 +34,6 @@ class Batch:
         return Batch(self.images[start:stop], boxes, self.labels[start:stop], self.names[start:stop])
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
         moved = {name: getattr(self, name).to(device) for name in ("images", "boxes", "labels")}
         return replace(self, **moved)
 

@@ -62,7 +62,6 @@ class DialBatch:
         return len(self.names)
 
     def to(self, device: torch.device | str) -> DialBatch:
-        """The same batch on another device."""
         return replace(self, images=self.images.to(device), thresholds=self.thresholds.to(device))
 
     def part(self, start: int, stop: int) -> DialBatch:
@@ -154,7 +153,6 @@ class Dial:
         return DialModel(data.spec.layers, data.spec.dim, (data.spec.ratio, 1.0), settings.seed)
 
     def loader(self, split: DialSplit, batch_size: int, *, seed: int = 0, shuffle: bool = True) -> Any:
-        """See :func:`gradprobe.trainers.data.make_loader`."""
         return Loader(split, batch_size, seed, shuffle, collate)
 
     def example(self, settings: Settings, data: DialData) -> Tensor:

@@ -73,7 +73,6 @@ class YOLOv5:
         )
 
     def loader(self, split: ImageDataset, batch_size: int, *, seed: int = 0, shuffle: bool = True) -> Loader:
-        """See :func:`gradprobe.trainers.data.make_loader`."""
         return datasets.make_loader(split, batch_size, seed=seed, shuffle=shuffle)
 
     def example(self, settings: Settings, data: LoadedData) -> Tensor:
@@ -81,7 +80,6 @@ class YOLOv5:
         return torch.zeros(1, 3, settings.imgsz, settings.imgsz)
 
     def score(self, model: Any, loader: Iterable[Any], *, device: Any) -> ImageScores:
-        """See :func:`gradprobe.trainers.evaluate.score`."""
         return score(model, loader, device=device)
 
     def fitness(self, metrics: Mapping[str, float]) -> float:
