@@ -35,7 +35,7 @@ PATIENCE = timedelta(hours=2)
 """How long one process waits for another: the first evaluates alone, which may take its time."""
 
 
-class Alone:
+class OneProcess:
     """A single process: nothing to average, nobody to wait for."""
 
     size = 1
@@ -134,7 +134,7 @@ class Alone:
         yield
 
 
-class Ranks(Alone):
+class ManyProcesses(OneProcess):
     """Several processes with a copy of the model each.
 
     Args:
@@ -150,7 +150,7 @@ class Ranks(Alone):
         self.share = 1 / self.size
 
     def together(self, part: Callable[[], T]) -> T:
-        """See :class:`Alone`.
+        """See :class:`OneProcess`.
 
         Raises:
             RuntimeError: It failed in another process.
@@ -168,7 +168,7 @@ class Ranks(Alone):
         return bool(self._reduced(torch.tensor([float(flag)]), dist.ReduceOp.MIN))
 
     def gathered(self, own: T) -> list[T]:
-        """See :class:`Alone`; pickled, so for what is rarely asked."""
+        """See :class:`OneProcess`; pickled, so for what is rarely asked."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, own, group=self._group)
         return found
@@ -177,7 +177,7 @@ class Ranks(Alone):
         return bool(self._reduced(torch.tensor([float(flag and self.first)]), dist.ReduceOp.MAX))
 
     def average(self, gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """See :class:`Alone`; in one message for each type of number. What comes back is flat."""
+        """See :class:`OneProcess`; in one message for each type of number. What comes back is flat."""
         there = self._reduced(torch.tensor([float(g is not None) for g in gradients]), dist.ReduceOp.MAX).tolist()
         result: list[Tensor | None] = [None] * len(gradients)
         for kind in sorted({p.dtype for p in parameters}, key=str):
@@ -200,7 +200,7 @@ class Ranks(Alone):
         return [share for process in found for share in process if share > 0]
 
     def spread(self, own: Array) -> None:
-        """See :class:`Alone`. A task without a gradient in one process has a gradient of 0 there."""
+        """See :class:`OneProcess`. A task without a gradient in one process has a gradient of 0 there."""
         self.parts = self.mean(np.nan_to_num(own, posinf=0.0, neginf=0.0)) / self.size
 
     def copies(self, model: nn.Module, device: torch.device) -> nn.Module:
@@ -213,7 +213,7 @@ class Ranks(Alone):
         return DistributedDataParallel(model, device_ids=ids, **{apart: False})  # type: ignore[arg-type]
 
     def scaled(self, losses: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
-        """See :class:`Alone`. DDP gives every process the weight 1 / size, however many samples it has."""
+        """See :class:`OneProcess`. DDP gives every process the weight 1 / size, however many samples it has."""
         factor = share * self.size
         return {task: loss * factor for task, loss in losses.items()} if factor != 1 else dict(losses)
 
@@ -227,7 +227,7 @@ class Ranks(Alone):
 
     @contextmanager
     def losing_none(self) -> Iterator[None]:
-        """See :class:`Alone`.
+        """See :class:`OneProcess`.
 
         Raises:
             TrainingError: Another process ended, or did not answer.
@@ -268,14 +268,14 @@ def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     return started(environment) == 1 or int(environment.get("RANK", "0")) == 0
 
 
-def join(device: torch.device) -> Alone:
+def join(device: torch.device) -> OneProcess:
     """This process alone, or as one of those that torchrun has started."""
     if started() == 1:
-        return Alone()
+        return OneProcess()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    return Ranks(dist.group.WORLD, device)
+    return ManyProcesses(dist.group.WORLD, device)
 
 
 def everybody() -> dist.ProcessGroup | None:
@@ -333,7 +333,7 @@ def reduction_kept(model: nn.Module) -> Iterator[None]:
 _ENQUEUED = "_static_graph_delay_allreduce_enqueued"
 
 
-def replicas(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[nn.Module, Alone]:
+def replicas(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[nn.Module, OneProcess]:
     """The model inside, whose layers have their own names, and the processes that train it.
 
     Args:
@@ -349,6 +349,6 @@ def replicas(model: nn.Module, group: dist.ProcessGroup | None) -> tuple[nn.Modu
         group = group if group is not None else model.process_group
         model = model.module
     if group is None or dist.get_world_size(group) == 1:
-        return model, Alone()
+        return model, OneProcess()
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return model, Ranks(group, device)
+    return model, ManyProcesses(group, device)

@@ -212,10 +212,10 @@ def test_what_is_wrong_is_said_before_anything_is_started(words, message, tmp_pa
 
 
 def test_an_error_of_another_kind_is_not_taken_for_a_lost_process():
-    one = processes.Alone()
+    one = processes.OneProcess()
     with pytest.raises(RuntimeError, match="of the user"), one.losing_none():
         raise RuntimeError("of the user")
-    several = object.__new__(processes.Ranks)
+    several = object.__new__(processes.ManyProcesses)
     several.rank, several.size = 0, 2
     with pytest.raises(RuntimeError, match="of the user"), several.losing_none():
         raise RuntimeError("of the user")

@@ -16,7 +16,7 @@ from gradprobe.errors import ProbeError
 from gradprobe.ledger.windows import window
 from gradprobe.rows import absent
 from gradprobe.updates import ledger as module
-from gradprobe.updates.following import FOREIGN_GRADIENT, NO_GRADIENT
+from gradprobe.updates.optimizer_watch import FOREIGN_GRADIENT, NO_GRADIENT
 from gradprobe.verdict import evidence
 
 

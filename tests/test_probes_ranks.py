@@ -18,7 +18,7 @@ import gradprobe
 from gradprobe import measures
 from gradprobe.errors import ProbeError
 from gradprobe.probes import GradientProbe
-from gradprobe.processes import Alone, Ranks
+from gradprobe.processes import ManyProcesses, OneProcess
 from gradprobe.rows import MEASURED, absent
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -221,7 +221,7 @@ def test_products_without_gradients_cannot_be_averaged(monkeypatch):
         GradientProbe(two_ranks.make(torch.float32), TASKS, products="ghost")
 
 
-class TwoInName(Alone):
+class TwoInName(OneProcess):
     size = 2
 
 
@@ -236,4 +236,4 @@ def test_gradient_surgery_of_two_processes_is_that_of_one_with_all_samples(resul
 
 
 def test_one_process_has_the_methods_of_many():
-    assert {n for n in vars(Ranks) if not n.startswith("_")} <= set(dir(Alone))
+    assert {n for n in vars(ManyProcesses) if not n.startswith("_")} <= set(dir(OneProcess))

@@ -26,12 +26,12 @@ from gradprobe.report.figures import dots, forest, heatmap, levels, lines
 from gradprobe.report.figures import verdicts as shown
 from gradprobe.report.gather import ArmFiles, gather
 from gradprobe.report.look import Styles
-from gradprobe.report.material import Ledger, RunData
 from gradprobe.report.report import SECTIONS, build, write
 from gradprobe.report.report import html as make_html
 from gradprobe.report.sections import evidence, front, limits, outcome
 from gradprobe.report.sections import ledger as ledger_section
 from gradprobe.report.sections.common import Context
+from gradprobe.report.study_data import Ledger, RunData
 from gradprobe.rows import ProbeLoaderRow
 from gradprobe.runfile import Run, RunWriter
 from gradprobe.verdict import answers as verdicts
@@ -48,15 +48,15 @@ def study(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def material(study):
+def study_data(study):
     return gather(study, "joint", ["single"], {"mAP50": 0.6})
 
 
 @pytest.fixture(scope="module")
-def context(material, study):
+def context(study_data, study):
     comparison = make_comparison(study)
-    styles = Styles([arm.name for arm in material.arms], material.baseline, material.controls)
-    return Context(material, comparison, PAGE, styles)
+    styles = Styles([arm.name for arm in study_data.arms], study_data.baseline, study_data.controls)
+    return Context(study_data, comparison, PAGE, styles)
 
 
 def context_of(study, comparison, words):
@@ -198,14 +198,14 @@ def test_numbers_of_json_are_short_and_what_is_unknown_is_null():
 # ---- what is drawn is what was recorded
 
 
-def test_losses_are_the_medians_of_the_rows_in_each_bin(study, material, context):
+def test_losses_are_the_medians_of_the_rows_in_each_bin(study, study_data, context):
     series = context.series("loss", 0)
     assert [one.arm for one in series] == ["joint", "gradnorm", "single"]
     for one, arm in zip(series, study, strict=True):
         for seed, path in enumerate(arm.files):
             with Run(path) as run:
                 steps, loss = run["step"], run["loss"][:, 0]
-            for b, (low, high) in enumerate(zip(material.borders, material.borders[1:], strict=False)):
+            for b, (low, high) in enumerate(zip(study_data.borders, study_data.borders[1:], strict=False)):
                 mine = loss[(steps >= low) & (steps < high)]
                 np.testing.assert_allclose(one.values[seed, b], np.median(mine) if len(mine) else np.nan, rtol=1e-6)
 
@@ -226,18 +226,18 @@ def test_ticks_between_powers_of_ten_are_written_out(context):
     assert (y["type"], y["dtick"], y["tickformat"]) == ("log", "D2", "~g")
 
 
-def test_the_heatmap_is_the_median_of_bins_and_seeds(study, material):
-    arm = material.arms[1]
+def test_the_heatmap_is_the_median_of_bins_and_seeds(study, study_data):
+    arm = study_data.arms[1]
     per_seed = []
     for path in study[1].files:
         with Run(path) as run:
-            place = bins.places(run["step"], material.heat_borders)
+            place = bins.places(run["step"], study_data.heat_borders)
             cosine = run["cosine"][:, :, 0]
             per_seed.append(
-                [[np.median(cosine[place == b, layer]) for b in range(len(material.steps))] for layer in range(6)]
+                [[np.median(cosine[place == b, layer]) for b in range(len(study_data.steps))] for layer in range(6)]
             )
     np.testing.assert_allclose(arm.heat[0], np.median(per_seed, axis=0), atol=1e-6)
-    figure = heatmap.draw(arm.layers, arm.heat[0], material.steps, PAGE)
+    figure = heatmap.draw(arm.layers, arm.heat[0], study_data.steps, PAGE)
     assert figure["data"][0]["z"] == numbers(arm.heat[0], 3)
     assert (figure["data"][0]["zmin"], figure["data"][0]["zmax"]) == (-1, 1)
     assert figure["layout"]["yaxis"]["autorange"] == "reversed"  # the first layer on top
@@ -284,13 +284,13 @@ def test_an_answer_without_numbers_has_a_row_and_no_interval(context):
     assert figure["data"] == [{"type": "scatter", "x": [None], "y": [None], "hoverinfo": "skip"}]
 
 
-def test_targets_are_drawn_and_counted_per_seed(context, material):
+def test_targets_are_drawn_and_counted_per_seed(context, study_data):
     section = outcome.section(context)
     final = next(b for b in section.blocks if isinstance(b, Panel))
     chart = final.charts[0]
     assert chart.title == "mAP50, val, target 0.6"
     assert chart.figure["layout"]["shapes"][0]["x0"] == 0.6
-    last = [run.epochs["mAP50"][-1, 1] for run in material.arms[0].runs]
+    last = [run.epochs["mAP50"][-1, 1] for run in study_data.arms[0].runs]
     row = next(row for row in final.table.rows if row[0] == "mAP50" and row[2] == "joint")
     assert row[-1] == f"{sum(v >= 0.6 for v in last)} of 3"
 
@@ -300,9 +300,9 @@ def test_a_target_without_its_metric_is_said(study):
     assert "No file holds the metrics mAP75" in text
 
 
-def test_metrics_of_the_test_split_are_taken_only_where_every_run_has_them(material):
-    assert not outcome.on_test(material, "mAP50")
-    assert outcome.final(material.runs[0], "mAP50", False) == material.runs[0].epochs["mAP50"][-1, 1]
+def test_metrics_of_the_test_split_are_taken_only_where_every_run_has_them(study_data):
+    assert not outcome.on_test(study_data, "mAP50")
+    assert outcome.final(study_data.runs[0], "mAP50", False) == study_data.runs[0].epochs["mAP50"][-1, 1]
 
 
 def test_seeds_that_do_not_reach_a_level_are_shown_as_such():
@@ -326,12 +326,12 @@ def with_ledger(run, ledger):
     return RunData(**(vars(run) | {"ledger": ledger}))
 
 
-def test_ledger_bars_are_means_over_seeds_and_leave_what_is_missing_as_residual(context, material):
+def test_ledger_bars_are_means_over_seeds_and_leave_what_is_missing_as_residual(context, study_data):
     ledgers = [made_ledger(seed) for seed in range(3)]
-    arm = material.arms[0]
+    arm = study_data.arms[0]
     runs = [with_ledger(run, one) for run, one in zip(arm.runs, ledgers, strict=True)]
-    changed = type(material)(
-        **(vars(material) | {"arms": [type(arm)(**(vars(arm) | {"runs": runs})), *material.arms[1:]]})
+    changed = type(study_data)(
+        **(vars(study_data) | {"arms": [type(arm)(**(vars(arm) | {"runs": runs})), *study_data.arms[1:]]})
     )
     section = ledger_section.section(Context(changed, context.comparison, context.words, context.styles))
     panel, notice = section.blocks
@@ -546,10 +546,10 @@ def test_arms_with_other_layers_and_tasks_are_drawn_side_by_side(tmp_path):
     (tmp_path / "other").mkdir()
     two = make_study(tmp_path, ["joint"], 2, rows=20, layers=["a", "b", "c"])
     three = make_study(tmp_path / "other", ["split"], 1, rows=30, layers=["b"], tasks=("det", "cls", "depth"))
-    material = gather([*two, *three], "joint")
-    assert material.tasks == ("det", "cls", "depth")
-    assert [arm.layers for arm in material.arms] == [("a", "b", "c"), ("b",)]
-    assert np.isnan(material.arms[0].stack("loss", 2)).all()
+    study_data = gather([*two, *three], "joint")
+    assert study_data.tasks == ("det", "cls", "depth")
+    assert [arm.layers for arm in study_data.arms] == [("a", "b", "c"), ("b",)]
+    assert np.isnan(study_data.arms[0].stack("loss", 2)).all()
     assert figures_in(page_of([*two, *three]))
 
 
@@ -568,11 +568,11 @@ def test_a_long_wide_study_stays_small(rows, tmp_path):
 @pytest.mark.parametrize("seeds", [dots.SEEDS + 1, pytest.param(150, marks=pytest.mark.slow)])
 def test_many_seeds_are_drawn_as_some_of_them_and_counted_in_full(seeds, tmp_path):
     (one,) = make_study(tmp_path, ["joint"], 1, rows=6, layers=2)
-    material = gather([ArmFiles("joint", [one.files[0]] * seeds, range(seeds))], "joint")
+    study_data = gather([ArmFiles("joint", [one.files[0]] * seeds, range(seeds))], "joint")
     comparison = Comparison((), "joint", (), (), ("det", "cls"))
     words = PAGE
-    context = Context(material, comparison, words, Styles(["joint"], "joint"))
-    assert len(material.runs) == seeds
+    context = Context(study_data, comparison, words, Styles(["joint"], "joint"))
+    assert len(study_data.runs) == seeds
     charts = [c for p in panels(context) for c in p.charts]
     assert max(len(t["x"]) for c in charts for t in c.figure["data"]) <= 2 * bins.BINS
     assert any(f"(n = {seeds})" in json.dumps(c.figure) for c in charts)
@@ -753,7 +753,7 @@ def test_a_long_headline_is_said_in_short_and_then_in_full(context):
 
 
 def test_the_top_says_all_of_interference_since_half_of_it_would_mislead(context):
-    built = build(context.material, context.comparison, context.words)
+    built = build(context.study, context.comparison, context.words)
     assert built.headline == "Interference: 1 × INCREASED, 1 × REDUCED, 1 × UNDEFINED and 1 × NOT APPLICABLE.".replace(
         " × ", "\u00a0×\u00a0"
     )

@@ -12,7 +12,7 @@ from torch import nn
 import gradprobe
 from gradprobe.errors import ProbeError
 from gradprobe.rows import EARLIER_SOURCES
-from gradprobe.updates import following as module
+from gradprobe.updates import optimizer_watch as module
 
 TASKS = ("a", "b")
 WEIGHTS = {"a": 1.0, "b": 0.5}

@@ -192,13 +192,13 @@ def failing(folder, rank, mine):
 def budgeted(rank, mine):
     """The second process is slow, and would measure less often by itself."""
     model, steps = DistributedDataParallel(make(torch.float32)), []
-    real = processes.Ranks.mean
+    real = processes.ManyProcesses.mean
     with gradprobe.attach(model, TASKS, budget=0.3) as probe:
         for step in range(60):
-            processes.Ranks.mean = lambda self, values, step=step: (steps.append(step), real(self, values))[1]
+            processes.ManyProcesses.mean = lambda self, values, step=step: (steps.append(step), real(self, values))[1]
             time.sleep(0.002 + 0.004 * rank)
             probe.backward(losses(model, mine(batch(step, torch.float32))), WEIGHTS)
-    processes.Ranks.mean = real
+    processes.ManyProcesses.mean = real
     return steps
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradprobe.cli.begun import Begun
+from gradprobe.cli.first_checkpoint import FirstCheckpoint
 from gradprobe.cli.interventions import read_source
 from gradprobe.cli.launch import launch
 from gradprobe.cli.live import Display, make_display
@@ -29,7 +29,7 @@ from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import Settings, parse_task_weights, resolve, restored
 
 if TYPE_CHECKING:
-    from gradprobe.processes import Alone
+    from gradprobe.processes import OneProcess
     from gradprobe.rows import Sink
     from gradprobe.trainers.hyp import DetectionHyp, HypFile
     from gradprobe.trainers.loop import Outcome
@@ -319,7 +319,7 @@ def train(plan: Plan, writer: RunWriter | None, display: Display) -> Outcome:
     return outcome
 
 
-def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: Alone) -> Outcome:
+def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: OneProcess) -> Outcome:
     from gradprobe.trainers import loop
     from gradprobe.trainers.build import build
     from gradprobe.trainers.problems import problem_of
@@ -330,7 +330,7 @@ def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: Al
     for note in _notes(plan, data):
         display.note(note)
     display.phase("building the model")
-    begun = Begun(plan.out)
+    begun = FirstCheckpoint(plan.out)
     sinks: list[Sink] = [writer, display] if writer is not None else []
     if plan.state is None and writer is not None:
         # Behind the writer an older run stays whole until the new one is written; where there is none, the checkpoint

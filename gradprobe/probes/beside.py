@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Beside(Protocol):
-    """Is told of every call and every measurement; see :mod:`gradprobe.updates.following`."""
+    """Is told of every call and every measurement; see :mod:`gradprobe.updates.optimizer_watch`."""
 
     def check(self, tasks: Sequence[str], level: Level, optimizer: Optimizer | None, meter: Meter) -> None:
         """Raise a ``ProbeError`` where it cannot belong to this probe."""

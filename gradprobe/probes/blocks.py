@@ -28,7 +28,7 @@ from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import done
 from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Node, Trace, is_leaf
-from gradprobe.processes import Alone
+from gradprobe.processes import OneProcess
 
 Edge = tuple[Node, int]
 """An operation, and which of its outputs the gradient is of."""
@@ -79,10 +79,10 @@ def measure_by_blocks(
     losses: Sequence[Tensor],
     graph: Trace,
     count: int = BLOCKS,
-    ranks: Alone | None = None,
+    ranks: OneProcess | None = None,
 ) -> Array:
     """The Gramians (L, T, T), with no more than T gradients of one block alive."""
-    ranks = ranks or Alone()
+    ranks = ranks or OneProcess()
     position = {node: at for at, node in enumerate(graph.nodes)}
     total, own = GramianSum(shared.layers, len(losses)), GramianSum(shared.layers, len(losses))
     walks = [_Walk(loss, shared, position) for loss in losses]
@@ -101,7 +101,7 @@ def _multiply(
     walks: Sequence[_Walk],
     block: Block,
     parameters: Sequence[nn.Parameter],
-    ranks: Alone,
+    ranks: OneProcess,
 ) -> None:
     """Of the gradients that are whole now; a function of its own, so that none of them outlives it.
 

@@ -18,7 +18,7 @@ from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Gradients, Listener, combined, meeting, pass_to
 from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Trace
-from gradprobe.processes import Alone
+from gradprobe.processes import OneProcess
 
 EXACT_TYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
@@ -59,7 +59,7 @@ class DerivedMeasurement:
         derived: int,
         graph: Trace,
         ghosts: Sequence[Ghost] = (),
-        ranks: Alone | None = None,
+        ranks: OneProcess | None = None,
         kept: list[Gradients] | None = None,
     ) -> None:
         self.shared, self.graph, self._weights, self._derived = shared, graph, weights, derived
@@ -71,7 +71,7 @@ class DerivedMeasurement:
         self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in shared.parameters)
         self._paths = [graph.reaches(derived, p) for p in shared.parameters]
         self._outputs = OutputGradients(ghosts)
-        self._ranks = ranks or Alone()
+        self._ranks = ranks or OneProcess()
         others = {}
         with state_kept(model) as back:
             for task in (t for t in range(len(losses)) if t != derived):

@@ -24,7 +24,7 @@ from gradprobe.probes.noted import Noted, Parameters, Touched
 from gradprobe.probes.passes import done
 from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Node
-from gradprobe.processes import Alone
+from gradprobe.processes import OneProcess
 from gradprobe.rows import MEASURED
 
 T = TypeVar("T")
@@ -65,8 +65,8 @@ class Guard:
         moves: Whether parameters move while the joint backward runs, so that none can be looked at after it.
     """
 
-    def __init__(self, model: nn.Module, warn: Callable[[str], None], ranks: Alone | None = None) -> None:
-        self._model, self._warn, self._ranks = model, warn, ranks or Alone()
+    def __init__(self, model: nn.Module, warn: Callable[[str], None], ranks: OneProcess | None = None) -> None:
+        self._model, self._warn, self._ranks = model, warn, ranks or OneProcess()
         self._rows: Counter[str] = Counter()
         self._proven = self._off = self._said = self._told = False
         self._tried: set[str] = set()

@@ -47,7 +47,7 @@ from gradprobe.probes.scaling import LossScale
 from gradprobe.probes.self_check import SELF_CHECKED, cosines_with_itself, fault
 from gradprobe.probes.stepping import Steps, learning_rate
 from gradprobe.probes.stopwatch import Stopwatch
-from gradprobe.processes import Alone
+from gradprobe.processes import OneProcess
 from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, OVERFLOWED, FeatureRow, Row
 from gradprobe.statistics import noise_part
 
@@ -96,7 +96,7 @@ class Measuring:
     features: FeatureMeter
     scale: LossScale
     optimizer: Optimizer | None
-    ranks: Alone
+    ranks: OneProcess
     epoch: int = 0
     beside: Beside | None = None
     loader: OnLoader | None = None

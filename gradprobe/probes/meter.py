@@ -38,7 +38,7 @@ from gradprobe.probes.sharing import Sharing
 from gradprobe.probes.sketch import Draw, Size
 from gradprobe.probes.sketched import SketchedMeasurement, Sketching, measure_sketched
 from gradprobe.probes.trace import Trace, trace
-from gradprobe.processes import Alone, remember_wrapper
+from gradprobe.processes import OneProcess, remember_wrapper
 
 
 class Meter:
@@ -71,11 +71,11 @@ class Meter:
         memory: str,
         products: str,
         warn: Callable[[str], None],
-        ranks: Alone | None = None,
+        ranks: OneProcess | None = None,
         sketch: Size | None = None,
         differs: Callable[[float], None] = lambda _: None,
     ) -> None:
-        self._ranks, self._differs = ranks or Alone(), differs
+        self._ranks, self._differs = ranks or OneProcess(), differs
         self.guard = Guard(model, warn, self._ranks)
         if products == "ghost" and self._ranks.size > 1:
             raise ProbeError("products='ghost' under data parallelism: averages need every gradient; leave it out.")
@@ -155,7 +155,7 @@ class Meter:
         return [p for p in walk.parameters(self._model) if p.requires_grad]
 
     @property
-    def ranks(self) -> Alone:
+    def ranks(self) -> OneProcess:
         """The processes whose gradients are averaged."""
         return self._ranks
 

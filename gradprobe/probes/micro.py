@@ -28,7 +28,7 @@ from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Gradients, pass_to
 from gradprobe.probes.schedule import whole
 from gradprobe.probes.state import state_kept
-from gradprobe.processes import Alone
+from gradprobe.processes import OneProcess
 from gradprobe.statistics import noise_part
 
 BatchSize = int | Sequence[int]
@@ -161,10 +161,10 @@ class MicroSum:
         model: nn.Module,
         shared: SharedLayers,
         tasks: int,
-        ranks: Alone | None = None,
+        ranks: OneProcess | None = None,
         kept: list[list[Gradients]] | None = None,
     ) -> None:
-        self._model, self._shared, self._ranks, self._kept = model, shared, ranks or Alone(), kept
+        self._model, self._shared, self._ranks, self._kept = model, shared, ranks or OneProcess(), kept
         self._parts = GramianSum(shared.layers, tasks)
         self.means: list[Gradients] = [[None] * len(shared.parameters) for _ in range(tasks)]
         self.shares: list[float] = []

@@ -15,7 +15,7 @@ from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.state import state_kept
-from gradprobe.processes import Alone
+from gradprobe.processes import OneProcess
 
 
 class _Done(threading.local):
@@ -175,7 +175,7 @@ class MeetingOfRanks(Meeting):
     """The same for several processes: all gradients are kept, averaged over the processes, and then multiplied.
 
     The processes' batches are independent micro-batches, so that products of their own gradients tell the noise: see
-    :attr:`Alone.parts`.
+    :attr:`OneProcess.parts`.
 
     So T copies of the shared parameters are alive at the end, and two of one task's.
     """
@@ -185,7 +185,7 @@ class MeetingOfRanks(Meeting):
         shared: SharedLayers,
         others: dict[int, Gradients],
         last: int,
-        ranks: Alone,
+        ranks: OneProcess,
         kept: list[Gradients] | None = None,
     ) -> None:
         super().__init__(shared, others, last, kept)
@@ -237,7 +237,7 @@ def meeting(
     shared: SharedLayers,
     others: dict[int, Gradients],
     last: int,
-    ranks: Alone,
+    ranks: OneProcess,
     kept: list[Gradients] | None = None,
 ) -> Meeting:
     """The one that fits the number of processes."""
@@ -251,14 +251,14 @@ def measure_explicitly(
     shared: SharedLayers,
     losses: Sequence[Tensor],
     ghosts: Sequence[Ghost] = (),
-    ranks: Alone | None = None,
+    ranks: OneProcess | None = None,
     kept: list[Gradients] | None = None,
 ) -> Array:
     """The Gramians (L, T, T) by one explicit pass per task; some weights' by their ghosts.
 
     ``kept`` gets every task's gradients.
     """
-    ranks = ranks or Alone()
+    ranks = ranks or OneProcess()
     return ranks.together(lambda: _passes(model, shared, losses, ghosts, ranks, kept)).end()
 
 
@@ -267,7 +267,7 @@ def _passes(
     shared: SharedLayers,
     losses: Sequence[Tensor],
     ghosts: Sequence[Ghost],
-    ranks: Alone,
+    ranks: OneProcess,
     kept: list[Gradients] | None,
 ) -> Meeting:
     parameters, last = shared.parameters, len(losses) - 1

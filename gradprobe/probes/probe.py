@@ -40,7 +40,7 @@ from gradprobe.probes.options import Options, ProbeOptions, refuse_unknown, show
 from gradprobe.probes.registry import claim, make_room, release
 from gradprobe.probes.report import Reporter
 from gradprobe.probes.scaling import LossScale
-from gradprobe.probes.schedule import Also, Led, make_schedule, whole
+from gradprobe.probes.schedule import AlsoDue, FirstProcessDecides, make_schedule, whole
 from gradprobe.processes import replicas
 from gradprobe.rows import Header, Sink
 
@@ -87,11 +87,11 @@ class GradientProbe:
         model, ranks = replicas(model, o.process_group)
         schedule = make_schedule(o.every, o.budget, default=chosen.every)
         if o.budget is not None and ranks.size > 1:
-            schedule = Led(schedule, ranks.first_says)
+            schedule = FirstProcessDecides(schedule, ranks.first_says)
         readers = [reader for reader in (o.updates, o.ledger) if reader is not None]
         beside = readers[0].together(readers) if readers else None
         if beside is not None:
-            schedule = Also(schedule, beside.wants)
+            schedule = AlsoDue(schedule, beside.wants)
         clock = StepClock(schedule, o.accumulate)
         scale = LossScale(o.scaler)
         selection = Selection(model, o.shared, o.layers, nothing=not chosen.parameters, divided=_divided)

@@ -92,7 +92,7 @@ class Budget:
         self._last, self._in_step = now, 0.0
 
 
-class Led:
+class FirstProcessDecides:
     """A schedule by time, of which the first process's counts for all."""
 
     def __init__(self, own: Schedule, first_says: Callable[[bool], bool]) -> None:
@@ -109,7 +109,7 @@ class Led:
         self._own.passed(now)
 
 
-class Also:
+class AlsoDue:
     """A schedule, and steps that somebody else wants besides."""
 
     def __init__(self, own: Schedule, wants: Callable[[int], bool]) -> None:

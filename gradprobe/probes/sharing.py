@@ -22,7 +22,7 @@ from gradprobe.probes.binding import Binding, Selection
 from gradprobe.probes.graph import Layer, SharedLayers, reached
 from gradprobe.probes.loss_weights import hidden, loss_weights
 from gradprobe.probes.trace import Trace, several
-from gradprobe.processes import Alone
+from gradprobe.processes import OneProcess
 
 Place = tuple[str, int]
 """A parameter by the name of its layer and its place among the layer's, which are the same in all processes."""
@@ -65,7 +65,7 @@ class Sharing:
 
     model: nn.Module
     selection: Selection
-    ranks: Alone
+    ranks: OneProcess
     tasks: int
     shared: SharedLayers | None = None
     weights: tuple[str, ...] = ()

@@ -26,7 +26,7 @@ from gradprobe.probes.passes import Listener, pass_to
 from gradprobe.probes.sketch import Draw, Size
 from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Trace
-from gradprobe.processes import Alone
+from gradprobe.processes import OneProcess
 
 
 class Sketching:
@@ -78,7 +78,7 @@ class SketchSum:
         found = [[sketch is not None for sketch in sketches] for sketches in self.sketches]
         return np.array(found, dtype=bool).reshape(self._tasks, len(self._shared.layers)).T
 
-    def result(self, ranks: Alone, change: Array | None = None) -> Array:
+    def result(self, ranks: OneProcess, change: Array | None = None) -> Array:
         """The Gramians (L, T, T) of the averages over the processes; see :meth:`GramianSum.result`.
 
         Every process must get here, and gets the same.
@@ -103,10 +103,10 @@ class SketchSum:
 
 
 def measure_sketched(
-    model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor], draw: Draw, ranks: Alone | None = None
+    model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor], draw: Draw, ranks: OneProcess | None = None
 ) -> Array:
     """The Gramians (L, T, T) of sketches, by one explicit pass per task."""
-    ranks = ranks or Alone()
+    ranks = ranks or OneProcess()
     return ranks.together(lambda: _passes(model, shared, losses, draw, range(len(losses)))).result(ranks)
 
 
@@ -141,7 +141,7 @@ class SketchedMeasurement(DerivedMeasurement):
         derived: int,
         graph: Trace,
         draw: Draw,
-        ranks: Alone,
+        ranks: OneProcess,
     ) -> None:
         self.shared, self.graph, self.draw, self.by_passes = shared, graph, draw, None
         self.explicit = True

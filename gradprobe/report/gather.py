@@ -1,4 +1,4 @@
-"""Reads run files into a :class:`~gradprobe.report.material.Material`; one file at a time is open."""
+"""Reads run files into a :class:`~gradprobe.report.study_data.StudyData`; one file at a time is open."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gradprobe.foreign import clean
 from gradprobe.ledger.windows import window
 from gradprobe.report import bins, heat
 from gradprobe.report.bins import Array
-from gradprobe.report.material import ArmData, Floats, Ledger, Material, RunData
 from gradprobe.report.names import distinct
+from gradprobe.report.study_data import ArmData, Floats, Ledger, RunData, StudyData
 from gradprobe.runfile import Run, schema, thin
 
 ARMS, TASKS, PAIRS = 24, 6, 3
@@ -46,7 +46,7 @@ def gather(
     controls: Sequence[str] = (),
     targets: Mapping[str, float] | None = None,
     span: tuple[int, int] | None = None,
-) -> Material:
+) -> StudyData:
     """Everything a report draws.
 
     Args:
@@ -63,7 +63,7 @@ def gather(
     shown = ordered[:ARMS]
     frame = _frame(shown, span)
     left = {"arms": len(ordered) - len(shown), **frame.left_out}
-    return Material(
+    return StudyData(
         [_arm(arm, frame) for arm in shown],
         clean(baseline) if baseline is not None else None,
         [clean(name) for name in controls],

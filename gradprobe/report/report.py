@@ -11,9 +11,9 @@ from gradprobe.report import page
 from gradprobe.report.chart import Section
 from gradprobe.report.gather import ArmFiles, gather
 from gradprobe.report.look import Styles
-from gradprobe.report.material import Material
 from gradprobe.report.sections import course, evidence, front, ledger, limits, outcome, provenance, validity, where
 from gradprobe.report.sections.common import Context
+from gradprobe.report.study_data import StudyData
 from gradprobe.verdict.answers import Comparison
 from gradprobe.whole_files import telling
 
@@ -30,10 +30,10 @@ SECTIONS: tuple[Callable[[Context], Section], ...] = (
 """In the order of the page; what it does not show stands right behind the evidence."""
 
 
-def build(material: Material, comparison: Comparison, words: Language) -> page.Report:
+def build(study: StudyData, comparison: Comparison, words: Language) -> page.Report:
     """The report as data, ready to be put on a page."""
-    styles = Styles([arm.name for arm in material.arms], material.baseline, material.controls)
-    context = Context(material, comparison, words, styles)
+    styles = Styles([arm.name for arm in study.arms], study.baseline, study.controls)
+    context = Context(study, comparison, words, styles)
     first, rest = front.headline(context)
     return page.Report(
         words("page.title", headline=first.replace("`", "")),
@@ -63,8 +63,8 @@ def html(
         MissingExtraError: plotly or jinja2 is not installed.
     """
     words = Language(lang, page=True)
-    material = gather(arms, comparison.baseline or None, comparison.controls, targets, comparison.window)
-    return page.render(build(material, comparison, words), words)
+    study = gather(arms, comparison.baseline or None, comparison.controls, targets, comparison.window)
+    return page.render(build(study, comparison, words), words)
 
 
 def write(text: str, out: Path) -> None:

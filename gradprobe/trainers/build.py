@@ -12,7 +12,7 @@ from torch import nn
 from gradprobe.errors import UsageError
 from gradprobe.probes import GradientProbe
 from gradprobe.probes.loader import ProbeLoader
-from gradprobe.processes import Alone
+from gradprobe.processes import OneProcess
 from gradprobe.rows import Sink
 from gradprobe.trainers import checkpoint, loop, registry
 from gradprobe.trainers.balancer import Balancer, Setup
@@ -34,7 +34,7 @@ def build(
     watcher: loop.Watcher,
     *,
     out: Path,
-    processes: Alone | None = None,
+    processes: OneProcess | None = None,
     hyp: DetectionHyp | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> loop.Training:
@@ -46,7 +46,7 @@ def build(
     hyp = hyp or DetectionHyp()
     problem = problem_of(settings)
     tasks = problem.kind.tasks
-    processes = processes or Alone()
+    processes = processes or OneProcess()
     device = check_device(own_device(settings.device))
     kind = registry.find(settings.trainer)
     reference = problem.build_model(settings, data, hyp).to(device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradprobe.errors import UsageError
-from gradprobe.processes import Alone, started
+from gradprobe.processes import OneProcess, started
 from gradprobe.trainers.settings import Settings
 
 HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -36,7 +36,7 @@ class Engine:
     forward: nn.Module
     half: torch.dtype | None = None
     scaler: torch.amp.GradScaler | None = None
-    processes: Alone = field(default_factory=Alone)
+    processes: OneProcess = field(default_factory=OneProcess)
 
     def losses(self, model: Any, batch: Any, share: float) -> dict[str, Tensor]:
         """This process's unweighted losses; their mean over the processes is that of the whole batch.
@@ -99,9 +99,9 @@ class Engine:
         return torch.autocast(self.device.type, dtype=self.half)
 
 
-def make_engine(model: nn.Module, precision: str, device: torch.device, processes: Alone | None = None) -> Engine:
+def make_engine(model: nn.Module, precision: str, device: torch.device, processes: OneProcess | None = None) -> Engine:
     """The engine of a training."""
-    processes = processes or Alone()
+    processes = processes or OneProcess()
     half = HALF.get(precision)
     scaler = torch.amp.GradScaler(device.type) if half is torch.float16 else None
     return Engine(device, processes.copies(model, device), half, scaler, processes)

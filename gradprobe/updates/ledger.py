@@ -21,7 +21,7 @@ from gradprobe.probes.schedule import whole
 from gradprobe.rows import EARLIER_SOURCES, MEASURED, LedgerRow
 from gradprobe.updates import heads
 from gradprobe.updates.fixed import ProbeBatch, Valued, held, value
-from gradprobe.updates.following import NOTHING_SHARED, Following, Measured, Reader
+from gradprobe.updates.optimizer_watch import NOTHING_SHARED, Measured, OptimizerWatch, Reader
 from gradprobe.updates.taking_apart import Before, Parts, TakenApart, by_layer, side_by_side
 
 ENDS = ("batch", "probe")
@@ -120,7 +120,7 @@ class Ledger(Reader):
         if self.burst is not None and self.every is not None and self.burst > self.every:
             raise ProbeError(f"burst={burst} is longer than every={every}: leave both out to measure all steps.")
         self.ends, self.samples, self._probe = ends, whole("samples", samples, least=0), probe
-        self._following: Following | None = None
+        self._following: OptimizerWatch | None = None
         # Of the present step, and of the one whose right end is to come.
         self._open: Open | None = None
         self._row: LedgerRow | None = None
@@ -151,7 +151,7 @@ class Ledger(Reader):
         self._tasks = tuple(tasks)
         meter.keep(micro=self.ends == "batch")
 
-    def open(self, following: Following, model: nn.Module) -> None:
+    def open(self, following: OptimizerWatch, model: nn.Module) -> None:
         self._following, self._model = following, model
 
     def wants(self, step: int) -> bool:
@@ -305,7 +305,7 @@ class Ledger(Reader):
     # ---- what it knows
 
     @property
-    def _now(self) -> Following:
+    def _now(self) -> OptimizerWatch:
         assert self._following is not None, "a Ledger is used by the probe that it was given to"
         return self._following
 

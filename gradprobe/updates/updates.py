@@ -15,7 +15,7 @@ from gradprobe.probes.meter import Meter
 from gradprobe.rows import EARLIER_SOURCES, UpdateRow
 from gradprobe.updates.clip import Limit, norms, scale_without
 from gradprobe.updates.drift import Drift
-from gradprobe.updates.following import Following, Measured, Reader
+from gradprobe.updates.optimizer_watch import Measured, OptimizerWatch, Reader
 from gradprobe.updates.parameters import everything, squares
 from gradprobe.updates.taking_apart import Before, TakenApart
 
@@ -41,7 +41,7 @@ class Updates(Reader):
     name = "updates"
 
     def __init__(self) -> None:
-        self._following: Following | None = None
+        self._following: OptimizerWatch | None = None
         self._row: UpdateRow | None = None
         self._limit = Limit()
 
@@ -55,7 +55,7 @@ class Updates(Reader):
             raise ProbeError("these Updates belong to another probe; make them anew for each.")
         meter.keep()
 
-    def open(self, following: Following, model: nn.Module) -> None:
+    def open(self, following: OptimizerWatch, model: nn.Module) -> None:
         self._following, self._model, self._drift = following, model, Drift(model)
 
     def begun(self, at: Measured) -> None:
@@ -100,7 +100,7 @@ class Updates(Reader):
         self._row = None
 
     @property
-    def _now(self) -> Following:
+    def _now(self) -> OptimizerWatch:
         assert self._following is not None, "Updates are used by the probe that they were given to"
         return self._following
 

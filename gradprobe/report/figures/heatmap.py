@@ -10,8 +10,8 @@ from gradprobe.messages import Language
 from gradprobe.report.bins import Array, quietly
 from gradprobe.report.chart import Chart, Figure, Table, numbers
 from gradprobe.report.look import DIVERGING, axis, figure
-from gradprobe.report.material import ArmData, Floats
 from gradprobe.report.names import in_short
+from gradprobe.report.study_data import ArmData, Floats
 
 ROWS = 120
 """Rows of cells at most; of more layers, so many neighbours stand for one another by their median."""

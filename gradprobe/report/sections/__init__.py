@@ -1,1 +1,1 @@
-"""One part of the report a file: pure functions from material and comparison to a section."""
+"""One part of the report a file: pure functions from study and comparison to a section."""

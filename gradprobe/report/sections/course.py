@@ -16,11 +16,11 @@ from gradprobe.report.sections.common import Context
 
 def section(context: Context) -> Section:
     """Losses, weights, cosines; convergence."""
-    words, material = context.words, context.material
+    words, study = context.words, context.study
     blocks: list[Block] = [
-        _panel(context, "loss", material.tasks, lambda task: words("loss.chart", task=task)),
-        _panel(context, "weight", material.tasks, lambda task: words("weight.chart", task=task)),
-        _panel(context, "cosine", material.pairs, lambda pair: words("cosine.chart", pair=pair), (-1, 1)),
+        _panel(context, "loss", study.tasks, lambda task: words("loss.chart", task=task)),
+        _panel(context, "weight", study.tasks, lambda task: words("weight.chart", task=task)),
+        _panel(context, "cosine", study.pairs, lambda pair: words("cosine.chart", pair=pair), (-1, 1)),
         *_convergence(context),
     ]
     return Section("course", words("course.title"), words("course.lead"), blocks)
@@ -53,11 +53,11 @@ def _panel(
 
 def _convergence(context: Context) -> list[Block]:
     """Steps until each arm's loss is where the reference arm's ends."""
-    words, material = context.words, context.material
-    reference = material.arms[0].name
+    words, study = context.words, context.study
+    reference = study.arms[0].name
     charts: list[Chart] = []
     rows: list[list[str]] = []
-    for column, task in enumerate(material.tasks):
+    for column, task in enumerate(study.tasks):
         series = context.series("loss", column)
         own = next((one for one in series if one.arm == reference), None)
         level = convergence.final_level(own.values) if own is not None else float("nan")

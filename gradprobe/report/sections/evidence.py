@@ -59,11 +59,11 @@ def _levels(context: Context, question: str, name: str) -> list[Block]:
 
 def _probe(context: Context) -> list[Block]:
     """Cosine on the probe loader, over all shared layers, where it was recorded."""
-    material, words = context.material, context.words
-    if not material.any("probe"):
+    study, words = context.study, context.words
+    if not study.any("probe"):
         return [Notice("missing", words("probe.missing"))]
     charts, named = [], []
-    for p, pair in enumerate(material.pairs):
+    for p, pair in enumerate(study.pairs):
         series = probe_series(context, p)
         if series:
             title = words("probe.chart", pair=pair)
@@ -82,7 +82,7 @@ def _probe(context: Context) -> list[Block]:
 def probe_series(context: Context, pair: int) -> list[Series]:
     """A series per arm over the steps at which any of its runs was measured on the probe loader."""
     found = []
-    for arm in context.material.arms:
+    for arm in context.study.arms:
         tables = [run.probe for run in arm.runs if run.probe is not None]
         steps = np.unique(np.concatenate([table[:, 0] for table in tables] or [np.zeros(0)]))
         values = np.full((len(tables), len(steps)), np.nan)

@@ -107,20 +107,20 @@ def said(context: Context, kind: Literal["warning", "refusal"], messages: Iterab
 
 def meta(context: Context) -> list[tuple[str, str]]:
     """What it rests on, name and value."""
-    material, comparison, words = context.material, context.comparison, context.words
-    seeds = sorted({len(arm.runs) for arm in material.arms})
+    study, comparison, words = context.study, context.comparison, context.words
+    seeds = sorted({len(arm.runs) for arm in study.arms})
     span = str(seeds[0]) if len(seeds) == 1 else words.span(seeds[0], seeds[-1])
     window = comparison.window
     steps = words.span(window[0], window[1] - 1) if window else words("meta.all_steps")
     shown = [
-        (words("meta.baseline"), material.baseline or words("meta.none")),
-        (words("meta.controls"), words.list(material.controls) if material.controls else words("meta.none")),
-        (words("meta.arms"), str(len(material.arms))),
+        (words("meta.baseline"), study.baseline or words("meta.none")),
+        (words("meta.controls"), words.list(study.controls) if study.controls else words("meta.none")),
+        (words("meta.arms"), str(len(study.arms))),
         (words("meta.seeds"), span),
-        (words("meta.tasks"), words.list(clean(task) for task in comparison.tasks or material.tasks)),
+        (words("meta.tasks"), words.list(clean(task) for task in comparison.tasks or study.tasks)),
         (words("meta.steps"), steps),
-        (words("meta.layers"), str(len(comparison.common_layers or material.arms[0].layers))),
-        (words("meta.files"), str(len(material.runs))),
+        (words("meta.layers"), str(len(comparison.common_layers or study.arms[0].layers))),
+        (words("meta.files"), str(len(study.runs))),
     ]
     if not comparison.plan:
         shown.append((words("meta.plan"), words("meta.no_plan")))

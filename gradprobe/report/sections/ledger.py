@@ -6,16 +6,16 @@ import numpy as np
 
 from gradprobe.report.chart import Block, Chart, Notice, Panel, Section, Table
 from gradprobe.report.figures import ledger
-from gradprobe.report.material import ArmData, Ledger
 from gradprobe.report.sections.common import Context
+from gradprobe.report.study_data import ArmData, Ledger
 
 
 def section(context: Context) -> Section:
     """A stacked chart per task; arms without a ledger are named."""
-    words, material = context.words, context.material
-    having = [arm for arm in material.arms if _of(arm)]
+    words, study = context.words, context.study
+    having = [arm for arm in study.arms if _of(arm)]
     blocks: list[Block] = []
-    lacking = [arm.name for arm in material.arms if not _of(arm)]
+    lacking = [arm.name for arm in study.arms if not _of(arm)]
     if having:
         blocks.append(_panel(context, having))
     if lacking:
@@ -30,7 +30,7 @@ def _of(arm: ArmData) -> list[Ledger]:
 
 
 def _panel(context: Context, arms: list[ArmData]) -> Panel:
-    words, tasks = context.words, context.material.tasks
+    words, tasks = context.words, context.study.tasks
     sources = max((_of(arm)[0].sources for arm in arms), key=len)
     keys = ledger.parts(sources, words)
     charts: list[Chart] = []

@@ -17,16 +17,16 @@ def section(context: Context) -> Section:
 
 def here(context: Context) -> list[str]:
     """The keys of the limits that these files have."""
-    material, comparison = context.material, context.comparison
-    fewest = min(len(arm.runs) for arm in material.arms)
+    study, comparison = context.study, context.comparison
+    fewest = min(len(arm.runs) for arm in study.arms)
     found = {
         "no_control": not comparison.controls,
-        "one_arm": len(material.arms) < 2,
+        "one_arm": len(study.arms) < 2,
         "few_seeds": fewest < 3,
-        "naive": any(arm.layers and not arm.corrected for arm in material.arms),
-        "no_ledger": not material.any("ledger"),
-        "no_probe": not material.any("probe"),
-        "no_test": bool(material.runs) and not all(run.test for run in material.runs),
-        "unfinished": not all(run.complete for run in material.runs),
+        "naive": any(arm.layers and not arm.corrected for arm in study.arms),
+        "no_ledger": not study.any("ledger"),
+        "no_probe": not study.any("probe"),
+        "no_test": bool(study.runs) and not all(run.test for run in study.runs),
+        "unfinished": not all(run.complete for run in study.runs),
     }
     return [name for name, holds in found.items() if holds]

@@ -11,20 +11,20 @@ from gradprobe.report.chart import Block, Chart, Notice, Panel, Section, Table
 from gradprobe.report.figures import dots, lines
 from gradprobe.report.figures.dots import Dots
 from gradprobe.report.figures.lines import Series
-from gradprobe.report.material import Material, RunData
 from gradprobe.report.sections.common import Context
+from gradprobe.report.study_data import RunData, StudyData
 
 METRICS = 12
 
 
 def section(context: Context) -> Section:
     """Metrics against targets, and their course."""
-    words, material = context.words, context.material
+    words, study = context.words, context.study
     blocks: list[Block] = []
-    names = metrics(material)
-    unknown = [name for name in material.targets if name not in names]
+    names = metrics(study)
+    unknown = [name for name in study.targets if name not in names]
     if unknown:
-        held = sorted({name for run in material.runs for name in (*run.epochs, *run.test)})
+        held = sorted({name for run in study.runs for name in (*run.epochs, *run.test)})
         blocks.append(
             Notice("warning", words("metrics.unknown", names=words.list(unknown), held=words.list(held) or "–"))
         )
@@ -36,16 +36,16 @@ def section(context: Context) -> Section:
     return Section("metrics", words("metrics.title"), words("metrics.lead"), blocks)
 
 
-def metrics(material: Material) -> list[str]:
+def metrics(study: StudyData) -> list[str]:
     """What is drawn: first those with a target, then scores within [0, 1], at most :data:`METRICS`."""
     values: dict[str, list[float]] = {}
-    for run in material.runs:
+    for run in study.runs:
         for name, table in run.epochs.items():
             values.setdefault(name, []).extend(table[:, 1])
         for name, value in run.test.items():
             values.setdefault(name, []).append(value)
     scores = [name for name, found in values.items() if is_score(name, found)]
-    wanted = [name for name in material.targets if name in values]
+    wanted = [name for name in study.targets if name in values]
     known = [name for name in BUNDLED if name in scores]
     return list(dict.fromkeys([*wanted, *known, *scores]))[: max(METRICS, len(wanted))]
 
@@ -58,25 +58,25 @@ def final(run: RunData, name: str, test: bool) -> float:
     return float(table[-1, 1]) if table is not None else float("nan")
 
 
-def on_test(material: Material, name: str) -> bool:
+def on_test(study: StudyData, name: str) -> bool:
     """Whether every run was evaluated on a test split: only then are all compared on it."""
-    return all(name in run.test for run in material.runs)
+    return all(name in run.test for run in study.runs)
 
 
 def _final(context: Context, names: list[str]) -> list[Block]:
-    words, material = context.words, context.material
+    words, study = context.words, context.study
     charts, rows, splits = [], [], set()
     for name in names:
-        test = on_test(material, name)
+        test = on_test(study, name)
         splits.add(test)
         found = [
             Dots(arm.name, np.array([final(run, name, test) for run in arm.runs]))
-            for arm in material.arms
+            for arm in study.arms
             if any(np.isfinite(final(run, name, test)) for run in arm.runs)
         ]
         if not found:
             continue
-        target = material.targets.get(name)
+        target = study.targets.get(name)
         split = words("split.test" if test else "split.val")
         title = words(
             "metrics.chart" if target is None else "metrics.chart_target", name=name, split=split, target=target
@@ -89,9 +89,9 @@ def _final(context: Context, names: list[str]) -> list[Block]:
     note.append(
         words("metrics.on_both" if len(splits) > 1 else "metrics.on_test" if True in splits else "metrics.on_val")
     )
-    if material.controls:
+    if study.controls:
         note.append(words("metrics.controls"))
-    if not material.targets:
+    if not study.targets:
         note.append(words("metrics.no_targets"))
     columns = [words(f"column.{n}") for n in ("metric", "split", "arm", "mean", "seeds_span", "target", "reached")]
     table = Table(words("metrics.table"), columns, rows, text=3)
@@ -140,7 +140,7 @@ def _course(context: Context, names: list[str]) -> list[Block]:
 def _over_epochs(context: Context, get: Callable[[RunData], np.ndarray | None]) -> list[Series]:
     """A series per arm over the epochs of any of its runs."""
     found = []
-    for arm in context.material.arms:
+    for arm in context.study.arms:
         tables = [t for t in map(get, arm.runs) if t is not None]
         if not tables:
             continue

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradprobe.report.chart import Block, Prose, Section, Table
-from gradprobe.report.material import RunData
 from gradprobe.report.sections.common import Context
+from gradprobe.report.study_data import RunData
 
 RUNS = 200
 FACTS = 150
@@ -16,7 +16,7 @@ SHORT = 12
 
 def section(context: Context) -> Section:
     """Tables of runs, of common and of differing settings."""
-    words, runs = context.words, context.material.runs
+    words, runs = context.words, context.study.runs
     common, differing = split(runs)
     blocks: list[Block] = [_runs(context, runs)]
     if differing:

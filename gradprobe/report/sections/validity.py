@@ -13,12 +13,12 @@ ROWS, NOTES = 200, 20
 
 def section(context: Context) -> Section:
     """Disagreements, warnings, gates, and what is left out of the drawings."""
-    words, comparison, material = context.words, context.comparison, context.material
+    words, comparison, study = context.words, context.comparison, context.study
     blocks: list[Block] = [
         *said(context, "warning", comparison.disagreements),
         *said(context, "warning", comparison.warnings),
     ]
-    for name, number in material.left_out.items():
+    for name, number in study.left_out.items():
         blocks.append(Notice("warning", words(f"left_out.{name}", n=number)))
     if comparison.left_out_layers:
         layers = [clean(name) for name in comparison.left_out_layers]

@@ -16,10 +16,10 @@ LAYERS = 40
 
 def section(context: Context) -> Section:
     """A heatmap per arm and pair."""
-    material, words = context.material, context.words
+    study, words = context.study, context.words
     blocks: list[Block] = []
     charts, drawn = [], []
-    for arm in material.arms:
+    for arm in study.arms:
         if not arm.layers:
             blocks.append(Notice("missing", words("heat.no_layers", arm=arm.name)))
         elif not np.isfinite(arm.heat).any():
@@ -27,16 +27,16 @@ def section(context: Context) -> Section:
         else:
             drawn.append(arm)
     for arm in drawn:
-        for p, pair in enumerate(material.pairs):
+        for p, pair in enumerate(study.pairs):
             if np.isfinite(arm.heat[p]).any():
                 title = words("heat.chart", arm=context.named(arm.name), pair=pair)
-                charts.append(heatmap.chart(title, arm, p, bins.centres(material.heat_borders), words))
+                charts.append(heatmap.chart(title, arm, p, bins.centres(study.heat_borders), words))
     if charts:
         note = [words("heat.note")]
         corrected = [arm.corrected for arm in drawn]
         key = "heat.corrected" if all(corrected) else "heat.mixed" if any(corrected) else "heat.naive"
         note += [words(key), context.thinned_note("heat.bins")]
-        table = heatmap.table(words("heat.table"), drawn, material.pairs, words)
+        table = heatmap.table(words("heat.table"), drawn, study.pairs, words)
         blocks.insert(
             0,
             Panel(

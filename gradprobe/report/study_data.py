@@ -101,7 +101,7 @@ class ArmData:
 
 
 @dataclass(frozen=True)
-class Material:
+class StudyData:
     """All of it.
 
     Attributes:

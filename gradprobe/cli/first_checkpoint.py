@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gradprobe.rows import Header, Row
 
 
-class Begun:
+class FirstCheckpoint:
     """When the new run begins: a first checkpoint, so that a kill in the first epoch leaves something to go on from,
     and no weights of an older run of the same name, which would pass for this one's. A sink beside the writer.
     """

@@ -75,7 +75,7 @@ class Measured:
 
 
 class Reader:
-    """Makes rows of what a :class:`Following` follows; what it does not care for it leaves as it is here.
+    """Makes rows of what a :class:`OptimizerWatch` follows; what it does not care for it leaves as it is here.
 
     Every method is called with the clock running and guarded: an exception makes its row say so.
     """
@@ -94,14 +94,14 @@ class Reader:
     seconds = 0.0
     """Spent on the present step."""
 
-    def together(self, readers: Sequence[Reader]) -> Following:
+    def together(self, readers: Sequence[Reader]) -> OptimizerWatch:
         """What is put beside a probe, for all of these."""
-        return Following(readers)
+        return OptimizerWatch(readers)
 
     def check(self, tasks: Sequence[str], meter: Meter) -> None:
         """Raise a ``ProbeError`` where it cannot belong to this probe."""
 
-    def open(self, following: Following, model: nn.Module) -> None:
+    def open(self, following: OptimizerWatch, model: nn.Module) -> None:
         """Belong to it; called once."""
 
     def wants(self, step: int) -> bool:
@@ -136,7 +136,7 @@ class Reader:
         """Go on where another one stopped."""
 
 
-class Following:
+class OptimizerWatch:
     """See the module.
 
     Args:
