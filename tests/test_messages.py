@@ -143,10 +143,12 @@ def test_an_unknown_language_lists_those_there_are():
 
 
 def test_one_formatter_is_plain_for_a_terminal_and_typographic_on_a_page():
-    numbers = Message("rule.numbers", effect=-0.12345, low=float("-inf"), high=2.0, n=3)
-    assert str(numbers) == "-0.123 (95 % interval - to +2, 3 seeds)"
-    assert Language(page=True).say(numbers) == "−0.123 (95\u00a0% interval – to +2, 3 seeds)"
-    assert Language("zh-TW", page=True).say(numbers) == "−0.123（95\u00a0% 信賴區間 – 至 +2，3 個種子）"
+    numbers = Message("rule.numbers", estimate=(-0.12345, -0.2, 0.0312), n=3)
+    assert str(numbers) == "-0.12 (95 % interval -0.20 to +0.03, 3 seeds)"
+    assert Language(page=True).say(numbers) == "−0.12 (95\u00a0% interval −0.20 to +0.03, 3 seeds)"
+    assert Language("zh-TW", page=True).say(numbers) == "−0.12（95\u00a0% 信賴區間 −0.20 至 +0.03，3 個種子）"
+    unknown = Message("rule.numbers", estimate=(-0.12345, float("-inf"), 2.0), n=3)
+    assert str(unknown) == "-0.123 (95 % interval -, 3 seeds)"
     part = Message("gate.earlier", part=0.1234, task="det")
     assert str(part) == "momentum from before the burst is 12.3 % of det's terms"
     assert "12.3\u00a0%" in Language(page=True).say(part)

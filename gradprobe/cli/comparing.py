@@ -181,9 +181,7 @@ def tables(found: Comparison) -> Iterator[tuple[str, list[str], Rows]]:
     if found.answers:
         why = [[a.arm, _question(a.question), a.subject, str(a.reason)] for a in found.answers]
         yield SAY("compare.why"), _columns("arm", "question", "subject", "reason"), why
-    levels = [
-        [x.arm, _question(x.question), x.subject, SAY.number(x.mean), SAY.span(x.low95, x.high95)] for x in found.levels
-    ]
+    levels = [[x.arm, _question(x.question), x.subject, *SAY.estimate(x.mean, x.low95, x.high95)] for x in found.levels]
     if levels:
         yield SAY("compare.levels"), _columns("arm", "question", "subject", "mean", "ci95"), levels
     direct = [
@@ -193,7 +191,7 @@ def tables(found: Comparison) -> Iterator[tuple[str, list[str], Rows]]:
     ]
     if direct:
         yield SAY("direct.title"), _columns("arm", "subject", "direct", "ci95", "total"), direct
-    alike = [[x.arm, x.subject, SAY.number(x.mean), SAY.span(x.low95, x.high95)] for x in found.similarities]
+    alike = [[x.arm, x.subject, *SAY.estimate(x.mean, x.low95, x.high95)] for x in found.similarities]
     if alike:
         yield SAY("similarity.title"), _columns("arm", "subject", "mean", "ci95"), alike
     ranked = sorted((x for x in found.layers if math.isfinite(x.p)), key=lambda x: x.p)[:SHOWN_LAYERS]
@@ -221,7 +219,7 @@ def _answer(a: Answer) -> list[str]:
 
 
 def _effect(effect: float, low: float, high: float) -> tuple[str, str]:
-    return SAY.signed(effect), SAY.span(low, high, signed=True)
+    return SAY.estimate(effect, low, high, signed=True)
 
 
 def _yes(value: bool) -> str:

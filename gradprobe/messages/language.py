@@ -21,6 +21,7 @@ PLAIN = str.maketrans({"−": "-", "–": "-", "“": '"', "”": '"', "→": "-
 """What a terminal is given in the place of typographic signs, and of the marks of code."""
 
 JOINED = ("and", "semicolons", "sentences")
+ESTIMATES = ("estimate", "signed estimate")
 
 
 class Language:
@@ -28,7 +29,8 @@ class Language:
 
     Places in a message are ``{name}`` or ``{name:how}``. Of numbers ``how`` is ``signed``, ``p``, Python's own format,
     or what is counted (``seed|seeds``); of several values, how they are joined (``and``, ``semicolons``, ``sentences``;
-    else with commas), or how each is shown; of a message ``first``, with a capital; of a text ``subject``.
+    else with commas), how each is shown, or, of a value and both ends of its interval, ``estimate``
+    and ``signed estimate``; of a message ``first``, with a capital; of a text ``subject``.
 
     Args:
         lang: "en" or "zh-TW".
@@ -97,11 +99,27 @@ class Language:
         return f"+{text}" if value is not None and math.isfinite(value) and value > 0 else text
 
     def span(self, low: float | None, high: float | None, signed: bool = False) -> str:
-        """An interval in words: "0.1 to 0.3"."""
-        if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
-            return self.missing
+        """An interval in words, to two digits of its width: "0.1 to 0.3"."""
+        return self.estimate(low, low, high, signed)[1]
+
+    def estimate(
+        self, value: float | None, low: float | None, high: float | None, signed: bool = False
+    ) -> tuple[str, str]:
+        """A value and its interval in words, to as many decimals as give the interval's width two digits.
+
+        >>> Language().estimate(0.02454, -0.00815, 0.0572, signed=True)
+        ('+0.025', '-0.008 to +0.057')
+        >>> Language().estimate(1.225, -7.272, 9.722), Language().estimate(0.5, float("nan"), 1.0)
+        (('1', '-7 to 10'), ('0.5', '-'))
+        """
         shown = self.signed if signed else self.number
-        return self("join.span", low=shown(low), high=shown(high))
+        if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+            return shown(value), self.missing
+        if high - low <= 0 or (float(low).is_integer() and float(high).is_integer()):
+            return shown(value), self("join.span", low=shown(low), high=shown(high))
+        how = f"{'+' if signed else ''}.{max(0, 1 - math.floor(math.log10(high - low)))}f"
+        said = [self._amount(one, how) for one in (value, low, high)]
+        return said[0], self("join.span", low=said[1], high=said[2])
 
     def percent(self, share: float | None, digits: str = ".0") -> str:
         """A share of 1 in percent.
@@ -143,10 +161,16 @@ class Language:
             return said[:1].upper() + said[1:] if how == "first" else said
         if isinstance(value, str):
             return self.subject(value) if how == "subject" else clean(value) if clean_names else value
+        if isinstance(value, Sequence) and how in ESTIMATES:
+            return self("join.estimate", **dict(zip(("value", "span"), self._estimate(value, how), strict=True)))
         if isinstance(value, Sequence):
             each = [self._value(one, "" if how in JOINED else how, clean_names) for one in value[:MOST]]
             return self._several([*each, *([self("join.more", n=len(value) - MOST)] if len(value) > MOST else [])], how)
         return self._amount(value, how)
+
+    def _estimate(self, value: Sequence[Value], how: str) -> tuple[str, str]:
+        estimate, low, high = (one if isinstance(one, (int, float)) else None for one in value)
+        return self.estimate(estimate, low, high, how == "signed estimate")
 
     def _several(self, each: Sequence[str], how: str) -> str:
         if not each:

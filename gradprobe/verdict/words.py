@@ -36,7 +36,7 @@ def quantity(question: str, task: str = "", other: str = "", metric: str = "") -
 
 def of_rule(answer: Answer) -> Message:
     """The reason of an answer that a rule gave."""
-    numbers = Message("rule.numbers", effect=answer.effect, low=answer.low95, high=answer.high95, n=answer.n)
+    numbers = Message("rule.numbers", estimate=(answer.effect, answer.low95, answer.high95), n=answer.n)
     if answer.rule == 6:
         held_back = answer.high95 < 0
         return Message("rule.held_back" if held_back else "rule.6", quantity=answer.quantity, numbers=numbers)
@@ -52,9 +52,7 @@ def of_level(level: Level, margin: float) -> Message:
         "level.is",
         arm=level.arm,
         quantity=level.quantity,
-        mean=level.mean,
-        low=level.low95,
-        high=level.high95,
+        estimate=(level.mean, level.low95, level.high95),
         n=len(level.seeds),
         said=_how_much(level, margin),
     )

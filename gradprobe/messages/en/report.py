@@ -35,6 +35,7 @@ MESSAGES: dict[str, str] = {
     "join.comma": ", ",
     "join.and": " and ",
     "join.span": "{low} to {high}",
+    "join.estimate": "{value} (95 % interval {span}",
     "join.n_of_m": "{n} of {m}",
     # ---- tables
     "table.empty": "Nothing to list.",

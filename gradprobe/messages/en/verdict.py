@@ -34,10 +34,10 @@ MESSAGES: dict[str, str] = {
     "and no reduction.",
     "rule.held_back": "{quantity:first} changed by {numbers}; inconclusive: the interval alone would say that it fell, "
     "but not beside so many comparisons.",
-    "rule.numbers": "{effect:signed} (95 % interval {low:signed} to {high:signed}, {n} seeds)",
+    "rule.numbers": "{estimate:signed estimate}, {n} seeds)",
     # ---- how large it is in an arm
     "level.none": "{arm}: {quantity} has no interval ({n} of {of} runs give a number).",
-    "level.is": "{arm}: {quantity} is {mean} (95 % interval {low} to {high}, {n} seeds), {said}.",
+    "level.is": "{arm}: {quantity} is {estimate:estimate}, {n} seeds), {said}.",
     "level.even": "where 1 over the number of tasks is even",
     "level.all": "more than all of it: on the shared layers the task is driven backwards",
     "level.matters": "more than the margin",

@@ -34,6 +34,7 @@ MESSAGES: dict[str, str] = {
     "join.comma": "、",
     "join.and": " 與 ",
     "join.span": "{low} 至 {high}",
+    "join.estimate": "{value}（95 % 信賴區間 {span}",
     "join.n_of_m": "{n}／{m}",
     # ---- 表格
     "table.empty": "無項目。",

@@ -32,10 +32,10 @@ MESSAGES: dict[str, str] = {
     "rule.5": "{quantity}：降低幅度未達容許差 {margin}：{numbers}。",
     "rule.6": "{quantity}：變化為 {numbers}；無法定論：信賴區間同時包含實質的降低與毫無降低。",
     "rule.held_back": "{quantity}：變化為 {numbers}；無法定論：單看信賴區間為降低，但在這麼多項比較之中不足以定論。",
-    "rule.numbers": "{effect:signed}（95 % 信賴區間 {low:signed} 至 {high:signed}，{n} 個種子）",
+    "rule.numbers": "{estimate:signed estimate}，{n} 個種子）",
     # ---- 各組的大小
     "level.none": "{arm}：{quantity}沒有信賴區間（{of} 次執行中有 {n} 次有數值）。",
-    "level.is": "{arm}：{quantity}為 {mean}（95 % 信賴區間 {low} 至 {high}，{n} 個種子），{said}。",
+    "level.is": "{arm}：{quantity}為 {estimate:estimate}，{n} 個種子），{said}。",
     "level.even": "任務數的倒數表示均等",
     "level.all": "超過全部：在共享層上，該任務被推向反方向",
     "level.matters": "超過容許差",

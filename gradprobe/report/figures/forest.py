@@ -124,7 +124,7 @@ def _row(place: int, row: Row, words: Language) -> list[dict[str, Any]]:
             line = {"color": row.colour, "width": width}
             ends = {"x": numbers([low, high]), "y": [place + 0.12] * 2}
             drawn.append({**common, "mode": "lines", **ends, "line": line, "hoverinfo": "skip"})
-    told = [row.label, row.said, words.signed(row.mean), words.span(row.low95, row.high95, True), len(row.seeds)]
+    told = [row.label, row.said, *words.estimate(row.mean, row.low95, row.high95, signed=True), len(row.seeds)]
     edge = {"color": row.colour, "width": 2 * ("open" in row.symbol)}
     drawn.append(
         {

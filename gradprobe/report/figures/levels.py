@@ -31,14 +31,10 @@ def row(level: Level, styles: Styles, words: Language) -> Row:
 
 def chart(title: str, levels: Sequence[Level], styles: Styles, words: Language, x_title: str) -> Chart:
     """The figure, and its rows in words."""
+    told = [(one, *words.estimate(one.mean, one.low95, one.high95)) for one in levels[:TOLD]]
     said = [
-        words(
-            "levels.alt_row",
-            what=label(one.arm, one.subject, words),
-            mean=words.number(one.mean),
-            span=words.span(one.low95, one.high95),
-        )
-        for one in levels[:TOLD]
+        words("levels.alt_row", what=label(one.arm, one.subject, words), mean=mean, span=span)
+        for one, mean, span in told
     ]
     if len(levels) > TOLD:
         said.append(words("forest.alt_rest", n=len(levels) - TOLD))
@@ -52,8 +48,7 @@ def table(caption: str, levels: Sequence[Level], words: Language) -> Table:
         [
             clean(one.arm),
             words.subject(one.subject),
-            words.number(one.mean),
-            words.span(one.low95, one.high95),
+            *words.estimate(one.mean, one.low95, one.high95),
             str(len(one.values)),
         ]
         for one in levels

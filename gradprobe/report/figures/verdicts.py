@@ -82,10 +82,11 @@ def chart(title: str, answers: Sequence[Answer], words: Language, x_title: str) 
 
 def told(answer: Answer, words: Language) -> dict[str, str]:
     """An answer's numbers as words take them."""
+    effect, span = words.estimate(answer.effect, answer.low95, answer.high95, signed=True)
     return {
         "verdict": words(f"verdict.{verdict_key(answer.verdict)}"),
-        "effect": words.signed(answer.effect),
-        "span": words.span(answer.low95, answer.high95, True),
+        "effect": effect,
+        "span": span,
         "n": str(answer.n),
     }
 
@@ -104,8 +105,7 @@ def table(caption: str, answers: Sequence[Answer], words: Language) -> Table:
             words.subject(a.subject),
             words(f"verdict.{verdict_key(a.verdict)}"),
             "" if a.rule is None else str(a.rule),
-            words.signed(a.effect),
-            words.span(a.low95, a.high95, True),
+            *words.estimate(a.effect, a.low95, a.high95, signed=True),
             words.span(a.low90, a.high90, True),
             words.p_value((a.p_material, a.p_material_holm)),
             words.p_value((a.p_zero, a.p_zero_holm)),
@@ -127,10 +127,8 @@ def direct(answers: Sequence[Answer], words: Language) -> Table:
         [
             clean(a.arm),
             words.subject(a.subject),
-            words.signed(a.direct.effect),
-            words.span(a.direct.low95, a.direct.high95, True),
-            words.signed(a.effect),
-            words.span(a.low95, a.high95, True),
+            *words.estimate(a.direct.effect, a.direct.low95, a.direct.high95, signed=True),
+            *words.estimate(a.effect, a.low95, a.high95, signed=True),
         ]
         for a in answers
         if a.direct is not None
@@ -141,9 +139,7 @@ def direct(answers: Sequence[Answer], words: Language) -> Table:
 
 def similarity(found: Sequence[Similarity], words: Language) -> Table:
     """How alike gradients are in length, by arm and pair."""
-    rows = [
-        [clean(x.arm), words.subject(x.subject), words.number(x.mean), words.span(x.low95, x.high95)] for x in found
-    ]
+    rows = [[clean(x.arm), words.subject(x.subject), *words.estimate(x.mean, x.low95, x.high95)] for x in found]
     columns = [words(f"column.{name}") for name in ("arm", "subject", "mean", "ci95")]
     return Table(words("similarity.title"), columns, rows, text=2, note=words("similarity.note"))
 

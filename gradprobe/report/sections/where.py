@@ -64,8 +64,7 @@ def _single(context: Context) -> Table:
             words.subject(one.subject),
             clean(one.layer),
             words("layers.yes" if one.discovery else "layers.no"),
-            words.signed(one.effect),
-            words.span(one.low95, one.high95, True),
+            *words.estimate(one.effect, one.low95, one.high95, signed=True),
             words.p_value(one.p),
         ]
         for one in ranked[:LAYERS]
