@@ -200,7 +200,7 @@ def test_each_process_has_its_device():
     ("words", "message"),
     [
         (["--processes", "3"], "--batch-size"),
-        (["--processes", "-1"], "at least 1"),
+        (["--processes", "-1"], "at least 0"),
         (["--device", "98,99"], "--device 98,99: torch finds"),
     ],
 )

@@ -94,7 +94,12 @@ class Settings(registry.TrainerOptions):
     )
     precision: str = training("32-true", "{choices}.", choices=PRECISIONS)
     processes: int = training(
-        0, "How many train together.", shown="as torchrun started, or as devices", least=0, audit=False
+        0,
+        "How many train together.",
+        shown="as torchrun started, or as devices",
+        least=0,
+        why="0 is as torchrun started, or as devices",
+        audit=False,
     )
     keep_going: bool = training(False, "Go on after a loss that is not finite.", switch=True, audit=False)
     bn_batches: int = training(
