@@ -1,6 +1,6 @@
-"""``gradprobe`` in processes of its own that begin at once: each is a fork of one that has imported all it needs.
+"""Processes of ``gradprobe``, or of a script, that begin at once: forks of one that has imported all they need.
 
-Such a process has its own folder, environment, signals, session and exit code, and so have the runs that a study
+Each has its own folder, environment, signals, session and exit code, and so have the runs that a study
 starts in it. What it is not: a new interpreter. Tests of imports, of what a shell sees and of the end of an interpreter
 start a true one.
 """
@@ -10,19 +10,21 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from functools import cache
 from pathlib import Path
 
 
 class Process:
-    """What :class:`subprocess.Popen` is with pipes and text."""
+    """What :class:`subprocess.Popen` is with pipes and text; ``program`` is a script in the place of ``gradprobe``."""
 
-    def __init__(self, words, cwd=None, env=None, start_new_session=False) -> None:
+    def __init__(self, words, cwd=None, env=None, start_new_session=False, program="") -> None:
         self.returncode = None
         self._said = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115  # open until it is read
         self.pid = _ask(
@@ -31,6 +33,7 @@ class Process:
             env=dict(os.environ if env is None else env),
             said=[file.name for file in self._said],
             session=start_new_session,
+            program=os.fspath(program),
         )
 
     def poll(self):
@@ -116,16 +119,19 @@ def _fork(act) -> int:
     code = 1
     try:
         act()
+        code = 0
     except SystemExit as end:
         code = end.code or 0
     except KeyboardInterrupt:  # before or behind what the command guards
         code = 130
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush(), sys.stderr.flush()
         os._exit(code)
 
 
-def _become(words, cwd, env, outputs) -> None:
+def _become(words, cwd, env, outputs, program="") -> None:
     from gradprobe.__main__ import main
 
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -137,14 +143,19 @@ def _become(words, cwd, env, outputs) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, descriptor in enumerate(outputs, 1):
         os.dup2(descriptor, number)
-    sys.argv = ["gradprobe", *words]
-    main()
+    sys.argv = [program or "gradprobe", *words]
+    if program:
+        sys.path.insert(0, str(Path(program).parent))
+        runpy.run_path(program, run_name="__main__")
+    else:
+        main()
 
 
 def _begin(ask) -> None:
     if ask["session"]:
         os.setsid()
-    _become(ask["words"], ask["cwd"], ask["env"], [os.open(name, os.O_WRONLY | os.O_APPEND) for name in ask["said"]])
+    outputs = [os.open(name, os.O_WRONLY | os.O_APPEND) for name in ask["said"]]
+    _become(ask["words"], ask["cwd"], ask["env"], outputs, ask["program"])
 
 
 def _import_all() -> None:
