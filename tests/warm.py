@@ -15,16 +15,24 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
+import warnings
 from functools import cache
 from pathlib import Path
 
+_ONE = threading.Lock()
+"""Held from a question to its answer."""
+
 
 class Process:
-    """What :class:`subprocess.Popen` is with pipes and text; ``program`` is a script in the place of ``gradprobe``."""
+    """What :class:`subprocess.Popen` is with pipes and text; ``program`` is a script in the place of ``gradprobe``.
 
-    def __init__(self, words, cwd=None, env=None, start_new_session=False, program="") -> None:
+    ``strict``: a RuntimeWarning is an error, as with ``-W error::RuntimeWarning``.
+    """
+
+    def __init__(self, words, cwd=None, env=None, start_new_session=False, program="", strict=False) -> None:
         self.returncode = None
         self._said = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115  # open until it is read
         self.pid = _ask(
@@ -34,6 +42,7 @@ class Process:
             said=[file.name for file in self._said],
             session=start_new_session,
             program=os.fspath(program),
+            strict=strict,
         )
 
     def poll(self):
@@ -87,9 +96,10 @@ def _server():
 
 
 def _ask(**what):
-    server = _server()
-    print(json.dumps(what), file=server.stdin, flush=True)
-    return json.loads(server.stdout.readline())
+    with _ONE:
+        server = _server()
+        print(json.dumps(what), file=server.stdin, flush=True)
+        return json.loads(server.stdout.readline())
 
 
 # ---- in the process that they are forks of
@@ -154,6 +164,8 @@ def _become(words, cwd, env, outputs, program="") -> None:
 def _begin(ask) -> None:
     if ask["session"]:
         os.setsid()
+    if ask["strict"]:
+        warnings.filterwarnings("error", category=RuntimeWarning)
     outputs = [os.open(name, os.O_WRONLY | os.O_APPEND) for name in ask["said"]]
     _become(ask["words"], ask["cwd"], ask["env"], outputs, ask["program"])
 
