@@ -6,13 +6,13 @@ import importlib.util
 import os
 import re
 import shlex
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
+from warm import Process
 
 import gradprobe
 from gradprobe.trainers.data.phantom.writing import write_phantoms
@@ -48,7 +48,7 @@ def missing(packages):
     return [package for package in packages if importlib.util.find_spec(package) is None]
 
 
-def run(folder, *command):
+def run(folder, script, *arguments):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "HOME": str(folder),
@@ -60,13 +60,9 @@ def run(folder, *command):
         "OMP_NUM_THREADS": "1",
     }
     # A warning of ours is an error; those of others are theirs.
-    return subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    process = Process(arguments, cwd=folder, env=environment, program=script, strict=True)
+    out, err = process.communicate()
+    return CompletedProcess(script, process.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +147,7 @@ def guide(tmp_path_factory):
     for index, code in enumerate(able):
         (folder / "data" / f"snippet{index}.py").write_text(code, encoding="utf-8")
     (folder / "data" / "all.py").write_text("".join(f"import snippet{i}\n" for i in range(len(able))), encoding="utf-8")
-    done = run(folder / "data", "all.py")
+    done = run(folder / "data", folder / "data" / "all.py")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return folder / "data"
 

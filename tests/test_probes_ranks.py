@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 import two_ranks
 from two_ranks import BATCH, STEPS, TASKS, WAYS
+from warm import Process
 from zoo import Collector
 
 import gradprobe
@@ -32,12 +31,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     program = Path(two_ranks.__file__)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(program.parents[1]), str(program.parent)])}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, program, folder, str(rank)], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
+    processes = [Process([folder, rank], env=environment, program=program) for rank in range(2)]
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from many_ranks import BATCH, SIZES, STEPS, SYNCHRONISED, TASKS, WAYS
+from warm import Process
 from zoo import naive_gramian
 
 import gradprobe
@@ -35,8 +34,7 @@ def runs(tmp_path_factory):
             one.bind(("127.0.0.1", 0))
             (folders[size] / "port").write_text(str(one.getsockname()[1]))
         for rank in range(size):
-            words = [sys.executable, program, folders[size], str(rank), str(size)]
-            started.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
+            started.append(Process([folders[size], rank, size], env=environment, program=program))
     for process in started:
         _, errors = process.communicate(timeout=250)
         assert process.returncode == 0, errors

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from warm import Process
 from zoo import naive_gramian
 
 from gradprobe import measures, open_run
@@ -173,7 +174,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recorded, data, tmp_path, mon
 @pytest.mark.parametrize("sign_of_life", ["run.h5", "run.last.pt"], ids=["in the first epoch", "in the second"])
 def test_a_killed_run_is_resumed_without_a_gap(recorded, data, tmp_path, sign_of_life):
     """kill -9 right after the file began, or a checkpoint: no row before it may still have been in memory alone."""
-    process = start("--data", data, *SMALL, "--trainer", "gradnorm", "--epochs", 2, "--out", "run.h5", cwd=tmp_path)
+    process = warm("--data", data, *SMALL, "--trainer", "gradnorm", "--epochs", 2, "--out", "run.h5", cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / sign_of_life).exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
@@ -422,16 +423,21 @@ def start(*arguments, cwd):
     )
 
 
-@pytest.mark.parametrize(("signal_", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130)])
-def test_ctrl_c_closes_the_file(data, tmp_path, signal_, code):
-    process = start("--data", data, *SMALL, "--epochs", 500, "--out", "run.h5", cwd=tmp_path)
+def warm(*arguments, cwd):
+    """The same, but for its imports."""
+    return Process(["record", *arguments], cwd=cwd)
+
+
+@pytest.mark.parametrize(("signal_", "begin"), [(signal.SIGINT, start), (signal.SIGTERM, warm)])
+def test_ctrl_c_closes_the_file(data, tmp_path, signal_, begin):
+    process = begin("--data", data, *SMALL, "--epochs", 500, "--out", "run.h5", cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run.last.pt").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.1)
     process.send_signal(signal_)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+    assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "gradprobe plot run.h5" in out
     with open_run(tmp_path / "run.h5") as run:
@@ -454,7 +460,7 @@ def test_a_second_signal_does_not_tear_the_closing_of_the_file(number):
 
 
 def test_without_a_terminal_there_are_plain_lines(data, tmp_path):
-    process = start("--data", data, *SMALL, "--epochs", 1, "--out", "run.h5", cwd=tmp_path)
+    process = warm("--data", data, *SMALL, "--epochs", 1, "--out", "run.h5", cwd=tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "\x1b" not in err + out

@@ -70,12 +70,13 @@ def test_a_stride_goes_on_across_parts(tmp_path):
     writer.close()
 
 
-def test_a_run_can_be_read_while_it_is_written_and_parts_stay_few(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flushes", [40, pytest.param(60, marks=pytest.mark.slow)])
+def test_a_run_can_be_read_while_it_is_written_and_parts_stay_few(tmp_path, monkeypatch, flushes):
     monkeypatch.setattr(RunWriter, "merge_at", 3)
     path = tmp_path / "run.h5"
     writer = write(path, [], flush_rows=1000, flush_seconds=1000)
     wide = False
-    for step in range(40):
+    for step in range(flushes):
         writer.write(row(step))
         assert writer.flush()
         with open_run(path) as run:
@@ -87,8 +88,8 @@ def test_a_run_can_be_read_while_it_is_written_and_parts_stay_few(tmp_path, monk
         assert len(main["step"]) >= 20
     writer.close()
     with open_run(path) as run:
-        np.testing.assert_array_equal(run["step"], np.arange(40))
-        np.testing.assert_allclose(run["loss"], [row(s).loss for s in range(40)], rtol=1e-6)
+        np.testing.assert_array_equal(run["step"], np.arange(flushes))
+        np.testing.assert_allclose(run["loss"], [row(s).loss for s in range(flushes)], rtol=1e-6)
 
 
 def test_rows_reach_the_disk_by_themselves(tmp_path):

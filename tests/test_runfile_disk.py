@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import subprocess
@@ -15,8 +16,10 @@ import pytest
 from writing import FailingDisk, assert_rows, header, row, write
 
 from gradprobe import errors, open_run
+from gradprobe.cli.app import run as command
 from gradprobe.runfile import RunWriter, files, parts
 from gradprobe.runfile.backlog import Backlog, size
+from gradprobe.trainers import data
 
 QUICK = {"flush_rows": 10**9, "flush_seconds": 0.02}
 
@@ -327,21 +330,16 @@ def test_training_is_not_kept_waiting_by_a_disk_that_hangs(tmp_path):
         assert_rows(run, range(300))
 
 
-def test_gradprobe_record_goes_on_where_its_weights_find_no_room(small_disk):
+def test_gradprobe_record_goes_on_where_its_weights_find_no_room(small_disk, monkeypatch, capsys):
     """Rows fit, weights of 7 MB do not."""
     small = {"--data": "phantom", "--imgsz": 64, "--batch-size": 8, "--bn-batches": 1, "--epochs": 1, "--every": 5}
     arguments = [str(word) for pair in small.items() for word in pair]
-    code = (
-        "import sys, gradprobe.trainers.data as data; real = data.load_data\n"
-        "data.load_data = lambda *a, **k: real(*a, **k, n_train=24, n_val=8, n_test=8)\n"
-        "from gradprobe.cli.app import run; sys.exit(run(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", code, "record", *arguments, "--out", str(small_disk / "run.h5")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
+    few = functools.partial(data.load_data, n_train=24, n_val=8, n_test=8)
+    monkeypatch.setattr(data, "load_data", few)
+    assert command(["record", *arguments, "--out", str(small_disk / "run.h5")]) == 0
     assert (
         "run.checkpoint.pt of epoch 1 not saved, is the disk full? ([Errno 28] No space left on device)"
-        in result.stderr
+        in capsys.readouterr().err
     )
     with open_run(small_disk / "run.h5") as run:
         assert run.end == "finished"

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from warm import Process
 
 pytest.importorskip("torch.distributed.fsdp")
 if not torch.distributed.is_available() or not hasattr(torch.distributed.fsdp, "fully_shard"):
@@ -22,10 +21,7 @@ WAYS = [f"{by}{how}" for by in ("backward", "record") for how in ("", " sketched
 def ranks(tmp_path_factory):
     folder, here = tmp_path_factory.mktemp("sharded"), Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
-    command = [sys.executable, str(here / "sharded_ranks.py"), str(folder)]
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=environment, stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
+    processes = [Process([folder, rank], env=environment, program=here / "sharded_ranks.py") for rank in range(2)]
     for process in processes:
         _, errors = process.communicate(timeout=250)
         assert process.returncode == 0, errors[-3000:]

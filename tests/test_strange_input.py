@@ -32,7 +32,9 @@ YAMLS = {
     "blocks": "".join(" " * i + "a:\n" for i in range(1400)),
     "much": "x" * (4 << 20),
     "values": "[" + "a," * 100_000 + "]",
+    "four times the values": "[" + "a," * 400_000 + "]",
     "a long number": "nc: " + ":".join(["1"] * 100_000),
+    "three times the number": "nc: " + ":".join(["1"] * 300_000),
     "no date": "nc: !!timestamp x\nlr0: !!timestamp x\ntrain: x\nval: x\nnames: [a]\n",
     "no truth": "nc: !!bool x\nlr0: !!bool x\ntrain: x\nval: x\nnames: [a]\n",
     "no number": 'nc: !!int ""\nlr0: !!int ""\ntrain: x\nval: x\nnames: [a]\n',
@@ -56,10 +58,11 @@ def read_as_cfg(path):
 
 
 def every_yaml():
-    """The longest by one reader: all hand on to one loader."""
+    """The longest by one reader: all hand on to one loader. And longer ones in the soak."""
     for kind in YAMLS:
         for reader in (*READERS, "record --cfg"):
-            marks = pytest.mark.slow if kind == "values" and reader != "data" else ()
+            long = " times the " in kind or (kind == "values" and reader != "data")
+            marks = pytest.mark.slow if long else ()
             yield pytest.param(kind, reader, marks=marks)
 
 

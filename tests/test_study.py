@@ -6,13 +6,12 @@ import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from run_factory import make_header, make_rows
 from studies import InProcess, study, wait_for_an_epoch
+from warm import Process
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
@@ -318,21 +317,11 @@ def test_arms_with_other_conditions_are_told(tmp_path, capsys):
 # ---- the command line
 
 
-def gradprobe(*words, **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "gradprobe", *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
 def test_a_killed_study_goes_on_where_it_was(tmp_path):
     """Killed with everything it started, in the middle of its second run."""
     record = [*FAST, "--data", "dial:size=2048", "--epochs", "4"]
     words = ["study", "--trainers", "joint", "--seeds", "1", "--out", str(tmp_path / "s"), *record]
-    child = gradprobe(*words, start_new_session=True)
+    child = Process(words, start_new_session=True)
     checkpoint, log = tmp_path / "s" / "joint-s0-again.checkpoint.pt", tmp_path / "s" / "logs" / "joint-s0-again.log"
     deadline = time.monotonic() + 200
     while not (checkpoint.exists() and folder.progress(log) > 0) and time.monotonic() < deadline:
@@ -397,7 +386,7 @@ def make_interrupted(path):
 
 def test_stopping_a_study_stops_its_runs_with_their_files_closed(tmp_path):
     words = ["study", "--trainers", "joint", "--seeds", "1", "--out", tmp_path / "s", *FAST]
-    child = gradprobe(*words, "--data", "dial:size=8192", "--epochs", "50", start_new_session=True)
+    child = Process([*words, "--data", "dial:size=8192", "--epochs", "50"])
     log = tmp_path / "s" / "logs" / "joint-s0.log"
     wait_for_an_epoch(child, log)
     child.send_signal(signal.SIGTERM)  # to the study alone

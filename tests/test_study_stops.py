@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from run_factory import make_header, make_rows, make_run
 from studies import InProcess, study
+from warm import Process, of_session
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
@@ -38,35 +39,27 @@ ASK = ["study", "--trainers", "joint", "--seeds", "1", "--jobs", "2", *RECORD]
 NAMES = ["joint-s0", "joint-s0-again"]
 
 
-def start(out, *more, **options):
+def start(out):
     return subprocess.Popen(
-        [sys.executable, "-m", "gradprobe", *ASK, "--out", str(out), *more],
+        [sys.executable, "-m", "gradprobe", *ASK, "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
+        start_new_session=True,
     )
 
 
-def finish(out) -> str:
+def warm(out):
+    """The same, but for the imports."""
+    return Process([*ASK, "--out", out], start_new_session=True)
+
+
+def finish(out, begin=start) -> str:
     """The same command again, to its end; what it said."""
-    child = start(out)
+    child = begin(out)
     told, err = child.communicate(timeout=300)
     assert child.returncode == 0, (told, err)
     return err
-
-
-def processes_of(out) -> list[int]:
-    """Processes that have the folder on their command line."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if any(os.fsencode(out) in word for word in words):
-            found.append(int(entry.name))
-    return found
 
 
 def wait_for(sign, seconds=120):
@@ -100,26 +93,27 @@ def assert_whole(out, undisturbed):
 # ---- stopped
 
 
-def stop_at_random(out, moments, seed):
+def stop_at_random(out, moments, seed, begin, seconds):
     """Stop the study again and again, each time in one of the ways, at any moment of the first seconds."""
-    dice = random.Random(seed)
+    dice, begun = random.Random(seed), []
     for moment in range(moments):
-        child = start(out)
-        time.sleep(dice.uniform(0.0, 9.0))
+        child = begin(out)
+        begun.append(child.pid)
+        time.sleep(dice.uniform(0.0, seconds))
         way = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)[moment % 3]
         child.send_signal(way)
         _, err = child.communicate(timeout=100)
         assert "Traceback" not in err, err
         deadline = time.monotonic() + 60  # what an earlier kill left over comes to its own end
-        while way != signal.SIGKILL and processes_of(out):
-            assert time.monotonic() < deadline, processes_of(out)
+        while way != signal.SIGKILL and any(map(of_session, begun)):
+            assert time.monotonic() < deadline, [of_session(pid) for pid in begun]
             time.sleep(0.1)
 
 
 @pytest.mark.timeout(900)
 def test_a_study_that_is_stopped_or_killed_at_any_moment_goes_on_right(tmp_path, undisturbed):
-    stop_at_random(tmp_path / "s", 3, 20)
-    finish(tmp_path / "s")
+    stop_at_random(tmp_path / "s", 6, 20, warm, 2.0)
+    finish(tmp_path / "s", warm)
     assert_whole(tmp_path / "s", undisturbed)
 
 
@@ -127,7 +121,7 @@ def test_a_study_that_is_stopped_or_killed_at_any_moment_goes_on_right(tmp_path,
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", [*range(6), 20])
 def test_a_study_is_stopped_at_many_moments(tmp_path, undisturbed, seed):
-    stop_at_random(tmp_path / "s", 15, seed)
+    stop_at_random(tmp_path / "s", 15, seed, start, 9.0)
     finish(tmp_path / "s")
     assert_whole(tmp_path / "s", undisturbed)
 
@@ -154,9 +148,10 @@ def test_a_run_that_has_only_begun_to_start_when_its_study_is_killed_is_recorded
 
 
 @pytest.mark.timeout(900)
-def test_two_studies_in_one_folder_share_the_work(tmp_path, undisturbed):
+@pytest.mark.parametrize("begin", [warm, pytest.param(start, marks=pytest.mark.slow)])
+def test_two_studies_in_one_folder_share_the_work(begin, tmp_path, undisturbed):
     out = tmp_path / "s"
-    both = [start(out), start(out)]
+    both = [begin(out), begin(out)]
     told = [child.communicate(timeout=300) for child in both]
     assert [child.returncode for child in both] == [0, 0], told
     assert_whole(out, undisturbed)
@@ -414,13 +409,14 @@ def test_a_reader_that_was_there_before_goes_on_with_the_old_file(tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_readers_never_see_numbers_of_two_runs(tmp_path):
+@pytest.mark.parametrize("runs", [8, pytest.param(40, marks=pytest.mark.slow)])
+def test_readers_never_see_numbers_of_two_runs(tmp_path, runs):
     """A process replaces a run again and again, another one reads it: one run or the other, or a clear error."""
     path = tmp_path / "run.h5"
     write(path, 0)
     code = (
         "import sys; sys.path.insert(0, 'TESTS'); from test_study_stops import write; from pathlib import Path\n"
-        "for number in range(1, 9): write(Path(sys.argv[1]), number)"
+        f"for number in range(1, {runs + 1}): write(Path(sys.argv[1]), number)"
     ).replace("TESTS", str(Path(__file__).parent))
     writer = subprocess.Popen([sys.executable, "-c", code, str(path)])
     seen, refused = set(), 0

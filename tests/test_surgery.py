@@ -16,7 +16,7 @@ from gradprobe.cli.app import run as command
 from gradprobe.errors import MissingExtraError, TrainingError
 from gradprobe.probes.graph import by_module, find_shared
 from gradprobe.trainers.surgery import Surgery
-from gradprobe.trainers.weightings import METHODS, STATEFUL, Weighting
+from gradprobe.trainers.weightings import METHODS, Weighting
 
 torchjd = pytest.importorskip("torchjd.aggregation")
 
@@ -138,21 +138,6 @@ def test_what_is_drawn_depends_on_the_seed_and_the_step_alone():
     np.testing.assert_array_equal(other(gram, 5), series[5])
     torch.manual_seed(123)
     np.testing.assert_array_equal(other(gram, 6), series[6])
-
-
-@pytest.mark.parametrize("method", STATEFUL)
-def test_stateful_methods_go_on_from_their_state(method):
-    model = Conflicting()
-    whole = Surgery(method, model, EQUAL)
-    expected = [whole.step(model.losses(step)) for step in range(6)]
-    first, second = Surgery(method, model, EQUAL), Surgery(method, model, EQUAL)
-    for step in range(3):
-        first.step(model.losses(step))
-    second.load_state_dict(first.state_dict())
-    for step in range(3, 6):
-        assert second.step(model.losses(step)) == pytest.approx(expected[step], rel=1e-9)
-    fresh = Surgery(method, model, EQUAL).step(model.losses(3))
-    assert method == "nash" or fresh != expected[3]
 
 
 def test_a_gradient_that_is_not_finite_gives_the_static_weights_and_a_warning():

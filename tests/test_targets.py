@@ -655,13 +655,14 @@ def test_a_probe_goes_on_where_its_folder_of_parts_is_removed(tmp_path):
         assert run.rows_dropped == 3
 
 
-def test_descriptors_are_given_back(tmp_path):
+@pytest.mark.parametrize("files", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_descriptors_are_given_back(tmp_path, files):
     folder = Path("/dev/fd")
     if not folder.exists():
         pytest.skip("no list of open files here")
     write(tmp_path / "first.h5", range(3)).close()
     before = len(list(folder.iterdir()))
-    for number in range(5):
+    for number in range(files):
         merged(tmp_path / f"{number}.h5", 4).close()
         checkpoint.save(tmp_path / "run.pt", {"a": 1})
     assert len(list(folder.iterdir())) == before

@@ -57,7 +57,13 @@ def test_some_steps_on_the_phantom_lower_a_loss(trainer, steps, joint):
     assert all(np.isfinite(row.weight).all() for row in run.rows)
 
 
-@pytest.mark.parametrize("trainer", ["gradnorm", "uncertainty", "dwa", "rlw", "pcgrad", *STATEFUL])
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        "gradnorm",  # the state of each alone: test_registries.py
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ["uncertainty", "dwa", "rlw", "pcgrad", *STATEFUL]),
+    ],
+)
 def test_a_training_goes_on_from_its_state_as_if_it_had_not_stopped(trainer):
     options = OPTIONS.get(trainer, {})
     whole = training.make(trainer, **options)
