@@ -64,8 +64,8 @@ def _alike(group: Group, layers: Sequence[str], pairs: Sequence[Pair], span: Spa
 
 
 def _unordered(pairs: Sequence[Pair]) -> list[Pair]:
-    """Each pair once, whichever way round."""
-    return list({frozenset((p.task, p.by)): p for p in reversed(pairs)}.values())
+    """Each pair once, whichever way round, in the order of the answers."""
+    return list({frozenset((p.task, p.by)): p for p in reversed(pairs)}.values())[::-1]
 
 
 def _over_seeds(values: Array) -> tuple[float, float, float]:
