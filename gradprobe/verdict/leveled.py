@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from gradprobe.ledger.windows import Gate
 from gradprobe.measures import Array
 from gradprobe.messages import Message
 from gradprobe.statistics import t_interval
 from gradprobe.verdict import gates, questions, readings, words
-from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, Gate, Level, Similarity
+from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, Level, Similarity
 from gradprobe.verdict.conditions import Group
 from gradprobe.verdict.evidence import Evidence
 from gradprobe.verdict.readings import Pair, Span
