@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from run_factory import make_run
 
+from gradprobe.ledger.windows import Gate
 from gradprobe.messages import Message
 from gradprobe.report.gather import ArmFiles
 from gradprobe.statistics import paired
@@ -25,7 +26,6 @@ from gradprobe.verdict.answers import (
     Answer,
     Arm,
     Comparison,
-    Gate,
     LayerAnswer,
     Level,
     Similarity,

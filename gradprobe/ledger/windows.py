@@ -31,13 +31,14 @@ LEAST_ROWS = 8
 
 @dataclass(frozen=True)
 class Gate:
-    """One condition of believing a number.
+    """A condition without which a number supports no claim.
 
     Attributes:
-        name: "residual", "earlier momentum", "own progress" or "rows".
-        passed: Whether it holds; it does not where ``value`` is NaN.
-        value, limit: What was found, and what it may at most be ("own progress", "rows": at least).
-        sentence: For people.
+        name: Such as "residual", "earlier momentum", "own progress" or "rows".
+        passed: False also where what it needs is not in the files.
+        value: What was found, of the worst run; NaN: not there, or no number.
+        limit: What it is held against.
+        sentence: What was found, what is asked for, and what to do.
     """
 
     name: str

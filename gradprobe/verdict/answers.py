@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradprobe.ledger.windows import Gate
 from gradprobe.messages import Message
 
 DIRECTION, INTERFERENCE, DOMINANCE, OUTCOME = "direction", "interference", "dominance", "outcome"
@@ -57,25 +58,6 @@ def verdict_key(verdict: str) -> str:
 def verdict_said(verdict: str) -> Message:
     """A verdict as a message."""
     return Message(f"verdict.{verdict_key(verdict)}")
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A condition without which a number supports no claim.
-
-    Attributes:
-        name: Such as ``residual``.
-        passed: False also where what it needs is not in the files.
-        value: What was found, of the worst run; NaN: not there, or no number.
-        limit: What it is held against.
-        sentence: What was found, what is asked for, and what to do.
-    """
-
-    name: str
-    passed: bool
-    value: float
-    limit: float
-    sentence: Message
 
 
 @dataclass(frozen=True)

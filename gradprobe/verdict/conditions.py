@@ -102,7 +102,7 @@ def _refuse_copies(name: str, by_seed: Mapping[int, Sequence[Evidence]]) -> None
 
 def _what_it_is(run: Evidence) -> tuple[str, ...]:
     """Settings and conditions, for telling a repeated run from another one."""
-    said = {**run.setting, **{key: value for name in CONDITIONS for key, value in run.condition(name).items()}}
+    said = {**run.setting, **{key: value for each in run.conditions.values() for key, value in each.items()}}
     return (run.trainer, *(f"{key}={np.ravel(value).tolist()}" for key, value in sorted(said.items())))
 
 
@@ -114,7 +114,7 @@ def differences(one: Evidence, other: Evidence) -> list[Message]:
     found = [
         Message("difference.values", what=_term(name), name=key, one=_short(mine[key]), other=_short(theirs[key]))
         for name in CONDITIONS
-        for mine, theirs in [(one.condition(name), other.condition(name))]
+        for mine, theirs in [(one.conditions[name], other.conditions[name])]
         for key in mine
         if key in theirs and not _equal(mine[key], theirs[key])
     ]
@@ -127,7 +127,7 @@ def _term(condition: str) -> Message:
 
 def not_shown(one: Evidence, other: Evidence) -> list[Message]:
     """Conditions of a pair that the files do not show."""
-    return [_term(name) for name in NEEDED_FOR_PAIRS if not (one.condition(name) and other.condition(name))]
+    return [_term(name) for name in NEEDED_FOR_PAIRS if not (one.conditions[name] and other.conditions[name])]
 
 
 def refusal(baseline: Group, arm: Group, paired: bool | None) -> Message | None:

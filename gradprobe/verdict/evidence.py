@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,23 +119,24 @@ class Evidence:
     ledger: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     tested: Scores = field(default_factory=lambda: Scores({}))
 
-    def condition(self, name: str) -> dict[str, Any]:
-        """What the file says of one of :data:`CONDITIONS`; empty: nothing."""
-        return {key: self.provenance[key] for key in CONDITIONS[name] if key in self.provenance}
+    @cached_property
+    def conditions(self) -> dict[str, dict[str, Any]]:
+        """What the file says of each of :data:`CONDITIONS`; empty: nothing."""
+        said = self.provenance
+        return {name: {key: said[key] for key in keys if key in said} for name, keys in CONDITIONS.items()}
 
-    @property
+    @cached_property
     def setting(self) -> dict[str, Any]:
         """The settings of the training."""
-        return {
-            key.removeprefix("settings."): value
-            for key, value in self.provenance.items()
-            if key.startswith("settings.")
-        }
+        return self._said("settings.")
 
-    @property
+    @cached_property
     def plan(self) -> dict[str, Any]:
         """What was fixed before the runs."""
-        return {key.removeprefix("plan."): value for key, value in self.provenance.items() if key.startswith("plan.")}
+        return self._said("plan.")
+
+    def _said(self, group: str) -> dict[str, Any]:
+        return {key.removeprefix(group): value for key, value in self.provenance.items() if key.startswith(group)}
 
     @property
     def samples(self) -> int:

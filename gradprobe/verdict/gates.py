@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from gradprobe.ledger.windows import Gate
 from gradprobe.messages import Message
-from gradprobe.verdict.answers import Gate
 from gradprobe.verdict.evidence import Evidence
 from gradprobe.verdict.readings import Pair, Span, estimate, ledger
 
@@ -196,6 +197,5 @@ def of_the_ledger(runs: Sequence[Evidence], layers: Sequence[str], pair: Pair, s
         found = ledger(run, layers, span)
         assert found is not None  # a question without a ledger has no gates
         for gate in found.gates[run.tasks.index(pair.task)]:
-            said = _of(run, gate.sentence)
-            by_name.setdefault(gate.name, []).append(Gate(gate.name, gate.passed, gate.value, gate.limit, said))
+            by_name.setdefault(gate.name, []).append(replace(gate, sentence=_of(run, gate.sentence)))
     return [worst(gates) for gates in by_name.values()]

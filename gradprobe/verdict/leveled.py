@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from gradprobe.ledger.windows import Gate
 from gradprobe.measures import Array
 from gradprobe.messages import Message
 from gradprobe.statistics import t_interval
 from gradprobe.verdict import gates, questions, readings, words
-from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, Gate, Level, Similarity
+from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, Level, Similarity
 from gradprobe.verdict.conditions import Group
 from gradprobe.verdict.evidence import Evidence
 from gradprobe.verdict.readings import Pair, Span
@@ -64,8 +65,8 @@ def _alike(group: Group, layers: Sequence[str], pairs: Sequence[Pair], span: Spa
 
 
 def _unordered(pairs: Sequence[Pair]) -> list[Pair]:
-    """Each pair once, whichever way round."""
-    return list({frozenset((p.task, p.by)): p for p in reversed(pairs)}.values())
+    """Each pair once, whichever way round, in the order of the answers."""
+    return list({frozenset((p.task, p.by)): p for p in reversed(pairs)}.values())[::-1]
 
 
 def _over_seeds(values: Array) -> tuple[float, float, float]:

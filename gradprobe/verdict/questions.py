@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gradprobe.ledger.windows import Gate
 from gradprobe.measures import Array
 from gradprobe.messages import Message
 from gradprobe.statistics import Contrast, paired, welch
@@ -21,7 +22,6 @@ from gradprobe.verdict.answers import (
     OUTCOME,
     UNDEFINED,
     Direct,
-    Gate,
 )
 from gradprobe.verdict.conditions import Group
 from gradprobe.verdict.evidence import Evidence

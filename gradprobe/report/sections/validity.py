@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from gradprobe.foreign import clean
+from gradprobe.ledger.windows import Gate
 from gradprobe.report.chart import Block, Notice, Prose, Section, Table
 from gradprobe.report.sections.common import Context
 from gradprobe.report.sections.front import said
-from gradprobe.verdict.answers import Gate
 
 ROWS, NOTES = 200, 20
 
