@@ -16,7 +16,7 @@ from writing import FailingDisk, assert_rows, header, row, write
 
 from gradprobe import errors, open_run
 from gradprobe.runfile import RunWriter, files, parts
-from gradprobe.runfile.backlog import Backlog, size
+from gradprobe.runfile.flusher import Backlog, size
 
 QUICK = {"flush_rows": 10**9, "flush_seconds": 0.02}
 

@@ -52,7 +52,7 @@ def check(
 
 
 def _repaired(file: Path, out: Path) -> Report:
-    from gradprobe.runfile.repair import repair
+    from gradprobe.runfile.check import repair
 
     return repair(file, out)
 

@@ -16,9 +16,9 @@ import numpy as np
 from gradprobe.errors import RunFileError
 from gradprobe.rows import Header
 from gradprobe.runfile import content, schema, storable
-from gradprobe.runfile.attributes import attribute
 from gradprobe.runfile.files import write_whole
 from gradprobe.runfile.pieces import Piece
+from gradprobe.runfile.untrusted import attribute
 from gradprobe.whole_files import Disk, target, telling
 
 ABOUT = ("task", "weight", "class", "sentence", "same_twice")

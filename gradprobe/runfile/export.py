@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.errors import UsageError
+from gradprobe.errors import UsageError, optional
 from gradprobe.foreign import cell
 from gradprobe.rows.table import names_along
 from gradprobe.runfile import frames, schema
-from gradprobe.runfile.extras import optional
 from gradprobe.runfile.reader import Run
 from gradprobe.whole_files import staged, target, telling, there
 

@@ -1,4 +1,4 @@
-"""A run as pandas and xarray hold it."""
+"""A run (:class:`gradprobe.runfile.Run`) as pandas and xarray hold it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.errors import RunFileError
+from gradprobe.errors import RunFileError, optional
 from gradprobe.rows.table import names_along
 from gradprobe.runfile import schema
-from gradprobe.runfile.extras import optional
 
 if TYPE_CHECKING:
     import pandas
     import xarray
-
-    from gradprobe.runfile.reader import Run
 
 EPOCHS = "epochs"
 NAMED = (schema.LAYER, schema.TASK, schema.PAIR)
 EPOCH_NUMBER = "epoch_number"  # the axis of metrics per epoch; "epoch" is the epoch of each row
 
 
-def to_pandas(run: Run, name: str, stride: int = 1) -> pandas.DataFrame:
-    """One dataset as a tidy table; documented at :meth:`gradprobe.runfile.reader.Run.to_pandas`."""
+def to_pandas(run: Any, name: str, stride: int = 1) -> pandas.DataFrame:
+    """One dataset as a tidy table; documented at :meth:`gradprobe.runfile.Run.to_pandas`."""
     pandas = optional("pandas", "Run.to_pandas")
     if name == EPOCHS:
         return pandas.DataFrame(run.epochs)
@@ -44,7 +41,7 @@ def to_pandas(run: Run, name: str, stride: int = 1) -> pandas.DataFrame:
     return pandas.DataFrame({**columns, field.name: values.ravel()})
 
 
-def _fields(run: Run) -> Iterator[tuple[schema.Table, str, schema.Field]]:
+def _fields(run: Any) -> Iterator[tuple[schema.Table, str, schema.Field]]:
     """Every field of the tables that the run has, with its table and its name in the file."""
     for table in schema.TABLES:
         if table.path(schema.STEP) in run:
@@ -54,8 +51,8 @@ def _fields(run: Run) -> Iterator[tuple[schema.Table, str, schema.Field]]:
         yield schema.FEATURES, schema.FEATURES.path(schema.FEATURE_SIZE.name), schema.FEATURE_SIZE
 
 
-def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
-    """A whole run; documented at :meth:`gradprobe.runfile.reader.Run.to_xarray`."""
+def to_xarray(run: Any, stride: int = 1) -> xarray.Dataset:
+    """A whole run; documented at :meth:`gradprobe.runfile.Run.to_xarray`."""
     xarray = optional("xarray", "Run.to_xarray")
     variables: dict[str, Any] = {}
     for table, path, field in _fields(run):
@@ -93,7 +90,7 @@ def _axis(table: schema.Table, axis: str) -> str:
     return f"{table.group}.{axis}" if table.group and axis == schema.STEP else axis
 
 
-def about_run(run: Run) -> dict[str, Any]:
+def about_run(run: Any) -> dict[str, Any]:
     """Provenance and end as attributes that netCDF can hold: no bool, no empty list."""
     about: dict[str, Any] = {"end": run.end, "rows_dropped": run.rows_dropped}
     for name, value in run.provenance.items():

@@ -18,8 +18,8 @@ from gradprobe.errors import RunFileError
 from gradprobe.rows.layers import begins_with
 from gradprobe.rows.table import lengths
 from gradprobe.runfile import parts, schema, untrusted
-from gradprobe.runfile.attributes import RefusedError, attribute, printable
-from gradprobe.runfile.sums import SummedFile
+from gradprobe.runfile.files import SummedFile
+from gradprobe.runfile.untrusted import RefusedError, attribute, printable
 from gradprobe.whole_files import there
 
 log = logging.getLogger("gradprobe")
@@ -39,7 +39,7 @@ class Piece:
     Args:
         path: The file.
         part: It is a part; its name then says which numbers it stands for.
-        lenient: Use what is left of damaged sums (see :class:`gradprobe.runfile.sums.SummedFile`).
+        lenient: Use what is left of damaged sums (see :class:`gradprobe.runfile.files.SummedFile`).
 
     Raises:
         FileNotFoundError: It is not there (any more).

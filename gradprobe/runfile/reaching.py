@@ -6,9 +6,9 @@ rows say better, and so they are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,21 +16,20 @@ from numpy.typing import NDArray
 from gradprobe import measures
 from gradprobe.rows import MISSING_GRADIENT, UNKNOWN_GRADIENT
 from gradprobe.runfile import schema
-
-if TYPE_CHECKING:
-    from gradprobe.runfile.reader import Run
+from gradprobe.runfile.pieces import Piece
 
 NEVER = np.iinfo(np.int64).max
 
 Block = dict[str, NDArray[Any]]
+
+Norms = Iterator[tuple[int, NDArray[np.float32]]]
+"""The place of the first row, and norms (k, L, T), piece by piece."""
 
 SUMS = {
     schema.ROWS: ("grad_norm", "cosine", "shared_grad_norm", "shared_cosine"),
     schema.UPDATES: ("update_norm", "cosine", "shared_update_norm", "shared_cosine"),
 }
 """By table: norms and cosines by layer, and over all shared layers."""
-
-_BLOCK = schema.CHUNK_ROWS
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,11 @@ class Gaps:
     rows: int
 
 
-def look(run: Run, graph: NDArray[np.bool_]) -> Reaching:
+def look(norms: Norms, graph: NDArray[np.bool_]) -> Reaching:
     """Read norms until everybody who may be seen has been seen: in most runs that is the first row."""
     first = np.full(graph.shape, NEVER, dtype=np.int64)
-    for start, norms in norms_of(run):
-        found = norms > 0
+    for start, values in norms:
+        found = values > 0
         new = found.any(axis=0) & (first == NEVER)
         first[new] = start + np.argmax(found, axis=0)[new]
         if not (graph & (first == NEVER)).any():
@@ -79,14 +78,13 @@ def look(run: Run, graph: NDArray[np.bool_]) -> Reaching:
     return Reaching(graph, first)
 
 
-def gaps(run: Run) -> Gaps:
-    """Read all norms."""
-    first, status = run.seen.first, run["status"]
+def gaps(norms: Norms, first: NDArray[np.int64], status: NDArray[np.uint8]) -> Gaps:
+    """Read all norms; ``first`` as in :class:`Reaching`, and the status of every row."""
     joined = np.full(len(first), NEVER, dtype=np.int64)
     lacking, rows = np.zeros(len(first), np.int64), 0
-    for start, norms in norms_of(run):
-        place = np.arange(start, start + len(norms))
-        known, measured = ~np.isnan(norms), status[place] == 0
+    for start, values in norms:
+        place = np.arange(start, start + len(values))
+        known, measured = ~np.isnan(values), status[place] == 0
         if known.all() and measured.any() and (joined < NEVER).all():  # of most runs all but the first rows
             continue
         there = known.any(axis=2) & measured[:, None]
@@ -100,13 +98,13 @@ def gaps(run: Run) -> Gaps:
     return Gaps(np.where((joined == NEVER) | (joined == begun), 0, joined), lacking, rows)
 
 
-def norms_of(run: Run) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """The place of the first row, and norms (k, L, T), piece by piece."""
+def norms_of(pieces: Iterable[Piece], layers: int) -> Norms:
+    """The norms in these files of a run that has so many layers."""
     start = 0
-    for piece in run.pieces(schema.ROWS):
-        for begin in range(0, piece.rows, _BLOCK):
+    for piece in pieces:
+        for begin in range(0, piece.rows, schema.CHUNK_ROWS):
             with piece.reading():
-                norms = piece.column(schema.ROWS, _NORM, slice(begin, begin + _BLOCK), among=len(run.layers))
+                norms = piece.column(schema.ROWS, _NORM, slice(begin, begin + schema.CHUNK_ROWS), among=layers)
             yield start + begin, norms
         start += piece.rows
 

@@ -16,7 +16,7 @@ from gradprobe import measures
 from gradprobe.errors import RunFileError
 from gradprobe.rows import sources
 from gradprobe.rows.table import names_along
-from gradprobe.runfile import audits, estimates, reaching, schema, sessions, untrusted
+from gradprobe.runfile import audits, estimates, frames, reaching, schema, sessions, untrusted
 from gradprobe.runfile.pieces import Piece, open_pieces
 
 if TYPE_CHECKING:
@@ -107,15 +107,18 @@ class Run:
     def seen(self) -> reaching.Reaching:
         """Who reaches what, and from which row on: the first rows are read for it."""
         if self._seen is None:
-            self._seen = reaching.look(self, self._stored_reach)
+            self._seen = reaching.look(self._norms(), self._stored_reach)
         return self._seen
 
     @property
     def gaps(self) -> reaching.Gaps:
         """What rows lack: all norms are read for it."""
         if self._gaps is None:
-            self._gaps = reaching.gaps(self)
+            self._gaps = reaching.gaps(self._norms(), self.seen.first, self["status"])
         return self._gaps
+
+    def _norms(self) -> reaching.Norms:
+        return reaching.norms_of(self.pieces(schema.ROWS), len(self.layers))
 
     @property
     def reach(self) -> NDArray[np.bool_]:
@@ -504,8 +507,6 @@ class Run:
             MissingExtraError: pandas is not installed.
             RunFileError: As for :meth:`read`.
         """
-        from gradprobe.runfile import frames
-
         return frames.to_pandas(self, name, stride)
 
     def to_xarray(self, *, stride: int = 1) -> xarray.Dataset:
@@ -517,8 +518,6 @@ class Run:
         Raises:
             MissingExtraError: xarray is not installed.
         """
-        from gradprobe.runfile import frames
-
         return frames.to_xarray(self, stride)
 
     # ---- closing

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from gradprobe.rows import FeatureHeader, Field, Header, TestClusters
 from gradprobe.rows.limits import MAX_ALL_NAMES, MAX_ATTRIBUTES, MAX_NAME, MAX_NAMES, MAX_TEXT
 from gradprobe.rows.table import PAIR, names_along
-from gradprobe.runfile.attributes import printable
 from gradprobe.runfile.schema import TEST
+from gradprobe.runfile.untrusted import printable
 
 MORE = "entries_left_out"
 """The entry of a provenance that says how many others a file has no room for."""

@@ -26,9 +26,9 @@ import numpy as np
 from gradprobe.errors import RunFileError
 from gradprobe.rows import FeatureHeader, Header
 from gradprobe.rows.layers import begins_with
-from gradprobe.runfile import content, growth, parts, schema, sessions, storable
+from gradprobe.runfile import content, parts, schema, sessions, storable
 from gradprobe.runfile.files import write_whole
-from gradprobe.runfile.lock import Lock
+from gradprobe.runfile.live import Lock
 from gradprobe.runfile.reader import Run
 from gradprobe.whole_files import Disk, replacing
 
@@ -421,7 +421,7 @@ def _same_layers(path: Path, header: Header, old: Run, any_kept: bool) -> Header
     if not same:
         return header
     known = Header(old.tasks, old.layers, old.layer_size, old.reach)
-    both, _ = growth.joined(known, header)
+    both, _ = content.with_layers(known, header)
     return replace(header, layers=both.layers, layer_size=both.layer_size, reach=both.reach)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gradprobe.errors import RunFileError
 from gradprobe.runfile import Run, live, storable
-from gradprobe.runfile.attributes import printable
+from gradprobe.runfile.untrusted import printable
 from gradprobe.study.arms import Planned
 from gradprobe.trainers.paths import Paths
 
