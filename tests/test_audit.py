@@ -15,8 +15,8 @@ from torch import nn
 
 from gradprobe.audit import Experiment, Options, audit, compare
 from gradprobe.audit.attribution import attribute
+from gradprobe.audit.compare import Sighting
 from gradprobe.audit.doors import DOORS as DOORS_TRIED
-from gradprobe.audit.history import Sighting
 from gradprobe.audit.pair import Outcome
 from gradprobe.audit.streams import OwnStreams
 from gradprobe.errors import UsageError

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from gradprobe.audit.closing import Door
+from gradprobe.audit.arm import Door
 from gradprobe.audit.compare import CLEAN, NUMERIC
 from gradprobe.audit.pair import Outcome
 
-Run = Callable[[Sequence[Door]], Outcome]
+Pair = Callable[[Sequence[Door]], Outcome]
 """Runs the pair of arms with these doors held shut in both."""
 
 OPEN, SHUT, UNTESTED = "open", "shut", "not tested"
@@ -70,7 +70,7 @@ def better(found: Outcome, before: Outcome) -> bool:
     return found.kind == CLEAN or (found.kind == NUMERIC and before.kind not in (CLEAN, NUMERIC))
 
 
-def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
+def attribute(before: Outcome, doors: Sequence[Door], run: Pair) -> Attribution:
     """Name the doors that explain a difference.
 
     Where there is no difference nothing is run. Else every door is held shut alone first; of those that take the
@@ -81,7 +81,7 @@ def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
     Args:
         before: The outcome with nothing held shut.
         doors: The most specific first.
-        run: Runs both arms.
+        run: Pairs both arms.
     """
     if before.kind == CLEAN:  # nothing to explain: with every door as it is, nothing comes through
         return Attribution([Finding(door, SHUT, closed=0.0) for door in doors], explained=True)
@@ -108,7 +108,7 @@ def evidence(outcome: Outcome) -> str:
 
 
 class _Search:
-    def __init__(self, before: Outcome, doors: Sequence[Door], run: Run) -> None:
+    def __init__(self, before: Outcome, doors: Sequence[Door], run: Pair) -> None:
         self._before, self._doors, self._run = before, list(doors), run
         self._known: dict[tuple[int | str, ...], Outcome] = {}
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gradprobe.audit import compare, in_force
+from gradprobe.audit.arm import Door
 from gradprobe.audit.attribution import OPEN, SHUT, Attribution, Finding, attribute, evidence
-from gradprobe.audit.closing import Door
 from gradprobe.audit.doors import DIRECT, DOORS, PRECONDITIONER, WEIGHTS
-from gradprobe.audit.experiment import Factory
+from gradprobe.audit.experiment import Factory, made
 from gradprobe.audit.pair import Outcome, Setting, setting
 from gradprobe.audit.snapshot import random_state_kept
 from gradprobe.errors import UsageError
@@ -138,8 +138,6 @@ def audit(make: Factory, task: str, options: Options | None = None, *, progress:
 
 def make_weights(where: Setting) -> list[str]:
     """Names of all tasks."""
-    from gradprobe.audit.experiment import made
-
     return list(made(where.make).weights)
 
 

@@ -78,6 +78,10 @@ class Experiment:
         """What the scaler multiplies losses with; 1 where there is none."""
         return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
     def stateful(self) -> dict[str, Any]:
         """Everything with a state but model and optimizers, by name."""
         schedules = self.schedule if isinstance(self.schedule, Sequence) else [self.schedule]

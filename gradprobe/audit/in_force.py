@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradprobe.audit.arm import Arm
-from gradprobe.audit.closing import Closing
-from gradprobe.audit.doors.gradients import gradients_of
+from gradprobe.audit.arm import Arm, Closing
+from gradprobe.audit.doors import gradients_of
 from gradprobe.audit.experiment import made
 from gradprobe.audit.pair import Setting
 from gradprobe.audit.snapshot import random_state_kept

@@ -75,7 +75,7 @@ class Snapshot:
         """As it is now."""
         model = experiment.model
         return cls(
-            tensors={name: t.detach().clone() for name, t in _tensors(experiment).items()},
+            tensors={name: t.detach().clone() for name, t in experiment.tensors().items()},
             gradients={
                 name: None if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()
             },
@@ -90,7 +90,7 @@ class Snapshot:
         objects.
         """
         with torch.no_grad():
-            for name, tensor in _tensors(experiment).items():
+            for name, tensor in experiment.tensors().items():
                 tensor.copy_(self.tensors[name])
         for name, parameter in experiment.model.named_parameters():
             gradient = self.gradients[name]
@@ -102,10 +102,6 @@ class Snapshot:
         for name, thing in experiment.stateful().items():
             _load(thing, self.others[name])
         self.random.put_back()
-
-
-def _tensors(experiment: Experiment) -> dict[str, Tensor]:
-    return {**dict(experiment.model.named_parameters()), **dict(experiment.model.named_buffers())}
 
 
 def _state(thing: Any) -> Any:
