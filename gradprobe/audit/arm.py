@@ -34,7 +34,7 @@ def patched(owner: Any, name: str, new: Any) -> Iterator[None]:
             delattr(owner, name)
 
 
-Traced = dict[str, Tensor | None]
+_Traced = dict[str, Tensor | None]
 
 
 @dataclass
@@ -51,7 +51,7 @@ class StepRecord:
     """
 
     batch: Any = None
-    stages: dict[str, Traced] = field(default_factory=lambda: {stage: {} for stage in STAGES})
+    stages: dict[str, _Traced] = field(default_factory=lambda: {stage: {} for stage in STAGES})
     optimizer_steps: int = 0
     rates: list[list[dict[str, float]]] = field(default_factory=list)
     decisions: dict[str, bool] = field(default_factory=dict)
@@ -79,17 +79,17 @@ def leaves(batch: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
         yield path, torch.tensor(batch)
 
 
-def copied(tensors: Mapping[str, Tensor | None]) -> Traced:
+def copied(tensors: Mapping[str, Tensor | None]) -> _Traced:
     """Copies that later steps do not change."""
     return {name: None if t is None else t.detach().clone() for name, t in tensors.items()}
 
 
-def gradients(model: nn.Module) -> Traced:
+def gradients(model: nn.Module) -> _Traced:
     """Copies of ``.grad``."""
     return copied({name: p.grad for name, p in model.named_parameters()})
 
 
-def random_states() -> Traced:
+def _random_states() -> _Traced:
     """The global random streams as tensors, to be compared."""
     state = RandomState.taken()
     legacy = state.numpy  # (name, 624 words, position, has_gauss, cached)
@@ -239,7 +239,7 @@ class Arm:
         for task, loss in losses.items():
             forward.setdefault(f"loss of {task}", loss.detach().clone())
         forward.update(copied(dict(self.experiment.model.named_buffers())))
-        forward.update(random_states())
+        forward.update(_random_states())
         result = dict(losses)
         for closing in self.closings:
             result = closing.losses(self, result)
@@ -306,7 +306,7 @@ class Arm:
                 self.record.optimizer_steps += 1
                 return original(*args, **options)
 
-            return nested(taken, [_bind(closing.optimize, self, optimizer) for closing in self.closings])
+            return _nested(taken, [_bind(closing.optimize, self, optimizer) for closing in self.closings])
 
         return step
 
@@ -315,7 +315,9 @@ class Arm:
 
         @wraps(original)
         def zero_grad(*args: Any, **options: Any) -> Any:
-            return nested(lambda: original(*args, **options), [_bind(closing.clear, self) for closing in self.closings])
+            return _nested(
+                lambda: original(*args, **options), [_bind(closing.clear, self) for closing in self.closings]
+            )
 
         return zero_grad
 
@@ -352,7 +354,7 @@ def numbers(group: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in group.items() if isinstance(v, (int, float, Tensor)) and not isinstance(v, bool)}
 
 
-def nested(innermost: Callable[[], Any], layers: Sequence[Callable[[Callable[[], Any]], Any]]) -> Any:
+def _nested(innermost: Callable[[], Any], layers: Sequence[Callable[[Callable[[], Any]], Any]]) -> Any:
     """Call ``layers[0](layers[1](... innermost))``, each deciding whether to call what it encloses."""
     call = innermost
     for layer in reversed(layers):

@@ -13,7 +13,7 @@ from gradprobe.audit.pair import Outcome
 Pair = Callable[[Sequence[Door]], Outcome]
 """Runs the pair of arms with these doors held shut in both."""
 
-OPEN, SHUT, UNTESTED = "open", "shut", "not tested"
+OPEN, SHUT, _UNTESTED = "open", "shut", "not tested"
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Attribution:
         return [finding for finding in self.findings if finding.state == OPEN]
 
 
-def better(found: Outcome, before: Outcome) -> bool:
+def _better(found: Outcome, before: Outcome) -> bool:
     """Whether a difference is gone, or is nothing but rounding where it was more."""
     if found.error:
         return False
@@ -129,14 +129,14 @@ class _Search:
     def restores(self, shut: Sequence[Door]) -> bool:
         """Whether the difference is gone with these doors held shut, in whichever way."""
         ways = 1 + max((len(door.others) for door in shut), default=0)
-        return all(better(self.run(shut, way), self._before) for way in range(ways))
+        return all(_better(self.run(shut, way), self._before) for way in range(ways))
 
     def alone(self, door: Door) -> Finding:
         outcome = self.run([door])
         if not outcome.acted:
             return Finding(door, SHUT, closed=self._before.largest, evidence="nothing to shut: it never acted")
         if outcome.error:
-            return Finding(door, UNTESTED, evidence=f"cannot be held shut here: {outcome.error}")
+            return Finding(door, _UNTESTED, evidence=f"cannot be held shut here: {outcome.error}")
         return Finding(door, SHUT, closed=outcome.largest, restores=self.restores([door]))
 
     def smallest(self, findings: Sequence[Finding]) -> list[Door] | None:
@@ -145,7 +145,7 @@ class _Search:
         if singles:
             whole = [door for door in singles if self.run([door]).kind == CLEAN] or singles
             return [min(whole, key=self._out_of_place)]
-        tested = [f for f in findings if f.state != UNTESTED]
+        tested = [f for f in findings if f.state != _UNTESTED]
         acted = [f.door for f in tested if f.evidence == ""]
         # One that never acted may have been kept from it by another: a training that is stopped comes to no overflow.
         shut = next((s for s in (acted, [f.door for f in tested]) if s and self.restores(s)), None)

@@ -15,7 +15,7 @@ from gradprobe.audit.pair import Outcome, Setting, setting
 from gradprobe.audit.snapshot import random_state_kept
 from gradprobe.errors import UsageError
 
-DOSES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1.0)
+_DOSES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 
 Progress = Callable[[str], None]
 
@@ -27,7 +27,7 @@ class Options:
     Attributes:
         steps: In lockstep.
         weight: Of the task in the training that has it.
-        dose: Whether to run :data:`DOSES` as well.
+        dose: Whether to run :data:`_DOSES` as well.
         attribute: Whether to look for doors; without it only the difference is found.
     """
 
@@ -127,16 +127,16 @@ def audit(make: Factory, task: str, options: Options | None = None, *, progress:
         envelope = float(twice.ulp.max(initial=0.0))
         progress("with and without the task")
         outcome = where.run(options.weight, envelope=envelope, evaluate=True)
-        others = tuple(t for t in make_weights(where) if t != task)
+        others = tuple(t for t in _make_weights(where) if t != task)
         result = Audit(task, others, options, twice, outcome, notes=notes(twice))
         if options.attribute:
-            result.attribution = doors_of(where, result, envelope, progress)
+            result.attribution = _doors_of(where, result, envelope, progress)
         if options.dose:
-            result.dose = doses(where, envelope, progress)
+            result.dose = _doses(where, envelope, progress)
     return result
 
 
-def make_weights(where: Setting) -> list[str]:
+def _make_weights(where: Setting) -> list[str]:
     """Names of all tasks."""
     return list(made(where.make).weights)
 
@@ -151,7 +151,7 @@ def notes(twice: Outcome) -> list[str]:
     ]
 
 
-def doors_of(where: Setting, found: Audit, envelope: float, progress: Progress) -> Attribution:
+def _doors_of(where: Setting, found: Audit, envelope: float, progress: Progress) -> Attribution:
     """Attribute the difference; above weight 0 what is left when the task's own gradient is kept out."""
     weight = found.options.weight
     intended = [DIRECT] if weight > 0 else []
@@ -168,11 +168,11 @@ def doors_of(where: Setting, found: Audit, envelope: float, progress: Progress) 
         if finding.state == OPEN and finding.door is WEIGHTS:
             finding.name, finding.evidence = in_force.named(where, weight)
     if intended:
-        result.findings += own_gradient(where, found, before, envelope)
+        result.findings += _own_gradient(where, found, before, envelope)
     return result
 
 
-def own_gradient(where: Setting, found: Audit, without: Outcome, envelope: float) -> list[Finding]:
+def _own_gradient(where: Setting, found: Audit, without: Outcome, envelope: float) -> list[Finding]:
     """The intended way, and whether the optimizer makes more of it than its weight."""
     total = found.outcome.largest
     direct = Finding(DIRECT, SHUT if total == without.largest else OPEN, name=DIRECT.name, closed=without.largest)
@@ -186,12 +186,12 @@ def own_gradient(where: Setting, found: Audit, without: Outcome, envelope: float
     return [direct, adam]
 
 
-def doses(where: Setting, envelope: float, progress: Progress) -> Dose:
-    """Run all of :data:`DOSES`."""
+def _doses(where: Setting, envelope: float, progress: Progress) -> Dose:
+    """Run all of :data:`_DOSES`."""
     outcomes = []
-    for weight in DOSES:
+    for weight in _DOSES:
         progress(f"weight {weight:g}")
         outcomes.append(where.run(weight, envelope=envelope))
     displacement = [o.largest if o.kind not in (compare.CLEAN, compare.NUMERIC) else 0.0 for o in outcomes]
-    kind, slope = compare.dose_kind(DOSES, displacement)
-    return Dose(DOSES, [o.largest for o in outcomes], [o.kind for o in outcomes], kind, slope)
+    kind, slope = compare.dose_kind(_DOSES, displacement)
+    return Dose(_DOSES, [o.largest for o in outcomes], [o.kind for o in outcomes], kind, slope)

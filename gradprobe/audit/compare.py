@@ -18,14 +18,14 @@ from gradprobe.audit.snapshot import Snapshot
 
 CLEAN = "clean"
 NUMERIC = "numeric"
-BUFFERS_ONLY = "buffers only"
+_BUFFERS_ONLY = "buffers only"
 MATERIAL = "material"
 NON_FINITE = "non-finite"
 
-CLASSES = (CLEAN, NUMERIC, BUFFERS_ONLY, MATERIAL, NON_FINITE)
+CLASSES = (CLEAN, NUMERIC, _BUFFERS_ONLY, MATERIAL, NON_FINITE)
 """From nothing to worst."""
 
-NUMERIC_ULP = 8.0
+_NUMERIC_ULP = 8.0
 """What a step may add, in units of the last place, where only the order of operations differs."""
 
 Array = NDArray[np.float64]
@@ -65,10 +65,10 @@ def equal(a: Tensor | None, b: Tensor | None) -> bool:
         return False
     if torch.equal(a, b):
         return True
-    return bool(a.is_floating_point() and torch.equal(a.isnan(), b.isnan()) and torch.equal(zeroed(a), zeroed(b)))
+    return bool(a.is_floating_point() and torch.equal(a.isnan(), b.isnan()) and torch.equal(_zeroed(a), _zeroed(b)))
 
 
-def zeroed(a: Tensor) -> Tensor:
+def _zeroed(a: Tensor) -> Tensor:
     """NaN as 0."""
     return torch.where(a.isnan(), torch.zeros_like(a), a)
 
@@ -91,9 +91,9 @@ def distance(reference: Tensor | None, other: Tensor | None) -> Distance:
         return Distance(float((a - b).abs().max()), nan, nan, "differs")
     if not b.isfinite().all() and a.isfinite().all():
         return Distance(nan, nan, nan, "not finite")
-    gap = zeroed(a - b)
+    gap = _zeroed(a - b)
     largest = float(gap.abs().max()) if gap.numel() else 0.0
-    norm, size = float(zeroed(a).norm()), float(zeroed(a).abs().max()) if a.numel() else 0.0
+    norm, size = float(_zeroed(a).norm()), float(_zeroed(a).abs().max()) if a.numel() else 0.0
     eps = torch.finfo(reference.dtype).eps if reference.is_floating_point() else 1.0
     return Distance(
         largest=largest,
@@ -123,7 +123,7 @@ def ulps(gap: Array, size: Array, moved: Array, eps: float) -> Array:
 
 
 def only_rounding(ulp: Array, envelope: float = 0.0) -> bool:
-    """Whether differences are rounding that does not grow: no step adds more than :data:`NUMERIC_ULP` on average.
+    """Whether differences are rounding that does not grow: no step adds more than :data:`_NUMERIC_ULP` on average.
 
     Args:
         ulp: (N,) of :func:`ulps`.
@@ -133,7 +133,7 @@ def only_rounding(ulp: Array, envelope: float = 0.0) -> bool:
     if not len(different):
         return True
     since = np.maximum(np.arange(len(ulp)) - different[0] + 1, 1)
-    return bool(np.all(ulp <= np.maximum(NUMERIC_ULP * since, envelope)))
+    return bool(np.all(ulp <= np.maximum(_NUMERIC_ULP * since, envelope)))
 
 
 def growth(displacement: Sequence[float]) -> float:
@@ -157,7 +157,7 @@ def growth(displacement: Sequence[float]) -> float:
 ROUNDING = 1e-5
 """Relative displacements below are not told from the rounding of float32, which many steps and Adam enlarge."""
 
-STRUCTURAL, LINEAR, SCALE_FREE, MIXED = "structural", "linear", "scale-free", "mixed"
+_STRUCTURAL, _LINEAR, _SCALE_FREE, _MIXED = "structural", "linear", "scale-free", "mixed"
 
 
 def dose_kind(weights: Sequence[float], displacement: Sequence[float]) -> tuple[str, float]:
@@ -180,12 +180,12 @@ def dose_kind(weights: Sequence[float], displacement: Sequence[float]) -> tuple[
     slope = min(slopes, key=abs, default=math.nan)
     at_zero = next((d for w, d in zip(weights, displacement, strict=True) if w == 0), 0.0)
     if at_zero != 0:  # NaN included: at weight 0 nothing should be there at all
-        return STRUCTURAL, slope
+        return _STRUCTURAL, slope
     if not any(displacement):
         return CLEAN, slope
     if math.isnan(slope):
-        return MIXED, slope
-    return (SCALE_FREE if abs(slope) < 0.3 else LINEAR if abs(slope - 1) < 0.3 else MIXED), slope
+        return _MIXED, slope
+    return (_SCALE_FREE if abs(slope) < 0.3 else _LINEAR if abs(slope - 1) < 0.3 else _MIXED), slope
 
 
 @dataclass(frozen=True)
@@ -311,5 +311,5 @@ def kind(history: History, matter: set[str], ulp: Array, envelope: float) -> str
     if not only_rounding(ulp, envelope):
         return MATERIAL
     if not only_rounding(ulps(*history.table(matter, history.buffers), history.eps), envelope):
-        return BUFFERS_ONLY
+        return _BUFFERS_ONLY
     return NUMERIC if history.differing & matter else CLEAN

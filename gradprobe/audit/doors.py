@@ -82,7 +82,7 @@ def gradients_of(loss: Tensor | float, parameters: dict[str, torch.nn.Parameter]
     return {name: g for name, g in zip(wanted, found, strict=True) if g is not None}
 
 
-ZERO_GRADIENT = Door(
+_ZERO_GRADIENT = Door(
     name="zero gradient",
     title="a gradient of zero where there was none: momentum and weight decay move the parameter",
     remedy="set gradients that are zero to None before the optimizer, or leave the task's loss out at weight 0",
@@ -90,7 +90,7 @@ ZERO_GRADIENT = Door(
     stages=("backward", "clip", "scaler", "optimizer"),
 )
 
-CLIPPING = Door(
+_CLIPPING = Door(
     name="clipping",
     title="the task's gradient enters the global norm that all gradients are clipped by",
     remedy="clip each task's own parameters apart, or take the norm over the other tasks' parameters alone",
@@ -125,7 +125,7 @@ class _OwnStreams(Closing):
         self.acted += 1 + mode.draws
 
 
-RANDOM = Door(
+_RANDOM = Door(
     name="random stream",
     title="both tasks draw from one random stream (dropout, augmentation, shuffling)",
     remedy="give the task's dropout, augmentation and loader a torch.Generator of their own",
@@ -173,7 +173,7 @@ class _EvaluationMode(Closing):
             yield
 
 
-BUFFERS = Door(
+_BUFFERS = Door(
     name="running statistics",
     title="another forward through shared layers moves their buffers (BatchNorm's running statistics)",
     remedy="one forward for all tasks, or BatchNorm in evaluation mode in the task's own forward",
@@ -181,7 +181,7 @@ BUFFERS = Door(
     stages=("forward", "optimizer"),
 )
 
-BATCH_STATISTICS = Door(
+_BATCH_STATISTICS = Door(
     name="batch statistics",
     title="the task's samples enter the batch that shared BatchNorm layers normalise with",
     remedy="separate batches, or normalisation per sample (GroupNorm, LayerNorm)",
@@ -213,7 +213,7 @@ class _Guard(Closing):
         return {**losses, arm.task: torch.zeros_like(loss, requires_grad=True)}
 
 
-SCALER = Door(
+_SCALER = Door(
     name="scaler",
     title="the task overflows, and GradScaler skips the step for all and lowers its scale",
     remedy="leave the task out of a step in which its own gradient is not finite, or give it a scaler of its own",
@@ -221,7 +221,7 @@ SCALER = Door(
     stages=("forward", "backward", "scaler"),
 )
 
-NONFINITE = Door(
+_NONFINITE = Door(
     name="non-finite",
     title="the task's gradient is not finite, and a weight of 0 times infinity is NaN",
     remedy="leave the task out of a step in which its own gradient is not finite",
@@ -287,16 +287,16 @@ class _Batch(Closing):
     def batch(self, arm: Arm, batch: Any) -> Any:
         if arm.reference is None:
             return batch
-        replayed = merged(batch, arm.reference.batch)
+        replayed = _merged(batch, arm.reference.batch)
         own, other = dict(leaves(batch)), dict(leaves(replayed))
         self.acted += own.keys() != other.keys() or not all(equal(own[k], other[k]) for k in own)
         return replayed
 
 
-def merged(batch: Any, reference: Any) -> Any:
+def _merged(batch: Any, reference: Any) -> Any:
     """The reference's batch, with what the batch alone has added to it (targets of the task).
 
-    >>> merged({"x": 1, "label": 5}, {"x": 2})
+    >>> _merged({"x": 1, "label": 5}, {"x": 2})
     {'x': 2, 'label': 5}
     """
     if isinstance(batch, Mapping) and isinstance(reference, Mapping):
@@ -308,7 +308,7 @@ def merged(batch: Any, reference: Any) -> Any:
     return reference
 
 
-SCHEDULE = Door(
+_SCHEDULE = Door(
     name="schedule",
     title="the learning rate follows a loss that the task is part of",
     remedy="drive the schedule by the other task's own loss, or by the step",
@@ -316,7 +316,7 @@ SCHEDULE = Door(
     stages=("schedule", "optimizer"),
 )
 
-DECISION = Door(
+_DECISION = Door(
     name="decision",
     title="early stopping or the best checkpoint is decided by a loss that the task is part of",
     remedy="decide by the other task's own loss or metric",
@@ -324,7 +324,7 @@ DECISION = Door(
     stages=("decision",),
 )
 
-TIMING = Door(
+_TIMING = Door(
     name="accumulation",
     title="the optimizer steps at other times: the task's backward passes count in the accumulation",
     remedy="count samples or batches, not backward passes",
@@ -332,7 +332,7 @@ TIMING = Door(
     stages=("scaler", "optimizer", "backward"),
 )
 
-DATA = Door(
+_DATA = Door(
     name="data",
     title="the task's data change the batch that the other tasks get",
     remedy="draw the other tasks' samples without regard to the task",
@@ -398,17 +398,17 @@ PRECONDITIONER = Door(
 
 
 DOORS: tuple[Door, ...] = (
-    RANDOM,
-    ZERO_GRADIENT,
-    SCALER,
-    NONFINITE,
-    BUFFERS,
-    BATCH_STATISTICS,
-    CLIPPING,
+    _RANDOM,
+    _ZERO_GRADIENT,
+    _SCALER,
+    _NONFINITE,
+    _BUFFERS,
+    _BATCH_STATISTICS,
+    _CLIPPING,
     WEIGHTS,
-    SCHEDULE,
-    DECISION,
-    TIMING,
-    DATA,
+    _SCHEDULE,
+    _DECISION,
+    _TIMING,
+    _DATA,
 )
 """Tried by :func:`gradprobe.audit.attribution.attribute`."""

@@ -18,7 +18,7 @@ from gradprobe.audit.compare import History, Sighting, equal, kind
 from gradprobe.audit.experiment import Experiment, Factory, check_task, made
 from gradprobe.audit.snapshot import Snapshot, random_state_kept
 
-SEED = 20_200_119
+_SEED = 20_200_119
 """Evaluations draw what they draw from this seed, so that two of them can be compared."""
 
 
@@ -26,7 +26,7 @@ class _Enough(BaseException):
     """Leaves a step function when its losses are known; no ``except Exception`` of the user's stops it."""
 
 
-def relevant(turns: Turns, reached: set[str], differing: set[str], known: dict[str, bool]) -> set[str]:
+def _relevant(turns: _Turns, reached: set[str], differing: set[str], known: dict[str, bool]) -> set[str]:
     """The parameters and buffers that the other tasks depend on.
 
     Parameters that had a gradient without the task do. Of the others that differ, those do which change the other
@@ -73,7 +73,7 @@ def _bisected(names: list[str], matters: Callable[[list[str]], bool]) -> list[st
     return [*_bisected(names[:middle], matters), *_bisected(names[middle:], matters)] or names
 
 
-def evaluated(turns: Turns) -> dict[str, dict[str, tuple[float, float]]]:
+def _evaluated(turns: _Turns) -> dict[str, dict[str, tuple[float, float]]]:
     """Mode -> name -> (without, with): the other tasks' losses and metrics as both arms stand now."""
     found = []
     for arm in turns.arms:
@@ -93,7 +93,7 @@ def _losses(arm: Arm, here: Snapshot) -> dict[tuple[str, str], Any]:
     result: dict[tuple[str, str], Any] = {}
     for mode in ("training", "evaluation"):
         arm.experiment.model.train(mode == "training")
-        torch.manual_seed(SEED)
+        torch.manual_seed(_SEED)
         try:
             for name, value in _values(arm).items():
                 result[mode, name] = value
@@ -233,7 +233,7 @@ class Setting:
                     self.snapshot.put_back(experiment)
 
     def _run(self, without: Arm, with_: Arm, envelope: float, evaluate: bool, each: Callable[[int], None]) -> Outcome:
-        turns = Turns(self.snapshot, without, with_)
+        turns = _Turns(self.snapshot, without, with_)
         history = History(self.snapshot, without.experiment.model)
         error = ""
         for step in range(self.steps):
@@ -253,9 +253,9 @@ class Setting:
                 break
         return self._judged(turns, history, envelope, evaluate, error)
 
-    def _judged(self, turns: Turns, history: History, envelope: float, evaluate: bool, error: str) -> Outcome:
+    def _judged(self, turns: _Turns, history: History, envelope: float, evaluate: bool, error: str) -> Outcome:
         without, _ = turns.arms
-        matter = relevant(turns, history.reached, history.differing, self.matters)
+        matter = _relevant(turns, history.reached, history.differing, self.matters)
         gap, size, moved = history.table(matter)
         ulp = compare.ulps(gap, size, moved, history.eps)
         displacement = history.displacement(matter)
@@ -272,11 +272,11 @@ class Setting:
         if error:
             outcome.kind = compare.NON_FINITE if history.nonfinite else compare.MATERIAL
         if evaluate:
-            outcome.effect = evaluated(turns)
+            outcome.effect = _evaluated(turns)
         return outcome
 
 
-class Turns:
+class _Turns:
     """Two arms in one process: each finds the random streams as it left them, and, where both are of the same objects,
     all the rest as well.
     """

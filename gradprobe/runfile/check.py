@@ -23,7 +23,7 @@ from gradprobe.runfile.files import write_whole
 from gradprobe.runfile.pieces import Piece, span_of
 from gradprobe.whole_files import Disk, target, telling, there
 
-DAMAGED, INCOMPLETE, NOTE = "damaged", "incomplete", "note"
+DAMAGED, _INCOMPLETE, _NOTE = "damaged", "incomplete", "note"
 
 _BLOCK = 4096
 
@@ -59,7 +59,7 @@ class Report:
     @property
     def whole(self) -> bool:
         """Whether the run ended and nothing of it is damaged, missing or unverified."""
-        return all(finding.kind == NOTE for finding in self.findings)
+        return all(finding.kind == _NOTE for finding in self.findings)
 
     def add(self, path: Path, kind: str, what: str) -> None:
         """Note one finding."""
@@ -83,7 +83,7 @@ def check(path: Path) -> Report:
             report.files.append(piece.path.name)
             report.rows += piece.rows
             if not piece.raw.sealed:
-                report.add(piece.path, INCOMPLETE, "carries no sums: another program changed it after it was recorded")
+                report.add(piece.path, _INCOMPLETE, "carries no sums: another program changed it after it was recorded")
             _check_sums(piece, report)
             _check_values(piece, report, last)
         if pieces:
@@ -127,7 +127,7 @@ def _open_readable(path: Path, report: Report, pieces: list[Piece], lenient: boo
     for part in found:
         number, last = span_of(part)
         if last <= merged:
-            report.add(part, NOTE, "is in the main file already; a kill came before it was removed")
+            report.add(part, _NOTE, "is in the main file already; a kill came before it was removed")
             continue
         if expected and number > expected + 1:
             report.add(part, DAMAGED, f"follows part {expected:08d}: {number - expected - 1} parts between are missing")
@@ -172,17 +172,19 @@ def _check_sums(piece: Piece, report: Report) -> None:
 def _check_end(path: Path, last: Piece, report: Report) -> None:
     held = live.being_recorded(path)
     if held:
-        report.add(path, INCOMPLETE, "is being recorded")
+        report.add(path, _INCOMPLETE, "is being recorded")
     elif not last.end:
-        report.add(path, INCOMPLETE, "its recording was killed, or goes on: it does not say how it ended")
+        report.add(path, _INCOMPLETE, "its recording was killed, or goes on: it does not say how it ended")
     elif last.span[1]:
-        report.add(path, NOTE, f"is in pieces, of which none is missing: keep {parts.folder(path).name}/ with the file")
+        report.add(
+            path, _NOTE, f"is in pieces, of which none is missing: keep {parts.folder(path).name}/ with the file"
+        )
     if last.rows_dropped:
         why = "the disk took them too late or not at all, somebody removed them, or they had no step"
-        report.add(path, NOTE, f"{last.rows_dropped} rows were dropped: {why}")
+        report.add(path, _NOTE, f"{last.rows_dropped} rows were dropped: {why}")
     for name, words in last.provenance.items():
         if name.startswith(f"{UNSTORED}."):
-            report.add(path, NOTE, f"{name.removeprefix(f'{UNSTORED}.')}: could not be stored in {words}")
+            report.add(path, _NOTE, f"{name.removeprefix(f'{UNSTORED}.')}: could not be stored in {words}")
 
 
 # ---- numbers
@@ -199,7 +201,7 @@ def _check_values(piece: Piece, report: Report, last: dict[str, int]) -> None:
     for table in schema.TABLES:
         lacks = [table.path(f.name) for f in table.held(piece) if not _there(piece, table, f)]
         if lacks and piece.count(table):
-            report.add(piece.path, NOTE, f"has no {', '.join(lacks)}: read as missing")
+            report.add(piece.path, _NOTE, f"has no {', '.join(lacks)}: read as missing")
         wrong: dict[str, tuple[int, int]] = {}  # what: how often, first row
         for start, field_, values in _readable(piece, table, report):
             path = table.path(field_.name)
@@ -278,7 +280,7 @@ def _check_epochs(piece: Piece, report: Report) -> None:
 _Box = tuple[slice, ...]
 
 
-class Salvage:
+class _Salvage:
     """What can be read of one file.
 
     Args:
@@ -345,7 +347,7 @@ class Salvage:
 
 
 REPAIRED = "damaged: some of its numbers could not be read"
-KILLED = "failed: the recording was killed before its end"
+_KILLED = "failed: the recording was killed before its end"
 
 _NEEDED = ("step", "epoch", "time")  # a row without these is dropped; other numbers become NaN or 0
 
@@ -383,10 +385,10 @@ def repair(path: Path, out: Path) -> Report:
 
 
 def _write(pieces: list[Piece], out: Path, report: Report) -> None:
-    state = content.State(end=pieces[-1].end or KILLED, dropped=pieces[-1].rows_dropped)
+    state = content.State(end=pieces[-1].end or _KILLED, dropped=pieces[-1].rows_dropped)
     state.status_names = list(pieces[-1].status_names)
     state.by_effect = all(piece.by_effect for piece in pieces)
-    salvages = [Salvage(piece) for piece in pieces]
+    salvages = [_Salvage(piece) for piece in pieces]
     kept = {table.group: _kept_in_all(salvages, table, report) for table in schema.TABLES}
     for table in schema.TABLES:  # once for what is lost, which the file says before its rows
         for _ in _blocks(salvages, table, kept[table.group], state, report):
@@ -424,14 +426,14 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         write_whole(target(out), fill, Disk())
 
 
-def _kept_in_all(salvages: list[Salvage], table: schema.Table, report: Report) -> list[NDArray[np.bool_]]:
+def _kept_in_all(salvages: list[_Salvage], table: schema.Table, report: Report) -> list[NDArray[np.bool_]]:
     """Which rows of each file are written."""
     kept = [_kept(salvage, table, report) for salvage in salvages]
     _drop_repeated(salvages, table, kept, report)
     return kept
 
 
-def _kept(salvage: Salvage, table: schema.Table, report: Report) -> NDArray[np.bool_]:
+def _kept(salvage: _Salvage, table: schema.Table, report: Report) -> NDArray[np.bool_]:
     """Which rows have all that a row must have."""
     piece, rows = salvage.piece, salvage.piece.count(table)
     good = np.ones(rows, dtype=bool)
@@ -446,7 +448,9 @@ def _kept(salvage: Salvage, table: schema.Table, report: Report) -> NDArray[np.b
     return good
 
 
-def _drop_repeated(salvages: list[Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], report: Report) -> None:
+def _drop_repeated(
+    salvages: list[_Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], report: Report
+) -> None:
     """Leave out rows whose step is not above all before: a series must increase."""
     last = -1
     for salvage, rows in zip(salvages, kept, strict=True):
@@ -469,7 +473,7 @@ def _of(table: schema.Table) -> str:
 
 
 def _blocks(
-    salvages: list[Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], state: content.State, report: Report
+    salvages: list[_Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], state: content.State, report: Report
 ) -> Iterator[content.Columns]:
     held = frozenset(name for salvage in salvages for name in salvage.piece.held)
     fields = table.held(held)
@@ -480,7 +484,7 @@ def _blocks(
 
 
 def _blocks_of(
-    salvage: Salvage,
+    salvage: _Salvage,
     table: schema.Table,
     fields: tuple[schema.Field, ...],
     kept: NDArray[np.bool_],
@@ -532,7 +536,7 @@ def _header(pieces: list[Piece], report: Report) -> Header:
             report.add(piece.path, DAMAGED, "its provenance cannot be read")
     for piece in pieces:
         if piece.unknown:
-            report.add(piece.path, NOTE, f"what this version does not know is left out: {', '.join(piece.unknown)}")
+            report.add(piece.path, _NOTE, f"what this version does not know is left out: {', '.join(piece.unknown)}")
     found: Header | None = None
     for piece in pieces:
         try:

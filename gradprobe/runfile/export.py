@@ -73,7 +73,7 @@ def export(run: Run, to: str, out: Path | None = None, *, stride: int = 1) -> Pa
 # ---- tables
 
 
-def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
+def _tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
     """Every table by name, in pieces with the same columns."""
     for table in schema.TABLES:
         if table.path(table.axis) in run:
@@ -136,7 +136,7 @@ def _text(values: tuple[str, ...]) -> NDArray[Any]:
 
 def _csv(run: Run, out: Path, stride: int) -> None:
     out.mkdir()
-    for name, pieces in tables(run, stride):
+    for name, pieces in _tables(run, stride):
         with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             for number, table in enumerate(pieces):
@@ -157,7 +157,7 @@ def _parquet(run: Run, out: Path, stride: int) -> None:
     arrow = optional("pyarrow", "export --to parquet")
     parquet = optional("pyarrow.parquet", "export --to parquet")
     out.mkdir()
-    for name, pieces in tables(run, stride):
+    for name, pieces in _tables(run, stride):
         writer = None
         try:
             for piece in pieces:

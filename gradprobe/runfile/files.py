@@ -1,7 +1,7 @@
 """HDF5 files that appear whole or not at all, and of which no byte is believed that does not match its sum.
 
 HDF5 crashes the interpreter when a disk fills under it, and a file that is appended to in place is unreadable
-after a kill at the wrong moment. So HDF5 never meets the disk here: it writes through :class:`CarefulFile`,
+after a kill at the wrong moment. So HDF5 never meets the disk here: it writes through :class:`_CarefulFile`,
 which keeps an error to itself until HDF5 is done, into a file that takes its place when it is complete
 (:mod:`gradprobe.whole_files`).
 
@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 from gradprobe.whole_files import Disk, replacing
 
 BLOCK = 1 << 12
-FOOTER = struct.Struct("<16sQIII")  # magic, bytes of HDF5, bytes per block, blocks, CRC-32 of the table and of these
-MAGIC = b"gradprobe-crc32\n"
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_FOOTER = struct.Struct("<16sQIII")  # magic, bytes of HDF5, bytes per block, blocks, CRC-32 of the table and of these
+_MAGIC = b"gradprobe-crc32\n"
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
-HEAP = b"GCOL"  # how a global heap, where HDF5 keeps variable-length text, begins
+_HEAP = b"GCOL"  # how a global heap, where HDF5 keeps variable-length text, begins
 
 _AT_ONCE = 256  # blocks
 _CACHED_BLOCKS = 64  # HDF5 reads its own structures in small scattered pieces
@@ -67,12 +67,12 @@ def seal(file: _Writable) -> None:
         for at in range(0, len(part), BLOCK):
             table[first + at // BLOCK] = zlib.crc32(part[at : at + BLOCK])
     file.seek(length)
-    file.write(trailer(table, length))
+    file.write(_trailer(table, length))
 
 
-def trailer(table: NDArray[np.uint32], length: int) -> bytes:
+def _trailer(table: NDArray[np.uint32], length: int) -> bytes:
     """The bytes that follow ``length`` bytes of HDF5 whose blocks have the sums in ``table``."""
-    fields = FOOTER.pack(MAGIC, length, BLOCK, len(table), 0)[:-4]
+    fields = _FOOTER.pack(_MAGIC, length, BLOCK, len(table), 0)[:-4]
     return table.tobytes() + fields + struct.pack("<I", zlib.crc32(fields, zlib.crc32(table.tobytes())))
 
 
@@ -109,19 +109,19 @@ class SummedFile(io.RawIOBase):
 
     def _read_trailer(self) -> tuple[int, NDArray[np.uint32] | None]:
         head = self._raw(0, min(48, self._size))
-        if not head.startswith(SIGNATURE):
+        if not head.startswith(_SIGNATURE):
             raise OSError("it is not an HDF5 file")
         end = _hdf5_end(head)
         if end is not None and self._size < end:
             raise OSError(f"it is cut short: {self._size:,} bytes are there of at least {end:,}")
-        footer = self._raw(self._size - FOOTER.size, FOOTER.size) if self._size > FOOTER.size else b""
-        if not footer.startswith(MAGIC):
+        footer = self._raw(self._size - _FOOTER.size, _FOOTER.size) if self._size > _FOOTER.size else b""
+        if not footer.startswith(_MAGIC):
             if end is None or self._size == end:
                 return self._size, None
             problem = f"{self._size - end:,} unknown bytes follow its end"
         else:
-            _, length, block, count, crc = FOOTER.unpack(footer)
-            if block != BLOCK or count != -(-length // BLOCK) or length + 4 * count + FOOTER.size != self._size:
+            _, length, block, count, crc = _FOOTER.unpack(footer)
+            if block != BLOCK or count != -(-length // BLOCK) or length + 4 * count + _FOOTER.size != self._size:
                 problem = "they are not those of a file of this length"
             else:
                 table = self._raw(length, 4 * count)
@@ -129,7 +129,7 @@ class SummedFile(io.RawIOBase):
                     return length, np.frombuffer(table, dtype="<u4")
                 problem = "they do not match their own sum"
         count = -(-(end or 0) // BLOCK)
-        if self._lenient and end is not None and end + 4 * count + FOOTER.size == self._size:
+        if self._lenient and end is not None and end + 4 * count + _FOOTER.size == self._size:
             return end, np.frombuffer(self._raw(end, 4 * count), dtype="<u4")
         raise OSError(f"its sums are damaged: {problem}")
 
@@ -183,8 +183,8 @@ class SummedFile(io.RawIOBase):
         view = memoryview(buffer).cast("B")
         try:
             self._fill(view)
-            if view[:4] == HEAP:
-                check_heap(view)
+            if view[:4] == _HEAP:
+                _check_heap(view)
         except OSError as error:
             self.error = str(error)
             raise
@@ -256,7 +256,7 @@ class SummedFile(io.RawIOBase):
             done += count
 
 
-def check_heap(view: bytes | memoryview) -> None:
+def _check_heap(view: bytes | memoryview) -> None:
     """Look through a global heap before HDF5 does, which loops for ever over one with an empty free space.
 
     Args:
@@ -306,7 +306,7 @@ def _hdf5_end(head: bytes) -> int | None:
     return int.from_bytes(head[28:36], "little")
 
 
-class CarefulFile(io.RawIOBase):
+class _CarefulFile(io.RawIOBase):
     """A file for h5py's file-object driver that remembers a failure instead of raising it.
 
     HDF5 cannot cope with a write that fails while it closes a file; we look at ``error`` afterwards and
@@ -397,7 +397,7 @@ def write_whole(path: Path, fill: Callable[[h5py.File], None], disk: Disk, folde
         OSError: The disk is full or gone. ``path`` is as it was.
     """
     with replacing(path, disk, folder) as descriptor:
-        raw = CarefulFile(descriptor, disk)
+        raw = _CarefulFile(descriptor, disk)
         # v108..v110: what the h5dump and netCDF of today's distributions can open.
         with _no_fork:
             file = h5py.File(raw, "w", libver=("v108", "v110"))

@@ -12,13 +12,13 @@ from gradprobe.rows import AnyRow, Header
 from gradprobe.runfile import content
 from gradprobe.runfile.store import Store
 
-ROW_OVERHEAD = 1000
+_ROW_OVERHEAD = 1000
 """Bytes of a row beyond its arrays."""
 
 
 def size(row: AnyRow) -> int:
     """About how many bytes of memory a row takes."""
-    return ROW_OVERHEAD + sum(value.nbytes for value in vars(row).values() if isinstance(value, np.ndarray))
+    return _ROW_OVERHEAD + sum(value.nbytes for value in vars(row).values() if isinstance(value, np.ndarray))
 
 
 class Backlog:

@@ -15,7 +15,7 @@ from gradprobe.runfile.reader import Run
 ROWS = 10_000
 """A run of up to so many rows is seen whole."""
 
-BYTES = 64 << 20
+_BYTES = 64 << 20
 """Of gradient norms and cosines; where rows are large, fewer of them are looked at."""
 
 FEWEST = 1000
@@ -91,7 +91,7 @@ def thin(run: Run) -> ThinRun:
         return run
     tasks = len(run.tasks)
     row = 4 * max(len(run.layers), 1) * (tasks + tasks * (tasks - 1) // 2)
-    limit = int(np.clip(BYTES // max(row, 1), FEWEST, ROWS))
+    limit = int(np.clip(_BYTES // max(row, 1), FEWEST, ROWS))
     return ThinRun(run, max(1, -(-len(run) // limit)))
 
 

@@ -35,7 +35,7 @@ from gradprobe.rows.limits import (
 from gradprobe.runfile import schema
 from gradprobe.runfile.files import SummedFile
 
-NUMBERS = (h5t.INTEGER, h5t.FLOAT)
+_NUMBERS = (h5t.INTEGER, h5t.FLOAT)
 
 _CONTROL = re.compile(f"[{CONTROL}]")
 
@@ -59,20 +59,20 @@ def attribute(owner: h5py.HLObject, name: str, kinds: type | tuple[type, ...] = 
     if space.get_simple_extent_type() == h5s.NULL or not space.get_simple_extent_npoints():
         value: Any = []
     else:
-        _check_attribute(where, kind, space, found.get_storage_size(), len_of(owner))
+        _check_attribute(where, kind, space, found.get_storage_size(), _len_of(owner))
         value = _plain(where, owner.attrs[name])
     if not isinstance(value, kinds):
         raise RefusedError(f"{where} is of the wrong type: {type(value).__name__}")
     return value
 
 
-def len_of(owner: h5py.HLObject) -> int:
+def _len_of(owner: h5py.HLObject) -> int:
     """Bytes of the file that ``owner`` is in."""
     return int(h5py.h5i.get_file_id(owner.id).get_filesize())
 
 
 def _check_attribute(where: str, kind: h5t.TypeID, space: h5s.SpaceID, stored: int, file_size: int) -> None:
-    number = kind.get_class() in NUMBERS or (kind.get_class() == h5t.ENUM and kind.get_super().get_size() == 1)
+    number = kind.get_class() in _NUMBERS or (kind.get_class() == h5t.ENUM and kind.get_super().get_size() == 1)
     if not number and kind.get_class() != h5t.STRING:
         raise RefusedError(f"{where} is of a foreign type (only numbers and text are allowed)")
     if space.get_simple_extent_ndims() > 1:
@@ -120,7 +120,7 @@ def _name(owner: h5py.HLObject) -> str:
     return printable(str(owner.name)) if owner.name is not None else "an object without a name"
 
 
-NAMES = (schema.LAYER, schema.TASK, schema.PAIR)
+_NAMES = (schema.LAYER, schema.TASK, schema.PAIR)
 _STRING_REFERENCE = np.dtype([("length", "<u4"), ("address", "<u8"), ("index", "<u4")])
 
 
@@ -208,7 +208,7 @@ def _check_dataset(where: str, low: h5d.DatasetID, size: int) -> None:
         raise RefusedError(f"{where} has external storage: it takes its numbers from other files")
     if plist.get_nfilters():
         raise RefusedError(f"{where} uses a filter (compression); a run file has none. Remove it: h5repack -f NONE")
-    if kind.get_class() not in (*NUMBERS, h5t.STRING):
+    if kind.get_class() not in (*_NUMBERS, h5t.STRING):
         raise RefusedError(f"{where} is of a foreign type (only numbers and text are allowed)")
     space = low.get_space()
     if space.get_simple_extent_type() != h5s.SIMPLE:
@@ -251,11 +251,11 @@ def check_memory(needed: int) -> None:
 
 
 def _check_known(found: _Found, raw: SummedFile) -> None:
-    lengths = {axis: _shape(found, axis, 1)[0] for axis in NAMES}
+    lengths = {axis: _shape(found, axis, 1)[0] for axis in _NAMES}
     tasks = lengths[schema.TASK]
     if lengths[schema.PAIR] != tasks * (tasks - 1) // 2:
         raise RefusedError(f"has {lengths[schema.PAIR]} pairs for {tasks} tasks")
-    for axis in NAMES:
+    for axis in _NAMES:
         _check_text(found, axis, raw)
     lengths[schema.OTHER_TASK] = tasks
     if f"/{schema.OTHER_TASK}" in found:

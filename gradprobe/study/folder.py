@@ -15,7 +15,7 @@ from gradprobe.study.arms import Planned
 from gradprobe.trainers.paths import Paths
 
 ABSENT, BEGUN, RESUMABLE, RECORDING, FINISHED = "absent", "begun", "resumable", "recording", "finished"
-UNREADABLE = "unreadable"
+_UNREADABLE = "unreadable"
 
 _EPOCH = re.compile(rb"^epoch (\d+)/(\d+) on val", re.MULTILINE)
 
@@ -72,7 +72,7 @@ def state(path: Path) -> str:
             if run.end == "finished":
                 return FINISHED
     except RunFileError:
-        return UNREADABLE
+        return _UNREADABLE
     return RESUMABLE if Paths(path).checkpoint.exists() else BEGUN
 
 

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import gradprobe
 from gradprobe.errors import GradprobeError, RunFileError
-from gradprobe.study import commands, folder
+from gradprobe.study import folder
 from gradprobe.study.arms import Planned
 from gradprobe.study.folder import ABSENT, BEGUN, FINISHED, RECORDING, RESUMABLE, Folder
+from gradprobe.trainers.registry import TRAINERS
 
 try:
     import fcntl
@@ -27,15 +28,15 @@ except ImportError:  # Windows
 COMMAND = (sys.executable, str(Path(gradprobe.__file__).with_name("__main__.py")))
 """``gradprobe`` by its path: ``-m`` would take what is called so in the present folder."""
 
-WAITING, RUNNING, DONE, SKIPPED, FAILED = "waiting", "running", "done", "there already", "failed"
+_WAITING, RUNNING, DONE, SKIPPED, FAILED = "waiting", "running", "done", "there already", "failed"
 
-UNREADABLE = 3
+_UNREADABLE = 3
 """The exit code of ``record --resume`` where there is nothing to go on from."""
 
 PATIENCE = 60.0
 """Seconds that runs are given to close their files when the study is stopped."""
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 """That stop a study."""
 
 
@@ -86,7 +87,7 @@ class Entry:
     """
 
     run: Planned
-    state: str = WAITING
+    state: str = _WAITING
     reason: str = ""
     seconds: float = 0.0
     began: float = 0.0
@@ -145,7 +146,7 @@ class Study:
         """
         with _noted() as came:
             try:
-                while any(entry.state in (WAITING, RUNNING) for entry in self.entries):
+                while any(entry.state in (_WAITING, RUNNING) for entry in self.entries):
                     self._look(watcher)
                     self._start(watcher)
                     watcher.going_on(self.entries, self._done())
@@ -164,17 +165,17 @@ class Study:
                 continue
             entry.process, entry.seconds = None, time.monotonic() - entry.began
             self._settle(entry, code)
-            if entry.state != WAITING:
+            if entry.state != _WAITING:
                 watcher.ended(entry)
 
     def _settle(self, entry: Entry, code: int) -> None:
         state = folder.state(self.where.run(entry.run))
-        if code == UNREADABLE and not entry.anew and state in (BEGUN, RESUMABLE):
-            entry.state, entry.anew = WAITING, True  # its checkpoint is of no use
+        if code == _UNREADABLE and not entry.anew and state in (BEGUN, RESUMABLE):
+            entry.state, entry.anew = _WAITING, True  # its checkpoint is of no use
         elif code == 0 and state == FINISHED:
             entry.state = DONE
-        elif state == RECORDING or (code == UNREADABLE and state == FINISHED):
-            entry.state, entry.anew = WAITING, False  # another study was faster, or only what started it was killed
+        elif state == RECORDING or (code == _UNREADABLE and state == FINISHED):
+            entry.state, entry.anew = _WAITING, False  # another study was faster, or only what started it was killed
         else:
             entry.state, entry.reason = FAILED, f"exit code {code}; {_last_line(self.where, entry.run)}"
 
@@ -183,7 +184,7 @@ class Study:
         for entry in self.entries:
             if sum(other.state == RUNNING for other in self.entries) >= self.jobs:
                 return
-            if entry.state != WAITING:
+            if entry.state != _WAITING:
                 continue
             state = self.where.state(entry.run)
             if state == RECORDING:  # of a study that was killed, or another's: it is let go on
@@ -228,7 +229,7 @@ class Study:
         log = self.where.log(entry.run)
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            entry.process = self.launch(commands.record(self.where, entry.run, self.common, state), log)
+            entry.process = self.launch(command(self.where, entry.run, self.common, state), log)
         except BusyError:  # a moment ago: the next look finds it being recorded
             return
         entry.state, entry.began = RUNNING, time.monotonic()
@@ -249,6 +250,27 @@ class Study:
             end(process, until - time.monotonic())
 
 
+def command(folder: Folder, run: Planned, common: Sequence[str], state: str = ABSENT) -> list[str]:
+    """The words behind ``gradprobe`` that record one run.
+
+    Args:
+        folder: Where everything lies.
+        run: Which.
+        common: Flags of every run.
+        state: Of its file, see :func:`gradprobe.study.folder.state`.
+    """
+    if state == RESUMABLE:
+        own = [] if run.arm.trainer in TRAINERS else ["--trainer", run.arm.trainer]  # imported only where it is named
+        return ["record", "--resume", str(folder.run(run)), *own]
+    source = ["--from", str(folder.source(run))] if run.source else []
+    return [
+        *("record", "--trainer", run.arm.trainer, *source, *common, *run.arm.flags),
+        *("--seed", str(run.seed), "--arm", run.arm.name),
+        *("--plan", str(folder.plan), "--out", str(folder.run(run))),
+        *(["--overwrite"] if state != ABSENT else []),
+    ]
+
+
 def end(process: Process, patience: float) -> None:
     """Wait for the end of a run that was asked to stop; its file is readable up to the last flush whatever comes."""
     try:
@@ -263,7 +285,7 @@ def _noted() -> Iterator[list[int]]:
     came: list[int] = []
     old = {}
     try:
-        for number in SIGNALS:
+        for number in _SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 old[number] = signal.signal(number, lambda number, _: came.append(number))
     except ValueError:  # not in the main thread
