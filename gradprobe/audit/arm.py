@@ -110,37 +110,37 @@ class Closing:
 
     acted = 0
 
-    def around(self, arm: Arm) -> AbstractContextManager[Any]:
+    def around(self, arm: LockstepArm) -> AbstractContextManager[Any]:
         """Is entered around each step, the fetching of its batch included."""
         return nullcontext()
 
-    def batch(self, arm: Arm, batch: Any) -> Any:
+    def batch(self, arm: LockstepArm, batch: Any) -> Any:
         """The batch that the step function gets."""
         return batch
 
-    def losses(self, arm: Arm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, arm: LockstepArm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         """The losses that the step function goes on with."""
         return losses
 
-    def after_backward(self, arm: Arm) -> None:
+    def after_backward(self, arm: LockstepArm) -> None:
         """``.grad`` may be changed; called after each backward, and before the optimizer where there was none."""
 
-    def before_optimizer(self, arm: Arm, optimizer: Optimizer) -> None:
+    def before_optimizer(self, arm: LockstepArm, optimizer: Optimizer) -> None:
         """``.grad`` may be changed, after clipping and unscaling."""
 
-    def optimize(self, arm: Arm, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
+    def optimize(self, arm: LockstepArm, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
         """Make the optimizer's step, or another."""
         return step()
 
-    def clear(self, arm: Arm, zero_grad: Callable[[], Any]) -> Any:
+    def clear(self, arm: LockstepArm, zero_grad: Callable[[], Any]) -> Any:
         """Clear the gradients, or not."""
         return zero_grad()
 
-    def decide(self, arm: Arm, name: str, value: bool) -> bool:
+    def decide(self, arm: LockstepArm, name: str, value: bool) -> bool:
         """The decision to follow."""
         return value
 
-    def finish(self, arm: Arm) -> None:
+    def finish(self, arm: LockstepArm) -> None:
         """The step function has returned."""
 
 
@@ -169,7 +169,7 @@ class Door:
     others: tuple[Callable[[], Closing], ...] = ()
 
 
-class Arm:
+class LockstepArm:
     """A training with or without the task.
 
     Attributes:
@@ -195,7 +195,7 @@ class Arm:
 
     @property
     def present(self) -> bool:
-        """Whether the audited task is."""
+        """Whether this arm trains the audited task."""
         return self.task in self.weights
 
     def advance(self, reference: StepRecord | None = None) -> StepRecord:

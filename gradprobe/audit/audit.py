@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 from gradprobe.audit import compare, in_force
 from gradprobe.audit.arm import Door
-from gradprobe.audit.attribution import OPEN, SHUT, Attribution, Finding, attribute, evidence
+from gradprobe.audit.attribution import OPEN, SHUT, Attribution, DoorFinding, attribute, evidence
 from gradprobe.audit.doors import DIRECT, DOORS, PRECONDITIONER, WEIGHTS
 from gradprobe.audit.experiment import Factory, made
-from gradprobe.audit.pair import Outcome, Setting, setting
+from gradprobe.audit.pair import PairOutcome, Setting, setting
 from gradprobe.audit.snapshot import random_state_kept
 from gradprobe.errors import UsageError
 
@@ -69,8 +69,8 @@ class Audit:
     task: str
     others: tuple[str, ...]
     options: Options
-    same_twice: Outcome
-    outcome: Outcome
+    same_twice: PairOutcome
+    outcome: PairOutcome
     attribution: Attribution | None = None
     dose: Dose | None = None
     notes: list[str] = field(default_factory=list)
@@ -141,7 +141,7 @@ def _make_weights(where: Setting) -> list[str]:
     return list(made(where.make).weights)
 
 
-def notes(twice: Outcome) -> list[str]:
+def notes(twice: PairOutcome) -> list[str]:
     """What limits the audit."""
     if twice.kind == compare.CLEAN:
         return []
@@ -156,7 +156,7 @@ def _doors_of(where: Setting, found: Audit, envelope: float, progress: Progress)
     weight = found.options.weight
     intended = [DIRECT] if weight > 0 else []
 
-    def run(shut: Sequence[Door]) -> Outcome:
+    def run(shut: Sequence[Door]) -> PairOutcome:
         held = [*shut, *intended]
         progress("shut: " + ", ".join(door.name for door in held))
         return where.run(weight, held, envelope=envelope)
@@ -172,14 +172,14 @@ def _doors_of(where: Setting, found: Audit, envelope: float, progress: Progress)
     return result
 
 
-def _own_gradient(where: Setting, found: Audit, without: Outcome, envelope: float) -> list[Finding]:
+def _own_gradient(where: Setting, found: Audit, without: PairOutcome, envelope: float) -> list[DoorFinding]:
     """The intended way, and whether the optimizer makes more of it than its weight."""
     total = found.outcome.largest
-    direct = Finding(DIRECT, SHUT if total == without.largest else OPEN, name=DIRECT.name, closed=without.largest)
+    direct = DoorFinding(DIRECT, SHUT if total == without.largest else OPEN, name=DIRECT.name, closed=without.largest)
     direct.contribution = total
     direct.evidence = evidence(found.outcome)
     plain = where.run(found.options.weight, [PRECONDITIONER], envelope=envelope).largest
-    adam = Finding(PRECONDITIONER, name=PRECONDITIONER.name, closed=plain, contribution=total)
+    adam = DoorFinding(PRECONDITIONER, name=PRECONDITIONER.name, closed=plain, contribution=total)
     adam.evidence = f"displacement {total:.2g}; {plain:.2g} with plain gradient descent"
     if total > 10 * plain and total > compare.ROUNDING:
         adam.state = OPEN

@@ -227,7 +227,7 @@ class History:
 
     @property
     def steps(self) -> int:
-        """How many were compared."""
+        """How many steps were compared."""
         return len(self._rows)
 
     @property
@@ -282,7 +282,7 @@ class History:
         return values[..., 0], values[..., 2], values[..., 3]
 
     def displacement(self, names: set[str]) -> Array:
-        """(steps,) see :class:`gradprobe.audit.pair.Outcome`."""
+        """(steps,) see :class:`gradprobe.audit.pair.PairOutcome`."""
         kept = [name for name in self.parameters if name in names]
         gap = np.array([sum(row[name][1] for name in kept) for row in self._rows], dtype=np.float64)
         moved = np.array([sum(row[name][4] for name in kept) for row in self._rows], dtype=np.float64)

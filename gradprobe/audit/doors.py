@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradprobe.audit.arm import Arm, Closing, Door, leaves, numbers
+from gradprobe.audit.arm import Closing, Door, LockstepArm, leaves, numbers
 from gradprobe.audit.compare import equal
 from gradprobe.audit.streams import own_streams
 
@@ -25,7 +25,7 @@ from gradprobe.audit.streams import own_streams
 class _Unclipped(Closing):
     """Gradients reach the optimizer as the backward, or the scaler's unscaling, left them."""
 
-    def before_optimizer(self, arm: Arm, optimizer: Optimizer) -> None:
+    def before_optimizer(self, arm: LockstepArm, optimizer: Optimizer) -> None:
         made = arm.record.stages["backward"]
         for name, parameter in arm.experiment.model.named_parameters():
             gradient = made.get(name)
@@ -37,7 +37,7 @@ class _Unclipped(Closing):
 class _NoZeros(Closing):
     """A gradient that is zero everywhere is none: the optimizer leaves the parameter alone."""
 
-    def before_optimizer(self, arm: Arm, optimizer: Optimizer) -> None:
+    def before_optimizer(self, arm: LockstepArm, optimizer: Optimizer) -> None:
         for parameter in arm.experiment.model.parameters():
             if parameter.grad is not None and not parameter.grad.any():
                 parameter.grad = None
@@ -52,7 +52,7 @@ class _PlainSum(Closing):
         self._sum: dict[str, Tensor] = {}
         self._step = -1
 
-    def losses(self, arm: Arm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, arm: LockstepArm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         named = dict(arm.experiment.model.named_parameters())
         if self._step != arm.index:
             self._step, self._sum = arm.index, {}
@@ -62,7 +62,7 @@ class _PlainSum(Closing):
             self._sum[name] = self._sum[name] + gradient if name in self._sum else gradient
         return losses
 
-    def after_backward(self, arm: Arm) -> None:
+    def after_backward(self, arm: LockstepArm) -> None:
         if self._step != arm.index:
             return
         for name, parameter in arm.experiment.model.named_parameters():
@@ -119,7 +119,7 @@ class _OwnStreams(Closing):
         self._later = later
 
     @contextmanager
-    def around(self, arm: Arm) -> Iterator[None]:
+    def around(self, arm: LockstepArm) -> Iterator[None]:
         with own_streams(arm.experiment.model, self._later + arm.index) as mode:
             yield
         self.acted += 1 + mode.draws
@@ -141,7 +141,7 @@ _RANDOM = Door(
 
 class _BuffersHeld(Closing):
     @contextmanager
-    def around(self, arm: Arm) -> Iterator[None]:
+    def around(self, arm: LockstepArm) -> Iterator[None]:
         before = {name: b.detach().clone() for name, b in arm.experiment.model.named_buffers()}
         yield
         with torch.no_grad():
@@ -154,7 +154,7 @@ class _EvaluationMode(Closing):
     """Normalises with what was kept: no sample sees another."""
 
     @contextmanager
-    def around(self, arm: Arm) -> Iterator[None]:
+    def around(self, arm: LockstepArm) -> Iterator[None]:
         modes: list[bool] = []
 
         def enter(module: nn.Module, args: Any) -> None:
@@ -200,7 +200,7 @@ class _Guard(Closing):
     def __init__(self, *, scaled: bool) -> None:
         self._scaled = scaled
 
-    def losses(self, arm: Arm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, arm: LockstepArm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         scaler = arm.experiment.scaler
         if arm.task not in losses or self._scaled != (scaler is not None and scaler.is_enabled()):
             return losses
@@ -234,7 +234,7 @@ _NONFINITE = Door(
 
 
 class _Rates(Closing):
-    def optimize(self, arm: Arm, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
+    def optimize(self, arm: LockstepArm, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
         taken = len(arm.record.rates) - 1
         if arm.reference is None or taken >= len(arm.reference.rates):
             return step()
@@ -251,7 +251,7 @@ class _Rates(Closing):
 
 
 class _Decisions(Closing):
-    def decide(self, arm: Arm, name: str, value: bool) -> bool:
+    def decide(self, arm: LockstepArm, name: str, value: bool) -> bool:
         if arm.reference is None or name not in arm.reference.decisions:
             return value
         self.acted += arm.reference.decisions[name] != value
@@ -264,17 +264,17 @@ class _Timing(Closing):
     def __init__(self) -> None:
         self._held = False
 
-    def optimize(self, arm: Arm, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
+    def optimize(self, arm: LockstepArm, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
         self._held = arm.reference is not None and arm.record.optimizer_steps >= arm.reference.optimizer_steps
         if self._held:
             self.acted += 1
             return None
         return step()
 
-    def clear(self, arm: Arm, zero_grad: Callable[[], Any]) -> Any:
+    def clear(self, arm: LockstepArm, zero_grad: Callable[[], Any]) -> Any:
         return None if self._held else zero_grad()
 
-    def finish(self, arm: Arm) -> None:
+    def finish(self, arm: LockstepArm) -> None:
         scaler = arm.experiment.scaler  # which skips steps for reasons of its own
         behind = arm.reference is not None and arm.record.optimizer_steps < arm.reference.optimizer_steps
         if behind and len(arm.experiment.optimizers) == 1 and (scaler is None or not scaler.is_enabled()):
@@ -284,7 +284,7 @@ class _Timing(Closing):
 
 
 class _Batch(Closing):
-    def batch(self, arm: Arm, batch: Any) -> Any:
+    def batch(self, arm: LockstepArm, batch: Any) -> Any:
         if arm.reference is None:
             return batch
         replayed = _merged(batch, arm.reference.batch)
@@ -350,7 +350,7 @@ class _PrivateOnly(Closing):
     def __init__(self) -> None:
         self._others: set[str] = set()
 
-    def losses(self, arm: Arm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, arm: LockstepArm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         named = dict(arm.experiment.model.named_parameters())
         for task, loss in losses.items():
             if task != arm.task:
@@ -369,7 +369,7 @@ class _PrivateOnly(Closing):
 class _GradientDescent(Closing):
     """Plain gradient descent with the same learning rates, without momentum, decay or preconditioning."""
 
-    def optimize(self, arm: Arm, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
+    def optimize(self, arm: LockstepArm, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
         self.acted += 1
         arm.record.optimizer_steps += 1
         with torch.no_grad():

@@ -70,7 +70,7 @@ class Experiment:
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
-        """All of them."""
+        """The optimizers, also where there is one."""
         return (self.optimizer,) if isinstance(self.optimizer, Optimizer) else tuple(self.optimizer)
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradprobe.audit.arm import Arm, Closing
+from gradprobe.audit.arm import Closing, LockstepArm
 from gradprobe.audit.doors import gradients_of
 from gradprobe.audit.experiment import made
 from gradprobe.audit.pair import Setting
@@ -40,7 +40,7 @@ class _Watch(Closing):
         self.found: _InForce | None = None
         self._tasks: dict[str, dict[str, Tensor]] = {}
 
-    def losses(self, arm: Arm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, arm: LockstepArm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         named = dict(arm.experiment.model.named_parameters())
         for task, loss in losses.items():
             summed = self._tasks.setdefault(task, {})
@@ -48,7 +48,7 @@ class _Watch(Closing):
                 summed[name] = summed[name] + gradient if name in summed else gradient
         return losses
 
-    def after_backward(self, arm: Arm) -> None:
+    def after_backward(self, arm: LockstepArm) -> None:
         tasks = list(self._tasks)
         names = sorted({name for task in tasks for name in self._tasks[task]})
         parameters = dict(arm.experiment.model.named_parameters())
@@ -58,11 +58,11 @@ class _Watch(Closing):
         target = target / arm.experiment.scale
         self.found = _InForce(dict(arm.weights), *_solved(tasks, columns, target))
 
-    def before_optimizer(self, arm: Arm, optimizer: Optimizer) -> None:
-        raise _Seen
+    def before_optimizer(self, arm: LockstepArm, optimizer: Optimizer) -> None:
+        raise _StepSeen
 
 
-class _Seen(BaseException):
+class _StepSeen(BaseException):
     """The step need not be finished."""
 
 
@@ -102,8 +102,8 @@ def _weights_in_force(setting: Setting, weight: float | None) -> _InForce | None
         }
         watch = _Watch()
         try:
-            Arm(experiment, {t: float(w or 0.0) for t, w in weights.items()}, setting.task, [watch]).advance()
-        except _Seen:
+            LockstepArm(experiment, {t: float(w or 0.0) for t, w in weights.items()}, setting.task, [watch]).advance()
+        except _StepSeen:
             pass
         finally:
             setting.snapshot.put_back(experiment)

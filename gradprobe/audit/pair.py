@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradprobe.audit import compare
-from gradprobe.audit.arm import Arm, Door, patched
+from gradprobe.audit.arm import Door, LockstepArm, patched
 from gradprobe.audit.compare import History, Sighting, equal, kind
 from gradprobe.audit.experiment import Experiment, Factory, check_task, made
 from gradprobe.audit.snapshot import Snapshot, random_state_kept
@@ -88,7 +88,7 @@ def _evaluated(turns: _Turns) -> dict[str, dict[str, tuple[float, float]]]:
     return modes
 
 
-def _losses(arm: Arm, here: Snapshot) -> dict[tuple[str, str], Any]:
+def _losses(arm: LockstepArm, here: Snapshot) -> dict[tuple[str, str], Any]:
     """Of the other tasks, in both modes; the experiment is left in the state ``here``."""
     result: dict[tuple[str, str], Any] = {}
     for mode in ("training", "evaluation"):
@@ -102,7 +102,7 @@ def _losses(arm: Arm, here: Snapshot) -> dict[tuple[str, str], Any]:
     return result
 
 
-def _values(arm: Arm) -> Mapping[str, Any]:
+def _values(arm: LockstepArm) -> Mapping[str, Any]:
     others = [task for task in arm.weights if task != arm.task]
     evaluate = arm.experiment.evaluate
     if evaluate is not None:
@@ -144,7 +144,7 @@ def _number(value: Any) -> Tensor:
 
 
 @dataclass
-class Outcome:
+class PairOutcome:
     """How a training with the task differs from the same without it.
 
     Attributes:
@@ -208,7 +208,7 @@ class Setting:
         envelope: float = 0.0,
         evaluate: bool = False,
         each: Callable[[int], None] = lambda step: None,
-    ) -> Outcome:
+    ) -> PairOutcome:
         """Two arms from the snapshot: without the task, and with it.
 
         Args:
@@ -223,7 +223,7 @@ class Setting:
             others = {t: w for t, w in first.weights.items() if t != self.task}
             present = others if weight is None else {t: others.get(t, weight) for t in first.weights}
             arms = tuple(
-                Arm(experiment, weights, self.task, [door.close() for door in doors])
+                LockstepArm(experiment, weights, self.task, [door.close() for door in doors])
                 for experiment, weights in ((first, others), (second, present))
             )
             try:
@@ -232,7 +232,9 @@ class Setting:
                 for experiment in (first, second):
                     self.snapshot.put_back(experiment)
 
-    def _run(self, without: Arm, with_: Arm, envelope: float, evaluate: bool, each: Callable[[int], None]) -> Outcome:
+    def _run(
+        self, without: LockstepArm, with_: LockstepArm, envelope: float, evaluate: bool, each: Callable[[int], None]
+    ) -> PairOutcome:
         turns = _Turns(self.snapshot, without, with_)
         history = History(self.snapshot, without.experiment.model)
         error = ""
@@ -253,13 +255,13 @@ class Setting:
                 break
         return self._judged(turns, history, envelope, evaluate, error)
 
-    def _judged(self, turns: _Turns, history: History, envelope: float, evaluate: bool, error: str) -> Outcome:
+    def _judged(self, turns: _Turns, history: History, envelope: float, evaluate: bool, error: str) -> PairOutcome:
         without, _ = turns.arms
         matter = _relevant(turns, history.reached, history.differing, self.matters)
         gap, size, moved = history.table(matter)
         ulp = compare.ulps(gap, size, moved, history.eps)
         displacement = history.displacement(matter)
-        outcome = Outcome(
+        outcome = PairOutcome(
             kind=kind(history, matter, ulp, envelope),
             steps=history.steps,
             displacement=displacement,
@@ -281,7 +283,7 @@ class _Turns:
     all the rest as well.
     """
 
-    def __init__(self, snapshot: Snapshot, without: Arm, with_: Arm) -> None:
+    def __init__(self, snapshot: Snapshot, without: LockstepArm, with_: LockstepArm) -> None:
         self.arms = (without, with_)
         self._shared = without.experiment.model is with_.experiment.model
         for arm in self.arms:
@@ -290,7 +292,7 @@ class _Turns:
         self._random = {id(arm): snapshot.random for arm in self.arms}
 
     @contextmanager
-    def of(self, arm: Arm) -> Iterator[None]:
+    def of(self, arm: LockstepArm) -> Iterator[None]:
         """This arm's turn."""
         if self._shared:
             self._kept[id(arm)].put_back(arm.experiment)

@@ -27,12 +27,12 @@ class RandomState:
 
     @classmethod
     def taken(cls) -> RandomState:
-        """As they are now."""
+        """The streams as they are now."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
     def put_back(self) -> None:
-        """Make them so again."""
+        """Set the global streams to this state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
@@ -72,7 +72,7 @@ class Snapshot:
 
     @classmethod
     def taken(cls, experiment: Experiment) -> Snapshot:
-        """As it is now."""
+        """A copy of the experiment's state as it is now."""
         model = experiment.model
         return cls(
             tensors={name: t.detach().clone() for name, t in experiment.tensors().items()},

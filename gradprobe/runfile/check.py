@@ -29,7 +29,7 @@ _BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckFinding:
     """One thing that was found.
 
     Attributes:
@@ -44,7 +44,7 @@ class Finding:
 
 
 @dataclass
-class Report:
+class CheckReport:
     """What a check found.
 
     Attributes:
@@ -52,7 +52,7 @@ class Report:
         files: Names of those that count.
     """
 
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[CheckFinding] = field(default_factory=list)
     rows: int = 0
     files: list[str] = field(default_factory=list)
 
@@ -63,10 +63,10 @@ class Report:
 
     def add(self, path: Path, kind: str, what: str) -> None:
         """Note one finding."""
-        self.findings.append(Finding(path.name, kind, what))
+        self.findings.append(CheckFinding(path.name, kind, what))
 
 
-def check(path: Path) -> Report:
+def check(path: Path) -> CheckReport:
     """Read all of a run and report what is wrong with it.
 
     Args:
@@ -75,7 +75,7 @@ def check(path: Path) -> Report:
     Raises:
         RunFileError: There is no such run.
     """
-    report = Report()
+    report = CheckReport()
     pieces = open_readable(path, report)
     try:
         last = dict.fromkeys((table.group for table in schema.TABLES), -1)
@@ -94,14 +94,14 @@ def check(path: Path) -> Report:
     return report
 
 
-def open_readable(path: Path, report: Report, *, lenient: bool = False) -> list[Piece]:
+def open_readable(path: Path, report: CheckReport, *, lenient: bool = False) -> list[Piece]:
     """The files of a run that can be opened, in order; the others are reported.
 
     Raises:
         RunFileError: There is no such run.
     """
     for _ in range(20):
-        trial = Report()
+        trial = CheckReport()
         pieces: list[Piece] = []
         try:
             _open_readable(path, trial, pieces, lenient)
@@ -114,7 +114,7 @@ def open_readable(path: Path, report: Report, *, lenient: bool = False) -> list[
     raise RunFileError(f"{path}: its parts change faster than they can be opened. Try again.")
 
 
-def _open_readable(path: Path, report: Report, pieces: list[Piece], lenient: bool) -> None:
+def _open_readable(path: Path, report: CheckReport, pieces: list[Piece], lenient: bool) -> None:
     found = parts.paths(path)
     if not there(path) and not found:
         raise RunFileError(f"{path}: no such file.")
@@ -148,7 +148,7 @@ def _of_one_run(pieces: list[Piece], piece: Piece) -> bool:
     return same and len(known) <= 1
 
 
-def _open_one(path: Path, report: Report, lenient: bool, *, part: bool) -> Piece | None:
+def _open_one(path: Path, report: CheckReport, lenient: bool, *, part: bool) -> Piece | None:
     try:
         return Piece(path, part=part)
     except RunFileError as error:
@@ -161,7 +161,7 @@ def _open_one(path: Path, report: Report, lenient: bool, *, part: bool) -> Piece
         return None
 
 
-def _check_sums(piece: Piece, report: Report) -> None:
+def _check_sums(piece: Piece, report: CheckReport) -> None:
     damage = piece.raw.damaged()
     if damage:
         size = sum(stop - start for start, stop in damage)
@@ -169,7 +169,7 @@ def _check_sums(piece: Piece, report: Report) -> None:
         report.add(piece.path, DAMAGED, f"{size:,} bytes do not match their sums: {where}")
 
 
-def _check_end(path: Path, last: Piece, report: Report) -> None:
+def _check_end(path: Path, last: Piece, report: CheckReport) -> None:
     held = live.being_recorded(path)
     if held:
         report.add(path, _INCOMPLETE, "is being recorded")
@@ -190,7 +190,7 @@ def _check_end(path: Path, last: Piece, report: Report) -> None:
 # ---- numbers
 
 
-def _check_values(piece: Piece, report: Report, last: dict[str, int]) -> None:
+def _check_values(piece: Piece, report: CheckReport, last: dict[str, int]) -> None:
     """Report numbers that cannot be.
 
     Args:
@@ -225,7 +225,9 @@ def _there(piece: Piece, table: schema.Table, field_: schema.Field) -> bool:
     return table.path(field_.name) in piece
 
 
-def _readable(piece: Piece, table: schema.Table, report: Report) -> Iterator[tuple[int, schema.Field, NDArray[Any]]]:
+def _readable(
+    piece: Piece, table: schema.Table, report: CheckReport
+) -> Iterator[tuple[int, schema.Field, NDArray[Any]]]:
     rows = piece.count(table)
     for field_ in (f for f in table.fields if _there(piece, table, f)):
         lost = 0
@@ -248,7 +250,7 @@ def _count(wrong: dict[str, tuple[int, int]], what: str, where: NDArray[np.bool_
         wrong[what] = often + int(where.sum()), int(min(first, start + int(np.argmax(where))))
 
 
-def _check_whole(piece: Piece, report: Report) -> None:
+def _check_whole(piece: Piece, report: CheckReport) -> None:
     """Tables that were written at once."""
     for table in schema.WHOLE:
         try:
@@ -261,7 +263,7 @@ def _check_whole(piece: Piece, report: Report) -> None:
                 report.add(piece.path, DAMAGED, f"{table.path(field_.name)} {field_.impossible_is}")
 
 
-def _check_epochs(piece: Piece, report: Report) -> None:
+def _check_epochs(piece: Piece, report: CheckReport) -> None:
     try:
         with piece.reading():
             epochs = {name: piece["epochs"][name][()] for name in piece["epochs"]}
@@ -352,7 +354,7 @@ _KILLED = "failed: the recording was killed before its end"
 _NEEDED = ("step", "epoch", "time")  # a row without these is dropped; other numbers become NaN or 0
 
 
-def repair(path: Path, out: Path) -> Report:
+def repair(path: Path, out: Path) -> CheckReport:
     """Write a whole run file of all that can be read of a run.
 
     Args:
@@ -371,7 +373,7 @@ def repair(path: Path, out: Path) -> Report:
         raise UsageError(f"{out} exists, or parts of it do; choose another place with --repair.")
     if live.being_recorded(path):
         raise UsageError(f"{path} is being recorded; repair it when that has ended.")
-    report = Report()
+    report = CheckReport()
     pieces = open_readable(path, report, lenient=True)
     try:
         if not pieces:
@@ -384,7 +386,7 @@ def repair(path: Path, out: Path) -> Report:
     return report
 
 
-def _write(pieces: list[Piece], out: Path, report: Report) -> None:
+def _write(pieces: list[Piece], out: Path, report: CheckReport) -> None:
     state = content.State(end=pieces[-1].end or _KILLED, dropped=pieces[-1].rows_dropped)
     state.status_names = list(pieces[-1].status_names)
     state.by_effect = all(piece.by_effect for piece in pieces)
@@ -413,7 +415,7 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         rows = {
             table.group: content.Stretch(
-                counts[table.group], _blocks(salvages, table, kept[table.group], state, Report())
+                counts[table.group], _blocks(salvages, table, kept[table.group], state, CheckReport())
             )
             for table in schema.TABLES
         }
@@ -426,14 +428,14 @@ def _write(pieces: list[Piece], out: Path, report: Report) -> None:
         write_whole(target(out), fill, Disk())
 
 
-def _kept_in_all(salvages: list[_Salvage], table: schema.Table, report: Report) -> list[NDArray[np.bool_]]:
+def _kept_in_all(salvages: list[_Salvage], table: schema.Table, report: CheckReport) -> list[NDArray[np.bool_]]:
     """Which rows of each file are written."""
     kept = [_kept(salvage, table, report) for salvage in salvages]
     _drop_repeated(salvages, table, kept, report)
     return kept
 
 
-def _kept(salvage: _Salvage, table: schema.Table, report: Report) -> NDArray[np.bool_]:
+def _kept(salvage: _Salvage, table: schema.Table, report: CheckReport) -> NDArray[np.bool_]:
     """Which rows have all that a row must have."""
     piece, rows = salvage.piece, salvage.piece.count(table)
     good = np.ones(rows, dtype=bool)
@@ -449,7 +451,7 @@ def _kept(salvage: _Salvage, table: schema.Table, report: Report) -> NDArray[np.
 
 
 def _drop_repeated(
-    salvages: list[_Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], report: Report
+    salvages: list[_Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], report: CheckReport
 ) -> None:
     """Leave out rows whose step is not above all before: a series must increase."""
     last = -1
@@ -473,7 +475,11 @@ def _of(table: schema.Table) -> str:
 
 
 def _blocks(
-    salvages: list[_Salvage], table: schema.Table, kept: list[NDArray[np.bool_]], state: content.State, report: Report
+    salvages: list[_Salvage],
+    table: schema.Table,
+    kept: list[NDArray[np.bool_]],
+    state: content.State,
+    report: CheckReport,
 ) -> Iterator[content.Columns]:
     held = frozenset(name for salvage in salvages for name in salvage.piece.held)
     fields = table.held(held)
@@ -489,7 +495,7 @@ def _blocks_of(
     fields: tuple[schema.Field, ...],
     kept: NDArray[np.bool_],
     state: content.State,
-    report: Report,
+    report: CheckReport,
 ) -> Iterator[content.Columns]:
     piece = salvage.piece
     lost: dict[str, int] = {}
@@ -525,7 +531,7 @@ def _statuses(
     return np.where(marked, code, status[np.minimum(stored, len(status) - 1)]).astype(np.uint8)
 
 
-def _header(pieces: list[Piece], report: Report) -> Header:
+def _header(pieces: list[Piece], report: CheckReport) -> Header:
     """Names and provenance; of several files the last that can be read says who reaches the layers."""
     provenance: dict[str, Any] = {}
     for piece in reversed(pieces):
@@ -557,7 +563,7 @@ def _nobody(piece: Piece) -> NDArray[np.bool_]:
     return np.zeros((len(piece.layers), len(piece.tasks)), dtype=bool)
 
 
-def _features(pieces: list[Piece], report: Report) -> FeatureHeader | None:
+def _features(pieces: list[Piece], report: CheckReport) -> FeatureHeader | None:
     """Names of the features, where they were measured."""
     for piece in pieces:
         if not piece.feature_names:
@@ -572,7 +578,7 @@ def _features(pieces: list[Piece], report: Report) -> FeatureHeader | None:
     return None
 
 
-def _clusters(pieces: list[Piece], report: Report) -> TestClusters | None:
+def _clusters(pieces: list[Piece], report: CheckReport) -> TestClusters | None:
     """Metrics of the test split by cluster, of the last file, where they can be read."""
     try:
         found = pieces[-1].whole(schema.TEST)
@@ -582,7 +588,7 @@ def _clusters(pieces: list[Piece], report: Report) -> TestClusters | None:
     return TestClusters(found["cluster"], found["size"], found["metric"], found["without"]) if found else None
 
 
-def _audit(piece: Piece, report: Report) -> audits.Stored | None:
+def _audit(piece: Piece, report: CheckReport) -> audits.Stored | None:
     """The audit of a file, where it can be read."""
     try:
         return audits.load(piece)
@@ -591,7 +597,7 @@ def _audit(piece: Piece, report: Report) -> audits.Stored | None:
         return None
 
 
-def _epochs(pieces: list[Piece], report: Report) -> dict[int, dict[str, float]]:
+def _epochs(pieces: list[Piece], report: CheckReport) -> dict[int, dict[str, float]]:
     """Metrics by epoch, of the last file in which they can be read."""
     for piece in reversed(pieces):
         try:

@@ -48,17 +48,17 @@ class ThinRun(Run):
 
     @property
     def seen(self) -> Reaching:
-        """As of the run."""
+        """Who reaches what in the whole run."""
         return self.whole.seen
 
     @property
     def gaps(self) -> Gaps:
-        """As of the run: of all rows."""
+        """What all rows of the run lack."""
         return self.whole.gaps
 
     @property
     def joined(self) -> dict[str, int]:
-        """As of the run."""
+        """Layers that were found after the start of the run."""
         return self.whole.joined
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -69,7 +69,7 @@ Node = Mapping[str, float]
 
 
 def nodes() -> list[Node]:
-    """Those of the cluster."""
+    """Nodes of the cluster that are alive."""
     import ray
 
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]

@@ -51,13 +51,13 @@ class Process(Protocol):
         """Its exit code; None while it goes on."""
 
     def terminate(self) -> None:
-        """Ask it to stop, with its file closed."""
+        """Ask the process to close its file and stop."""
 
     def kill(self) -> None:
-        """End it."""
+        """End the process at once."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end."""
+        """Wait for the end of the process; its exit code."""
 
 
 class Launcher(Protocol):
@@ -96,7 +96,7 @@ class Entry:
     recorders: list[int] = field(default_factory=list)
 
 
-class Watcher(Protocol):
+class StudyWatcher(Protocol):
     """Is told how far the study is."""
 
     def began(self, entry: Entry) -> None:
@@ -138,7 +138,7 @@ class Study:
     def __post_init__(self) -> None:
         self.entries = [Entry(run) for run in self.runs]
 
-    def run(self, watcher: Watcher) -> list[Entry]:
+    def run(self, watcher: StudyWatcher) -> list[Entry]:
         """Run all that is not there yet; a failure stops no other run.
 
         Raises:
@@ -158,8 +158,8 @@ class Study:
                 raise
         return self.entries
 
-    def _look(self, watcher: Watcher) -> None:
-        """What has ended since."""
+    def _look(self, watcher: StudyWatcher) -> None:
+        """Take note of the runs that have ended since the last look."""
         for entry in self.entries:
             if entry.process is None or (code := entry.process.poll()) is None:
                 continue
@@ -179,8 +179,8 @@ class Study:
         else:
             entry.state, entry.reason = FAILED, f"exit code {code}; {_last_line(self.where, entry.run)}"
 
-    def _start(self, watcher: Watcher) -> None:
-        """As many as there is room for."""
+    def _start(self, watcher: StudyWatcher) -> None:
+        """Start as many of the waiting runs as there is room for."""
         for entry in self.entries:
             if sum(other.state == RUNNING for other in self.entries) >= self.jobs:
                 return
@@ -198,7 +198,7 @@ class Study:
             elif self._ready(entry, watcher):
                 self._launch(entry, BEGUN if entry.anew else state, watcher)
 
-    def _wait(self, entry: Entry, watcher: Watcher) -> None:
+    def _wait(self, entry: Entry, watcher: StudyWatcher) -> None:
         found = self.where.recorders(entry.run)
         if found and not entry.recorders:
             entry.recorders = found
@@ -215,7 +215,7 @@ class Study:
             reason = str(error).removeprefix(f"{path}: ").rstrip(".")
         return reason and f"{reason}. Move {path} away, and it is recorded anew"
 
-    def _ready(self, entry: Entry, watcher: Watcher) -> bool:
+    def _ready(self, entry: Entry, watcher: StudyWatcher) -> bool:
         """Whether the run that it is made from is there; without that it fails."""
         if not entry.run.source:
             return True
@@ -225,7 +225,7 @@ class Study:
             watcher.ended(entry)
         return source.state in (DONE, SKIPPED)
 
-    def _launch(self, entry: Entry, state: str, watcher: Watcher) -> None:
+    def _launch(self, entry: Entry, state: str, watcher: StudyWatcher) -> None:
         log = self.where.log(entry.run)
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -367,7 +367,7 @@ def cores_each(jobs: int) -> int:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
