@@ -14,8 +14,10 @@ A message says what is wrong (which task, layer, file or line, how much) and wha
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
+from typing import Any
 
 
 class GradprobeError(Exception):
@@ -39,6 +41,21 @@ class MissingExtraError(UsageError):
             f"{why} needs the package {package!r}, which is not installed. "
             f"Install it with: pip install 'gradprobe[{extra}]'"
         )
+
+
+def optional(module: str, why: str, extra: str = "export") -> Any:
+    """Import a module of an extra.
+
+    Raises:
+        MissingExtraError: Its package is not installed; says the pip line.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.split(".")[0]
+        if (error.name or "").split(".")[0] != package:
+            raise
+        raise MissingExtraError(package, extra, why) from error
 
 
 class DataError(GradprobeError):

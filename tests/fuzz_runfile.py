@@ -20,7 +20,7 @@ import numpy as np
 
 from gradprobe.errors import RunFileError
 from gradprobe.runfile import open_run, schema
-from gradprobe.runfile.sums import seal
+from gradprobe.runfile.files import seal
 
 MEMORY = 3 << 30
 SECONDS = 20

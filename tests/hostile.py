@@ -17,7 +17,7 @@ import numpy as np
 from h5py import h5d, h5p, h5s, h5t
 from run_factory import make_run
 
-from gradprobe.runfile.sums import seal
+from gradprobe.runfile.files import seal
 
 CORPUS: dict[str, tuple[Callable[[Path], object], str]] = {}
 """Name to what makes the file at a path, and a pattern that the refusal holds."""

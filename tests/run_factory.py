@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, Header, Row
 from gradprobe.runfile import RunWriter
-from gradprobe.runfile.sums import seal
+from gradprobe.runfile.files import seal
 
 SCORES = ("mAP50", "mAP50-95", "precision", "recall", "f1", "accuracy", "macro_f1", "auroc")
 

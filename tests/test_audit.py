@@ -15,9 +15,9 @@ from torch import nn
 
 from gradprobe.audit import Experiment, Options, audit, compare
 from gradprobe.audit.attribution import attribute
+from gradprobe.audit.compare import Sighting
 from gradprobe.audit.doors import DOORS as DOORS_TRIED
-from gradprobe.audit.history import Sighting
-from gradprobe.audit.pair import Outcome
+from gradprobe.audit.pair import PairOutcome
 from gradprobe.audit.streams import OwnStreams
 from gradprobe.errors import UsageError
 
@@ -104,7 +104,7 @@ def test_of_two_doors_that_explain_alone_the_stage_tells(stage, named):
     def outcome(kind):
         seen = [Sighting(0, stage, "x", compare.distance(torch.ones(2), torch.zeros(2)))] if kind == "material" else []
         one = np.ones(1) if seen else np.zeros(1)
-        return Outcome(kind, 1, one, one, sightings=seen, acted=1)
+        return PairOutcome(kind, 1, one, one, sightings=seen, acted=1)
 
     def run(shut):
         return outcome("clean" if {d.name for d in shut} & {"batch statistics", "clipping"} else "material")
@@ -121,7 +121,7 @@ def test_a_stream_of_its_own_is_named_only_where_nothing_else_explains():
         names = {d.name for d in shut}
         gone = "batch statistics" in names and names & {"schedule", "random stream"}
         size = np.zeros(1) if gone else np.ones(1)
-        return Outcome("clean" if gone else "material", 1, size, size, acted=1)
+        return PairOutcome("clean" if gone else "material", 1, size, size, acted=1)
 
     found = attribute(run([]), DOORS_TRIED, run)
     assert [finding.door.name for finding in found.open] == ["batch statistics", "schedule"]
@@ -143,7 +143,7 @@ def test_streams_do_not_depend_on_the_folder_that_the_code_is_in(tmp_path):
 
 def test_what_no_door_explains_is_said():
     one = np.ones(1)
-    outcome = Outcome("material", 1, one, one, acted=1)
+    outcome = PairOutcome("material", 1, one, one, acted=1)
     found = attribute(outcome, DOORS_TRIED, lambda shut: outcome)
     assert not found.explained
     assert found.open == []

@@ -15,13 +15,13 @@ import gradprobe
 from gradprobe.cli.app import run as command
 from gradprobe.errors import RunFileError
 from gradprobe.ledger.windows import window
-from gradprobe.runfile import schema, sums
+from gradprobe.runfile import files, schema
 from gradprobe.summary import sentences, summarise
 
 
 def seal(path):
     with path.open("r+b") as file:
-        sums.seal(file)
+        files.seal(file)
 
 
 @pytest.fixture(scope="module")

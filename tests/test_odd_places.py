@@ -190,7 +190,7 @@ def test_a_file_that_is_replaced_under_a_reader_of_a_network_file_system_is_told
             def gone(*_):
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-            stale.setattr("gradprobe.runfile.sums.SummedFile._read_at", gone)
+            stale.setattr("gradprobe.runfile.files.SummedFile._read_at", gone)
             with pytest.raises(errors.RunFileError, match=os.strerror(errno.ESTALE)):
                 run.read("grad_norm")  # more than what is kept of the file in memory
         assert run.refresh()

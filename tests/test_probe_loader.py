@@ -17,10 +17,9 @@ import gradprobe
 from gradprobe.cli.app import run as command
 from gradprobe.errors import ProbeError
 from gradprobe.probes import passes
-from gradprobe.runfile.check import check
+from gradprobe.runfile.check import check, repair
 from gradprobe.runfile.export import export
-from gradprobe.runfile.repair import repair
-from gradprobe.runfile.sums import seal
+from gradprobe.runfile.files import seal
 
 TASKS = ("a", "b")
 DRAWN = [[36, 20, 21, 14, 16, 12], [2, 21, 1, 17, 6, 11], [17, 3, 6, 24, 31, 24]]

@@ -18,7 +18,7 @@ from writing import FailingDisk, assert_rows, header, row, write
 from gradprobe import errors, open_run
 from gradprobe.cli.app import run as command
 from gradprobe.runfile import RunWriter, files, parts
-from gradprobe.runfile.backlog import Backlog, size
+from gradprobe.runfile.flusher import Backlog, size
 from gradprobe.trainers import data
 
 QUICK = {"flush_rows": 10**9, "flush_seconds": 0.02}

@@ -12,7 +12,7 @@ import pytest
 from run_factory import make_run
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import attributes, open_run, schema, untrusted
+from gradprobe.runfile import open_run, schema, untrusted
 
 if not hasattr(os, "mkfifo"):
     pytest.skip("needs the files of POSIX", allow_module_level=True)
@@ -163,7 +163,7 @@ def test_a_list_of_text_in_a_large_file_is_refused(tmp_path, monkeypatch):
         file["provenance"].attrs["notes"] = ["a", "b"]
     with open_run(path) as run:
         assert run.provenance["notes"] == ["a", "b"]
-    monkeypatch.setattr(attributes, "MAX_STRINGS", 1000)
+    monkeypatch.setattr(untrusted, "MAX_STRINGS", 1000)
     with pytest.raises(RunFileError, match="'notes' of /provenance holds 2 variable-length strings"):
         open_run(path)
 

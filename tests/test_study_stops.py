@@ -346,13 +346,11 @@ def test_names_of_arms_lead_nowhere_else():
 
 def test_an_own_trainer_is_named_again_where_its_run_is_gone_on_with(tmp_path):
     """No module is imported because a checkpoint in the folder names it."""
-    from gradprobe.study import commands
-
     arms = make_arms(["my.module:Mine", "joint"], [], ("a", "b"))
     own, joint = make_runs(arms, (0,), arms[1])[:2]
     where = folder.Folder(tmp_path)
-    assert commands.record(where, own, [], folder.RESUMABLE)[-2:] == ["--trainer", "my.module:Mine"]
-    assert "--trainer" not in commands.record(where, joint, [], folder.RESUMABLE)
+    assert runner.command(where, own, [], folder.RESUMABLE)[-2:] == ["--trainer", "my.module:Mine"]
+    assert "--trainer" not in runner.command(where, joint, [], folder.RESUMABLE)
 
 
 def test_a_log_is_locked_as_long_as_its_run_goes_on(tmp_path):

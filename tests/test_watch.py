@@ -17,7 +17,7 @@ from run_factory import make_header, make_rows, make_run
 
 from gradprobe.cli.app import run as command
 from gradprobe.cli.watch import line, render
-from gradprobe.runfile import Run, RunWriter, live, open_run, pieces, sums
+from gradprobe.runfile import Run, RunWriter, files, live, open_run, pieces
 from gradprobe.summary.latest import latest
 
 needs_locks = pytest.mark.skipif(not live.LOCKS.exists(), reason="needs Linux's list of locks")
@@ -60,13 +60,13 @@ def test_what_was_not_measured_is_no_number(tmp_path):
 
 def bytes_read(monkeypatch) -> list[int]:
     read: list[int] = []
-    real = sums.SummedFile._read_at
+    real = files.SummedFile._read_at
 
     def counted(self, start, target):
         read.append(len(target))
         real(self, start, target)
 
-    monkeypatch.setattr(sums.SummedFile, "_read_at", counted)
+    monkeypatch.setattr(files.SummedFile, "_read_at", counted)
     return read
 
 

@@ -1,25 +1,175 @@
-"""One of the two trainings: takes steps, records what each stage left, and lets closings interfere."""
+"""One of the two trainings: takes steps, records what each stage left, and lets what holds doors shut interfere."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradprobe.audit.closing import Closing
-from gradprobe.audit.experiment import Experiment
-from gradprobe.audit.patches import patched
-from gradprobe.audit.record import StepRecord, copied, gradients, leaves, random_states
+from gradprobe.audit.experiment import STAGES, Experiment
+from gradprobe.audit.snapshot import RandomState
 from gradprobe.errors import UsageError
 
 
-class Arm:
+@contextmanager
+def patched(owner: Any, name: str, new: Any) -> Iterator[None]:
+    """``owner.name`` is ``new`` inside, and as it was afterwards, even where it was the class's."""
+    own = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+_Traced = dict[str, Tensor | None]
+
+
+@dataclass
+class StepRecord:
+    """One step of one arm.
+
+    Attributes:
+        batch: As the step function got it.
+        stages: Stage -> name -> a copy of the tensor; None: a gradient that is not there.
+        optimizer_steps: How often an optimizer stepped.
+        rates: Learning rate and the other numbers of every group, one entry per optimizer step.
+        decisions: In the order in which they were made.
+        stopped: Whether the training asked to stop.
+    """
+
+    batch: Any = None
+    stages: dict[str, _Traced] = field(default_factory=lambda: {stage: {} for stage in STAGES})
+    optimizer_steps: int = 0
+    rates: list[list[dict[str, float]]] = field(default_factory=list)
+    decisions: dict[str, bool] = field(default_factory=dict)
+    stopped: bool = False
+
+
+def leaves(batch: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
+    """Tensors and numbers of a batch with their places in it.
+
+    >>> [name for name, _ in leaves({"image": torch.zeros(1), "targets": [1, torch.zeros(2)]})]
+    ["batch['image']", "batch['targets'][0]", "batch['targets'][1]"]
+    """
+    if isinstance(batch, Tensor):
+        yield path, batch
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from leaves(value, f"{path}[{key!r}]")
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        for f in dataclasses.fields(batch):
+            yield from leaves(getattr(batch, f.name), f"{path}.{f.name}")
+    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        for index, value in enumerate(batch):
+            yield from leaves(value, f"{path}[{index}]")
+    elif isinstance(batch, (bool, int, float)):
+        yield path, torch.tensor(batch)
+
+
+def copied(tensors: Mapping[str, Tensor | None]) -> _Traced:
+    """Copies that later steps do not change."""
+    return {name: None if t is None else t.detach().clone() for name, t in tensors.items()}
+
+
+def gradients(model: nn.Module) -> _Traced:
+    """Copies of ``.grad``."""
+    return copied({name: p.grad for name, p in model.named_parameters()})
+
+
+def _random_states() -> _Traced:
+    """The global random streams as tensors, to be compared."""
+    state = RandomState.taken()
+    legacy = state.numpy  # (name, 624 words, position, has_gauss, cached)
+    return {
+        "random state of torch": state.torch,
+        "random state of numpy": torch.tensor([*map(int, legacy[1]), int(legacy[2])]),
+        "random state of python": torch.tensor([int(x) for x in state.python[1]]),
+    }
+
+
+class Closing:
+    """One door held shut in one arm; does nothing by itself.
+
+    Attributes:
+        acted: In how many places of the training it changed something. A closing that never acted in either arm says
+            that there was nothing to shut.
+    """
+
+    acted = 0
+
+    def around(self, arm: LockstepArm) -> AbstractContextManager[Any]:
+        """Is entered around each step, the fetching of its batch included."""
+        return nullcontext()
+
+    def batch(self, arm: LockstepArm, batch: Any) -> Any:
+        """The batch that the step function gets."""
+        return batch
+
+    def losses(self, arm: LockstepArm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The losses that the step function goes on with."""
+        return losses
+
+    def after_backward(self, arm: LockstepArm) -> None:
+        """``.grad`` may be changed; called after each backward, and before the optimizer where there was none."""
+
+    def before_optimizer(self, arm: LockstepArm, optimizer: Optimizer) -> None:
+        """``.grad`` may be changed, after clipping and unscaling."""
+
+    def optimize(self, arm: LockstepArm, optimizer: Optimizer, step: Callable[[], Any]) -> Any:
+        """Make the optimizer's step, or another."""
+        return step()
+
+    def clear(self, arm: LockstepArm, zero_grad: Callable[[], Any]) -> Any:
+        """Clear the gradients, or not."""
+        return zero_grad()
+
+    def decide(self, arm: LockstepArm, name: str, value: bool) -> bool:
+        """The decision to follow."""
+        return value
+
+    def finish(self, arm: LockstepArm) -> None:
+        """The step function has returned."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """A way by which a task can change another.
+
+    Attributes:
+        name: One word or two, for programs.
+        title: What happens, in a few words.
+        remedy: How to shut it for good.
+        close: Makes a closing for one arm.
+        stages: Those in which a difference that it makes is seen first. A closing may hide another door's difference
+            (in BatchNorm's evaluation mode gradients may be too small to be clipped); where it shows tells them apart.
+        intrusive: Whether holding it shut makes another training of it. Such a door is opened again first.
+        others: More ways to hold it shut, which have to take a difference away too: in a training of other random
+            numbers another door's difference may happen not to show.
+    """
+
+    name: str
+    title: str
+    remedy: str
+    close: Callable[[], Closing]
+    stages: tuple[str, ...]
+    intrusive: bool = False
+    others: tuple[Callable[[], Closing], ...] = ()
+
+
+class LockstepArm:
     """A training with or without the task.
 
     Attributes:
@@ -45,7 +195,7 @@ class Arm:
 
     @property
     def present(self) -> bool:
-        """Whether the audited task is."""
+        """Whether this arm trains the audited task."""
         return self.task in self.weights
 
     def advance(self, reference: StepRecord | None = None) -> StepRecord:
@@ -89,7 +239,7 @@ class Arm:
         for task, loss in losses.items():
             forward.setdefault(f"loss of {task}", loss.detach().clone())
         forward.update(copied(dict(self.experiment.model.named_buffers())))
-        forward.update(random_states())
+        forward.update(_random_states())
         result = dict(losses)
         for closing in self.closings:
             result = closing.losses(self, result)
@@ -156,7 +306,7 @@ class Arm:
                 self.record.optimizer_steps += 1
                 return original(*args, **options)
 
-            return nested(taken, [_bind(closing.optimize, self, optimizer) for closing in self.closings])
+            return _nested(taken, [_bind(closing.optimize, self, optimizer) for closing in self.closings])
 
         return step
 
@@ -165,7 +315,9 @@ class Arm:
 
         @wraps(original)
         def zero_grad(*args: Any, **options: Any) -> Any:
-            return nested(lambda: original(*args, **options), [_bind(closing.clear, self) for closing in self.closings])
+            return _nested(
+                lambda: original(*args, **options), [_bind(closing.clear, self) for closing in self.closings]
+            )
 
         return zero_grad
 
@@ -180,8 +332,7 @@ class Arm:
             "optimizer steps": torch.tensor(self.record.optimizer_steps),
             "scale": torch.tensor(experiment.scale),
         }
-        stages["optimizer"] = copied(dict(experiment.model.named_parameters()))
-        stages["optimizer"].update(copied(dict(experiment.model.named_buffers())))
+        stages["optimizer"] = copied(experiment.tensors())
         stages["schedule"] = {
             f"lr of group {i}.{k}": torch.tensor(float(group["lr"]), dtype=torch.float64)
             for i, optimizer in enumerate(experiment.optimizers)
@@ -203,7 +354,7 @@ def numbers(group: Mapping[str, Any]) -> dict[str, float]:
     return {k: float(v) for k, v in group.items() if isinstance(v, (int, float, Tensor)) and not isinstance(v, bool)}
 
 
-def nested(innermost: Callable[[], Any], layers: Sequence[Callable[[Callable[[], Any]], Any]]) -> Any:
+def _nested(innermost: Callable[[], Any], layers: Sequence[Callable[[Callable[[], Any]], Any]]) -> Any:
     """Call ``layers[0](layers[1](... innermost))``, each deciding whether to call what it encloses."""
     call = innermost
     for layer in reversed(layers):

@@ -6,18 +6,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from gradprobe.audit.closing import Door
+from gradprobe.audit.arm import Door
 from gradprobe.audit.compare import CLEAN, NUMERIC
-from gradprobe.audit.pair import Outcome
+from gradprobe.audit.pair import PairOutcome
 
-Run = Callable[[Sequence[Door]], Outcome]
+Pair = Callable[[Sequence[Door]], PairOutcome]
 """Runs the pair of arms with these doors held shut in both."""
 
-OPEN, SHUT, UNTESTED = "open", "shut", "not tested"
+OPEN, SHUT, _UNTESTED = "open", "shut", "not tested"
 
 
 @dataclass
-class Finding:
+class DoorFinding:
     """What was found of one door.
 
     Attributes:
@@ -52,25 +52,25 @@ class Attribution:
         remainder: The class that is left with the open doors held shut; meaningless where unexplained.
     """
 
-    findings: list[Finding]
+    findings: list[DoorFinding]
     explained: bool
     runs: int = 0
     remainder: str = CLEAN
 
     @property
-    def open(self) -> list[Finding]:
-        """The doors that are."""
+    def open(self) -> list[DoorFinding]:
+        """Findings of doors that are open."""
         return [finding for finding in self.findings if finding.state == OPEN]
 
 
-def better(found: Outcome, before: Outcome) -> bool:
+def _better(found: PairOutcome, before: PairOutcome) -> bool:
     """Whether a difference is gone, or is nothing but rounding where it was more."""
     if found.error:
         return False
     return found.kind == CLEAN or (found.kind == NUMERIC and before.kind not in (CLEAN, NUMERIC))
 
 
-def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
+def attribute(before: PairOutcome, doors: Sequence[Door], run: Pair) -> Attribution:
     """Name the doors that explain a difference.
 
     Where there is no difference nothing is run. Else every door is held shut alone first; of those that take the
@@ -81,10 +81,10 @@ def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
     Args:
         before: The outcome with nothing held shut.
         doors: The most specific first.
-        run: Runs both arms.
+        run: Pairs both arms.
     """
     if before.kind == CLEAN:  # nothing to explain: with every door as it is, nothing comes through
-        return Attribution([Finding(door, SHUT, closed=0.0) for door in doors], explained=True)
+        return Attribution([DoorFinding(door, SHUT, closed=0.0) for door in doors], explained=True)
     search = _Search(before, doors, run)
     found = Attribution([search.alone(door) for door in doors], explained=False)
     chosen = search.smallest(found.findings)
@@ -100,7 +100,7 @@ def attribute(before: Outcome, doors: Sequence[Door], run: Run) -> Attribution:
     return found
 
 
-def evidence(outcome: Outcome) -> str:
+def evidence(outcome: PairOutcome) -> str:
     """Where a difference shows first."""
     first = str(outcome.sightings[0]) if outcome.sightings else outcome.error or "no stage that is traced"
     skipped = f"; {outcome.skipped} optimizer steps in one arm alone" if outcome.skipped else ""
@@ -108,15 +108,15 @@ def evidence(outcome: Outcome) -> str:
 
 
 class _Search:
-    def __init__(self, before: Outcome, doors: Sequence[Door], run: Run) -> None:
+    def __init__(self, before: PairOutcome, doors: Sequence[Door], run: Pair) -> None:
         self._before, self._doors, self._run = before, list(doors), run
-        self._known: dict[tuple[int | str, ...], Outcome] = {}
+        self._known: dict[tuple[int | str, ...], PairOutcome] = {}
 
     @property
     def runs(self) -> int:
         return len(self._known)
 
-    def run(self, shut: Sequence[Door], way: int = 0) -> Outcome:
+    def run(self, shut: Sequence[Door], way: int = 0) -> PairOutcome:
         """The outcome with these doors held shut; ``way`` chooses among their :attr:`Door.others`."""
         ordered = [door for door in self._doors if door in shut]
         if not ordered:
@@ -129,23 +129,23 @@ class _Search:
     def restores(self, shut: Sequence[Door]) -> bool:
         """Whether the difference is gone with these doors held shut, in whichever way."""
         ways = 1 + max((len(door.others) for door in shut), default=0)
-        return all(better(self.run(shut, way), self._before) for way in range(ways))
+        return all(_better(self.run(shut, way), self._before) for way in range(ways))
 
-    def alone(self, door: Door) -> Finding:
+    def alone(self, door: Door) -> DoorFinding:
         outcome = self.run([door])
         if not outcome.acted:
-            return Finding(door, SHUT, closed=self._before.largest, evidence="nothing to shut: it never acted")
+            return DoorFinding(door, SHUT, closed=self._before.largest, evidence="nothing to shut: it never acted")
         if outcome.error:
-            return Finding(door, UNTESTED, evidence=f"cannot be held shut here: {outcome.error}")
-        return Finding(door, SHUT, closed=outcome.largest, restores=self.restores([door]))
+            return DoorFinding(door, _UNTESTED, evidence=f"cannot be held shut here: {outcome.error}")
+        return DoorFinding(door, SHUT, closed=outcome.largest, restores=self.restores([door]))
 
-    def smallest(self, findings: Sequence[Finding]) -> list[Door] | None:
+    def smallest(self, findings: Sequence[DoorFinding]) -> list[Door] | None:
         """The doors to hold shut; None where even all together leave a difference."""
         singles = [finding.door for finding in findings if finding.restores]
         if singles:
             whole = [door for door in singles if self.run([door]).kind == CLEAN] or singles
             return [min(whole, key=self._out_of_place)]
-        tested = [f for f in findings if f.state != UNTESTED]
+        tested = [f for f in findings if f.state != _UNTESTED]
         acted = [f.door for f in tested if f.evidence == ""]
         # One that never acted may have been kept from it by another: a training that is stopped comes to no overflow.
         shut = next((s for s in (acted, [f.door for f in tested]) if s and self.restores(s)), None)

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gradprobe.audit import compare, in_force
-from gradprobe.audit.attribution import OPEN, SHUT, Attribution, Finding, attribute, evidence
-from gradprobe.audit.closing import Door
+from gradprobe.audit.arm import Door
+from gradprobe.audit.attribution import OPEN, SHUT, Attribution, DoorFinding, attribute, evidence
 from gradprobe.audit.doors import DIRECT, DOORS, PRECONDITIONER, WEIGHTS
-from gradprobe.audit.experiment import Factory
-from gradprobe.audit.pair import Outcome, Setting, setting
+from gradprobe.audit.experiment import Factory, made
+from gradprobe.audit.pair import PairOutcome, Setting, setting
 from gradprobe.audit.snapshot import random_state_kept
 from gradprobe.errors import UsageError
 
-DOSES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1.0)
+_DOSES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 
 Progress = Callable[[str], None]
 
@@ -27,7 +27,7 @@ class Options:
     Attributes:
         steps: In lockstep.
         weight: Of the task in the training that has it.
-        dose: Whether to run :data:`DOSES` as well.
+        dose: Whether to run :data:`_DOSES` as well.
         attribute: Whether to look for doors; without it only the difference is found.
     """
 
@@ -69,8 +69,8 @@ class Audit:
     task: str
     others: tuple[str, ...]
     options: Options
-    same_twice: Outcome
-    outcome: Outcome
+    same_twice: PairOutcome
+    outcome: PairOutcome
     attribution: Attribution | None = None
     dose: Dose | None = None
     notes: list[str] = field(default_factory=list)
@@ -127,23 +127,21 @@ def audit(make: Factory, task: str, options: Options | None = None, *, progress:
         envelope = float(twice.ulp.max(initial=0.0))
         progress("with and without the task")
         outcome = where.run(options.weight, envelope=envelope, evaluate=True)
-        others = tuple(t for t in make_weights(where) if t != task)
+        others = tuple(t for t in _make_weights(where) if t != task)
         result = Audit(task, others, options, twice, outcome, notes=notes(twice))
         if options.attribute:
-            result.attribution = doors_of(where, result, envelope, progress)
+            result.attribution = _doors_of(where, result, envelope, progress)
         if options.dose:
-            result.dose = doses(where, envelope, progress)
+            result.dose = _doses(where, envelope, progress)
     return result
 
 
-def make_weights(where: Setting) -> list[str]:
+def _make_weights(where: Setting) -> list[str]:
     """Names of all tasks."""
-    from gradprobe.audit.experiment import made
-
     return list(made(where.make).weights)
 
 
-def notes(twice: Outcome) -> list[str]:
+def notes(twice: PairOutcome) -> list[str]:
     """What limits the audit."""
     if twice.kind == compare.CLEAN:
         return []
@@ -153,12 +151,12 @@ def notes(twice: Outcome) -> list[str]:
     ]
 
 
-def doors_of(where: Setting, found: Audit, envelope: float, progress: Progress) -> Attribution:
+def _doors_of(where: Setting, found: Audit, envelope: float, progress: Progress) -> Attribution:
     """Attribute the difference; above weight 0 what is left when the task's own gradient is kept out."""
     weight = found.options.weight
     intended = [DIRECT] if weight > 0 else []
 
-    def run(shut: Sequence[Door]) -> Outcome:
+    def run(shut: Sequence[Door]) -> PairOutcome:
         held = [*shut, *intended]
         progress("shut: " + ", ".join(door.name for door in held))
         return where.run(weight, held, envelope=envelope)
@@ -170,30 +168,30 @@ def doors_of(where: Setting, found: Audit, envelope: float, progress: Progress) 
         if finding.state == OPEN and finding.door is WEIGHTS:
             finding.name, finding.evidence = in_force.named(where, weight)
     if intended:
-        result.findings += own_gradient(where, found, before, envelope)
+        result.findings += _own_gradient(where, found, before, envelope)
     return result
 
 
-def own_gradient(where: Setting, found: Audit, without: Outcome, envelope: float) -> list[Finding]:
+def _own_gradient(where: Setting, found: Audit, without: PairOutcome, envelope: float) -> list[DoorFinding]:
     """The intended way, and whether the optimizer makes more of it than its weight."""
     total = found.outcome.largest
-    direct = Finding(DIRECT, SHUT if total == without.largest else OPEN, name=DIRECT.name, closed=without.largest)
+    direct = DoorFinding(DIRECT, SHUT if total == without.largest else OPEN, name=DIRECT.name, closed=without.largest)
     direct.contribution = total
     direct.evidence = evidence(found.outcome)
     plain = where.run(found.options.weight, [PRECONDITIONER], envelope=envelope).largest
-    adam = Finding(PRECONDITIONER, name=PRECONDITIONER.name, closed=plain, contribution=total)
+    adam = DoorFinding(PRECONDITIONER, name=PRECONDITIONER.name, closed=plain, contribution=total)
     adam.evidence = f"displacement {total:.2g}; {plain:.2g} with plain gradient descent"
     if total > 10 * plain and total > compare.ROUNDING:
         adam.state = OPEN
     return [direct, adam]
 
 
-def doses(where: Setting, envelope: float, progress: Progress) -> Dose:
-    """Run all of :data:`DOSES`."""
+def _doses(where: Setting, envelope: float, progress: Progress) -> Dose:
+    """Run all of :data:`_DOSES`."""
     outcomes = []
-    for weight in DOSES:
+    for weight in _DOSES:
         progress(f"weight {weight:g}")
         outcomes.append(where.run(weight, envelope=envelope))
     displacement = [o.largest if o.kind not in (compare.CLEAN, compare.NUMERIC) else 0.0 for o in outcomes]
-    kind, slope = compare.dose_kind(DOSES, displacement)
-    return Dose(DOSES, [o.largest for o in outcomes], [o.kind for o in outcomes], kind, slope)
+    kind, slope = compare.dose_kind(_DOSES, displacement)
+    return Dose(_DOSES, [o.largest for o in outcomes], [o.kind for o in outcomes], kind, slope)

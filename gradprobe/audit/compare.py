@@ -1,27 +1,31 @@
-"""Whether two tensors, and two trainings, are the same; pure functions."""
+"""Whether two tensors, and two trainings, are the same: how far they are apart, and where they were seen to part."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+
+from gradprobe.audit.arm import StepRecord
+from gradprobe.audit.experiment import STAGES
+from gradprobe.audit.snapshot import Snapshot
 
 CLEAN = "clean"
 NUMERIC = "numeric"
-BUFFERS_ONLY = "buffers only"
+_BUFFERS_ONLY = "buffers only"
 MATERIAL = "material"
 NON_FINITE = "non-finite"
 
-CLASSES = (CLEAN, NUMERIC, BUFFERS_ONLY, MATERIAL, NON_FINITE)
+CLASSES = (CLEAN, NUMERIC, _BUFFERS_ONLY, MATERIAL, NON_FINITE)
 """From nothing to worst."""
 
-NUMERIC_ULP = 8.0
+_NUMERIC_ULP = 8.0
 """What a step may add, in units of the last place, where only the order of operations differs."""
 
 Array = NDArray[np.float64]
@@ -61,10 +65,10 @@ def equal(a: Tensor | None, b: Tensor | None) -> bool:
         return False
     if torch.equal(a, b):
         return True
-    return bool(a.is_floating_point() and torch.equal(a.isnan(), b.isnan()) and torch.equal(zeroed(a), zeroed(b)))
+    return bool(a.is_floating_point() and torch.equal(a.isnan(), b.isnan()) and torch.equal(_zeroed(a), _zeroed(b)))
 
 
-def zeroed(a: Tensor) -> Tensor:
+def _zeroed(a: Tensor) -> Tensor:
     """NaN as 0."""
     return torch.where(a.isnan(), torch.zeros_like(a), a)
 
@@ -87,9 +91,9 @@ def distance(reference: Tensor | None, other: Tensor | None) -> Distance:
         return Distance(float((a - b).abs().max()), nan, nan, "differs")
     if not b.isfinite().all() and a.isfinite().all():
         return Distance(nan, nan, nan, "not finite")
-    gap = zeroed(a - b)
+    gap = _zeroed(a - b)
     largest = float(gap.abs().max()) if gap.numel() else 0.0
-    norm, size = float(zeroed(a).norm()), float(zeroed(a).abs().max()) if a.numel() else 0.0
+    norm, size = float(_zeroed(a).norm()), float(_zeroed(a).abs().max()) if a.numel() else 0.0
     eps = torch.finfo(reference.dtype).eps if reference.is_floating_point() else 1.0
     return Distance(
         largest=largest,
@@ -119,7 +123,7 @@ def ulps(gap: Array, size: Array, moved: Array, eps: float) -> Array:
 
 
 def only_rounding(ulp: Array, envelope: float = 0.0) -> bool:
-    """Whether differences are rounding that does not grow: no step adds more than :data:`NUMERIC_ULP` on average.
+    """Whether differences are rounding that does not grow: no step adds more than :data:`_NUMERIC_ULP` on average.
 
     Args:
         ulp: (N,) of :func:`ulps`.
@@ -129,7 +133,7 @@ def only_rounding(ulp: Array, envelope: float = 0.0) -> bool:
     if not len(different):
         return True
     since = np.maximum(np.arange(len(ulp)) - different[0] + 1, 1)
-    return bool(np.all(ulp <= np.maximum(NUMERIC_ULP * since, envelope)))
+    return bool(np.all(ulp <= np.maximum(_NUMERIC_ULP * since, envelope)))
 
 
 def growth(displacement: Sequence[float]) -> float:
@@ -153,7 +157,7 @@ def growth(displacement: Sequence[float]) -> float:
 ROUNDING = 1e-5
 """Relative displacements below are not told from the rounding of float32, which many steps and Adam enlarge."""
 
-STRUCTURAL, LINEAR, SCALE_FREE, MIXED = "structural", "linear", "scale-free", "mixed"
+_STRUCTURAL, _LINEAR, _SCALE_FREE, _MIXED = "structural", "linear", "scale-free", "mixed"
 
 
 def dose_kind(weights: Sequence[float], displacement: Sequence[float]) -> tuple[str, float]:
@@ -176,9 +180,136 @@ def dose_kind(weights: Sequence[float], displacement: Sequence[float]) -> tuple[
     slope = min(slopes, key=abs, default=math.nan)
     at_zero = next((d for w, d in zip(weights, displacement, strict=True) if w == 0), 0.0)
     if at_zero != 0:  # NaN included: at weight 0 nothing should be there at all
-        return STRUCTURAL, slope
+        return _STRUCTURAL, slope
     if not any(displacement):
         return CLEAN, slope
     if math.isnan(slope):
-        return MIXED, slope
-    return (SCALE_FREE if abs(slope) < 0.3 else LINEAR if abs(slope - 1) < 0.3 else MIXED), slope
+        return _MIXED, slope
+    return (_SCALE_FREE if abs(slope) < 0.3 else _LINEAR if abs(slope - 1) < 0.3 else _MIXED), slope
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """Where a difference was first seen in one tensor of one stage.
+
+    Attributes:
+        step: From 0.
+        stage: One of :data:`gradprobe.audit.experiment.STAGES`.
+        name: Of the parameter, buffer, loss, or part of the batch.
+        size: How large it was.
+    """
+
+    step: int
+    stage: str
+    name: str
+    size: Distance
+
+    def __str__(self) -> str:
+        return f"step {self.step}, {self.stage}, {self.name}: {self.size}"
+
+
+class History:
+    """Of all steps, and of all parameters and buffers; which of them matter is known afterwards."""
+
+    def __init__(self, start: Snapshot, model: nn.Module) -> None:
+        self.parameters = [name for name, _ in model.named_parameters()]
+        self.buffers = [name for name, _ in model.named_buffers()]
+        self.reached: set[str] = set()
+        self.differing: set[str] = set()
+        self.sightings: list[Sighting] = []
+        self.skipped = 0
+        self.decided = False
+        self.nonfinite: set[str] = set()
+        self.eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+        self._start = start.tensors
+        self._seen: set[tuple[str, str]] = set()
+        self._rows: list[dict[str, tuple[float, float, float, float, float]]] = []
+
+    @property
+    def steps(self) -> int:
+        """How many steps were compared."""
+        return len(self._rows)
+
+    @property
+    def broken(self) -> bool:
+        """Whether parameters are no longer finite."""
+        return bool(self.nonfinite & set(self.parameters))
+
+    def add(self, step: int, reference: StepRecord, record: StepRecord) -> None:
+        """Compare one step."""
+        for stage in STAGES:
+            for name, tensor in reference.stages[stage].items():
+                other = record.stages[stage].get(name)
+                if (stage, name) not in self._seen and not equal(tensor, other):
+                    self._seen.add((stage, name))
+                    self.sightings.append(Sighting(step, stage, name, distance(tensor, other)))
+        for name, gradient in reference.stages["clip"].items():
+            if name not in self.reached and gradient is not None and bool(gradient.any()):
+                self.reached.add(name)
+        self.skipped += abs(reference.optimizer_steps - record.optimizer_steps)
+        self.decided |= any(record.decisions.get(n) != v for n, v in reference.decisions.items())
+        a, b = reference.stages["optimizer"], record.stages["optimizer"]
+        self._rows.append({name: self._gap(name, a[name], b[name]) for name in a})
+
+    def _gap(self, name: str, a: Tensor | None, b: Tensor | None) -> tuple[float, float, float, float, float]:
+        assert a is not None
+        assert b is not None
+        start = self._start[name]
+        if not a.is_floating_point():
+            a, b, start = a.double(), b.double(), start.double()
+        moved = (a - start).double()
+        if bool(a.isfinite().all()) and not bool(b.isfinite().all()):
+            self.nonfinite.add(name)
+        apart = not equal(a, b)
+        if apart:
+            self.differing.add(name)
+        gap = (a - b).double() if apart else torch.zeros(1)
+        if not a.numel():
+            return (0.0,) * 5
+        return (
+            float(gap.abs().max()),
+            float(gap.square().sum()),
+            float(a.abs().max()),
+            float(moved.abs().max()),
+            float(moved.square().sum()),
+        )
+
+    def table(self, names: set[str], among: Sequence[str] | None = None) -> tuple[Array, Array, Array]:
+        """(steps, P) largest difference, element and movement of the parameters, or others, among ``names``."""
+        kept = [name for name in (self.parameters if among is None else among) if name in names]
+        values = np.array([[row[name] for name in kept] for row in self._rows], dtype=np.float64)
+        values = values.reshape(self.steps, len(kept), 5)
+        return values[..., 0], values[..., 2], values[..., 3]
+
+    def displacement(self, names: set[str]) -> Array:
+        """(steps,) see :class:`gradprobe.audit.pair.PairOutcome`."""
+        kept = [name for name in self.parameters if name in names]
+        gap = np.array([sum(row[name][1] for name in kept) for row in self._rows], dtype=np.float64)
+        moved = np.array([sum(row[name][4] for name in kept) for row in self._rows], dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(gap == 0, 0.0, np.sqrt(gap / moved.max(initial=0.0)))
+
+    def first(self, names: set[str], weights: Mapping[str, float]) -> list[Sighting]:
+        """The first sighting of every stage, of what matters."""
+        tensors = {*self.parameters, *self.buffers}
+        kept: dict[str, Sighting] = {}
+        for sighting in self.sightings:
+            if sighting.name in names or sighting.name not in tensors:
+                kept.setdefault(sighting.stage, sighting)
+        return sorted(kept.values(), key=lambda s: (s.step, STAGES.index(s.stage)))
+
+
+def kind(history: History, matter: set[str], ulp: Array, envelope: float) -> str:
+    """The class of a difference, of the parameters and buffers that matter alone.
+
+    Buffers only: parameters are bitwise equal or differ by rounding, and buffers by more.
+    """
+    if history.nonfinite & matter:
+        return NON_FINITE
+    if history.decided:
+        return MATERIAL
+    if not only_rounding(ulp, envelope):
+        return MATERIAL
+    if not only_rounding(ulps(*history.table(matter, history.buffers), history.eps), envelope):
+        return _BUFFERS_ONLY
+    return NUMERIC if history.differing & matter else CLEAN

@@ -70,13 +70,17 @@ class Experiment:
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
-        """All of them."""
+        """The optimizers, also where there is one."""
         return (self.optimizer,) if isinstance(self.optimizer, Optimizer) else tuple(self.optimizer)
 
     @property
     def scale(self) -> float:
         """What the scaler multiplies losses with; 1 where there is none."""
         return float(self.scaler.get_scale()) if self.scaler is not None and self.scaler.is_enabled() else 1.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name."""
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
     def stateful(self) -> dict[str, Any]:
         """Everything with a state but model and optimizers, by name."""

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradprobe.audit.arm import Arm
-from gradprobe.audit.closing import Closing
-from gradprobe.audit.doors.gradients import gradients_of
+from gradprobe.audit.arm import Closing, LockstepArm
+from gradprobe.audit.doors import gradients_of
 from gradprobe.audit.experiment import made
 from gradprobe.audit.pair import Setting
 from gradprobe.audit.snapshot import random_state_kept
@@ -22,7 +21,7 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class InForce:
+class _InForce:
     """Weights in force in one step.
 
     Attributes:
@@ -38,10 +37,10 @@ class InForce:
 
 class _Watch(Closing):
     def __init__(self) -> None:
-        self.found: InForce | None = None
+        self.found: _InForce | None = None
         self._tasks: dict[str, dict[str, Tensor]] = {}
 
-    def losses(self, arm: Arm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(self, arm: LockstepArm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
         named = dict(arm.experiment.model.named_parameters())
         for task, loss in losses.items():
             summed = self._tasks.setdefault(task, {})
@@ -49,7 +48,7 @@ class _Watch(Closing):
                 summed[name] = summed[name] + gradient if name in summed else gradient
         return losses
 
-    def after_backward(self, arm: Arm) -> None:
+    def after_backward(self, arm: LockstepArm) -> None:
         tasks = list(self._tasks)
         names = sorted({name for task in tasks for name in self._tasks[task]})
         parameters = dict(arm.experiment.model.named_parameters())
@@ -57,13 +56,13 @@ class _Watch(Closing):
         made_ = [parameters[n].grad for n in names]
         target = _flat([torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, made_, strict=True)])
         target = target / arm.experiment.scale
-        self.found = InForce(dict(arm.weights), *_solved(tasks, columns, target))
+        self.found = _InForce(dict(arm.weights), *_solved(tasks, columns, target))
 
-    def before_optimizer(self, arm: Arm, optimizer: Optimizer) -> None:
-        raise _Seen
+    def before_optimizer(self, arm: LockstepArm, optimizer: Optimizer) -> None:
+        raise _StepSeen
 
 
-class _Seen(BaseException):
+class _StepSeen(BaseException):
     """The step need not be finished."""
 
 
@@ -86,7 +85,7 @@ def _solved(tasks: list[str], columns: list[Tensor], target: Tensor) -> tuple[di
     return used, float((unit @ found - target).norm()) / norm if norm else 0.0
 
 
-def weights_in_force(setting: Setting, weight: float | None) -> InForce | None:
+def _weights_in_force(setting: Setting, weight: float | None) -> _InForce | None:
     """What the first step uses; None where it takes no backward, or its gradients are not finite.
 
     Args:
@@ -103,15 +102,15 @@ def weights_in_force(setting: Setting, weight: float | None) -> InForce | None:
         }
         watch = _Watch()
         try:
-            Arm(experiment, {t: float(w or 0.0) for t, w in weights.items()}, setting.task, [watch]).advance()
-        except _Seen:
+            LockstepArm(experiment, {t: float(w or 0.0) for t, w in weights.items()}, setting.task, [watch]).advance()
+        except _StepSeen:
             pass
         finally:
             setting.snapshot.put_back(experiment)
         return watch.found
 
 
-RENORMALISED, MEAN, OTHER = "renormalised weights", "mean over tasks", "weights"
+_RENORMALISED, _MEAN, _OTHER = "renormalised weights", "mean over tasks", "weights"
 
 
 def named(setting: Setting, weight: float) -> tuple[str, str]:
@@ -121,10 +120,10 @@ def named(setting: Setting, weight: float) -> tuple[str, str]:
         A name, and the evidence in words.
     """
     doses = (weight, weight + 1.0, weight + 3.0)
-    found = [weights_in_force(setting, w) for w in (None, *doses)]
+    found = [_weights_in_force(setting, w) for w in (None, *doses)]
     if any(f is None or not f.residual < TOLERANCE for f in found):
         worst = max((f.residual for f in found if f is not None), default=math.nan)
-        return OTHER, f"{worst:.2g} of the gradient is no combination of the tasks' gradients"
+        return _OTHER, f"{worst:.2g} of the gradient is no combination of the tasks' gradients"
     alone, *factors = [_factor(f, setting.task) for f in found if f is not None]
     said = ", ".join(f"{factor:.4g} at weight {w:g}" for w, factor in zip(doses, factors, strict=True))
     evidence = f"the others' weights are multiplied by {alone:.4g} without the task, and with it by {said}"
@@ -132,10 +131,10 @@ def named(setting: Setting, weight: float) -> tuple[str, str]:
         others = sum(w for t, w in (found[0].given if found[0] else {}).items())
         sums = [factor * (others + w) for w, factor in zip(doses, factors, strict=True)]
         constant = max(sums) - min(sums) < 0.05 * max(sums)
-        return RENORMALISED, evidence + (f"; the weights always sum to {sums[-1]:.4g}" if constant else "")
-    return (MEAN if abs(factors[0] - alone) > TOLERANCE * alone else OTHER), evidence
+        return _RENORMALISED, evidence + (f"; the weights always sum to {sums[-1]:.4g}" if constant else "")
+    return (_MEAN if abs(factors[0] - alone) > TOLERANCE * alone else _OTHER), evidence
 
 
-def _factor(found: InForce, task: str) -> float:
+def _factor(found: _InForce, task: str) -> float:
     ratios = [u / found.given[t] for t, u in found.used.items() if t != task and found.given[t] and not math.isnan(u)]
     return sum(ratios) / len(ratios) if ratios else math.nan

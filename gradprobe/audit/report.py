@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from gradprobe.audit.attribution import Finding
+from gradprobe.audit.attribution import DoorFinding
 from gradprobe.audit.audit import Audit
 from gradprobe.audit.compare import growth
 
@@ -62,7 +62,7 @@ def plain(found: Audit) -> dict[str, Any]:
     }
 
 
-def door(finding: Finding) -> dict[str, Any]:
+def door(finding: DoorFinding) -> dict[str, Any]:
     """One door as plain data."""
     return {
         "door": finding.name,
@@ -83,7 +83,7 @@ def number(value: float) -> float | None:
 
 def rows(found: Audit) -> list[tuple[str, ...]]:
     """One row per door, in the order of :data:`COLUMNS`."""
-    findings: Sequence[Finding] = found.attribution.findings if found.attribution else ()
+    findings: Sequence[DoorFinding] = found.attribution.findings if found.attribution else ()
     return [
         (
             f.name,

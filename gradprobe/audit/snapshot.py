@@ -27,12 +27,12 @@ class RandomState:
 
     @classmethod
     def taken(cls) -> RandomState:
-        """As they are now."""
+        """The streams as they are now."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
     def put_back(self) -> None:
-        """Make them so again."""
+        """Set the global streams to this state."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
@@ -72,10 +72,10 @@ class Snapshot:
 
     @classmethod
     def taken(cls, experiment: Experiment) -> Snapshot:
-        """As it is now."""
+        """A copy of the experiment's state as it is now."""
         model = experiment.model
         return cls(
-            tensors={name: t.detach().clone() for name, t in _tensors(experiment).items()},
+            tensors={name: t.detach().clone() for name, t in experiment.tensors().items()},
             gradients={
                 name: None if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()
             },
@@ -90,7 +90,7 @@ class Snapshot:
         objects.
         """
         with torch.no_grad():
-            for name, tensor in _tensors(experiment).items():
+            for name, tensor in experiment.tensors().items():
                 tensor.copy_(self.tensors[name])
         for name, parameter in experiment.model.named_parameters():
             gradient = self.gradients[name]
@@ -102,10 +102,6 @@ class Snapshot:
         for name, thing in experiment.stateful().items():
             _load(thing, self.others[name])
         self.random.put_back()
-
-
-def _tensors(experiment: Experiment) -> dict[str, Tensor]:
-    return {**dict(experiment.model.named_parameters()), **dict(experiment.model.named_buffers())}
 
 
 def _state(thing: Any) -> Any:

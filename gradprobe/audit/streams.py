@@ -26,7 +26,7 @@ class OwnStreams(TorchDispatchMode):
 
     Args:
         step: The number of the step.
-        modules: The modules that are running, outermost first; kept by :func:`modules_watched`.
+        modules: The modules that are running, outermost first; kept by :func:`_modules_watched`.
     """
 
     def __init__(self, step: int, modules: list[str]) -> None:
@@ -87,7 +87,7 @@ def _generator(args: Any, kwargs: dict[str, Any]) -> torch.Generator:
 
 
 @contextmanager
-def modules_watched(model: nn.Module, running: list[str]) -> Iterator[None]:
+def _modules_watched(model: nn.Module, running: list[str]) -> Iterator[None]:
     """Keeps the names of the modules whose forward is running in ``running``."""
 
     def entered(name: str) -> Any:
@@ -109,5 +109,5 @@ def own_streams(model: nn.Module, step: int) -> Iterator[OwnStreams]:
     running: list[str] = []
     random.seed(seed("python", step))
     np.random.seed(seed("numpy", step) % 2**32)
-    with modules_watched(model, running), OwnStreams(step, running) as mode:
+    with _modules_watched(model, running), OwnStreams(step, running) as mode:
         yield mode

@@ -11,7 +11,7 @@ import typer
 from gradprobe.foreign import quoted
 
 if TYPE_CHECKING:
-    from gradprobe.runfile.check import Report
+    from gradprobe.runfile.check import CheckReport
 
 
 def check(
@@ -51,13 +51,13 @@ def check(
         raise typer.Exit(3)
 
 
-def _repaired(file: Path, out: Path) -> Report:
-    from gradprobe.runfile.repair import repair
+def _repaired(file: Path, out: Path) -> CheckReport:
+    from gradprobe.runfile.check import repair
 
     return repair(file, out)
 
 
-def _tell(file: Path, report: Report, verdict: str | None = None) -> None:
+def _tell(file: Path, report: CheckReport, verdict: str | None = None) -> None:
     if verdict is None:
         files = f"{len(report.files)} file" + "s" * (len(report.files) != 1)
         verdict = "is whole" if report.whole else "is not whole"

@@ -19,9 +19,8 @@ from gradprobe.cli.progress import Lines, make_watcher
 from gradprobe.cli.recording import Request, settings_of
 from gradprobe.errors import GradprobeError, UsageError
 from gradprobe.foreign import quoted
-from gradprobe.study import agreement, measuring, plan
+from gradprobe.study import agreement, plan
 from gradprobe.study.arms import Arm, Planned, chains, check_baseline, choose, make_arms, make_runs, parse_seeds
-from gradprobe.study.budget import steps_of
 from gradprobe.study.folder import FINISHED, Folder
 from gradprobe.study.runner import DONE, FAILED, SKIPPED, Entry, Launcher, Study, subprocesses
 from gradprobe.trainers.problems import allow, kind_of
@@ -131,7 +130,7 @@ def prepare(asked: Asked, *, check_extras: bool = True, write: bool = True) -> P
     arms = make_arms([t.strip() for t in trainers.split(",") if t.strip()], asked.arms, tasks)
     baseline = check_baseline(arms, asked.baseline)
     seeds = parse_seeds(asked.seeds or (preset.seeds if preset else "5"))
-    common = (*words, *measuring.flags(_request(words).flags))
+    common = (*words, *plan.measuring_flags(_request(words).flags))
     settings = {arm.name: _settings(_request([*common, *arm.flags], arm)) for arm in arms}
     if check_extras:
         _check_trainers(settings.values())
@@ -209,7 +208,7 @@ def _plan(
     settings: Mapping[str, Settings],
 ) -> dict[str, Any]:
     own = settings[baseline.name]
-    window = plan.parse_window(asked.window, own, steps_of(own))
+    window = plan.parse_window(asked.window, own, plan.steps_of(own))
     split = getattr(own, "probe_loader", "")
     return {
         "measure": "C",

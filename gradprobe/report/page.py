@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from gradprobe import __version__
+from gradprobe.errors import optional
 from gradprobe.foreign import visible
 from gradprobe.messages import Language
 from gradprobe.report.chart import Chart, Figure, Notice, Section, inert
 from gradprobe.report.figures.verdicts import LOOKS
 from gradprobe.report.look import DARK, LIGHT
 from gradprobe.report.sections.front import Card
-from gradprobe.runfile.extras import optional
 
 WHY = "gradprobe report"
 FOLDER = Path(__file__).parent

@@ -16,12 +16,12 @@ import numpy as np
 from gradprobe.errors import RunFileError
 from gradprobe.rows import Header
 from gradprobe.runfile import content, schema, storable
-from gradprobe.runfile.attributes import attribute
 from gradprobe.runfile.files import write_whole
 from gradprobe.runfile.pieces import Piece
+from gradprobe.runfile.untrusted import attribute
 from gradprobe.whole_files import Disk, target, telling
 
-ABOUT = ("task", "weight", "class", "sentence", "same_twice")
+_ABOUT = ("task", "weight", "class", "sentence", "same_twice")
 """Attributes of the group."""
 
 
@@ -69,7 +69,7 @@ def _fill(file: h5py.File, audit: Mapping[str, Any], provenance: Mapping[str, An
     for field in schema.AUDIT.fields[1:]:
         values = audit[field.name] if schema.STEP in field.axes else [door[field.name] for door in audit["doors"]]
         found[field.name] = values if field.dtype == schema.TEXT else [math.nan if v is None else v for v in values]
-    put(file, Stored(found, {name: audit[name] for name in ABOUT}, json.dumps(audit)))
+    put(file, Stored(found, {name: audit[name] for name in _ABOUT}, json.dumps(audit)))
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Stored:
 
     Attributes:
         table: The fields of :data:`gradprobe.runfile.schema.AUDIT`.
-        about: Those of :data:`ABOUT`.
+        about: Those of :data:`_ABOUT`.
         json: All of it.
     """
 
@@ -90,7 +90,7 @@ class Stored:
 def put(file: h5py.File, audit: Stored) -> None:
     """Write the group into a file that is being made."""
     group = content.write_table(file, schema.AUDIT, audit.table)
-    for name in ABOUT:
+    for name in _ABOUT:
         group.attrs[name] = storable.stored(storable.plain(audit.about[name]))
     whole = group.create_dataset("json", data=[audit.json], dtype=h5py.string_dtype("utf-8"), track_times=False)
     whole.attrs["long_name"] = "all of it, as --json prints it"
@@ -107,7 +107,7 @@ def load(piece: Piece) -> Stored | None:
         return None
     with piece.reading():
         group = piece.file[schema.AUDIT.group]
-        about = {name: attribute(group, name) for name in ABOUT}
+        about = {name: attribute(group, name) for name in _ABOUT}
         return Stored(found, about, str(group["json"].asstr()[0]) if "json" in group else "")
 
 

@@ -13,10 +13,36 @@ from numpy.typing import NDArray
 
 from gradprobe import __version__
 from gradprobe.rows import MEASURED, AnyRow, Header, Table
+from gradprobe.rows.layers import begins_with
 from gradprobe.rows.layers import widened as widened_array
 from gradprobe.rows.limits import MAX_STATUS, MAX_STATUSES
 from gradprobe.rows.table import lengths, names_along
 from gradprobe.runfile import schema, storable
+
+
+def with_layers(known: Header, found: Header) -> tuple[Header, NDArray[np.intp] | None]:
+    """The header of a file after its session has found more layers, which only ever join at the end.
+
+    So the layers of each file of a run begin with those of the file before.
+
+    Args:
+        known: The file's so far. After a resume it may have layers that this session has not found yet.
+        found: The session's.
+
+    Returns:
+        The file's, and where the session's layers are in it; None: at its beginning.
+    """
+    layers = [*known.layers, *(name for name in found.layers if name not in set(known.layers))]
+    order = {name: place for place, name in enumerate(layers)}
+    places = np.array([order[name] for name in found.layers], dtype=np.intp)
+    size = np.zeros(len(layers), np.int64)
+    size[: len(known.layers)] = known.layer_size
+    size[places] = np.maximum(size[places], found.layer_size)  # a layer may get parameters, and loses none
+    reach = widened_array(np.asarray(known.reach, dtype=bool), len(layers), fill=False)
+    reach[places] = found.reach
+    header = replace(known, layers=tuple(layers), layer_size=size, reach=reach)
+    return header, None if begins_with(layers, found.layers) else places
+
 
 Columns = dict[str, NDArray[Any]]
 """One array per row field, all with the rows on the first axis."""

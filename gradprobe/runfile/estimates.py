@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,6 @@ from gradprobe.errors import RunFileError
 from gradprobe.runfile import schema
 
 if TYPE_CHECKING:
-    from gradprobe.runfile.reader import Run
     from gradprobe.statistics import Estimate
 
 SOURCES = {"probe_loader": schema.PROBE_LOADER, "training": schema.ROWS}
@@ -25,8 +24,8 @@ _HOW = {
 }
 
 
-def estimate(run: Run, group: str | Sequence[str] | None, window: tuple[int, int] | None, source: str) -> Estimate:
-    """Documented at :meth:`gradprobe.runfile.reader.Run.estimate`."""
+def estimate(run: Any, group: str | Sequence[str] | None, window: tuple[int, int] | None, source: str) -> Estimate:
+    """Documented at :meth:`gradprobe.runfile.Run.estimate`."""
     from gradprobe.statistics import pooled
 
     if source not in SOURCES:
@@ -48,7 +47,7 @@ def estimate(run: Run, group: str | Sequence[str] | None, window: tuple[int, int
     return _pair_by_pair(whole, gram, noise, counts, size)
 
 
-def _rows(run: Run, table: schema.Table, window: tuple[int, int] | None) -> NDArray[np.bool_]:
+def _rows(run: Any, table: schema.Table, window: tuple[int, int] | None) -> NDArray[np.bool_]:
     """Which rows count."""
     step, measured = run[table.path(schema.STEP)], run[table.path("status")] == 0
     if window is None:
@@ -57,14 +56,14 @@ def _rows(run: Run, table: schema.Table, window: tuple[int, int] | None) -> NDAr
 
 
 def _read(
-    run: Run, table: schema.Table, name: str, rows: NDArray[np.bool_], layers: NDArray[np.intp]
+    run: Any, table: schema.Table, name: str, rows: NDArray[np.bool_], layers: NDArray[np.intp]
 ) -> measures.Array:
     """Some rows and layers; a single layer is read alone."""
     path = table.path(name)
     chosen = (
         run.read(path, layers=slice(int(layers[0]), int(layers[0]) + 1)) if len(layers) == 1 else run[path][:, layers]
     )
-    return chosen[rows].astype(np.float64)
+    return np.asarray(chosen[rows], dtype=np.float64)
 
 
 def _pair_by_pair(

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.errors import UsageError
+from gradprobe.errors import UsageError, optional
 from gradprobe.foreign import cell
 from gradprobe.rows.table import names_along
 from gradprobe.runfile import frames, schema
-from gradprobe.runfile.extras import optional
 from gradprobe.runfile.reader import Run
 from gradprobe.whole_files import staged, target, telling, there
 
@@ -74,7 +73,7 @@ def export(run: Run, to: str, out: Path | None = None, *, stride: int = 1) -> Pa
 # ---- tables
 
 
-def tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
+def _tables(run: Run, stride: int) -> Iterator[tuple[str, Iterator[Table]]]:
     """Every table by name, in pieces with the same columns."""
     for table in schema.TABLES:
         if table.path(table.axis) in run:
@@ -137,7 +136,7 @@ def _text(values: tuple[str, ...]) -> NDArray[Any]:
 
 def _csv(run: Run, out: Path, stride: int) -> None:
     out.mkdir()
-    for name, pieces in tables(run, stride):
+    for name, pieces in _tables(run, stride):
         with (out / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             for number, table in enumerate(pieces):
@@ -158,7 +157,7 @@ def _parquet(run: Run, out: Path, stride: int) -> None:
     arrow = optional("pyarrow", "export --to parquet")
     parquet = optional("pyarrow.parquet", "export --to parquet")
     out.mkdir()
-    for name, pieces in tables(run, stride):
+    for name, pieces in _tables(run, stride):
         writer = None
         try:
             for piece in pieces:

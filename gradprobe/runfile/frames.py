@@ -1,4 +1,4 @@
-"""A run as pandas and xarray hold it."""
+"""A run (:class:`gradprobe.runfile.Run`) as pandas and xarray hold it."""
 
 from __future__ import annotations
 
@@ -8,30 +8,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.errors import RunFileError
+from gradprobe.errors import RunFileError, optional
 from gradprobe.rows.table import names_along
 from gradprobe.runfile import schema
-from gradprobe.runfile.extras import optional
 
 if TYPE_CHECKING:
     import pandas
     import xarray
 
-    from gradprobe.runfile.reader import Run
-
-EPOCHS = "epochs"
-NAMED = (schema.LAYER, schema.TASK, schema.PAIR)
-EPOCH_NUMBER = "epoch_number"  # the axis of metrics per epoch; "epoch" is the epoch of each row
+_EPOCHS = "epochs"
+_NAMED = (schema.LAYER, schema.TASK, schema.PAIR)
+_EPOCH_NUMBER = "epoch_number"  # the axis of metrics per epoch; "epoch" is the epoch of each row
 
 
-def to_pandas(run: Run, name: str, stride: int = 1) -> pandas.DataFrame:
-    """One dataset as a tidy table; documented at :meth:`gradprobe.runfile.reader.Run.to_pandas`."""
+def to_pandas(run: Any, name: str, stride: int = 1) -> pandas.DataFrame:
+    """One dataset as a tidy table; documented at :meth:`gradprobe.runfile.Run.to_pandas`."""
     pandas = optional("pandas", "Run.to_pandas")
-    if name == EPOCHS:
+    if name == _EPOCHS:
         return pandas.DataFrame(run.epochs)
     fields = {path: (table, field) for table, path, field in _fields(run)}
     if name not in fields or fields[name][1].name == schema.STEP:
-        raise RunFileError(f"{run.path}: no table {name!r}; there are: {', '.join([*fields, EPOCHS])}.")
+        raise RunFileError(f"{run.path}: no table {name!r}; there are: {', '.join([*fields, _EPOCHS])}.")
     table, field = fields[name]
     values = run.read(name, stride=stride) if field.axes[0] == schema.STEP else run[name]
     columns: dict[str, Any] = {}
@@ -44,7 +41,7 @@ def to_pandas(run: Run, name: str, stride: int = 1) -> pandas.DataFrame:
     return pandas.DataFrame({**columns, field.name: values.ravel()})
 
 
-def _fields(run: Run) -> Iterator[tuple[schema.Table, str, schema.Field]]:
+def _fields(run: Any) -> Iterator[tuple[schema.Table, str, schema.Field]]:
     """Every field of the tables that the run has, with its table and its name in the file."""
     for table in schema.TABLES:
         if table.path(schema.STEP) in run:
@@ -54,8 +51,8 @@ def _fields(run: Run) -> Iterator[tuple[schema.Table, str, schema.Field]]:
         yield schema.FEATURES, schema.FEATURES.path(schema.FEATURE_SIZE.name), schema.FEATURE_SIZE
 
 
-def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
-    """A whole run; documented at :meth:`gradprobe.runfile.reader.Run.to_xarray`."""
+def to_xarray(run: Any, stride: int = 1) -> xarray.Dataset:
+    """A whole run; documented at :meth:`gradprobe.runfile.Run.to_xarray`."""
     xarray = optional("xarray", "Run.to_xarray")
     variables: dict[str, Any] = {}
     for table, path, field in _fields(run):
@@ -69,9 +66,9 @@ def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
         variables[path.replace("/", ".")] = (axes, values, about)
     epochs = run.epochs
     number = epochs.pop(schema.EPOCH)
-    variables |= {f"{EPOCHS}.{name}": ((EPOCH_NUMBER,), values) for name, values in epochs.items()}
-    coordinates: dict[str, Any] = {axis: np.array(names_along(axis, run), dtype=object) for axis in NAMED}
-    coordinates |= {EPOCH_NUMBER: number}
+    variables |= {f"{_EPOCHS}.{name}": ((_EPOCH_NUMBER,), values) for name, values in epochs.items()}
+    coordinates: dict[str, Any] = {axis: np.array(names_along(axis, run), dtype=object) for axis in _NAMED}
+    coordinates |= {_EPOCH_NUMBER: number}
     if schema.OTHER_TASK in run:
         coordinates[schema.OTHER_TASK] = np.array(run.tasks, dtype=object)
     for table in schema.TABLES:
@@ -85,7 +82,7 @@ def to_xarray(run: Run, stride: int = 1) -> xarray.Dataset:
                 coordinates[f"{table.group}.{name}"] = values
             else:
                 variables[f"{table.group}.{name}"] = (place, values, {"long_name": table[name].meaning})
-    return xarray.Dataset(variables, coordinates, about_run(run))
+    return xarray.Dataset(variables, coordinates, _about_run(run))
 
 
 def _axis(table: schema.Table, axis: str) -> str:
@@ -93,7 +90,7 @@ def _axis(table: schema.Table, axis: str) -> str:
     return f"{table.group}.{axis}" if table.group and axis == schema.STEP else axis
 
 
-def about_run(run: Run) -> dict[str, Any]:
+def _about_run(run: Any) -> dict[str, Any]:
     """Provenance and end as attributes that netCDF can hold: no bool, no empty list."""
     about: dict[str, Any] = {"end": run.end, "rows_dropped": run.rows_dropped}
     for name, value in run.provenance.items():

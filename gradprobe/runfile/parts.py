@@ -43,12 +43,12 @@ def span(path: Path) -> Span | None:
     return int(numbers[0]), int(numbers[-1])
 
 
-def counting(spans: Iterable[Span], merged_through: int = 0) -> list[Span]:
+def _counting(spans: Iterable[Span], merged_through: int = 0) -> list[Span]:
     """The parts whose rows are in no other: those above ``merged_through`` that no wider part contains.
 
     A kill between putting parts together and removing them leaves both.
 
-    >>> counting([(1, 1), (2, 2), (1, 2), (3, 3)]), counting([(1, 2), (3, 3)], merged_through=2)
+    >>> _counting([(1, 1), (2, 2), (1, 2), (3, 3)]), _counting([(1, 2), (3, 3)], merged_through=2)
     ([(1, 2), (3, 3)], [(3, 3)])
     """
     kept: list[Span] = []
@@ -84,4 +84,4 @@ def paths(run: Path) -> list[Path]:
     """The parts that lie beside ``run``, in order, without those that a wider one contains."""
     place = folder(run)
     found = [s for s in map(span, place.glob("*.h5")) if s is not None] if there(place) else []
-    return [place / name(s) for s in counting(found)]
+    return [place / name(s) for s in _counting(found)]

@@ -18,13 +18,13 @@ from gradprobe.errors import RunFileError
 from gradprobe.rows.layers import begins_with
 from gradprobe.rows.table import lengths
 from gradprobe.runfile import parts, schema, untrusted
-from gradprobe.runfile.attributes import RefusedError, attribute, printable
-from gradprobe.runfile.sums import SummedFile
+from gradprobe.runfile.files import SummedFile
+from gradprobe.runfile.untrusted import RefusedError, attribute, printable
 from gradprobe.whole_files import there
 
 log = logging.getLogger("gradprobe")
 
-Identity = tuple[int, int, int]
+_Identity = tuple[int, int, int]
 
 _FEATURES = schema.FEATURES.path(schema.FEATURE)
 _FEATURE_SIZE = schema.FEATURES.path(schema.FEATURE_SIZE.name)
@@ -39,7 +39,7 @@ class Piece:
     Args:
         path: The file.
         part: It is a part; its name then says which numbers it stands for.
-        lenient: Use what is left of damaged sums (see :class:`gradprobe.runfile.sums.SummedFile`).
+        lenient: Use what is left of damaged sums (see :class:`gradprobe.runfile.files.SummedFile`).
 
     Raises:
         FileNotFoundError: It is not there (any more).
@@ -242,7 +242,7 @@ def span_of(part: Path) -> parts.Span:
     return span
 
 
-def identity(path: Path) -> Identity:
+def identity(path: Path) -> _Identity:
     """The same for two looks at one file that was not replaced between them."""
     found = path.stat()
     return found.st_dev, found.st_ino, found.st_mtime_ns
@@ -270,7 +270,7 @@ def open_pieces(path: Path, known: Sequence[Piece] = ()) -> list[Piece]:
     raise RunFileError(f"{path}: its parts change faster than they can be opened. Try again.")
 
 
-def _collect(path: Path, stands: dict[Identity, Piece], taken: list[Piece]) -> None:
+def _collect(path: Path, stands: dict[_Identity, Piece], taken: list[Piece]) -> None:
     found = parts.paths(path)  # listed first: what is merged meanwhile is in the main file then, and skipped
     if there(path):
         taken.append(_take(path, stands, part=False))
@@ -282,11 +282,11 @@ def _collect(path: Path, stands: dict[Identity, Piece], taken: list[Piece]) -> N
             taken.append(_take(part, stands, part=True))
 
 
-def _take(path: Path, stands: dict[Identity, Piece], *, part: bool) -> Piece:
+def _take(path: Path, stands: dict[_Identity, Piece], *, part: bool) -> Piece:
     return stands.get(identity(path)) or Piece(path, part=part)
 
 
-def _check_same_run(pieces: list[Piece], stands: dict[Identity, Piece]) -> None:
+def _check_same_run(pieces: list[Piece], stands: dict[_Identity, Piece]) -> None:
     first = pieces[0]
     for before, piece in pairwise(pieces):
         if piece.tasks != first.tasks or not begins_with(piece.layers, before.layers):
@@ -301,7 +301,7 @@ def _check_same_run(pieces: list[Piece], stands: dict[Identity, Piece]) -> None:
         raise RunFileError(f"{first.path}: its files are of different runs: they have features {sorted(features)}.")
 
 
-def _close(pieces: Sequence[Piece], but: dict[Identity, Piece]) -> None:
+def _close(pieces: Sequence[Piece], but: dict[_Identity, Piece]) -> None:
     for piece in pieces:
         if piece.identity not in but:
             piece.close()

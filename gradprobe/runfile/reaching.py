@@ -6,9 +6,9 @@ rows say better, and so they are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,21 +16,20 @@ from numpy.typing import NDArray
 from gradprobe import measures
 from gradprobe.rows import MISSING_GRADIENT, UNKNOWN_GRADIENT
 from gradprobe.runfile import schema
+from gradprobe.runfile.pieces import Piece
 
-if TYPE_CHECKING:
-    from gradprobe.runfile.reader import Run
-
-NEVER = np.iinfo(np.int64).max
+_NEVER = np.iinfo(np.int64).max
 
 Block = dict[str, NDArray[Any]]
+
+Norms = Iterator[tuple[int, NDArray[np.float32]]]
+"""The place of the first row, and norms (k, L, T), piece by piece."""
 
 SUMS = {
     schema.ROWS: ("grad_norm", "cosine", "shared_grad_norm", "shared_cosine"),
     schema.UPDATES: ("update_norm", "cosine", "shared_update_norm", "shared_cosine"),
 }
 """By table: norms and cosines by layer, and over all shared layers."""
-
-_BLOCK = schema.CHUNK_ROWS
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Reaching:
 
     Attributes:
         graph: (L, T) bool: as the file says it, which in files of earlier versions is what graphs reach.
-        first: (L, T) place of the first row in which the task had a gradient other than 0; :data:`NEVER`: in none.
+        first: (L, T) place of the first row in which the task had a gradient other than 0; :data:`_NEVER`: in none.
     """
 
     graph: NDArray[np.bool_]
@@ -48,7 +47,7 @@ class Reaching:
     @property
     def reach(self) -> NDArray[np.bool_]:
         """(L, T): by effect; of a task without any gradient, as the file says it."""
-        seen = self.first < NEVER
+        seen = self.first < _NEVER
         return np.where(seen.any(axis=0), seen, self.graph)
 
 
@@ -67,46 +66,45 @@ class Gaps:
     rows: int
 
 
-def look(run: Run, graph: NDArray[np.bool_]) -> Reaching:
+def look(norms: Norms, graph: NDArray[np.bool_]) -> Reaching:
     """Read norms until everybody who may be seen has been seen: in most runs that is the first row."""
-    first = np.full(graph.shape, NEVER, dtype=np.int64)
-    for start, norms in norms_of(run):
-        found = norms > 0
-        new = found.any(axis=0) & (first == NEVER)
+    first = np.full(graph.shape, _NEVER, dtype=np.int64)
+    for start, values in norms:
+        found = values > 0
+        new = found.any(axis=0) & (first == _NEVER)
         first[new] = start + np.argmax(found, axis=0)[new]
-        if not (graph & (first == NEVER)).any():
+        if not (graph & (first == _NEVER)).any():
             break
     return Reaching(graph, first)
 
 
-def gaps(run: Run) -> Gaps:
-    """Read all norms."""
-    first, status = run.seen.first, run["status"]
-    joined = np.full(len(first), NEVER, dtype=np.int64)
+def gaps(norms: Norms, first: NDArray[np.int64], status: NDArray[np.uint8]) -> Gaps:
+    """Read all norms; ``first`` as in :class:`Reaching`, and the status of every row."""
+    joined = np.full(len(first), _NEVER, dtype=np.int64)
     lacking, rows = np.zeros(len(first), np.int64), 0
-    for start, norms in norms_of(run):
-        place = np.arange(start, start + len(norms))
-        known, measured = ~np.isnan(norms), status[place] == 0
-        if known.all() and measured.any() and (joined < NEVER).all():  # of most runs all but the first rows
+    for start, values in norms:
+        place = np.arange(start, start + len(values))
+        known, measured = ~np.isnan(values), status[place] == 0
+        if known.all() and measured.any() and (joined < _NEVER).all():  # of most runs all but the first rows
             continue
         there = known.any(axis=2) & measured[:, None]
-        new = there.any(axis=0) & (joined == NEVER)
+        new = there.any(axis=0) & (joined == _NEVER)
         joined[new] = start + np.argmax(there, axis=0)[new]
         due = (place[:, None, None] >= first).astype(bool) & measured[:, None, None]
         lacks = (due & ~known).any(axis=2) & (place[:, None] >= joined)
         lacking += lacks.sum(axis=0)
         rows += int(lacks.any(axis=1).sum())
-    begun = joined.min(initial=NEVER)
-    return Gaps(np.where((joined == NEVER) | (joined == begun), 0, joined), lacking, rows)
+    begun = joined.min(initial=_NEVER)
+    return Gaps(np.where((joined == _NEVER) | (joined == begun), 0, joined), lacking, rows)
 
 
-def norms_of(run: Run) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """The place of the first row, and norms (k, L, T), piece by piece."""
+def norms_of(pieces: Iterable[Piece], layers: int) -> Norms:
+    """The norms in these files of a run that has so many layers."""
     start = 0
-    for piece in run.pieces(schema.ROWS):
-        for begin in range(0, piece.rows, _BLOCK):
+    for piece in pieces:
+        for begin in range(0, piece.rows, schema.CHUNK_ROWS):
             with piece.reading():
-                norms = piece.column(schema.ROWS, _NORM, slice(begin, begin + _BLOCK), among=len(run.layers))
+                norms = piece.column(schema.ROWS, _NORM, slice(begin, begin + schema.CHUNK_ROWS), among=layers)
             yield start + begin, norms
         start += piece.rows
 
@@ -114,7 +112,7 @@ def norms_of(run: Run) -> Iterator[tuple[int, NDArray[np.float32]]]:
 _NORM = schema.ROWS["grad_norm"]
 
 
-def codes(names: tuple[str, ...], chosen: Any) -> NDArray[np.bool_]:
+def _codes(names: tuple[str, ...], chosen: Any) -> NDArray[np.bool_]:
     """(256,) whether the name of a status is chosen, by its number."""
     found = np.zeros(256, dtype=bool)
     for code, name in enumerate(names[:256]):
@@ -124,7 +122,7 @@ def codes(names: tuple[str, ...], chosen: Any) -> NDArray[np.bool_]:
 
 def unknown(names: tuple[str, ...], status: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """(n,): whether NaN may be a gradient that is not finite."""
-    return codes(names, lambda name: name in UNKNOWN_GRADIENT)[status]
+    return _codes(names, lambda name: name in UNKNOWN_GRADIENT)[status]
 
 
 def counts(
@@ -145,8 +143,8 @@ def counts_of(
 def settled(found: Reaching, names: tuple[str, ...], table: schema.Table) -> int:
     """From which place on no row of a file of an earlier version is to be :func:`mended`."""
     if table is not schema.ROWS:
-        return NEVER if (found.graph & ~found.reach).any() else 0
-    return NEVER if MISSING_GRADIENT in names else int(np.where(found.graph, found.first, 0).max(initial=0))
+        return _NEVER if (found.graph & ~found.reach).any() else 0
+    return _NEVER if MISSING_GRADIENT in names else int(np.where(found.graph, found.first, 0).max(initial=0))
 
 
 def mended_status(names: tuple[str, ...], table: schema.Table, status: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -157,7 +155,7 @@ def mended_status(names: tuple[str, ...], table: schema.Table, status: NDArray[n
 
 
 def _lacks(names: tuple[str, ...], status: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    return codes(names, lambda name: name == MISSING_GRADIENT)[status]
+    return _codes(names, lambda name: name == MISSING_GRADIENT)[status]
 
 
 def mended(

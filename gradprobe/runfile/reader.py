@@ -16,7 +16,7 @@ from gradprobe import measures
 from gradprobe.errors import RunFileError
 from gradprobe.rows import sources
 from gradprobe.rows.table import names_along
-from gradprobe.runfile import audits, estimates, reaching, schema, sessions, untrusted
+from gradprobe.runfile import audits, estimates, frames, reaching, schema, sessions, untrusted
 from gradprobe.runfile.pieces import Piece, open_pieces
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("gradprobe")
 
-Names = tuple[str, ...]
+_Names = tuple[str, ...]
 
 
 class Run:
@@ -66,10 +66,10 @@ class Run:
 
     def _read_header(self) -> None:
         first, last = self._files[0], self._files[-1]
-        self.tasks: Names = first.tasks
-        self.layers: Names = last.layers
-        self.pairs: Names = first.pairs
-        self.feature_names: Names = next((piece.feature_names for piece in self._files if piece.feature_names), ())
+        self.tasks: _Names = first.tasks
+        self.layers: _Names = last.layers
+        self.pairs: _Names = first.pairs
+        self.feature_names: _Names = next((piece.feature_names for piece in self._files if piece.feature_names), ())
         with last.reading():
             self.layer_size: NDArray[np.int64] = last["layer_size"][()]
             self._stored_reach: NDArray[np.bool_] = last["reach"][()].astype(bool)
@@ -77,7 +77,7 @@ class Run:
         self._seen: reaching.Reaching | None = None
         self._gaps: reaching.Gaps | None = None
         self.provenance: dict[str, Any] = last.provenance
-        self.status_names: Names = last.status_names
+        self.status_names: _Names = last.status_names
         self.end: str = last.end
         self.file_time: str = last.file_time
         self.rows_dropped = last.rows_dropped
@@ -107,15 +107,18 @@ class Run:
     def seen(self) -> reaching.Reaching:
         """Who reaches what, and from which row on: the first rows are read for it."""
         if self._seen is None:
-            self._seen = reaching.look(self, self._stored_reach)
+            self._seen = reaching.look(self._norms(), self._stored_reach)
         return self._seen
 
     @property
     def gaps(self) -> reaching.Gaps:
         """What rows lack: all norms are read for it."""
         if self._gaps is None:
-            self._gaps = reaching.gaps(self)
+            self._gaps = reaching.gaps(self._norms(), self.seen.first, self["status"])
         return self._gaps
+
+    def _norms(self) -> reaching.Norms:
+        return reaching.norms_of(self.pieces(schema.ROWS), len(self.layers))
 
     @property
     def reach(self) -> NDArray[np.bool_]:
@@ -131,7 +134,7 @@ class Run:
         return measures.by_several(self.reach)
 
     @property
-    def graph_only(self) -> Names:
+    def graph_only(self) -> _Names:
         """Names of layers that the graph alone calls shared: fewer than two tasks have had a gradient there."""
         alone: NDArray[np.bool_] = ~np.any(self.shared_reach, axis=1)
         return tuple(name for name, left_out in zip(self.layers, alone, strict=True) if left_out)
@@ -172,7 +175,7 @@ class Run:
         return [piece for piece in self._files if table.path(schema.STEP) in piece]
 
     @property
-    def unknown(self) -> Names:
+    def unknown(self) -> _Names:
         """What the files hold that this version knows nothing of."""
         return tuple(dict.fromkeys(name for piece in self._files for name in piece.unknown))
 
@@ -456,7 +459,7 @@ class Run:
         return self.table("probe_loader")
 
     @property
-    def sources(self) -> Names:
+    def sources(self) -> _Names:
         """What an update comes from: the tasks, weight decay, and momentum from steps that were not taken apart."""
         return tuple(sources(self.tasks))
 
@@ -504,8 +507,6 @@ class Run:
             MissingExtraError: pandas is not installed.
             RunFileError: As for :meth:`read`.
         """
-        from gradprobe.runfile import frames
-
         return frames.to_pandas(self, name, stride)
 
     def to_xarray(self, *, stride: int = 1) -> xarray.Dataset:
@@ -517,8 +518,6 @@ class Run:
         Raises:
             MissingExtraError: xarray is not installed.
         """
-        from gradprobe.runfile import frames
-
         return frames.to_xarray(self, stride)
 
     # ---- closing

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from gradprobe.rows import FeatureHeader, Field, Header, TestClusters
 from gradprobe.rows.limits import MAX_ALL_NAMES, MAX_ATTRIBUTES, MAX_NAME, MAX_NAMES, MAX_TEXT
 from gradprobe.rows.table import PAIR, names_along
-from gradprobe.runfile.attributes import printable
 from gradprobe.runfile.schema import TEST
+from gradprobe.runfile.untrusted import printable
 
-MORE = "entries_left_out"
+_MORE = "entries_left_out"
 """The entry of a provenance that says how many others a file has no room for."""
 
 
@@ -139,7 +139,7 @@ def provenance(tree: Mapping[Any, Any], ours: Mapping[str, Any] | None = None) -
     """Flat, by dotted names, with values as HDF5 attributes hold them: text, numbers, truth, or lists of one of these.
 
     What is nothing of these is stored as its text; None as an empty one. Of more entries than a file has room for the
-    first are kept, and :data:`MORE` says how many are not (of twice as many: a tree may have no end).
+    first are kept, and :data:`_MORE` says how many are not (of twice as many: a tree may have no end).
 
     Args:
         tree: Whatever a training says of itself; a mapping that holds itself is cut there.
@@ -152,7 +152,7 @@ def provenance(tree: Mapping[Any, Any], ours: Mapping[str, Any] | None = None) -
     flat = list(islice(_flatten(tree), 2 * MAX_ATTRIBUTES))
     room = MAX_ATTRIBUTES - 100 - len(own)
     kept = {key: plain(value) for key, value in flat[:room]}
-    return {**kept, **({MORE: len(flat) - room} if len(flat) > room else {}), **own}
+    return {**kept, **({_MORE: len(flat) - room} if len(flat) > room else {}), **own}
 
 
 def _flatten(tree: Mapping[Any, Any], prefix: str = "", around: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:

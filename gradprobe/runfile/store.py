@@ -26,15 +26,15 @@ import numpy as np
 from gradprobe.errors import RunFileError
 from gradprobe.rows import FeatureHeader, Header
 from gradprobe.rows.layers import begins_with
-from gradprobe.runfile import content, growth, parts, schema, sessions, storable
+from gradprobe.runfile import content, parts, schema, sessions, storable
 from gradprobe.runfile.files import write_whole
-from gradprobe.runfile.lock import Lock
+from gradprobe.runfile.live import Lock
 from gradprobe.runfile.reader import Run
 from gradprobe.whole_files import Disk, replacing
 
 log = logging.getLogger("gradprobe")
 
-TIDY_AGAIN = 60.0
+_TIDY_AGAIN = 60.0
 """Seconds until parts are put together again where the disk had no room for that."""
 
 
@@ -133,14 +133,14 @@ class Store:
             else:
                 self._compact(header, epochs, taken)
         except OSError:
-            self._tidy_at = time.monotonic() + TIDY_AGAIN
+            self._tidy_at = time.monotonic() + _TIDY_AGAIN
 
     def merge(self, header: Header, epochs: content.Epochs) -> None:
         """Put all parts into the main file, then remove them."""
         files = self._files()
         self._check_room(files)
         state = replace(self.state, merged_through=self._number)
-        self._write_main(header, epochs, stored(files, header), state)
+        self._write_main(header, epochs, _stored(files, header), state)
         self._remove_parts()
 
     def rewind(self, header: Header, epochs: content.Epochs, step: int) -> None:
@@ -155,7 +155,7 @@ class Store:
         for norms in _norms(files, header, step):
             self.state.see(norms)
         state = replace(self.state, merged_through=self._number)
-        rows = stored(files, header, step) if old is None else _read(old, header, step)
+        rows = _stored(files, header, step) if old is None else _read(old, header, step)
         self._write_main(header, epochs, rows, state)
         self._remove_parts()
 
@@ -165,7 +165,7 @@ class Store:
         files = [self.folder / parts.name(p.span) for p in last]
         self._check_room(files)
         one = _Part((last[0].span[0], last[-1].span[1]), sum(p.rows for p in last))
-        self._write(self.folder / parts.name(one.span), header, epochs, self.state, stored(files, header))
+        self._write(self.folder / parts.name(one.span), header, epochs, self.state, _stored(files, header))
         self._parts[-taken:] = [one]
         for file in files:
             self._disk.unlink(file)
@@ -300,7 +300,7 @@ class Store:
             raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {free:,} are free")
 
 
-def stored(files: Sequence[Path], header: Header, before: int | None = None) -> dict[str, content.Stretch]:
+def _stored(files: Sequence[Path], header: Header, before: int | None = None) -> dict[str, content.Stretch]:
     """The rows of our own files, to be read when they are written under this header.
 
     Args:
@@ -421,7 +421,7 @@ def _same_layers(path: Path, header: Header, old: Run, any_kept: bool) -> Header
     if not same:
         return header
     known = Header(old.tasks, old.layers, old.layer_size, old.reach)
-    both, _ = growth.joined(known, header)
+    both, _ = content.with_layers(known, header)
     return replace(header, layers=both.layers, layer_size=both.layer_size, reach=both.reach)
 
 

@@ -15,7 +15,7 @@ from gradprobe.runfile.reader import Run
 ROWS = 10_000
 """A run of up to so many rows is seen whole."""
 
-BYTES = 64 << 20
+_BYTES = 64 << 20
 """Of gradient norms and cosines; where rows are large, fewer of them are looked at."""
 
 FEWEST = 1000
@@ -48,17 +48,17 @@ class ThinRun(Run):
 
     @property
     def seen(self) -> Reaching:
-        """As of the run."""
+        """Who reaches what in the whole run."""
         return self.whole.seen
 
     @property
     def gaps(self) -> Gaps:
-        """As of the run: of all rows."""
+        """What all rows of the run lack."""
         return self.whole.gaps
 
     @property
     def joined(self) -> dict[str, int]:
-        """As of the run."""
+        """Layers that were found after the start of the run."""
         return self.whole.joined
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -91,7 +91,7 @@ def thin(run: Run) -> ThinRun:
         return run
     tasks = len(run.tasks)
     row = 4 * max(len(run.layers), 1) * (tasks + tasks * (tasks - 1) // 2)
-    limit = int(np.clip(BYTES // max(row, 1), FEWEST, ROWS))
+    limit = int(np.clip(_BYTES // max(row, 1), FEWEST, ROWS))
     return ThinRun(run, max(1, -(-len(run) // limit)))
 
 

@@ -1,8 +1,8 @@
 """Writes a run while training goes on, so that whatever was flushed survives a kill at any moment.
 
-The main thread only queues rows (:mod:`gradprobe.runfile.backlog`); a thread (:mod:`gradprobe.runfile.flusher`) brings
-them to the disk (:mod:`gradprobe.runfile.store`). What it cannot write it keeps, up to a bound, and tries again. In a
-forked child a writer is dead: it takes rows and closes without touching anything.
+The main thread only queues rows; a thread (:mod:`gradprobe.runfile.flusher`) brings them to the disk
+(:mod:`gradprobe.runfile.store`). What it cannot write it keeps, up to a bound, and tries again. In a forked child a
+writer is dead: it takes rows and closes without touching anything.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from gradprobe.errors import RunFileError, tell
 from gradprobe.rows import TABLE_NAMES, AnyRow, Header, TestClusters
 from gradprobe.rows.layers import moved
 from gradprobe.rows.limits import MAX_METRICS
-from gradprobe.runfile import growth, parts, schema, storable
+from gradprobe.runfile import content, parts, schema, storable
 from gradprobe.runfile.flusher import Flusher
-from gradprobe.runfile.lock import Lock, acquire
+from gradprobe.runfile.live import Lock, acquire
 from gradprobe.runfile.store import Store
 from gradprobe.whole_files import Disk, target, telling
 
@@ -162,7 +162,7 @@ class RunWriter:
                     f"{self.path}: holds rows of the features {list(known.feature_names)}, but the run to go on "
                     f"with has {list(header.feature_names)}. Resume with the same model and the same features=."
                 )
-            grown, self._places = growth.joined(known, header)
+            grown, self._places = content.with_layers(known, header)
             self._flusher.header = replace(grown, features=known.features or header.features)
             self._flusher.changed = True
 

@@ -10,7 +10,7 @@ from gradprobe.errors import MissingExtraError
 from gradprobe.rows import FEATURES, FeatureRow, Header, Provenance, Row
 from gradprobe.sinks.scalars import scalars
 
-PREFIX = "gradprobe"
+_PREFIX = "gradprobe"
 
 
 class TensorBoardSink:
@@ -65,7 +65,7 @@ class TensorBoardSink:
 
     def _add(self, values: Mapping[str, float], at: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(f"{PREFIX}/{name}", value, at)
+            self._writer.add_scalar(f"{_PREFIX}/{name}", value, at)
 
 
 def _summary_writer(folder: str | Path) -> Any:

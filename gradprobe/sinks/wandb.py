@@ -9,7 +9,7 @@ from gradprobe.errors import MissingExtraError
 from gradprobe.rows import FEATURES, FeatureRow, Header, Provenance, Row
 from gradprobe.sinks.scalars import GROUPS, scalars
 
-PREFIX = "gradprobe"
+_PREFIX = "gradprobe"
 
 
 class WandbSink:
@@ -34,9 +34,9 @@ class WandbSink:
         self._run = _begin(init) if run is None else run
         self._header: Header | None = None
         for axis, groups in (("step", GROUPS), ("epoch", ("epoch",))):
-            self._run.define_metric(f"{PREFIX}/{axis}", hidden=True)
+            self._run.define_metric(f"{_PREFIX}/{axis}", hidden=True)
             for group in groups:  # one by one: PREFIX/* would draw the metrics of epochs over steps, too
-                self._run.define_metric(f"{PREFIX}/{group}/*", step_metric=f"{PREFIX}/{axis}")
+                self._run.define_metric(f"{_PREFIX}/{group}/*", step_metric=f"{_PREFIX}/{axis}")
 
     def start(self, header: Header) -> None:
         """Rows follow."""
@@ -68,7 +68,9 @@ class WandbSink:
             self._run.finish(exit_code=0 if end == "finished" else 1)
 
     def _log(self, axis: str, at: int, values: Mapping[str, float], group: str) -> None:
-        self._run.log({f"{PREFIX}/{axis}": at, **{f"{PREFIX}/{group}{name}": value for name, value in values.items()}})
+        self._run.log(
+            {f"{_PREFIX}/{axis}": at, **{f"{_PREFIX}/{group}{name}": value for name, value in values.items()}}
+        )
 
 
 def _begin(init: Mapping[str, Any]) -> Any:

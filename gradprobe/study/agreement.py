@@ -13,7 +13,7 @@ from gradprobe.runfile import Run, schema
 SAME = ("data.fingerprint", "model.reference", "batches.hash", "batches.count")
 """Provenance that has to be equal in all runs of a seed."""
 
-TIMES = ("time", "overhead")
+_TIMES = ("time", "overhead")
 
 
 def unequal(paths: Sequence[Path]) -> list[str]:
@@ -32,7 +32,7 @@ def differing(one: Path, other: Path) -> list[str]:
     """
     with Run(one) as a, Run(other) as b:
         names = sorted({*a.names(), *b.names()})
-        skipped = {table.path(name) for table in schema.TABLES for name in TIMES}
+        skipped = {table.path(name) for table in schema.TABLES for name in _TIMES}
         found = [name for name in names if name not in skipped and not _equal(a, b, name)]
         values = [{**_tested(run), **_epochs(run)} for run in (a, b)]
     found += sorted(name for name in {**values[0], **values[1]} if not _same(values[0].get(name), values[1].get(name)))

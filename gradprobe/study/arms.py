@@ -9,12 +9,12 @@ from difflib import get_close_matches
 
 from gradprobe.errors import UsageError
 
-SINGLE = "single"
+_SINGLE = "single"
 
-MADE_FROM = {"gradnorm-static": "gradnorm", "split": "joint"}
+_MADE_FROM = {"gradnorm-static": "gradnorm", "split": "joint"}
 """Trainers that need an earlier run (``--from``), and of which trainer."""
 
-MOST_SEEDS = 10_000
+_MOST_SEEDS = 10_000
 
 LONGEST = 100
 """Characters of an arm's name, so that those of its files fit every file system."""
@@ -70,8 +70,8 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words or not all(word.isdecimal() and len(word) < 20 for word in words):
         raise UsageError(f"--seeds {text[:80]!r}: write how many (5), or which (0,1,2).")
-    if len(words) > MOST_SEEDS or ("," not in text and int(words[0]) > MOST_SEEDS):
-        raise UsageError(f"--seeds {text[:80]!r}: a study has at most {MOST_SEEDS:,}.")
+    if len(words) > _MOST_SEEDS or ("," not in text and int(words[0]) > _MOST_SEEDS):
+        raise UsageError(f"--seeds {text[:80]!r}: a study has at most {_MOST_SEEDS:,}.")
     seeds = tuple(map(int, words)) if "," in text else tuple(range(int(words[0])))
     if not seeds or len(set(seeds)) < len(seeds):
         raise UsageError(f"--seeds {text[:80]!r}: names {'none' if not seeds else 'one twice'}.")
@@ -93,8 +93,8 @@ def make_arms(trainers: Sequence[str], more: Sequence[str], tasks: Sequence[str]
     """
     arms: list[Arm] = []
     for trainer in trainers:
-        if trainer == SINGLE:
-            arms += [Arm(f"{SINGLE}-{task}", SINGLE, ("--task", task)) for task in tasks]
+        if trainer == _SINGLE:
+            arms += [Arm(f"{_SINGLE}-{task}", _SINGLE, ("--task", task)) for task in tasks]
         else:
             arms.append(Arm(_named(trainer.rpartition(":")[2], trainer), trainer))  # of a user's module: the class
     arms += [_parse(text) for text in more]
@@ -133,7 +133,7 @@ def _parse(text: str) -> Arm:
 
 
 def _with_source(arm: Arm, arms: Sequence[Arm]) -> Arm:
-    needed = MADE_FROM.get(arm.trainer)
+    needed = _MADE_FROM.get(arm.trainer)
     if needed is None or "--from" in arm.flags:
         return arm
     source = next((other.name for other in arms if other.trainer == needed), None)

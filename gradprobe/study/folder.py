@@ -10,19 +10,19 @@ from typing import Any
 
 from gradprobe.errors import RunFileError
 from gradprobe.runfile import Run, live, storable
-from gradprobe.runfile.attributes import printable
+from gradprobe.runfile.untrusted import printable
 from gradprobe.study.arms import Planned
 from gradprobe.trainers.paths import Paths
 
 ABSENT, BEGUN, RESUMABLE, RECORDING, FINISHED = "absent", "begun", "resumable", "recording", "finished"
-UNREADABLE = "unreadable"
+_UNREADABLE = "unreadable"
 
 _EPOCH = re.compile(rb"^epoch (\d+)/(\d+) on val", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Names of files."""
+    """Where a study keeps the files of its runs."""
 
     path: Path
 
@@ -35,17 +35,17 @@ class Folder:
         return self.path / f"{planned.source}.h5"
 
     def log(self, planned: Planned) -> Path:
-        """What the run said."""
+        """The log of the run."""
         return self.path / "logs" / f"{planned.name}.log"
 
     @property
     def plan(self) -> Path:
-        """What was fixed before."""
+        """The file that says what was fixed before the first run."""
         return self.path / "plan.json"
 
     @property
     def results(self) -> Path:
-        """What became of every run."""
+        """The file that says what became of every run."""
         return self.path / "results.json"
 
     def state(self, planned: Planned) -> str:
@@ -72,7 +72,7 @@ def state(path: Path) -> str:
             if run.end == "finished":
                 return FINISHED
     except RunFileError:
-        return UNREADABLE
+        return _UNREADABLE
     return RESUMABLE if Paths(path).checkpoint.exists() else BEGUN
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from gradprobe import whole_files
-from gradprobe.errors import UsageError
+from gradprobe.errors import GradprobeError, UsageError
 from gradprobe.measures import first_settled_step
 from gradprobe.study.arms import Arm
+from gradprobe.trainers.problems import is_own, kind_of
+from gradprobe.trainers.problems.dial_spec import parse
 from gradprobe.trainers.settings import Settings, as_provenance
 
 try:
@@ -23,22 +25,22 @@ except ImportError:  # Windows
 
 NAME = "plan.json"
 
-LARGEST = 1 << 20
+_LARGEST = 1 << 20
 """Bytes of a plan that is read."""
 
-DEEPEST = 12
+_DEEPEST = 12
 """Objects and lists within each other in a plan that is read."""
 
-SAID = 80
+_SAID = 80
 """Characters of a value in a message."""
 
-PER_ARM = ("trainer", "task", "seed", "from_run", "double", "double_sizes")
+_PER_ARM = ("trainer", "task", "seed", "from_run", "double", "double_sizes")
 """Settings that are no condition of the whole study."""
 
-BY_MACHINE = ("processes",)
+_BY_MACHINE = ("processes",)
 """Settings that the machine decides where nobody else does."""
 
-FROM_A_RUN = "gradnorm-static"
+_FROM_A_RUN = "gradnorm-static"
 """The trainer whose task weights become known only when it is made."""
 
 
@@ -58,7 +60,7 @@ def parse_window(text: str, settings: Settings, steps: int | None) -> tuple[int,
     """
     first, colon, last = text.partition(":")
     try:
-        start = int(first) if first.strip() else default_start(settings, steps)
+        start = int(first) if first.strip() else _default_start(settings, steps)
         stop = int(last) if last.strip() else steps
     except ValueError:
         raise UsageError(f"--window {text!r}: write two steps, such as 20:200.") from None
@@ -71,7 +73,7 @@ def parse_window(text: str, settings: Settings, steps: int | None) -> tuple[int,
     return start, stop
 
 
-def default_start(settings: Settings, steps: int | None) -> int:
+def _default_start(settings: Settings, steps: int | None) -> int:
     """Where the window begins; 0 where the training is too short to leave anything out."""
     start = first_settled_step(settings.optimizer)
     return start if steps is None or steps >= 2 * start else 0
@@ -94,7 +96,11 @@ def parse_pairs(text: str, tasks: Sequence[str]) -> list[str]:
 def common(settings: Sequence[Settings]) -> dict[str, Any]:
     """The settings that all arms share, as they are stored in a run file; those of one arm or seed are left out."""
     stored = [as_provenance(each) for each in settings]
-    own = (*PER_ARM, *BY_MACHINE, *(("task_weights",) if any(each.trainer == FROM_A_RUN for each in settings) else ()))
+    own = (
+        *_PER_ARM,
+        *_BY_MACHINE,
+        *(("task_weights",) if any(each.trainer == _FROM_A_RUN for each in settings) else ()),
+    )
     found = {}
     for name, value in stored[0].items():
         endless = isinstance(value, float) and not math.isfinite(value)  # has no form in JSON
@@ -178,9 +184,9 @@ def read(path: Path) -> dict[str, Any]:
         UsageError: It cannot be read, is no JSON object, or no plan of ours could be as large or as deep.
     """
     try:
-        content = whole_files.read(path, LARGEST)
+        content = whole_files.read(path, _LARGEST)
         found = json.loads(content.decode("utf-8"), parse_constant=_no_number, parse_int=_stored)
-        deep = _depth(found) > DEEPEST
+        deep = _depth(found) > _DEEPEST
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
     except RecursionError:
@@ -188,7 +194,7 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path}: is not JSON: {_cut(str(error))}.") from None
     if deep:
-        raise UsageError(f"{path}: is no plan: it nests deeper than {DEEPEST} levels.")
+        raise UsageError(f"{path}: is no plan: it nests deeper than {_DEEPEST} levels.")
     if not isinstance(found, dict):
         raise UsageError(f"{path}: holds no JSON object, but a {type(found).__name__}.")
     return found
@@ -220,7 +226,7 @@ def _refuse_another(path: Path, old: Mapping[str, Any], plan: Mapping[str, Any])
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= 2 * SAID else f"{text[: 2 * SAID]}..."
+    return text if len(text) <= 2 * _SAID else f"{text[: 2 * _SAID]}..."
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -238,4 +244,49 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
 
 def _said(value: Any) -> str:
     text = "nothing" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= SAID else f"{text[:SAID]}..."
+    return text if len(text) <= _SAID else f"{text[:_SAID]}..."
+
+
+MEASURED: Mapping[str, tuple[str, ...]] = {
+    "micro_batches": ("--micro-batches", "4"),
+    "probe_loader": ("--probe-loader", "val"),
+    "ledger": ("--ledger",),
+}
+"""What every run measures where nothing else is asked for: setting -> the flags that switch it on."""
+
+
+def measuring_flags(given: Collection[str]) -> list[str]:
+    """What is to be added to every run.
+
+    Args:
+        given: Settings that the user chose.
+    """
+    known = Settings.__dataclass_fields__
+    return [word for name, words in MEASURED.items() if name in known and name not in given for word in words]
+
+
+def steps_of(settings: Settings) -> int | None:
+    """Steps of the whole training; of a data.yaml an upper bound, since some images may be left out.
+
+    None: the data cannot be counted, and every run will say why.
+    """
+    images = _images(settings)
+    return None if images is None else settings.epochs * -(-images // settings.batch_size)
+
+
+def _images(settings: Settings) -> int | None:
+    if is_own(settings.data):
+        return None
+    if kind_of(settings.data).name == "dial":
+        return parse(settings.data).size
+    if settings.data == "phantom":
+        from gradprobe.trainers.data.phantom import N_TRAIN
+
+        return N_TRAIN
+    from gradprobe.trainers.data.config import read_config
+    from gradprobe.trainers.data.splits import list_split
+
+    try:
+        return len(list_split(read_config(Path(settings.data)), "train")[0]) or None
+    except (GradprobeError, OSError):
+        return None

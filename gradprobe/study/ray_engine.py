@@ -18,12 +18,12 @@ from typing import Any
 from gradprobe.errors import GradprobeError, UsageError
 from gradprobe.study.runner import PATIENCE, Launcher, end, start, threads
 
-LOST = 1
+_LOST = 1
 """Exit code of a run whose worker is gone."""
 
-STOPPED = 130
+_STOPPED = 130
 
-PAUSE = 0.2
+_PAUSE = 0.2
 """Seconds between two looks at a run."""
 
 REACH = 10.0
@@ -69,7 +69,7 @@ Node = Mapping[str, float]
 
 
 def nodes() -> list[Node]:
-    """Those of the cluster."""
+    """Nodes of the cluster that are alive."""
     import ray
 
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
@@ -108,7 +108,7 @@ def _room(have: Sequence[Node], cores: int, gpus: int) -> int:
     return int(sum(min(node.get(name, 0) // each for name, each in wanted.items()) for node in have))
 
 
-class Task:
+class _Task:
     """A run on the cluster, as the study sees it."""
 
     def __init__(self, reference: Any, log: os.PathLike[str]) -> None:
@@ -146,13 +146,13 @@ class Task:
         except ray.exceptions.GetTimeoutError:
             raise subprocess.TimeoutExpired(str(self.log), timeout or 0) from None
         except ray.exceptions.TaskCancelledError:
-            return STOPPED
+            return _STOPPED
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             told = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             with self.log.open("a", encoding="utf-8") as output:
                 output.write(f"gradprobe: {told}\n")
-            return LOST
+            return _LOST
 
 
 def tasks(plan: Path, cores: int, gpus: int) -> Launcher:
@@ -171,9 +171,9 @@ def tasks(plan: Path, cores: int, gpus: int) -> Launcher:
     # Ray gives every worker its own OMP_NUM_THREADS; the user's, set here, comes first, as elsewhere.
     environment = threads(cores, os.environ)
 
-    def launch(words: Sequence[str], log: os.PathLike[str]) -> Task:
+    def launch(words: Sequence[str], log: os.PathLike[str]) -> _Task:
         reference = remote.remote(list(words), str(log), str(here), (str(plan), fixed), environment)
-        return Task(reference, log)
+        return _Task(reference, log)
 
     return launch
 
@@ -206,7 +206,7 @@ def record(words: Sequence[str], log: str, folder: str, plan: tuple[str, str], e
     process = start(words, Path(folder, log), environment, Path(folder))
     try:
         while (code := process.poll()) is None:
-            time.sleep(PAUSE)  # waiting for good would not be broken by the KeyboardInterrupt with which Ray cancels
+            time.sleep(_PAUSE)  # waiting for good would not be broken by the KeyboardInterrupt with which Ray cancels
         return code
     except BaseException:
         process.terminate()

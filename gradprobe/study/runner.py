@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import gradprobe
 from gradprobe.errors import GradprobeError, RunFileError
-from gradprobe.study import commands, folder
+from gradprobe.study import folder
 from gradprobe.study.arms import Planned
 from gradprobe.study.folder import ABSENT, BEGUN, FINISHED, RECORDING, RESUMABLE, Folder
+from gradprobe.trainers.registry import TRAINERS
 
 try:
     import fcntl
@@ -27,15 +28,15 @@ except ImportError:  # Windows
 COMMAND = (sys.executable, str(Path(gradprobe.__file__).with_name("__main__.py")))
 """``gradprobe`` by its path: ``-m`` would take what is called so in the present folder."""
 
-WAITING, RUNNING, DONE, SKIPPED, FAILED = "waiting", "running", "done", "there already", "failed"
+_WAITING, RUNNING, DONE, SKIPPED, FAILED = "waiting", "running", "done", "there already", "failed"
 
-UNREADABLE = 3
+_UNREADABLE = 3
 """The exit code of ``record --resume`` where there is nothing to go on from."""
 
 PATIENCE = 60.0
 """Seconds that runs are given to close their files when the study is stopped."""
 
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 """That stop a study."""
 
 
@@ -50,13 +51,13 @@ class Process(Protocol):
         """Its exit code; None while it goes on."""
 
     def terminate(self) -> None:
-        """Ask it to stop, with its file closed."""
+        """Ask the process to close its file and stop."""
 
     def kill(self) -> None:
-        """End it."""
+        """End the process at once."""
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end."""
+        """Wait for the end of the process; its exit code."""
 
 
 class Launcher(Protocol):
@@ -86,7 +87,7 @@ class Entry:
     """
 
     run: Planned
-    state: str = WAITING
+    state: str = _WAITING
     reason: str = ""
     seconds: float = 0.0
     began: float = 0.0
@@ -95,7 +96,7 @@ class Entry:
     recorders: list[int] = field(default_factory=list)
 
 
-class Watcher(Protocol):
+class StudyWatcher(Protocol):
     """Is told how far the study is."""
 
     def began(self, entry: Entry) -> None:
@@ -137,7 +138,7 @@ class Study:
     def __post_init__(self) -> None:
         self.entries = [Entry(run) for run in self.runs]
 
-    def run(self, watcher: Watcher) -> list[Entry]:
+    def run(self, watcher: StudyWatcher) -> list[Entry]:
         """Run all that is not there yet; a failure stops no other run.
 
         Raises:
@@ -145,7 +146,7 @@ class Study:
         """
         with _noted() as came:
             try:
-                while any(entry.state in (WAITING, RUNNING) for entry in self.entries):
+                while any(entry.state in (_WAITING, RUNNING) for entry in self.entries):
                     self._look(watcher)
                     self._start(watcher)
                     watcher.going_on(self.entries, self._done())
@@ -157,33 +158,33 @@ class Study:
                 raise
         return self.entries
 
-    def _look(self, watcher: Watcher) -> None:
-        """What has ended since."""
+    def _look(self, watcher: StudyWatcher) -> None:
+        """Take note of the runs that have ended since the last look."""
         for entry in self.entries:
             if entry.process is None or (code := entry.process.poll()) is None:
                 continue
             entry.process, entry.seconds = None, time.monotonic() - entry.began
             self._settle(entry, code)
-            if entry.state != WAITING:
+            if entry.state != _WAITING:
                 watcher.ended(entry)
 
     def _settle(self, entry: Entry, code: int) -> None:
         state = folder.state(self.where.run(entry.run))
-        if code == UNREADABLE and not entry.anew and state in (BEGUN, RESUMABLE):
-            entry.state, entry.anew = WAITING, True  # its checkpoint is of no use
+        if code == _UNREADABLE and not entry.anew and state in (BEGUN, RESUMABLE):
+            entry.state, entry.anew = _WAITING, True  # its checkpoint is of no use
         elif code == 0 and state == FINISHED:
             entry.state = DONE
-        elif state == RECORDING or (code == UNREADABLE and state == FINISHED):
-            entry.state, entry.anew = WAITING, False  # another study was faster, or only what started it was killed
+        elif state == RECORDING or (code == _UNREADABLE and state == FINISHED):
+            entry.state, entry.anew = _WAITING, False  # another study was faster, or only what started it was killed
         else:
             entry.state, entry.reason = FAILED, f"exit code {code}; {_last_line(self.where, entry.run)}"
 
-    def _start(self, watcher: Watcher) -> None:
-        """As many as there is room for."""
+    def _start(self, watcher: StudyWatcher) -> None:
+        """Start as many of the waiting runs as there is room for."""
         for entry in self.entries:
             if sum(other.state == RUNNING for other in self.entries) >= self.jobs:
                 return
-            if entry.state != WAITING:
+            if entry.state != _WAITING:
                 continue
             state = self.where.state(entry.run)
             if state == RECORDING:  # of a study that was killed, or another's: it is let go on
@@ -197,7 +198,7 @@ class Study:
             elif self._ready(entry, watcher):
                 self._launch(entry, BEGUN if entry.anew else state, watcher)
 
-    def _wait(self, entry: Entry, watcher: Watcher) -> None:
+    def _wait(self, entry: Entry, watcher: StudyWatcher) -> None:
         found = self.where.recorders(entry.run)
         if found and not entry.recorders:
             entry.recorders = found
@@ -214,7 +215,7 @@ class Study:
             reason = str(error).removeprefix(f"{path}: ").rstrip(".")
         return reason and f"{reason}. Move {path} away, and it is recorded anew"
 
-    def _ready(self, entry: Entry, watcher: Watcher) -> bool:
+    def _ready(self, entry: Entry, watcher: StudyWatcher) -> bool:
         """Whether the run that it is made from is there; without that it fails."""
         if not entry.run.source:
             return True
@@ -224,11 +225,11 @@ class Study:
             watcher.ended(entry)
         return source.state in (DONE, SKIPPED)
 
-    def _launch(self, entry: Entry, state: str, watcher: Watcher) -> None:
+    def _launch(self, entry: Entry, state: str, watcher: StudyWatcher) -> None:
         log = self.where.log(entry.run)
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            entry.process = self.launch(commands.record(self.where, entry.run, self.common, state), log)
+            entry.process = self.launch(command(self.where, entry.run, self.common, state), log)
         except BusyError:  # a moment ago: the next look finds it being recorded
             return
         entry.state, entry.began = RUNNING, time.monotonic()
@@ -249,6 +250,27 @@ class Study:
             end(process, until - time.monotonic())
 
 
+def command(folder: Folder, run: Planned, common: Sequence[str], state: str = ABSENT) -> list[str]:
+    """The words behind ``gradprobe`` that record one run.
+
+    Args:
+        folder: Where everything lies.
+        run: Which.
+        common: Flags of every run.
+        state: Of its file, see :func:`gradprobe.study.folder.state`.
+    """
+    if state == RESUMABLE:
+        own = [] if run.arm.trainer in TRAINERS else ["--trainer", run.arm.trainer]  # imported only where it is named
+        return ["record", "--resume", str(folder.run(run)), *own]
+    source = ["--from", str(folder.source(run))] if run.source else []
+    return [
+        *("record", "--trainer", run.arm.trainer, *source, *common, *run.arm.flags),
+        *("--seed", str(run.seed), "--arm", run.arm.name),
+        *("--plan", str(folder.plan), "--out", str(folder.run(run))),
+        *(["--overwrite"] if state != ABSENT else []),
+    ]
+
+
 def end(process: Process, patience: float) -> None:
     """Wait for the end of a run that was asked to stop; its file is readable up to the last flush whatever comes."""
     try:
@@ -263,7 +285,7 @@ def _noted() -> Iterator[list[int]]:
     came: list[int] = []
     old = {}
     try:
-        for number in SIGNALS:
+        for number in _SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 old[number] = signal.signal(number, lambda number, _: came.append(number))
     except ValueError:  # not in the main thread
@@ -345,7 +367,7 @@ def cores_each(jobs: int) -> int:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -19,7 +19,7 @@ NAME = "slurm.sh"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _UNUSUAL = re.compile(r"[^\w.-]", re.ASCII)
 
-TEMPLATE = """\
+_TEMPLATE = """\
 #!/bin/bash
 #SBATCH --job-name={name}
 #SBATCH --array=0-{last}{limit}
@@ -75,7 +75,7 @@ def script(
             f"--engine slurm: the folder {logs!r} holds a line break or another control character, which Slurm takes "
             "in no name of a log. Take another one: --out."
         )
-    return TEMPLATE.format(
+    return _TEMPLATE.format(
         name=_UNUSUAL.sub("_", out.name).strip("-_.")[:64] or "gradprobe",
         last=len(lines) - 1,
         limit=f"%{jobs}" if jobs else "",
