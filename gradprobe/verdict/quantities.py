@@ -214,7 +214,7 @@ class Dominance(Quantity):
     """The largest task's share of the squared weighted gradient."""
 
     question = DOMINANCE
-    level_needs_gates = False  # few samples make a cosine doubtful, and a share of squares hardly
+    level_needs_gates = False  # its answers are held back by them, its size in an arm is told as it is
 
     def lacking(self, runs: Sequence[Evidence]) -> Message | None:
         """Gradients whose noise was recorded."""
