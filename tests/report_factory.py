@@ -73,7 +73,7 @@ def answer(
         question,
         arm,
         subject,
-        words.quantity(DOMINANCE),
+        Message("quantity.dominance"),
         BY_RULE[rule],
         rule,
         effect=float(contrast.effect[0]),
@@ -101,7 +101,7 @@ def make_comparison(arms: Sequence[ArmFiles], baseline: str = "joint", **changes
             answer(DOMINANCE, arm, "largest share", 3 * spread - 0.1),
             answer(OUTCOME, arm, "mAP50", 2 * spread, margin=0.02, base=0.7),
         ]
-    quantity = words.quantity(INTERFERENCE, "det", "cls")
+    quantity = Message("quantity.interference", task="det", by="cls")
     failed = Gate("residual", False, 0.31, 0.1, Message("gate.residual", task="a", part=0.31))
     answers += [
         Answer(INTERFERENCE, "dual", "cls>det", quantity, NOT_APPLICABLE,

@@ -24,8 +24,9 @@ from gradprobe.verdict.answers import (
     UNDEFINED,
     as_json,
 )
-from gradprobe.verdict.comparison import Options, compare
+from gradprobe.verdict.comparison import compare
 from gradprobe.verdict.evidence import Scores
+from gradprobe.verdict.options import Options
 
 BASE = Truth()
 CLAIMS = ("REDUCED", "REDUCED (size uncertain)", "INCREASED")
@@ -132,6 +133,18 @@ def test_without_a_baseline_there_is_no_conclusion():
     assert str(found.headline[0]).startswith("No conclusion about interference: there is no control run")
     assert found.answers == []
     assert found.open
+
+
+def test_an_arm_that_trains_more_tasks_is_compared_in_those_of_both():
+    def and_more(run):
+        wide = replace(run, tasks=(*TASKS, "seg"), reach=np.ones((3, 3), bool), ledger={}, probed=None)
+        return replace(wide, loss=np.tile(run.loss[:, :1], 3), weight=np.ones((len(run.step), 3)))
+
+    runs = study({"joint": BASE, "arm": BASE.but(metrics=METRIC_UP)}, range(3))
+    found = compare([and_more(run) if run.arm == "arm" else run for run in runs])
+    assert answer(found, "direction", "det|cls").verdict == NO_VERDICT
+    assert answer(found, "interference", "cls>seg").verdict == NOT_APPLICABLE
+    assert answer(found, "outcome", "mAP50").effect == pytest.approx(-0.1, abs=0.05)
 
 
 def test_one_arm_alone_is_compared_with_nothing():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gradprobe.statistics import normal_tail, pooled_cosine
-from gradprobe.verdict.layers import layer_scores
+from gradprobe.verdict.advice import layer_scores
 
 
 def grams(truth, rows, noise, rng):

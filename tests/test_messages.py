@@ -21,8 +21,9 @@ from gradprobe.runfile import Run
 from gradprobe.summary import summarise, words
 from gradprobe.verdict import bare
 from gradprobe.verdict.answers import INCONCLUSIVE, Answer, Level
-from gradprobe.verdict.comparison import Options, compare
-from gradprobe.verdict.words import of_level, of_rule, quantity
+from gradprobe.verdict.comparison import compare
+from gradprobe.verdict.options import Options
+from gradprobe.verdict.words import of_level, of_rule
 
 PACKAGE = Path(gradprobe.__file__).parent
 TOPICS = {"en": en, "zh-TW": zh_tw}
@@ -191,7 +192,7 @@ def test_messages_are_values():
     ],
 )
 def test_a_level_says_how_much_there_is_beside_the_margin(low, high, said):
-    what = quantity("interference", "det", "cls")
+    what = Message("quantity.interference", task="det", by="cls")
     level = Level("interference", "joint", "cls>det", what, (low + high) / 2, low, high, [0.1] * 3, range(3))
     assert dict(of_level(level, 0.1).values)["said"].key == said
 
@@ -327,7 +328,13 @@ def test_all_that_a_comparison_can_say_was_said_in_these(found):
 def test_a_fall_that_holm_does_not_let_stand_is_inconclusive_and_says_why():
     numbers = {"effect": -0.2, "low95": -0.4, "high95": -0.01, "n": 5, "margin": 0.1}
     answer = Answer(
-        "interference", "arm", "cls>det", quantity("interference", "det", "cls"), INCONCLUSIVE, 6, **numbers
+        "interference",
+        "arm",
+        "cls>det",
+        Message("quantity.interference", task="det", by="cls"),
+        INCONCLUSIVE,
+        6,
+        **numbers,
     )
     assert of_rule(answer).key == "rule.held_back"
     assert of_rule(replace(answer, high95=0.01)).key == "rule.6"

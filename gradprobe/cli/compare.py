@@ -52,8 +52,8 @@ def compare(
     from gradprobe.cli import comparing
     from gradprobe.errors import UsageError
     from gradprobe.verdict.answers import as_json as plain
-    from gradprobe.verdict.comparison import Options
     from gradprobe.verdict.comparison import compare as judge
+    from gradprobe.verdict.options import Options
 
     if fail_on not in ("", "increased"):
         raise UsageError(f"--fail-on {fail_on!r}: increased is what it knows.")

@@ -83,13 +83,13 @@ def average_weights(source: Path, settings: Settings) -> Mapping[str, Any]:
 
 
 def layers_in_conflict(source: Path, settings: Settings) -> Mapping[str, Any]:
-    """The ``--top-k`` layers with the highest score of :mod:`gradprobe.verdict.layers`.
+    """The ``--top-k`` layers with the highest score of :mod:`gradprobe.verdict.advice`.
 
     Raises:
         UsageError: The run is of another architecture, or has fewer such layers.
     """
     from gradprobe.runfile import Run
-    from gradprobe.verdict.layers import layer_scores
+    from gradprobe.verdict.advice import layer_scores
 
     with Run(source) as run:
         cfg, wanted = run.provenance.get("settings.cfg"), Path(settings.cfg).name

@@ -43,8 +43,9 @@ def report(
     from gradprobe.messages import Language
     from gradprobe.report.report import html, write
     from gradprobe.report.targets import parse
-    from gradprobe.verdict.comparison import Options, compare
+    from gradprobe.verdict.comparison import compare
     from gradprobe.verdict.evidence import read
+    from gradprobe.verdict.options import Options
 
     goals = parse(target or [])
     Language(lang)  # an unknown language is told before the files are read

@@ -1,72 +1,37 @@
-"""Compare the runs of several trainers: three questions answered apart, or not answered, and why."""
+"""Compare the runs of several trainers: every quantity of every arm beside the baseline's, and what the rules say."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from gradprobe.errors import UsageError
+from gradprobe.measures import Array
 from gradprobe.messages import Message
-from gradprobe.metric import lower_is_better
-from gradprobe.statistics import Contrast, sign_flip, skewed
-from gradprobe.verdict import conditions, decision, misleading, outcome, questions, readings, words
+from gradprobe.statistics import Contrast, benjamini_hochberg, sign_flip, skewed, t_interval
+from gradprobe.verdict import conditions, decision, gates, misleading, outcome, readings, words
+from gradprobe.verdict.advice import FALSE_DISCOVERIES
 from gradprobe.verdict.answers import (
     BY_RULE,
     INTERFERENCE,
     NO_VERDICT,
     NOT_APPLICABLE,
-    OUTCOME,
+    UNDEFINED,
     Answer,
     Arm,
     Comparison,
+    LayerAnswer,
+    Level,
+    Similarity,
 )
 from gradprobe.verdict.conditions import Group
 from gradprobe.verdict.evidence import Evidence
-from gradprobe.verdict.layered import exploratory
-from gradprobe.verdict.leveled import levels, similarities
-from gradprobe.verdict.questions import Item, Sides
-from gradprobe.verdict.readings import Pair, Span
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a comparison goes by. None, or empty: as planned in the files, else the default.
-
-    Attributes:
-        baseline: Name of the arm that the others are compared with.
-        controls: Names of the arms that train one task alone; empty: those of the trainer ``single``.
-        margin, outcome_margin: Smallest differences that matter.
-        window: Steps that count.
-        pairs: Such as ``cls>det``.
-        metrics: Of the test split.
-        paired: See :func:`gradprobe.verdict.conditions.refusal`.
-    """
-
-    baseline: str = ""
-    controls: Sequence[str] = ()
-    margin: float | None = None
-    outcome_margin: float | None = None
-    window: tuple[int, int] | None = None
-    pairs: Sequence[str] = ()
-    metrics: Sequence[str] = ()
-    paired: bool | None = None
-
-
-@dataclass(frozen=True)
-class _Resolved:
-    """The same with everything decided."""
-
-    baseline: str
-    margin: float
-    outcome_margin: float
-    window: Span
-    pairs: list[Pair]
-    metrics: list[str]
-    paired: bool | None
+from gradprobe.verdict.options import Chosen, Options, controls, resolve
+from gradprobe.verdict.quantities import Direction, Quantity, Sides, of_gradients, sides
 
 
 def compare(evidence: Sequence[Evidence], options: Options | None = None) -> Comparison:
@@ -74,7 +39,7 @@ def compare(evidence: Sequence[Evidence], options: Options | None = None) -> Com
 
     Args:
         evidence: One entry per file.
-        options: See :class:`Options`.
+        options: See :class:`gradprobe.verdict.options.Options`.
 
     Raises:
         UsageError: No runs; an unknown pair, control or metric; two files of one arm and seed with other settings.
@@ -84,23 +49,26 @@ def compare(evidence: Sequence[Evidence], options: Options | None = None) -> Com
     asked = options or Options()
     groups, plan = conditions.group(evidence), conditions.plan_of(evidence)
     tasks = _tasks(evidence)
-    chosen = _resolve(asked, plan, tasks)
-    controls = _controls(asked, groups, tasks)
+    chosen = resolve(asked, plan, tasks)
+    alone = controls(asked, groups, tasks)
     baseline = groups.get(chosen.baseline)
-    alone = {group.name for group in controls.values()}
-    arms = [group for name, group in groups.items() if name != chosen.baseline and name not in alone]
-    refusals, laid, refused = _lay_side_by_side(baseline, arms, chosen)
-    items = [item for s in laid for item in _items(s, controls, chosen, evidence)] + refused
-    answers = _answers(items, chosen)
-    if not controls and len(tasks) > 1:
+    apart = {chosen.baseline, *(group.name for group in alone.values())}
+    arms = [group for name, group in groups.items() if name not in apart]
+    beside = [baseline, *arms] if baseline else arms
+    quantities = of_gradients(baseline.tasks if baseline else tasks, chosen.pairs, chosen.margin, chosen.window)
+    refusals, laid, refused = _lay_side_by_side(baseline, arms, chosen, quantities)
+    asked_for = [*quantities, *(_outcomes(evidence, baseline, alone, chosen) if baseline and laid else [])]
+    answers = _answers([_measure(s, quantity) for s in laid for quantity in asked_for] + refused)
+    if not alone and len(tasks) > 1:
         refusals.append(Message("refusal.no_controls"))
-    common, left_out = _layers(baseline, arms, tasks)
-    found = levels(baseline, arms, common, chosen.pairs, chosen.window, chosen.margin)
+    common, left_out = _common_layers(beside, tasks)
+    measured = [group for group in beside if common and _shares(group, common)]
+    levels = [_level(group, q, common) for group in measured for q in quantities if _has(group, q)]
     return Comparison(
-        headline=words.headline(answers, found, refusals, chosen.baseline if baseline else ""),
+        headline=words.headline(answers, levels, refusals, chosen.baseline if baseline else ""),
         baseline=chosen.baseline if baseline else "",
-        controls=[group.name for group in controls.values()],
-        arms=[_arm(group, chosen.baseline, controls) for group in groups.values()],
+        controls=[group.name for group in alone.values()],
+        arms=[_arm(group, chosen.baseline, alone) for group in groups.values()],
         tasks=tasks,
         paired=chosen.paired is not False,
         window=chosen.window,
@@ -108,16 +76,18 @@ def compare(evidence: Sequence[Evidence], options: Options | None = None) -> Com
         common_layers=common,
         left_out_layers=left_out,
         answers=answers,
-        levels=found,
-        similarities=similarities(baseline, arms, common, chosen.pairs, chosen.window),
-        layers=exploratory(laid, answers),
+        levels=levels,
+        similarities=[
+            _similarity(group, q, common)
+            for group in measured
+            for q in quantities
+            if isinstance(q, Direction) and _has(group, q)
+        ],
+        layers=_by_layer(laid, quantities, answers),
         refusals=refusals,
         warnings=_warnings(baseline, arms, evidence, chosen),
-        disagreements=conditions.disagreements(evidence, groups, plan, _by_the_plans_names(chosen)),
+        disagreements=conditions.disagreements(evidence, groups, plan, chosen.by_the_plans_names()),
     )
-
-
-# ---- what is asked for
 
 
 def _tasks(evidence: Sequence[Evidence]) -> list[str]:
@@ -125,96 +95,12 @@ def _tasks(evidence: Sequence[Evidence]) -> list[str]:
     return list(dict.fromkeys(task for run in together for task in run.tasks))
 
 
-NUMBERS = {"margin": 1, "outcome_margin": 1, "window": 2, "seeds": 0}
-"""Of a plan, what is numbers, and how many; 0: any."""
-
-
-def check_plan(plan: Mapping[str, Any]) -> None:
-    """The files may be a stranger's.
-
-    Raises:
-        UsageError: Something in the plan is of another kind than in one of ours.
-    """
-    for name, count in NUMBERS.items():
-        value = plan.get(name)
-        each = value if isinstance(value, list) else [value]
-        plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in each)
-        if value is not None and not (
-            plain and (isinstance(value, list) == (count != 1)) and count in (0, 1, len(each))
-        ):
-            raise UsageError(
-                f"the plan in these files says {name} {str(value)[:80]!r}: no plan of `gradprobe study` does."
-            )
-
-
-def _resolve(asked: Options, plan: Mapping[str, Any], tasks: Sequence[str]) -> _Resolved:
-    check_plan(plan)
-    window = asked.window
-    if window is None and np.size(plan.get("window", ())) == 2:
-        start, stop = np.ravel(plan["window"])
-        window = int(start), int(stop)
-    margin = asked.margin if asked.margin is not None else float(plan.get("margin", decision.MARGIN))
-    other = asked.outcome_margin
-    other = other if other is not None else float(plan.get("outcome_margin", outcome.MARGIN))
-    if not (0 < margin < math.inf and 0 < other < math.inf):
-        raise UsageError(f"--margin {margin:g}, --outcome-margin {other:g}: margins are finite numbers above 0.")
-    named = list(asked.pairs) or [str(name) for name in np.ravel(plan.get("pairs", []))]
-    metrics = list(asked.metrics) or [str(name) for name in np.ravel(plan.get("metrics", []))]
-    losses = [name for name in metrics if lower_is_better(name)]
-    if losses:
-        raise UsageError(f"{losses[0]} is a loss: a loss is no evidence here. Take a metric of the test split.")
-    return _Resolved(
-        asked.baseline or str(plan.get("baseline", "joint")),
-        margin,
-        other,
-        window,
-        parse_pairs(named, tasks),
-        metrics,
-        asked.paired,
-    )
-
-
-def parse_pairs(named: Sequence[str], tasks: Sequence[str]) -> list[Pair]:
-    """``cls>det`` as what cls does to det; none: every ordered pair.
-
-    Raises:
-        UsageError: A task is unknown, or a pair is not written so.
-    """
-    if not named:
-        return [Pair(task, by) for task in tasks for by in tasks if task != by]
-    found = []
-    for name in named:
-        by, arrow, task = name.partition(">")
-        if not arrow or by == task or by not in tasks or task not in tasks:
-            raise UsageError(f"--pairs {name!r}: write what does it, >, and to whom; the tasks are {', '.join(tasks)}.")
-        found.append(Pair(task, by))
-    return found
-
-
-def _controls(asked: Options, groups: Mapping[str, Group], tasks: Sequence[str]) -> dict[str, Group]:
-    """Task -> the runs that train it alone."""
-    unknown = [name for name in asked.controls if name not in groups]
-    if unknown:
-        raise UsageError(f"--control {unknown[0]}: no such arm (there are: {', '.join(groups)}).")
-    found: dict[str, Group] = {}
-    for name, group in groups.items():
-        if name in asked.controls or (not asked.controls and group.single):
-            task = group.single or next((task for task in tasks if task in name.split("-")), "")
-            if not task:
-                raise UsageError(f"--control {name}: its files do not say which task they train alone.")
-            found[task] = group
-    return found
-
-
-def _by_the_plans_names(chosen: _Resolved) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "baseline": chosen.baseline,
-        "margin": chosen.margin,
-        "outcome_margin": chosen.outcome_margin,
-        "pairs": [pair.name for pair in chosen.pairs],
-        "metrics": chosen.metrics,
-    }
-    return {**found, "window": list(chosen.window)} if chosen.window is not None else found
+def _outcomes(
+    evidence: Sequence[Evidence], baseline: Group, alone: Mapping[str, Group], chosen: Chosen
+) -> list[outcome.Outcome]:
+    metrics = outcome.metrics(evidence, baseline.tasks, chosen.metrics)
+    same_seed = chosen.paired is not False
+    return outcome.outcomes(metrics, baseline.tasks, alone, chosen.outcome_margin, same_seed=same_seed)
 
 
 def _arm(group: Group, baseline: str, controls: Mapping[str, Group]) -> Arm:
@@ -226,9 +112,22 @@ def _arm(group: Group, baseline: str, controls: Mapping[str, Group]) -> Arm:
 # ---- side by side
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """An answer before the rules, which look at all arms and subjects of a question.
+
+    Attributes:
+        answer: Without a verdict where the rules are to decide.
+        contrast: Arm minus baseline; None: nothing for the rules.
+    """
+
+    answer: Answer
+    contrast: Contrast | None = None
+
+
 def _lay_side_by_side(
-    baseline: Group | None, arms: Sequence[Group], chosen: _Resolved
-) -> tuple[list[Message], list[Sides], list[Item]]:
+    baseline: Group | None, arms: Sequence[Group], chosen: Chosen, quantities: Sequence[Quantity]
+) -> tuple[list[Message], list[Sides], list[Measured]]:
     """Refusals, the arms that can be compared, and what is said of those that cannot."""
     if baseline is None:
         there = [group.name for group in arms]
@@ -240,31 +139,81 @@ def _lay_side_by_side(
         why = conditions.refusal(baseline, arm, chosen.paired)
         if why is not None:
             refusals.append(why)
-            refused += [_refused(arm, pair, why) for pair in chosen.pairs]
+            refused += [
+                Measured(replace(_blank(arm.name, q, list(arm.runs)), verdict=NO_VERDICT, reason=why))
+                for q in quantities
+                if q.question == INTERFERENCE
+            ]
         else:
-            margins = chosen.margin, chosen.outcome_margin
-            laid.append(questions.sides(baseline, arm, chosen.paired, chosen.window, chosen.pairs, margins))
+            laid.append(sides(baseline, arm, chosen.paired))
     return refusals, laid, refused
 
 
-def _refused(arm: Group, pair: Pair, why: Message) -> Item:
-    quantity = words.quantity(INTERFERENCE, pair.task, pair.by)
-    return Item(INTERFERENCE, arm.name, pair.name, quantity, list(arm.runs), verdict=NO_VERDICT, reason=why)
+def _blank(arm: str, quantity: Quantity, seeds: Sequence[int]) -> Answer:
+    return Answer(
+        quantity.question,
+        arm,
+        quantity.subject,
+        quantity.said,
+        "",
+        margin=quantity.margin,
+        seeds=list(seeds),
+        task=quantity.task,
+    )
 
 
-def _items(s: Sides, controls: Mapping[str, Group], chosen: _Resolved, evidence: Sequence[Evidence]) -> list[Item]:
-    metrics = outcome.metrics(evidence, s.baseline[0].tasks, chosen.metrics)
-    return [
-        *questions.direction(s),
-        *questions.interference(s),
-        *questions.dominance(s),
-        *questions.outcomes(s, controls, metrics),
-    ]
+def _measure(s: Sides, quantity: Quantity) -> Measured:
+    """One quantity in an arm beside the baseline, or why not."""
+    blank = _blank(s.arm, quantity, [run.seed or 0 for run in s.treated])
+    why = _not_shared(s, quantity.tasks) if quantity.tasks else None
+    if why is not None:
+        return Measured(replace(blank, verdict=NOT_APPLICABLE, reason=why))
+    lacking = quantity.lacking(s.runs)
+    if lacking is not None:
+        return Measured(replace(blank, verdict=NO_VERDICT, reason=lacking))
+    layers = s.layers(quantity.tasks)
+    baseline, treated = (quantity.values(runs, layers) for runs in (s.baseline, s.treated))
+    found = [*quantity.gates(s.runs, layers), *quantity.same_twice(s, layers)]
+    answer = replace(
+        blank,
+        baseline_values=baseline.tolist(),
+        arm_values=treated.tolist(),
+        gates=found,
+        notes=[*_layer_note(s, quantity, layers), *quantity.remarks(s, layers, found)],
+        direct=quantity.direct(s, layers),
+    )
+    if not gates.passed(found):
+        return Measured(replace(answer, verdict=UNDEFINED, reason=gates.closed(found)))
+    contrast = quantity.contrast(s, baseline, treated)
+    answer = replace(answer, effect=float(contrast.effect), n=int(contrast.seeds))
+    return Measured(_checked(answer, treated - baseline) if s.same_seed else answer, contrast)
 
 
-def _layers(baseline: Group | None, arms: Sequence[Group], tasks: Sequence[str]) -> tuple[list[str], list[str]]:
+def _not_shared(s: Sides, tasks: Sequence[str]) -> Message | None:
+    """Why gradients of tasks cannot be compared in this arm; None: they can."""
+    alone = next((run for run in s.treated if run.single), None)
+    if alone is not None:
+        return Message("reason.single", arm=s.arm, task=alone.single)
+    return None if s.layers(tasks) else Message("reason.not_shared", arm=s.arm, tasks=tasks)
+
+
+def _layer_note(s: Sides, quantity: Quantity, layers: Sequence[str]) -> list[Message]:
+    left_out = len(s.baseline[0].layers) - len(layers) if quantity.tasks else 0
+    return [Message("remark.layers", n=len(layers), left_out=left_out)] if left_out else []
+
+
+def _checked(answer: Answer, differences: Array) -> Answer:
+    """With what does not depend on the t distribution."""
+    if not len(differences):
+        return answer
+    leans = bool(skewed(differences))
+    notes = [*answer.notes, *([Message("remark.skew")] if leans else [])]
+    return replace(answer, notes=notes, sign_flip=sign_flip(differences), skewed=leans)
+
+
+def _common_layers(groups: Sequence[Group], tasks: Sequence[str]) -> tuple[list[str], list[str]]:
     """Layers that all tasks reach in every arm where they share any, and those in some only."""
-    runs = [run for group in ([baseline] if baseline else []) + list(arms) for run in group.runs.values()]
+    runs = [run for group in groups for run in group.runs.values()]
     sharing = [found for run in runs if (found := readings.shared_layers(run, tasks))]
     if not sharing:
         return [], []
@@ -276,22 +225,35 @@ def _layers(baseline: Group | None, arms: Sequence[Group], tasks: Sequence[str])
 # ---- verdicts
 
 
-def _answers(items: Sequence[Item], chosen: _Resolved) -> list[Answer]:
+def _answers(measured: Sequence[Measured]) -> list[Answer]:
     """Decide question by question; Holm goes over all arms and subjects of one."""
-    by_question: dict[str, list[Item]] = {}
-    for item in items:
-        by_question.setdefault(item.question, []).append(item)
-    return [answer for family in by_question.values() for answer in _decided(family, chosen)]
+    by_question: dict[str, list[Measured]] = {}
+    for one in measured:
+        by_question.setdefault(one.answer.question, []).append(one)
+    return [answer for family in by_question.values() for answer in _decided(family)]
 
 
-def _decided(family: Sequence[Item], chosen: _Resolved) -> list[Answer]:
-    margin = chosen.outcome_margin if family[0].question == OUTCOME else chosen.margin
-    planned = [place for place, item in enumerate(family) if item.verdict != NOT_APPLICABLE]
-    found = decision.decide(_stacked([family[place].contrast for place in planned]), margin) if planned else None
-    return [
-        _answer(item, found, planned.index(place) if place in planned else None, margin)
-        for place, item in enumerate(family)
-    ]
+def _decided(family: Sequence[Measured]) -> list[Answer]:
+    planned = [one for one in family if one.answer.verdict != NOT_APPLICABLE]
+    if not planned:
+        return [one.answer for one in family]
+    found = decision.decide(_stacked([one.contrast for one in planned]), family[0].answer.margin)
+    return [one.answer if one.answer.verdict else _ruled(one.answer, found, planned.index(one)) for one in family]
+
+
+def _ruled(answer: Answer, found: decision.Decision, place: int) -> Answer:
+    rule = int(found.rule[place])
+    numbers: dict[str, Any] = {name: float(getattr(found, name)[place]) for name in _NUMBERS}
+    answer = replace(answer, verdict=BY_RULE[rule] if rule else NO_VERDICT, rule=rule or None, **numbers)
+    return replace(answer, reason=_reason(answer))
+
+
+def _reason(answer: Answer) -> Message:
+    if answer.rule is not None:
+        return words.of_rule(answer)
+    if answer.n < decision.MIN_SEEDS:
+        return Message("reason.few_seeds", n=answer.n, least=decision.MIN_SEEDS)
+    return Message("reason.no_interval")
 
 
 def _stacked(contrasts: Sequence[Contrast | None]) -> Contrast:
@@ -309,51 +271,76 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-def _answer(item: Item, found: decision.Decision | None, place: int | None, margin: float) -> Answer:
-    numbers = {} if found is None or place is None else {name: float(getattr(found, name)[place]) for name in _NUMBERS}
-    rule = int(found.rule[place]) if found is not None and place is not None and not item.verdict else 0
-    differences = item.differences
-    answer = Answer(
-        item.question,
-        item.arm,
-        item.subject,
-        item.quantity,
-        item.verdict or (BY_RULE[rule] if rule else NO_VERDICT),
-        rule or None,
-        effect=math.nan if item.contrast is None else float(item.contrast.effect),
-        **numbers,
-        margin=margin,
-        n=0 if item.contrast is None else int(item.contrast.seeds),
-        seeds=list(item.seeds),
-        baseline_values=item.baseline.tolist(),
-        arm_values=item.treated.tolist(),
-        gates=list(item.gates),
-        reason=item.reason,
-        task=item.task,
-        notes=[*item.notes, *_skew(differences)],
-        direct=item.direct,
-        sign_flip=sign_flip(differences) if len(differences) else math.nan,
-        skewed=bool(skewed(differences)) if len(differences) else False,
+# ---- how large, and where
+
+
+def _shares(group: Group, layers: Sequence[str]) -> bool:
+    """Whether its tasks share all of these layers in every run."""
+    return all(set(layers) <= readings.shared_layers(run, run.tasks) for run in group.runs.values())
+
+
+def _has(group: Group, quantity: Quantity) -> bool:
+    runs = list(group.runs.values())
+    return all(set(quantity.tasks) <= set(run.tasks) for run in runs) and quantity.lacking(runs) is None
+
+
+def _level(group: Group, quantity: Quantity, layers: Sequence[str]) -> Level:
+    """How large a quantity is in an arm, over its seeds."""
+    needed = quantity.level_needs_gates
+    values = [
+        math.nan
+        if needed and not gates.passed(quantity.gates([run], layers))
+        else float(quantity.values([run], layers)[0])
+        for run in group.runs.values()
+    ]
+    level = Level(
+        quantity.question, group.name, quantity.subject, quantity.said, *_over_seeds(values), values, list(group.runs)
     )
-    return answer if answer.reason is not None else _with_reason(answer)
+    return replace(level, sentence=words.of_level(level, quantity.margin))
 
 
-def _skew(differences: Any) -> list[Message]:
-    return [Message("remark.skew")] if len(differences) and skewed(differences) else []
+def _similarity(group: Group, direction: Direction, layers: Sequence[str]) -> Similarity:
+    values = [direction.similarity(run, layers) for run in group.runs.values()]
+    return Similarity(group.name, direction.subject, *_over_seeds(values), values, list(group.runs))
 
 
-def _with_reason(answer: Answer) -> Answer:
-    if answer.rule is not None:
-        reason = words.of_rule(answer)
-    elif answer.n < decision.MIN_SEEDS:
-        reason = Message("reason.few_seeds", n=answer.n, least=decision.MIN_SEEDS)
-    else:
-        reason = Message("reason.no_interval")
-    return Answer(**{**vars(answer), "reason": reason})
+def _over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and interval. NaN where a run has no number: those are no random ones, the others would be a selection."""
+    if not np.isfinite(values).all():
+        return math.nan, math.nan, math.nan
+    mean, low, high = t_interval(np.array(values))
+    return float(mean), float(low), float(high)
+
+
+def _by_layer(laid: Sequence[Sides], quantities: Sequence[Quantity], answers: Sequence[Answer]) -> list[LayerAnswer]:
+    """Every layer of what a rule has answered for the trunk: it says where to look, and proves nothing of any one."""
+    apart = {(q.question, q.subject): q for q in quantities if q.by_layers}
+    found = [
+        one
+        for s in laid
+        for answer in answers
+        if answer.arm == s.arm and answer.rule is not None and (answer.question, answer.subject) in apart
+        for one in _layers(s, apart[answer.question, answer.subject])
+    ]
+    if not found:
+        return []
+    discoveries = benjamini_hochberg([one.p for one in found], FALSE_DISCOVERIES)
+    return [replace(one, discovery=bool(yes)) for one, yes in zip(found, discoveries, strict=True)]
+
+
+def _layers(s: Sides, quantity: Quantity) -> Iterator[LayerAnswer]:
+    layers = s.layers(quantity.tasks)
+    values = [np.array([quantity.by_layer(run, layers) for run in side]) for side in (s.baseline, s.treated)]
+    contrast = s.contrast(*(one.T for one in values))
+    low, high = contrast.interval()
+    p = 2 * np.minimum(contrast.p_below(0.0), contrast.p_above(0.0))
+    for place, name in enumerate(layers):
+        effect, down, up, chance = (float(one[place]) for one in (contrast.effect, low, high, p))
+        yield LayerAnswer(quantity.question, s.arm, quantity.subject, name, effect, down, up, chance, discovery=False)
 
 
 def _warnings(
-    baseline: Group | None, arms: Sequence[Group], evidence: Sequence[Evidence], chosen: _Resolved
+    baseline: Group | None, arms: Sequence[Group], evidence: Sequence[Evidence], chosen: Chosen
 ) -> list[Message]:
     found = [said for arm in arms if baseline for said in conditions.cautions(baseline, arm, chosen.paired)]
     groups = [baseline, *arms] if baseline else list(arms)

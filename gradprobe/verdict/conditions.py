@@ -36,6 +36,11 @@ class Group:
     ordered: bool = False
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """Of its first run."""
+        return next(iter(self.runs.values())).tasks
+
+    @property
     def single(self) -> str:
         """The task that it trains alone; empty: several."""
         return next(iter(self.runs.values())).single

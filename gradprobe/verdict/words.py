@@ -23,17 +23,6 @@ TELLING = ("reduced", "reduced_uncertain", "increased")
 """Keys of the verdicts that a headline names arms by."""
 
 
-def quantity(question: str, task: str = "", other: str = "", metric: str = "") -> Message:
-    """What an effect is a difference of."""
-    if question == DIRECTION:
-        return Message("quantity.direction", task=task, other=other)
-    if question == INTERFERENCE:
-        return Message("quantity.interference", task=task, by=other)
-    if question == DOMINANCE:
-        return Message("quantity.dominance")
-    return Message("quantity.outcome", metric=metric, task=task) if task else Message("quantity.delta_m", metric=metric)
-
-
 def of_rule(answer: Answer) -> Message:
     """The reason of an answer that a rule gave."""
     numbers = Message("rule.numbers", estimate=(answer.effect, answer.low95, answer.high95), n=answer.n)

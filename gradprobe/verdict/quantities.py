@@ -1,0 +1,319 @@
+"""What a comparison takes the difference of: how a run gives each quantity, and what it takes to believe it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from gradprobe.ledger.windows import Gate
+from gradprobe.measures import Array
+from gradprobe.messages import Message
+from gradprobe.statistics import Contrast, paired, welch
+from gradprobe.verdict import gates, readings
+from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, Direct
+from gradprobe.verdict.conditions import Group
+from gradprobe.verdict.evidence import Evidence
+from gradprobe.verdict.readings import Pair, Span
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """An arm and the baseline, run beside run.
+
+    Attributes:
+        arm: Name.
+        baseline, treated: Runs; where ``same_seed``, of one seed each in the same order.
+        again: Groups of runs that were made twice.
+        same_seed: Whether they are paired.
+        vouched: Whether the user says that they belong together, so that none has to be made twice.
+    """
+
+    arm: str
+    baseline: Sequence[Evidence]
+    treated: Sequence[Evidence]
+    again: Sequence[Sequence[Evidence]]
+    same_seed: bool
+    vouched: bool
+
+    @property
+    def runs(self) -> list[Evidence]:
+        """Of both."""
+        return [*self.baseline, *self.treated]
+
+    def layers(self, tasks: Sequence[str]) -> list[str]:
+        """Those that all of these tasks reach in every run of both, in the baseline's order."""
+        common = set.intersection(*(readings.shared_layers(run, tasks) for run in self.runs))
+        return [name for name in self.baseline[0].layers if name in common]
+
+    def contrast(self, baseline: Array, arm: Array) -> Contrast:
+        """Arm minus baseline over seeds."""
+        return paired(arm - baseline) if self.same_seed else welch(arm, baseline)
+
+
+def sides(baseline: Group, arm: Group, paired: bool | None) -> Sides:
+    """Put an arm beside the baseline; ``paired`` as in :func:`gradprobe.verdict.conditions.refusal`."""
+    same_seed = paired is not False
+    seeds = [seed for seed in arm.runs if seed in baseline.runs]
+    one, other = (
+        [group.runs[seed] for seed in seeds] if same_seed else list(group.runs.values()) for group in (baseline, arm)
+    )
+    return Sides(arm.name, one, other, [*baseline.again, *arm.again], same_seed, paired is True)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantity(ABC):
+    """One number of a run, which is to fall.
+
+    Attributes:
+        question: Which it answers.
+        by_layers: Whether each layer has a number of its own.
+        level_needs_gates: Whether its size in an arm is not told where a gate is closed.
+        subject, said: As ``subject`` and ``quantity`` of :class:`gradprobe.verdict.answers.Answer`.
+        margin: Smallest difference that matters.
+        span: Steps that count.
+        tasks: Whose gradients it is of; empty: it is of no gradients.
+        task: Of an outcome: whose metric it is; empty: of all.
+    """
+
+    question: ClassVar[str]
+    by_layers: ClassVar[bool] = False
+    level_needs_gates: ClassVar[bool] = True
+
+    subject: str
+    said: Message
+    margin: float
+    span: Span
+    tasks: tuple[str, ...] = ()
+    task: str = ""
+
+    @abstractmethod
+    def lacking(self, runs: Sequence[Evidence]) -> Message | None:
+        """What these runs lack, so that there is no number; None: nothing."""
+
+    @abstractmethod
+    def read(self, run: Evidence, layers: Sequence[str]) -> float | None:
+        """The number over some layers together; None or NaN: there is none."""
+
+    def values(self, runs: Sequence[Evidence], layers: Sequence[str]) -> Array:
+        """(n,) of each run; NaN: there is none."""
+        found = [self.read(run, layers) for run in runs]
+        return np.array([math.nan if value is None else value for value in found], dtype=np.float64)
+
+    def gates(self, runs: Sequence[Evidence], layers: Sequence[str]) -> list[Gate]:
+        """What the number has to pass, of the worst run each."""
+        return []
+
+    def same_twice(self, s: Sides, layers: Sequence[str]) -> list[Gate]:
+        """The gate on a run made twice; none where runs are not paired."""
+        if not s.same_seed:
+            return []
+        if s.vouched and not s.again:
+            return [gates.first_losses_equal(s.baseline, s.treated)]
+        first = s.baseline[0]
+        wanted = f"{first.arm}-s{first.seed}-again.h5"
+        return [gates.same_twice(s.again, lambda run: self.read(run, layers), self.margin, wanted)]
+
+    def contrast(self, s: Sides, baseline: Array, arm: Array) -> Contrast:
+        """Arm minus baseline, of the numbers of each run."""
+        return s.contrast(baseline, arm)
+
+    def remarks(self, s: Sides, layers: Sequence[str], found: Sequence[Gate]) -> list[Message]:
+        """What has to be known beside a difference."""
+        return []
+
+    def direct(self, s: Sides, layers: Sequence[str]) -> Direct | None:
+        """See :class:`gradprobe.verdict.answers.Direct`; None: there is none."""
+        return None
+
+    def by_layer(self, run: Evidence, layers: Sequence[str]) -> Array:
+        """(L',) one number for each of these layers, where ``by_layers``."""
+        raise NotImplementedError
+
+
+def of_gradients(tasks: Sequence[str], pairs: Sequence[Pair], margin: float, span: Span) -> list[Quantity]:
+    """Direction of every pair, interference of every ordered one, and dominance.
+
+    Args:
+        tasks: Of the baseline; of all where there is none.
+        pairs: Ordered ones.
+        margin, span: As in :class:`Quantity`.
+    """
+    unordered = list({frozenset((p.task, p.by)): p for p in reversed(pairs)}.values())[::-1]
+    return [
+        *(_direction(pair, tasks, margin, span) for pair in unordered),
+        *(_interference(pair, margin, span) for pair in pairs),
+        Dominance("largest share", Message("quantity.dominance"), margin, span, tuple(tasks)),
+    ]
+
+
+def _direction(pair: Pair, order: Sequence[str], margin: float, span: Span) -> Quantity:
+    place = {task: k for k, task in enumerate(order)}
+    one, other = sorted((pair.task, pair.by), key=lambda task: place.get(task, len(place)))
+    said = Message("quantity.direction", task=one, other=other)
+    return Direction(f"{one}|{other}", said, margin, span, (one, other))
+
+
+def _interference(pair: Pair, margin: float, span: Span) -> Quantity:
+    said = Message("quantity.interference", task=pair.task, by=pair.by)
+    return Interference(pair.name, said, margin, span, (pair.task, pair.by))
+
+
+def _no_noise(runs: Sequence[Evidence]) -> Message | None:
+    without = next((run for run in runs if readings.stream(run) is None), None)
+    return None if without is None else Message("reason.no_noise", file=without.file)
+
+
+class Direction(Quantity):
+    """Minus the noise-corrected cosine of a pair."""
+
+    question = DIRECTION
+    by_layers = True
+
+    def lacking(self, runs: Sequence[Evidence]) -> Message | None:
+        """Gradients whose noise was recorded."""
+        return _no_noise(runs)
+
+    def read(self, run: Evidence, layers: Sequence[str]) -> float | None:
+        """Of the pooled estimate."""
+        found = readings.estimate(run, layers, self.tasks, self.span)
+        return None if found is None else -float(found.cosine[0])
+
+    def gates(self, runs: Sequence[Evidence], layers: Sequence[str]) -> list[Gate]:
+        """Told from noise, of a large training set, and of a probe that finds a copy."""
+        return [
+            gates.resolved(runs, layers, self.tasks, self.span),
+            *(gates.enough_samples(runs, layers, task, self.span) for task in self.tasks),
+            gates.self_check(runs),
+        ]
+
+    def remarks(self, s: Sides, layers: Sequence[str], found: Sequence[Gate]) -> list[Message]:
+        """What it rests on."""
+        streamed = [] if all(run.probed is not None for run in s.runs) else [Message("remark.stream")]
+        return [*streamed, Message("remark.direction")]
+
+    def by_layer(self, run: Evidence, layers: Sequence[str]) -> Array:
+        """NaN where a gradient on the layer cannot be told from noise."""
+        found = readings.estimate(run, layers, self.tasks, self.span, apart=True)
+        assert found is not None
+        own = [run.layers[i] for i in readings.places(run, layers)]
+        result: Array = -found.cosine[[own.index(name) for name in layers], 0]
+        return result
+
+    def similarity(self, run: Evidence, layers: Sequence[str]) -> float:
+        """How alike the two gradients are in length."""
+        found = readings.estimate(run, layers, self.tasks, self.span)
+        return math.nan if found is None else float(found.magnitude_similarity[0])
+
+
+class Dominance(Quantity):
+    """The largest task's share of the squared weighted gradient."""
+
+    question = DOMINANCE
+    level_needs_gates = False  # its answers are held back by them, its size in an arm is told as it is
+
+    def lacking(self, runs: Sequence[Evidence]) -> Message | None:
+        """Gradients whose noise was recorded."""
+        return _no_noise(runs)
+
+    def read(self, run: Evidence, layers: Sequence[str]) -> float | None:
+        """Of the shares over the run."""
+        found = readings.dominance(run, layers, self.span)
+        return None if found is None else found.largest
+
+    def gates(self, runs: Sequence[Evidence], layers: Sequence[str]) -> list[Gate]:
+        """Every task told from noise, of a large training set."""
+        return [
+            gates.resolved(runs, layers, self.tasks, self.span),
+            *(gates.enough_samples(runs, layers, task, self.span) for task in self.tasks),
+        ]
+
+    def remarks(self, s: Sides, layers: Sequence[str], found: Sequence[Gate]) -> list[Message]:
+        """The shares of all tasks."""
+        return [*self._shares(s, layers), Message("remark.dominance")]
+
+    def _shares(self, s: Sides, layers: Sequence[str]) -> list[Message]:
+        said = []
+        for name, runs in ((Message("term.baseline"), s.baseline), (s.arm, s.treated)):
+            shares = np.array([one.share for run in runs if (one := readings.dominance(run, layers, self.span))])
+            if len(shares) and np.isfinite(shares).all():
+                each = zip(runs[0].tasks, shares.mean(axis=0).tolist(), strict=True)
+                parts = [Message("remark.share", task=task, share=share) for task, share in each]
+                said.append(Message("remark.shares_of", arm=name, shares=parts))
+        return [Message("remark.shares", arms=said)] if said else []
+
+
+class Interference(Quantity):
+    """C of an ordered pair, from the ledger: what the second task cancels of the first one's progress."""
+
+    question = INTERFERENCE
+    by_layers = True
+
+    @property
+    def pair(self) -> Pair:
+        """Who, and by whom."""
+        return Pair(*self.tasks)
+
+    def lacking(self, runs: Sequence[Evidence]) -> Message | None:
+        """A ledger."""
+        silent = next((run for run in runs if not run.ledger), None)
+        return None if silent is None else Message("reason.no_ledger", file=silent.file)
+
+    def read(self, run: Evidence, layers: Sequence[str]) -> float | None:
+        """NaN where a gate of its window is closed."""
+        found = readings.ledger(run, layers, self.span)
+        if found is None:
+            return None
+        return float(found.interference[run.tasks.index(self.pair.task), run.tasks.index(self.pair.by)])
+
+    def gates(self, runs: Sequence[Evidence], layers: Sequence[str]) -> list[Gate]:
+        """Those of the window, a large training set, and a probe that finds a copy."""
+        return [
+            *gates.of_the_ledger(runs, layers, self.pair, self.span),
+            gates.enough_samples(runs, layers, self.pair.task, self.span, of_ledger=True),
+            gates.self_check(runs),
+        ]
+
+    def remarks(self, s: Sides, layers: Sequence[str], found: Sequence[Gate]) -> list[Message]:
+        """What the terms do not explain, and whether weights are the same."""
+        worst = next((gate for gate in found if gate.name == "residual" and math.isfinite(gate.value)), None)
+        residual = [] if worst is None else [Message("remark.residual", task=self.pair.task, part=worst.value)]
+        return [*residual, *([Message("remark.same_weights")] if _same_weights(s) else [])]
+
+    def by_layer(self, run: Evidence, layers: Sequence[str]) -> Array:
+        """They sum to C."""
+        found = readings.ledger(run, layers, self.span)
+        assert found is not None
+        return readings.ledger_by_layer(run, found, self.pair, layers)
+
+    def direct(self, s: Sides, layers: Sequence[str]) -> Direct | None:
+        """R under the arm's weights and under the baseline's own, both at the baseline's checkpoints."""
+        if not s.same_seed:
+            return None
+        values = [
+            [readings.direct(one, run, self.pair, layers, self.span) for run in (one, other)]
+            for one, other in zip(s.baseline, s.treated, strict=True)
+        ]
+        if any(found is None for row in values for found in row):
+            return None
+        own, under = (np.array([float(row[k].mean) for row in values]) for k in (0, 1))  # type: ignore[union-attr]
+        apart = under - own
+        contrast = paired(apart if np.isfinite(apart).all() else np.full_like(apart, math.nan))
+        low, high = contrast.interval()
+        effect = float(contrast.effect)
+        said = Message("direct.effect", arm=s.arm, by=self.pair.by, task=self.pair.task, effect=effect)
+        if not math.isfinite(effect):
+            said = Message("direct.none", task=self.pair.task)
+        return Direct(effect, float(low), float(high), own.tolist(), under.tolist(), said)
+
+
+def _same_weights(s: Sides) -> bool:
+    """Whether both arms have the same weights, so that nothing in a difference can be direct."""
+    return s.same_seed and all(
+        len(one.step) and np.array_equal(one.weights_at(other.step), other.weight)
+        for one, other in zip(s.baseline, s.treated, strict=True)
+    )
