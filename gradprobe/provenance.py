@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
+_PACKAGES = (
     "gradprobe",
     "torch",
     "numpy",
@@ -26,7 +26,7 @@ PACKAGES = (
 def environment() -> dict[str, Any]:
     """Versions of what matters to a number, and what kind of machine it is."""
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

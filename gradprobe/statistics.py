@@ -18,10 +18,10 @@ from gradprobe.measures import Array, magnitude_similarity, pair_index
 Counts = NDArray[np.int64]
 Truth = NDArray[np.bool_]
 
-MIN_ROWS = 3
+_MIN_ROWS = 3
 """Fewer rows have no interval."""
 
-SIGN_FLIP_SEEDS = 6
+_SIGN_FLIP_SEEDS = 6
 """Fewer differences cannot reach 5 % by flipping signs: 2 / 2^5 > .05."""
 
 _EXACT_FLIPS = 14  # 2^13 sign patterns are all looked at; of more differences, as many random ones
@@ -72,7 +72,7 @@ class Mean:
     Attributes:
         mean: NaN: no row.
         variance: Of the mean, from differences of neighbouring rows, so that a slow drift does not count as noise. NaN
-            with fewer than :data:`MIN_ROWS` rows.
+            with fewer than :data:`_MIN_ROWS` rows.
         rows: How many went into it.
     """
 
@@ -98,7 +98,7 @@ def series_mean(values: ArrayLike) -> Mean:
         first = np.take_along_axis(values, np.argsort(~known, axis=0, kind="stable"), axis=0)
         square = np.square(np.diff(first, axis=0))  # NaN only behind the last known row
         between = np.where(np.isfinite(square), square, 0.0).sum(axis=0) / (rows - 1)
-        variance = np.where(rows >= MIN_ROWS, between / (2 * rows), np.nan)
+        variance = np.where(rows >= _MIN_ROWS, between / (2 * rows), np.nan)
     return Mean(mean, variance, rows)
 
 
@@ -109,7 +109,7 @@ def half_width(variance: ArrayLike, rows: ArrayLike, level: float = 0.95) -> Arr
     """
     rows = np.asarray(rows, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        freedom = np.where(rows >= MIN_ROWS, 2 * np.square(rows - 1) / (3 * rows - 4), np.nan)
+        freedom = np.where(rows >= _MIN_ROWS, 2 * np.square(rows - 1) / (3 * rows - 4), np.nan)
         result: Array = special.stdtrit(freedom, 0.5 + level / 2) * np.sqrt(np.asarray(variance, dtype=np.float64))
     return result
 
@@ -136,7 +136,7 @@ def pooled_cosine(gram: ArrayLike) -> Mean:
         cosine = mean[0] / length
         psi = inner / length - cosine / 2 * (one / mean[1] + other / mean[2])
     found = series_mean(psi)
-    return Mean(np.where(known.sum(axis=0) >= MIN_ROWS, cosine, np.nan), found.variance, known.sum(axis=0))
+    return Mean(np.where(known.sum(axis=0) >= _MIN_ROWS, cosine, np.nan), found.variance, known.sum(axis=0))
 
 
 def pooled_ratio(above: ArrayLike, below: ArrayLike) -> Mean:
@@ -151,7 +151,7 @@ def pooled_ratio(above: ArrayLike, below: ArrayLike) -> Mean:
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = series_mean(above).mean / np.where(whole == 0, np.nan, whole)
         found = series_mean((above - ratio * below) / whole)
-    return Mean(np.where(found.rows >= MIN_ROWS, ratio, np.nan), found.variance, found.rows)
+    return Mean(np.where(found.rows >= _MIN_ROWS, ratio, np.nan), found.variance, found.rows)
 
 
 @dataclass(frozen=True)
@@ -418,11 +418,11 @@ def sign_flip(differences: ArrayLike) -> float:
     """Two-sided p-value of "no difference" by flipping signs: (n,) -> number. It needs no normal distribution.
 
     Exact up to 14 differences, from 8192 random flips of a fixed seed beyond. NaN with fewer than
-    :data:`SIGN_FLIP_SEEDS`, where it cannot reach 5 %.
+    :data:`_SIGN_FLIP_SEEDS`, where it cannot reach 5 %.
     """
     d = np.asarray(differences, dtype=np.float64)
     d = d[np.isfinite(d)]
-    if len(d) < SIGN_FLIP_SEEDS:
+    if len(d) < _SIGN_FLIP_SEEDS:
         return float("nan")
     exact = len(d) <= _EXACT_FLIPS
     if exact:

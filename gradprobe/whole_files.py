@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-MOST_LINKS = 40
+_MOST_LINKS = 40
 """A chain of symbolic links that is longer is taken for a circle."""
 
 _OURS = re.compile(r"\.gradprobe-[0-9a-f]{16}\.tmp")
@@ -114,7 +114,7 @@ def followed(path: Path) -> Path:
         named = False
     if not named:
         raise OSError(errno.EINVAL, "a path cannot hold the character NUL, nor half of a surrogate pair")
-    for _ in range(MOST_LINKS):
+    for _ in range(_MOST_LINKS):
         if not path.is_symlink():
             return path
         folder = path.parent.resolve()

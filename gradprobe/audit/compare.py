@@ -32,7 +32,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Distance:
+class _Distance:
     """How far two tensors are apart.
 
     Attributes:
@@ -73,7 +73,7 @@ def _zeroed(a: Tensor) -> Tensor:
     return torch.where(a.isnan(), torch.zeros_like(a), a)
 
 
-def distance(reference: Tensor | None, other: Tensor | None) -> Distance:
+def distance(reference: Tensor | None, other: Tensor | None) -> _Distance:
     """How far ``other`` is from ``reference``.
 
     >>> distance(torch.ones(4), torch.ones(4) * (1 + 2**-23)).ulp
@@ -81,21 +81,21 @@ def distance(reference: Tensor | None, other: Tensor | None) -> Distance:
     """
     nan = math.nan
     if reference is None or other is None:
-        return Distance(nan, nan, nan, "None against a tensor" if reference is None else "a tensor against None")
+        return _Distance(nan, nan, nan, "None against a tensor" if reference is None else "a tensor against None")
     if reference.shape != other.shape:
-        return Distance(nan, nan, nan, f"shapes {tuple(reference.shape)} and {tuple(other.shape)}")
+        return _Distance(nan, nan, nan, f"shapes {tuple(reference.shape)} and {tuple(other.shape)}")
     a, b = reference.detach().double(), other.detach().double()
     if a.numel() == 1:
-        return Distance(float((a - b).abs()), nan, nan, f"{float(a):.7g} against {float(b):.7g}")
+        return _Distance(float((a - b).abs()), nan, nan, f"{float(a):.7g} against {float(b):.7g}")
     if not reference.is_floating_point():
-        return Distance(float((a - b).abs().max()), nan, nan, "differs")
+        return _Distance(float((a - b).abs().max()), nan, nan, "differs")
     if not b.isfinite().all() and a.isfinite().all():
-        return Distance(nan, nan, nan, "not finite")
+        return _Distance(nan, nan, nan, "not finite")
     gap = _zeroed(a - b)
     largest = float(gap.abs().max()) if gap.numel() else 0.0
     norm, size = float(_zeroed(a).norm()), float(_zeroed(a).abs().max()) if a.numel() else 0.0
     eps = torch.finfo(reference.dtype).eps if reference.is_floating_point() else 1.0
-    return Distance(
+    return _Distance(
         largest=largest,
         relative=float(gap.norm()) / norm if norm else (math.inf if largest else 0.0),
         ulp=largest / (eps * 2.0 ** math.floor(math.log2(size))) if size else (math.inf if largest else 0.0),
@@ -202,7 +202,7 @@ class Sighting:
     step: int
     stage: str
     name: str
-    size: Distance
+    size: _Distance
 
     def __str__(self) -> str:
         return f"step {self.step}, {self.stage}, {self.name}: {self.size}"

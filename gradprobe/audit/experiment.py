@@ -34,7 +34,7 @@ class Trace(Protocol):
         """Tell a decision, such as ``("stop", patience < 0)`` or ``("best", loss < best)``; follow what is returned."""
 
 
-StepFunction = Callable[[Trace, Any, Mapping[str, float]], Any]
+_StepFunction = Callable[[Trace, Any, Mapping[str, float]], Any]
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Experiment:
     model: nn.Module
     optimizer: Optimizer | Sequence[Optimizer]
     batches: Iterable[Any] | Callable[[Sequence[str]], Iterable[Any]]
-    step: StepFunction
+    step: _StepFunction
     weights: Mapping[str, float]
     scaler: Any = None
     schedule: Any = None

@@ -29,7 +29,7 @@ from gradprobe.errors import GradprobeError
 
 INTERRUPTED = 130
 
-EXAMPLES = """
+_EXAMPLES = """
 Measures whether tasks trained together interfere, and whether a remedy reduced it.
 
 \b
@@ -39,7 +39,7 @@ Example:
 """
 
 app = typer.Typer(
-    help=EXAMPLES,
+    help=_EXAMPLES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

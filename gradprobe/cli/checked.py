@@ -14,13 +14,13 @@ from gradprobe.errors import UsageError
 from gradprobe.trainers.options import PANELS
 from gradprobe.trainers.settings import LONGEST
 
-PATHS = ("data", "cfg", "weights", "name")
+_PATHS = ("data", "cfg", "weights", "name")
 """Options that may name a file, or something else."""
 
 OTHERS = "Options"
 """The panel of options that name none."""
 
-COLUMN = 25
+_COLUMN = 25
 """Characters of flags beside which their words stand; behind longer ones they stand below."""
 
 ROOM = 40
@@ -40,11 +40,11 @@ class Checked(TyperCommand):
         if not set(lines) & set(PANELS):
             return super().format_options(ctx, formatter)
         lines[PANELS[0]] += lines.pop(OTHERS, [])
-        widest = min(COLUMN, max(len(names) for panel in lines.values() for names, _ in panel))
+        widest = min(_COLUMN, max(len(names) for panel in lines.values() for names, _ in panel))
         for panel in sorted(lines, key=lambda name: PANELS.index(name) if name in PANELS else -1):
             with formatter.section(panel or "Arguments"):
                 formatter.write_dl(
-                    [(names.ljust(widest) if words else names, words) for names, words in lines[panel]], col_max=COLUMN
+                    [(names.ljust(widest) if words else names, words) for names, words in lines[panel]], col_max=_COLUMN
                 )
         return None
 
@@ -86,7 +86,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def _is_path(parameter: click.Parameter) -> bool:
-    return parameter.name in PATHS or isinstance(parameter.type, click.Path)
+    return parameter.name in _PATHS or isinstance(parameter.type, click.Path)
 
 
 def _check_path(flag: str, text: str) -> None:

@@ -16,7 +16,7 @@ from gradprobe.verdict.answers import QUESTIONS, Answer, Comparison, plain
 from gradprobe.verdict.conditions import GOES_BY
 from gradprobe.verdict.evidence import Evidence, read
 
-SHOWN_LAYERS = 8
+_SHOWN_LAYERS = 8
 INCONCLUSIVE = 11
 
 Rows = list[list[str]]
@@ -194,7 +194,7 @@ def tables(found: Comparison) -> Iterator[tuple[str, list[str], Rows]]:
     alike = [[x.arm, x.subject, *SAY.estimate(x.mean, x.low95, x.high95)] for x in found.similarities]
     if alike:
         yield SAY("similarity.title"), _columns("arm", "subject", "mean", "ci95"), alike
-    ranked = sorted((x for x in found.layers if math.isfinite(x.p)), key=lambda x: x.p)[:SHOWN_LAYERS]
+    ranked = sorted((x for x in found.layers if math.isfinite(x.p)), key=lambda x: x.p)[:_SHOWN_LAYERS]
     if ranked:
         rows = [
             [x.layer, x.arm, _question(x.question), x.subject, *_effect(x.effect, x.low95, x.high95), _yes(x.discovery)]

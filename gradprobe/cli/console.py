@@ -17,7 +17,7 @@ WIDE = 160
 """Columns of a table in a pipe or a file, where nobody folds it."""
 
 
-class Visible:
+class _Visible:
     """A text stream that hands on what a terminal can be given, see :func:`gradprobe.foreign.visible`.
 
     All of a command goes through it: what it prints, warnings, log lines, and what is said of wrong flags.
@@ -43,7 +43,7 @@ class Visible:
 def guarded() -> Iterator[None]:
     """Let stdout and stderr take text alone."""
     old = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Visible(stream) for stream in old)
+    sys.stdout, sys.stderr = (_Visible(stream) for stream in old)
     try:
         yield
     finally:

@@ -61,7 +61,7 @@ def read_source(source: Path | None, settings: Settings) -> dict[str, Any]:
     return {"from_run": source.name, **reader(source, settings)}
 
 
-def average_weights(source: Path, settings: Settings) -> Mapping[str, Any]:
+def _average_weights(source: Path, settings: Settings) -> Mapping[str, Any]:
     """The time average of every task's weight in a gradnorm run.
 
     Raises:
@@ -82,7 +82,7 @@ def average_weights(source: Path, settings: Settings) -> Mapping[str, Any]:
     return {"task_weights": tuple(weight.mean(axis=0).tolist())}
 
 
-def layers_in_conflict(source: Path, settings: Settings) -> Mapping[str, Any]:
+def _layers_in_conflict(source: Path, settings: Settings) -> Mapping[str, Any]:
     """The ``--top-k`` layers with the highest score of :mod:`gradprobe.verdict.advice`.
 
     Raises:
@@ -120,6 +120,6 @@ def gramians(run: Run) -> Array:
 
 
 _READERS: dict[str, Callable[[Path, Settings], Mapping[str, Any]]] = {
-    "gradnorm-static": average_weights,
-    "split": layers_in_conflict,
+    "gradnorm-static": _average_weights,
+    "split": _layers_in_conflict,
 }

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 STEPS = ((-0.5, "█", "bright_red"), (-0.1, "-", "red"), (0.1, "·", "bright_black"), (0.5, "+", "blue"))
-"""Upper ends of cosines, how they are drawn, and their colour; above the last: :data:`HIGHEST`."""
+"""Upper ends of cosines, how they are drawn, and their colour; above the last: :data:`_HIGHEST`."""
 
-HIGHEST = ("#", "bright_blue")
+_HIGHEST = ("#", "bright_blue")
 
 LEGEND = "cosine: █ below -0.5, - below -0.1, · about 0, + above 0.1, # above 0.5; columns in the order of the lines"
 
@@ -60,4 +60,4 @@ def cell(cosine: float) -> tuple[str, str]:
     """
     if cosine != cosine:
         return " ", ""
-    return next(((mark, colour) for end, mark, colour in STEPS if cosine < end), HIGHEST)
+    return next(((mark, colour) for end, mark, colour in STEPS if cosine < end), _HIGHEST)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gradprobe.trainers.problems import Data
 
 
-MOST_PROCESSES = 8
+_MOST_PROCESSES = 8
 """That a run to go on with may have, on machines of fewer cores too; of more, somebody else's file would start them."""
 
 
@@ -144,10 +144,10 @@ def make_plan(request: Request) -> Plan:
         settings=settings,
         hyp=file.loss if file else DetectionHyp(),
         ignored_hyp=file.ignored if file else (),
-        out=output_path(request),
+        out=_output_path(request),
         overwrite=request.overwrite,
         state=None,
-        study=read_plan(request.plan) if request.plan is not None else {},
+        study=_read_plan(request.plan) if request.plan is not None else {},
         arm=request.arm,
         id=uuid.uuid4().hex,
         notes=tuple(registry.unused(settings.trainer, _given(request))),
@@ -169,7 +169,7 @@ def _given(request: Request) -> list[str]:
     return [name for name, value in request.flags.items() if value is not None]
 
 
-def read_plan(path: Path) -> dict[str, Any]:
+def _read_plan(path: Path) -> dict[str, Any]:
     """What was fixed before the runs, see :func:`gradprobe.study.plan.read`.
 
     Raises:
@@ -183,7 +183,7 @@ def read_plan(path: Path) -> dict[str, Any]:
         raise UsageError(f"--plan {error}") from None
 
 
-def output_path(request: Request) -> Path:
+def _output_path(request: Request) -> Path:
     """``--out``, or ``--project``/``--name``/conflict.h5, or conflict.h5."""
     if request.out is not None:
         if request.project is not None or request.name is not None:
@@ -237,7 +237,7 @@ def _plan_to_resume(request: Request) -> Plan:
         )
     _check_named(request, state["settings"])
     settings = restored(state["settings"])
-    if settings.processes > max(started(), MOST_PROCESSES, os.cpu_count() or 1):
+    if settings.processes > max(started(), _MOST_PROCESSES, os.cpu_count() or 1):
         raise RunFileError(
             f"{request.resume}: was recorded by {settings.processes} processes, which are not started on a machine of "
             f"{os.cpu_count()} cores. Start them with torchrun."

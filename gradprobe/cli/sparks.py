@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-SPARKS = "▁▂▃▄▅▆▇█"
+_SPARKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Iterable[float | None], low: float | None = -1.0, high: float | None = 1.0) -> str:
@@ -30,4 +30,4 @@ def sparkline(values: Iterable[float | None], low: float | None = -1.0, high: fl
 
 def _block(value: float, low: float, high: float) -> str:
     place = (value - low) / (high - low) if high > low else 0.5
-    return SPARKS[min(max(int(place * 8), 0), 7)]
+    return _SPARKS[min(max(int(place * 8), 0), 7)]

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 Show = Callable[[dict[str, Any]], None]
 
-SHOWN_METRICS = ("mAP50", "mAP50-95", "accuracy", "macro_f1")
-NOISE = "over all shared layers; each step is a single minibatch: mostly noise"
-LOOK = 0.5  # seconds between two looks for a file that is not there yet
+_SHOWN_METRICS = ("mAP50", "mAP50-95", "accuracy", "macro_f1")
+_NOISE = "over all shared layers; each step is a single minibatch: mostly noise"
+_LOOK = 0.5  # seconds between two looks for a file that is not there yet
 
 
 def watch(
@@ -68,7 +68,7 @@ def _opened(file: Path, wait: float) -> Run:
         if not told:
             print(f"gradprobe: {file}: is not there yet; waiting for it", file=sys.stderr)
             told = True
-        time.sleep(LOOK)
+        time.sleep(_LOOK)
 
 
 def _follow(run: Run, once: bool, as_json: bool, interval: float) -> dict[str, Any]:
@@ -164,9 +164,9 @@ def render(seen: dict[str, Any]) -> RenderableType:
     if seen["step"] is not None:
         parts += _many(seen) if crowd.many(seen["tasks"]) else [_tasks(seen), _pairs(seen)]
     if seen["step"] is not None and seen["pairs"]:
-        parts.append(Text(NOISE, style="dim"))
+        parts.append(Text(_NOISE, style="dim"))
     if seen["metrics"]:
-        values = [f"{n} {_text(seen['metrics'][n])}" for n in SHOWN_METRICS if n in seen["metrics"]]
+        values = [f"{n} {_text(seen['metrics'][n])}" for n in _SHOWN_METRICS if n in seen["metrics"]]
         parts.append(Text(f"epoch {seen['metrics']['epoch']}: {', '.join(values)}"))
     return Group(*parts)
 

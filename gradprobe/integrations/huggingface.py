@@ -18,10 +18,10 @@ try:
 except ModuleNotFoundError as error:
     raise MissingExtraError("transformers", "huggingface", "gradprobe.integrations.huggingface") from error
 
-SPEED = ("_runtime", "_per_second", "_model_preparation_time", "_compilation_time")
+_SPEED = ("_runtime", "_per_second", "_model_preparation_time", "_compilation_time")
 """How the names of metrics end that a Trainer adds to every evaluation."""
 
-FromOutputs = Callable[[Mapping[str, Any], Any], Mapping[str, "float | Tensor"]]
+_FromOutputs = Callable[[Mapping[str, Any], Any], Mapping[str, "float | Tensor"]]
 """A function of a model's inputs, by name, and its outputs."""
 
 
@@ -58,8 +58,8 @@ class GradprobeCallback(TrainerCallback):  # type: ignore[misc]
         tasks: Sequence[str],
         out: str | Path | None = "conflict.h5",
         *,
-        losses: str | FromOutputs | None = "losses",
-        weights: Mapping[str, float] | str | FromOutputs | None = None,
+        losses: str | _FromOutputs | None = "losses",
+        weights: Mapping[str, float] | str | _FromOutputs | None = None,
         sinks: Sequence[Sink] = (),
         overwrite: bool = False,
         **options: Any,
@@ -131,7 +131,7 @@ class GradprobeCallback(TrainerCallback):  # type: ignore[misc]
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep the metrics, without what the Trainer says of its own speed."""
         metrics = kwargs.get("metrics") or {}
-        self.recording.log_metrics({name: v for name, v in metrics.items() if not name.endswith(SPEED)})
+        self.recording.log_metrics({name: v for name, v in metrics.items() if not name.endswith(_SPEED)})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the file."""
@@ -163,7 +163,7 @@ class GradprobeCallback(TrainerCallback):  # type: ignore[misc]
         self.recording.close(end)
 
 
-def _from_outputs(source: str | FromOutputs, inputs: Mapping[str, Any], outputs: Any, what: str) -> Any:
+def _from_outputs(source: str | _FromOutputs, inputs: Mapping[str, Any], outputs: Any, what: str) -> Any:
     if callable(source):
         return source(inputs, outputs)
     found = outputs.get(source) if isinstance(outputs, Mapping) else getattr(outputs, source, None)

@@ -14,13 +14,13 @@ from gradprobe.errors import UsageError
 from gradprobe.integrations.recording import Recording
 from gradprobe.rows import Sink
 
-READS = {"box": "boxes", "cls": "scores", "dfl": "boxes", "l1": "boxes"}
+_READS = {"box": "boxes", "cls": "scores", "dfl": "boxes", "l1": "boxes"}
 """Which of the detection head's predictions each loss has its gradient from."""
 
-GAINS = {"box": "box", "cls": "cls", "dfl": "dfl", "l1": "dfl"}
+_GAINS = {"box": "box", "cls": "cls", "dfl": "dfl", "l1": "dfl"}
 """The setting that weights each loss."""
 
-Predictions = Any
+_Predictions = Any
 """{"boxes": (B, ., A), "scores": (B, classes, A), ...}, or such mappings in a mapping, or (..., such a mapping)."""
 
 
@@ -114,9 +114,9 @@ class GradprobeCallback:
 
     # ---- measuring
 
-    def _heard(self, criterion: Any, predictions: Predictions, batch: Mapping[str, Any], loss: Tensor) -> None:
+    def _heard(self, criterion: Any, predictions: _Predictions, batch: Mapping[str, Any], loss: Tensor) -> None:
         names = [name.removesuffix("_loss") for name in _names(self._trainer, criterion, loss)]
-        apart = set(names) <= set(READS) and _holds(predictions, set(READS.values()))
+        apart = set(names) <= set(_READS) and _holds(predictions, set(_READS.values()))
         gains = _gains(self._trainer.args, names) if apart else dict.fromkeys(names, 1.0)
         if not self.recording.is_open:
             self._open(list(gains), {} if apart else {"shared": _outside_head(_bare(self._trainer.model))})
@@ -150,10 +150,10 @@ class GradprobeCallback:
 class _HeardCriterion:
     """The model's criterion, which tells of every call that training makes."""
 
-    def __init__(self, criterion: Any, heard: Callable[[Any, Predictions, Mapping[str, Any], Tensor], None]) -> None:
+    def __init__(self, criterion: Any, heard: Callable[[Any, _Predictions, Mapping[str, Any], Tensor], None]) -> None:
         self.criterion, self._heard = criterion, heard
 
-    def __call__(self, predictions: Predictions, batch: Mapping[str, Any]) -> Any:
+    def __call__(self, predictions: _Predictions, batch: Mapping[str, Any]) -> Any:
         result = self.criterion(predictions, batch)
         if torch.is_grad_enabled():
             self._heard(self.criterion, predictions, batch, result[0])
@@ -165,7 +165,7 @@ class _HeardCriterion:
         return getattr(self.criterion, name)
 
 
-def _apart(criterion: Any, predictions: Predictions, batch: Mapping[str, Any], names: Sequence[str]) -> list[Tensor]:
+def _apart(criterion: Any, predictions: _Predictions, batch: Mapping[str, Any], names: Sequence[str]) -> list[Tensor]:
     """Each loss with a graph of its own.
 
     Ultralytics writes its losses into one vector, through whose graph each of them seems to reach the whole head:
@@ -173,24 +173,26 @@ def _apart(criterion: Any, predictions: Predictions, batch: Mapping[str, Any], n
     asked again, with the predictions detached that a loss has no gradient from. The assignment of boxes, which joins
     the two, is made without gradients anyway.
     """
-    vectors = {key: criterion(_detached(predictions, key), batch)[0] for key in sorted({READS[name] for name in names})}
-    return [vectors[READS[name]][index] for index, name in enumerate(names)]
+    vectors = {
+        key: criterion(_detached(predictions, key), batch)[0] for key in sorted({_READS[name] for name in names})
+    }
+    return [vectors[_READS[name]][index] for index, name in enumerate(names)]
 
 
-def _detached(predictions: Predictions, keep: str) -> Predictions:
+def _detached(predictions: _Predictions, keep: str) -> _Predictions:
     if isinstance(predictions, tuple):
         return (*predictions[:-1], _detached(predictions[-1], keep))
     return {
         key: _detached(value, keep)
         if isinstance(value, Mapping)
         else value.detach()
-        if key in READS.values() and key != keep
+        if key in _READS.values() and key != keep
         else value
         for key, value in predictions.items()
     }
 
 
-def _holds(predictions: Predictions, keys: set[str]) -> bool:
+def _holds(predictions: _Predictions, keys: set[str]) -> bool:
     if isinstance(predictions, tuple):
         return bool(predictions) and _holds(predictions[-1], keys)
     if not isinstance(predictions, Mapping):
@@ -211,7 +213,7 @@ def _names(trainer: Any, criterion: Any, loss: Tensor) -> Sequence[str]:
 
 
 def _gains(settings: Any, names: Sequence[str]) -> dict[str, float]:
-    gains = {name: float(getattr(settings, GAINS[name])) for name in names}
+    gains = {name: float(getattr(settings, _GAINS[name])) for name in names}
     return {name: gain for name, gain in gains.items() if gain}
 
 

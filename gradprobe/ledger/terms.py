@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradprobe.measures import Array
 
-TINY = 1e-30
+_TINY = 1e-30
 """Squared lengths below are no longer exact in float32."""
 
 
@@ -30,7 +30,7 @@ def products(rows: Tensor, sizes: Sequence[int]) -> Array:
     """
     found = torch.stack([piece @ piece.T for piece in rows.split(list(sizes), dim=1)])
     squares = torch.diagonal(found, dim1=1, dim2=2)
-    if rows.dtype != torch.float64 and bool(((squares < TINY) | ~squares.isfinite()).any()):
+    if rows.dtype != torch.float64 and bool(((squares < _TINY) | ~squares.isfinite()).any()):
         # Too small or large for products in the parameters' own type. Exact zeros come here too, and stay zero.
         wide = torch.float32 if rows.device.type == "mps" else torch.float64
         found = torch.stack([(p := piece.to(wide)) @ p.T for piece in rows.split(list(sizes), dim=1)])

@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from gradprobe.measures import Array
 from gradprobe.messages import Message
 
-RESIDUAL_LIMIT = 0.10
+_RESIDUAL_LIMIT = 0.10
 """How much of the sum of |terms| the residual may be."""
 
-EARLIER_LIMIT = 0.01
+_EARLIER_LIMIT = 0.01
 """How much of the sum of |terms| momentum from before the burst may be."""
 
-RESOLVED = 1.96
+_RESOLVED = 1.96
 """How many of its standard errors a task's own progress is to be above 0."""
 
-LEAST_ROWS = 8
+_LEAST_ROWS = 8
 """Rows without which a window has no standard errors, and says nothing."""
 
 
@@ -158,7 +158,7 @@ def _settled(whole: Array, head: Array, burst: NDArray[Any], usable: NDArray[np.
     for number in np.unique(burst[usable]):
         places = np.flatnonzero((burst == number) & usable)
         rest, rest_size = (_sums_to_the_end(values[places]) for values in (earlier, size))
-        small = (rest <= EARLIER_LIMIT * rest_size).all(axis=1)
+        small = (rest <= _EARLIER_LIMIT * rest_size).all(axis=1)
         if small.any():
             found[places[int(np.argmax(small)) :]] = True
     return found
@@ -210,7 +210,7 @@ def _summed(
 def _gates(w: Window, index: int, task: str) -> list[Gate]:
     residual, error, size = abs(w.residual[index]), w.residual_error[index], w.size[index]
     part = _over(residual, size)
-    kind = "gate.residual" if residual > RESOLVED * error else "gate.residual_noise"
+    kind = "gate.residual" if residual > _RESOLVED * error else "gate.residual_noise"
     earlier, own = _over(abs(w.term[index, -1]), size), _over(w.own[index], w.own_error[index])
     count = len(w.rows)
     said = {
@@ -220,10 +220,10 @@ def _gates(w: Window, index: int, task: str) -> list[Gate]:
         "own": Message("gate.own", task=task, ratio=own),
     }
     found = [
-        Gate("rows", count >= LEAST_ROWS, float(count), LEAST_ROWS, said["rows"]),
-        Gate("residual", part <= RESIDUAL_LIMIT, part, RESIDUAL_LIMIT, said["residual"]),
-        Gate("earlier momentum", earlier <= EARLIER_LIMIT, earlier, EARLIER_LIMIT, said["earlier"]),
-        Gate("own progress", own >= RESOLVED, own, RESOLVED, said["own"]),
+        Gate("rows", count >= _LEAST_ROWS, float(count), _LEAST_ROWS, said["rows"]),
+        Gate("residual", part <= _RESIDUAL_LIMIT, part, _RESIDUAL_LIMIT, said["residual"]),
+        Gate("earlier momentum", earlier <= _EARLIER_LIMIT, earlier, _EARLIER_LIMIT, said["earlier"]),
+        Gate("own progress", own >= _RESOLVED, own, _RESOLVED, said["own"]),
     ]
     # with too few rows there may be nothing to say of the others
     return found if found[0].passed else [gate for gate in found if not math.isnan(gate.value)]
@@ -246,7 +246,7 @@ def standard_error(rows: Array) -> Array:
     Covariance Matrix", 1987.
     """
     count = len(rows)
-    if count < LEAST_ROWS:
+    if count < _LEAST_ROWS:
         return np.full(rows.shape[1:], np.nan)
     place = np.linspace(-1, 1, count)
     trend = np.linalg.qr(np.stack([np.ones(count), place, place**2], axis=1))[0]

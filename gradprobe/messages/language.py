@@ -20,8 +20,8 @@ MOST = 20
 PLAIN = str.maketrans({"−": "-", "–": "-", "“": '"', "”": '"', "→": "->", "←": "<-", "`": None})
 """What a terminal is given in the place of typographic signs, and of the marks of code."""
 
-JOINED = ("and", "semicolons", "sentences")
-ESTIMATES = ("estimate", "signed estimate")
+_JOINED = ("and", "semicolons", "sentences")
+_ESTIMATES = ("estimate", "signed estimate")
 
 
 class Language:
@@ -161,10 +161,10 @@ class Language:
             return said[:1].upper() + said[1:] if how == "first" else said
         if isinstance(value, str):
             return self.subject(value) if how == "subject" else clean(value) if clean_names else value
-        if isinstance(value, Sequence) and how in ESTIMATES:
+        if isinstance(value, Sequence) and how in _ESTIMATES:
             return self("join.estimate", **dict(zip(("value", "span"), self._estimate(value, how), strict=True)))
         if isinstance(value, Sequence):
-            each = [self._value(one, "" if how in JOINED else how, clean_names) for one in value[:MOST]]
+            each = [self._value(one, "" if how in _JOINED else how, clean_names) for one in value[:MOST]]
             return self._several([*each, *([self("join.more", n=len(value) - MOST)] if len(value) > MOST else [])], how)
         return self._amount(value, how)
 
@@ -177,7 +177,7 @@ class Language:
             return self.missing
         if how == "and":
             return self.list(each)
-        return self.messages[f"join.{how if how in JOINED else 'comma'}"].join(each)
+        return self.messages[f"join.{how if how in _JOINED else 'comma'}"].join(each)
 
     def _amount(self, value: float | None, how: str) -> str:
         if "|" in how:

@@ -14,13 +14,13 @@ from gradprobe.plots import style
 from gradprobe.plots.figure import write_drawn
 from gradprobe.plots.table import Table
 
-Curves = Mapping[str, Sequence[float]]
+_Curves = Mapping[str, Sequence[float]]
 """Name -> displacement after each step; 0: bitwise equal."""
 
 LABEL = "displacement of the other tasks' parameters, relative"
 
 
-def make(curves: Curves, title: str) -> tuple[Figure, Table]:
+def make(curves: _Curves, title: str) -> tuple[Figure, Table]:
     """One line per curve on a logarithmic axis.
 
     Steps at which the trainings are bitwise equal have no place on it: they lie on its lower edge, marked so.
@@ -65,7 +65,7 @@ def _table(values: Mapping[str, NDArray[np.float64]]) -> Table:
     )
 
 
-def write(curves: Curves, title: str, out: Path) -> list[Path]:
+def write(curves: _Curves, title: str, out: Path) -> list[Path]:
     """Draw into a file, and its numbers beside it as CSV.
 
     Raises:

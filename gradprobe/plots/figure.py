@@ -21,7 +21,7 @@ from gradprobe.plots.table import Table, long_csv
 from gradprobe.runfile import Run, thin
 from gradprobe.whole_files import target, telling
 
-DPI = 150
+_DPI = 150
 
 Page = Callable[[Run, Figure], Table | Mapping[str, Table | Mapping[str, Any]] | None]
 """Draws a run into a figure; returns the numbers in it: a table, or one for each panel by its name."""
@@ -57,10 +57,10 @@ def make(run: Run, what: str | Page = "overview") -> tuple[Figure, dict[str, Tab
         if reason := lacks(run):
             raise RunFileError(f"{run.path}: {reason}.")
         drawn = page(run, figure)
-    return figure, drawn if isinstance(drawn, dict) else {name_of(what): drawn}
+    return figure, drawn if isinstance(drawn, dict) else {_name_of(what): drawn}
 
 
-def name_of(what: str | Page) -> str:
+def _name_of(what: str | Page) -> str:
     """The figure's name, as it is in file names."""
     return what if isinstance(what, str) else getattr(what, "__name__", type(what).__name__)
 
@@ -79,7 +79,7 @@ def _guarded(page: Page) -> Callable[[Run, Figure], Table | dict[str, Table]]:
         except GradprobeError:
             raise
         except Exception as error:
-            raise UsageError(f"figure {name_of(page)}: {type(error).__name__}: {error}") from error
+            raise UsageError(f"figure {_name_of(page)}: {type(error).__name__}: {error}") from error
 
     return guarded
 
@@ -117,7 +117,7 @@ def write(run: Run, what: str | Page, out: Path, *, data: bool = True) -> list[P
     if kind not in FORMATS:
         raise UsageError(f"{out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
     figure, tables = make(run, what)
-    one = tables.get(name_of(what))
+    one = tables.get(_name_of(what))
     numbers = long_csv(tables) if one is None else one.csv() if one.columns else None
     return _write(out, render(figure, kind), numbers if data else None)
 
@@ -150,7 +150,7 @@ def render(figure: Figure, kind: str) -> bytes:
     buffer = io.BytesIO()
     _show_as_text(figure)
     with style.styled():
-        figure.savefig(buffer, format=kind, dpi=DPI, metadata=undated)
+        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=undated)
     return buffer.getvalue()
 
 

@@ -16,7 +16,7 @@ from gradprobe.runfile import Run
 PANELS = 6
 """Of the pairs of many tasks, so many get a panel; all of them are in the matrix."""
 
-DrawPair = Callable[[Run, Axes, int, int], Table]
+_DrawPair = Callable[[Run, Axes, int, int], Table]
 """Of a run into some axes: which pair of tasks, and how many names of layers fit."""
 
 
@@ -33,7 +33,7 @@ def single(run: Run, figure: Figure, draw: Callable[[Run, Axes], Table], *, task
     return draw(run, figure.add_subplot())
 
 
-def of_pairs(run: Run, figure: Figure, title: str, draw: DrawPair, *, by_layer: bool = True) -> Table:
+def of_pairs(run: Run, figure: Figure, title: str, draw: _DrawPair, *, by_layer: bool = True) -> Table:
     """A panel for each pair of tasks; of many tasks, for those with the lowest cosines.
 
     Args:

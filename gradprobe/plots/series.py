@@ -15,10 +15,10 @@ from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run, thin
 from gradprobe.summary import quantiles
 
-POINTS = 4000
+_POINTS = 4000
 """Raw points drawn at most; medians and tables use all rows that are looked at (:mod:`gradprobe.runfile.thin`)."""
 
-LIMITS = (0.1, 0.25, 0.5, 0.75, 1.0)
+_LIMITS = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Of the axes of cosines, to each side of 0."""
 
 
@@ -47,7 +47,7 @@ def running(values: NDArray[Any], size: int) -> NDArray[np.float32]:
 def trace(ax: Axes, steps: NDArray[Any], values: NDArray[Any], colour: str, label: str) -> NDArray[np.float32]:
     """Draw one series with its running median and spread; returns what :func:`running` gives."""
     low, middle, high = spread = running(values, window(len(values)))
-    every = max(1, len(values) // POINTS)
+    every = max(1, len(values) // _POINTS)
     positive = ax.get_yscale() == "log"
     raw = _drawable(values, positive)
     ax.plot(
@@ -88,7 +88,7 @@ def scale(ax: Axes, values: NDArray[Any]) -> None:
 def bound(ax: Axes, cosine: NDArray[Any]) -> None:
     """One of a few scales around 0, so that runs can be compared by eye."""
     extreme = float(np.max(np.abs(cosine[np.isfinite(cosine)]), initial=0.0))
-    limit = next((value for value in LIMITS if extreme <= value), 1.0) * 1.04
+    limit = next((value for value in _LIMITS if extreme <= value), 1.0) * 1.04
     ax.set_ylim(-limit, limit)
 
 

@@ -32,7 +32,7 @@ from gradprobe.probes.stopwatch import Stopwatch
 from gradprobe.rows import FIRST_CALL, JOINED_WITHIN, MEASURED
 from gradprobe.statistics import noise_part
 
-DROPS = 3
+_DROPS = 3
 """So often within a step what was measured is given up for the next call, in a loop whose ``.grad`` was never seen."""
 
 
@@ -168,7 +168,7 @@ class Accumulation:
         if place is not None:
             return self._join(place, losses)
         if not self._more():  # dropped: the optimizer will not take them
-            if self._drops >= DROPS and not self._seen:  # or gradients are kept elsewhere
+            if self._drops >= _DROPS and not self._seen:  # or gradients are kept elsewhere
                 return False
             self._drops += 1
             self._forget()
@@ -245,7 +245,7 @@ class Accumulation:
         assert self._meter.shared is not None
         gram = multiplied(self._meter.shared, means) if means else calls[-1].gram
         assert gram is not None
-        return gram, noise_of(calls, gram)
+        return gram, _noise_of(calls, gram)
 
     def settle(self) -> None:
         """Hand on the row of what the present step has so far, unless that was dropped."""
@@ -416,7 +416,7 @@ def multiplied(shared: SharedLayers, gradients: Sequence[Gradients]) -> Array:
     return total.result()
 
 
-def noise_of(calls: Sequence[Call], gram: Array) -> Noise:
+def _noise_of(calls: Sequence[Call], gram: Array) -> Noise:
     """The noise part of the Gramian of the mean of some calls; NaN for a task, or a pair, that is not in all of them.
 
     A layer that a task reaches in some calls only counts as a gradient of 0 in the others.

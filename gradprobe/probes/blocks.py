@@ -30,7 +30,7 @@ from gradprobe.probes.state import state_kept
 from gradprobe.probes.trace import Node, Trace, is_leaf
 from gradprobe.processes import OneProcess
 
-Edge = tuple[Node, int]
+_Edge = tuple[Node, int]
 """An operation, and which of its outputs the gradient is of."""
 
 BLOCKS = 8
@@ -52,7 +52,7 @@ class Block:
     end: int
     leaves: tuple[int, ...]
     complete: tuple[int, ...]
-    out: tuple[Edge, ...]
+    out: tuple[_Edge, ...]
 
 
 def cut(graph: Trace, shared: SharedLayers, count: int = BLOCKS) -> list[Block]:
@@ -129,7 +129,7 @@ class _Walk:
         self._parameters, self._position = shared.parameters, position
         self.gradients: dict[int, Tensor] = {}
         """Of the parameters of the present block, and of those that were used and are still to be used again."""
-        self._front: dict[Edge, Tensor] = {}
+        self._front: dict[_Edge, Tensor] = {}
         if loss.grad_fn is not None:
             self._front[loss.grad_fn, loss.output_nr] = torch.ones_like(loss)
 
@@ -208,7 +208,7 @@ def _width(graph: Trace) -> np.ndarray[Any, np.dtype[np.int64]]:
     """(N + 1,) how many numbers' gradients lead across a cut just below each place."""
     change = np.zeros(len(graph.nodes) + 1, dtype=np.int64)
     position = {node: at for at, node in enumerate(graph.nodes)}
-    highest: dict[Edge, int] = {}
+    highest: dict[_Edge, int] = {}
     for at, node in enumerate(graph.nodes):
         for child, output in node.next_functions if not is_leaf(node) else ():
             if child is not None and not is_leaf(child):
@@ -220,9 +220,9 @@ def _width(graph: Trace) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.cumsum(change)
 
 
-def _leading_out(graph: Trace, first: int, end: int) -> tuple[Edge, ...]:
+def _leading_out(graph: Trace, first: int, end: int) -> tuple[_Edge, ...]:
     position = {node: at for at, node in enumerate(graph.nodes[:first])}
-    found: dict[Edge, None] = {}
+    found: dict[_Edge, None] = {}
     for node in graph.nodes[first:end]:
         for child, output in node.next_functions if not is_leaf(node) else ():
             if child is not None and child in position and not is_leaf(child):

@@ -81,7 +81,7 @@ def all_losses(tasks: Sequence[str], losses: Given) -> dict[str, Tensor]:
     for task, loss in losses.items():
         if loss is None or isinstance(loss, (int, float)):
             continue
-        fault = shape_fault(loss)
+        fault = _shape_fault(loss)
         if fault:
             raise ProbeError(f"the loss of task {task!r} {fault}")
         assert isinstance(loss, Tensor)
@@ -116,7 +116,7 @@ def check_some(losses: Losses, given: Given) -> None:
     )
 
 
-def shape_fault(loss: object) -> str:
+def _shape_fault(loss: object) -> str:
     """What is wrong with a loss whether or not it has a graph, and what to do; empty where nothing is."""
     if not isinstance(loss, Tensor):
         return f"is a {type(loss).__name__}, not a tensor."
@@ -129,7 +129,7 @@ def shape_fault(loss: object) -> str:
 
 def loss_fault(loss: object) -> str:
     """What is wrong with a loss, and what to do; empty where nothing is."""
-    fault = shape_fault(loss)
+    fault = _shape_fault(loss)
     if not fault and isinstance(loss, Tensor) and not loss.requires_grad:
         return "has no graph (was it detached, or computed under no_grad?), so it has no gradient to measure."
     return fault

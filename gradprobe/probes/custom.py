@@ -43,7 +43,7 @@ def unpack_hooks(nodes: Iterable[Node]) -> list[str]:
     seen: set[int] = set()
     for node in nodes:
         kind: Any = type(node)
-        for name in saved_names(kind):
+        for name in _saved_names(kind):
             try:
                 saved = getattr(node, name)
             except RuntimeError:  # it was freed by an earlier backward
@@ -59,7 +59,7 @@ def unpack_hooks(nodes: Iterable[Node]) -> list[str]:
 
 
 @lru_cache(maxsize=1024)
-def saved_names(kind: Any) -> tuple[str, ...]:
+def _saved_names(kind: Any) -> tuple[str, ...]:
     """The attributes of a type of operation that hold what it saved."""
     return tuple(name for name in dir(kind) if name.startswith(_SAVED))
 

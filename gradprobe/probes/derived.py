@@ -95,7 +95,7 @@ class DerivedMeasurement:
         own = gram[:, self._derived, self._derived][present[:, self._derived]]
         if not np.isfinite(own).all():
             return None
-        return gram if cancellation(gram, self._weights)[self._derived] <= largest_cancellation(self.shared) else None
+        return gram if _cancellation(gram, self._weights)[self._derived] <= largest_cancellation(self.shared) else None
 
     def _gramians(self) -> tuple[Array, NDArray[np.bool_]]:
         """(L, T, T), and (L, T): which task brought a gradient to which layer."""
@@ -133,7 +133,7 @@ class DerivedMeasurement:
         return change
 
 
-def cancellation(gram: Array, weights: Array) -> Array:
+def _cancellation(gram: Array, weights: Array) -> Array:
     """How many times larger the terms are than the task's weighted gradient that is left of them: (..., T).
 
     Deriving task d loses about so many times the rounding error. The worst layer counts. Infinite where the
@@ -167,7 +167,7 @@ def task_to_derive(gram: Array, weights: Array, largest: float) -> int | None:
     """
     if gram.shape[0] == 0:
         return None
-    worst = cancellation(gram, weights)
+    worst = _cancellation(gram, weights)
     best = int(np.argmin(worst))
     return best if worst[best] <= largest else None
 

@@ -29,10 +29,10 @@ from gradprobe.rows import MEASURED
 
 T = TypeVar("T")
 
-TOUCHES = "not measured: a backward pass writes into .grad or parameters by itself"
-ONE_BACKWARD = "not measured: this forward allows one backward only"
+_TOUCHES = "not measured: a backward pass writes into .grad or parameters by itself"
+_ONE_BACKWARD = "not measured: this forward allows one backward only"
 MOVED = "not measured: the optimizer stepped within the backward, before the derived gradient was known"
-UNTRIED = "not measured: hooks on saved tensors that no measured row had tried"
+_UNTRIED = "not measured: hooks on saved tensors that no measured row had tried"
 BESIDE = "beside"
 """The kind of what is looked at besides rows."""
 
@@ -122,11 +122,11 @@ class Guard:
             NotMeasured: They would at a later one, or nobody knows yet.
         """
         self.say_hooks()
-        nodes = reachable(losses)
+        nodes = _reachable(losses)
         hooks = custom.unpack_hooks(nodes)
-        why = self.stopped or (UNTRIED if self._proven and not self._tried.issuperset(hooks) else "")
+        why = self.stopped or (_UNTRIED if self._proven and not self._tried.issuperset(hooks) else "")
         if not self._ranks.all(not why):
-            raise NotMeasured(why or ELSEWHERE, self._words_of_untried(hooks) if why == UNTRIED else "")
+            raise NotMeasured(why or ELSEWHERE, self._words_of_untried(hooks) if why == _UNTRIED else "")
         looks = self.will_look(kind)
         self._rows[kind] += 1
         if not looks:
@@ -143,10 +143,10 @@ class Guard:
         if not self._ranks.all(not self._may_be_hooks(touched)):
             self._hold_off(touched)
             if not known:
-                raise NotMeasured(TOUCHES)
+                raise NotMeasured(_TOUCHES)
             result, touched, failure = self._looked_at(noted, measure)
         if not self._ranks.all(not touched):
-            self._refuse(touched, reachable(losses))
+            self._refuse(touched, _reachable(losses))
         if failure is not None:
             raise self._cause(failure, losses, before) from failure
         if kind != BESIDE:  # that goes through parts of the graph only
@@ -177,15 +177,15 @@ class Guard:
         """
         if isinstance(error, GradprobeError) or done.count == before or not losses or self._goes_through(losses[0]):
             return error
-        why = self._words_of_one_backward(custom.unpack_hooks(reachable(losses)), error)
+        why = self._words_of_one_backward(custom.unpack_hooks(_reachable(losses)), error)
         if not self._proven:
             return ProbeError(
                 why + " Nothing can be measured here, and the training's own backward would fail after it: make the "
                 "forward anew, without the probe, or without what allows one backward only."
             )
-        self.stopped = ONE_BACKWARD
+        self.stopped = _ONE_BACKWARD
         said = "This one is used up, so that the training's own backward will fail, too. No more passes are made"
-        return NotMeasured(ONE_BACKWARD, f"{why} {said}")
+        return NotMeasured(_ONE_BACKWARD, f"{why} {said}")
 
     def _goes_through(self, loss: Tensor) -> bool:
         """Whether a pass through this graph, where one went through before, does again."""
@@ -232,8 +232,8 @@ class Guard:
                 f"{what} Replace it (torch.utils.checkpoint.checkpoint(..., use_reentrant=False) recomputes without), "
                 "or record level='features' with probe.backward, which makes no passes."
             )
-        self.stopped = TOUCHES
-        raise NotMeasured(TOUCHES, f"{what} No more passes are made")
+        self.stopped = _TOUCHES
+        raise NotMeasured(_TOUCHES, f"{what} No more passes are made")
 
     def _words_of_touched(self, touched: Touched, operations: list[str]) -> str:
         wheres = {".grad": touched.gradients, "the values": touched.parameters, "the numbers": touched.attributes}
@@ -304,7 +304,7 @@ class Guard:
         self.mark = MARK
         if not self._told:
             self._told = True
-            self._warn(words(found, layers, custom.operations(reachable(losses)), custom.hooked(self._model)))
+            self._warn(words(found, layers, custom.operations(_reachable(losses)), custom.hooked(self._model)))
 
 
 def _has_hooks(model: nn.Module) -> bool:
@@ -319,7 +319,7 @@ def _may_step(model: nn.Module) -> bool:
     return any(getattr(p, "_post_accumulate_grad_hooks", None) for p in walk.parameters(model))
 
 
-def reachable(losses: Sequence[Tensor]) -> list[Node]:
+def _reachable(losses: Sequence[Tensor]) -> list[Node]:
     """Every operation below some losses, in no order."""
     stack = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     seen: set[Node] = set(stack)

@@ -55,7 +55,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Due:
+class _Due:
     """What is to be measured in one call."""
 
     rows: bool
@@ -137,7 +137,7 @@ class Measuring:
         return self.shared_parameters() or [p for group in groups for p in group["params"]]
 
     @contextmanager
-    def call(self, losses: Losses) -> Iterator[Due]:
+    def call(self, losses: Losses) -> Iterator[_Due]:
         """One call of the probe; within it, what is to be measured is, and what is to be trained."""
         self.moves.asked()
         try:
@@ -175,12 +175,12 @@ class Measuring:
                 self.moves.asked()
                 self.calls.settle()
 
-    def due(self, losses: Losses) -> Due:
+    def due(self, losses: Losses) -> _Due:
         """Asked once per call of the probe."""
         first, due = self.clock.ask()
         return self._due(first, self.calls.due(first, due, losses))
 
-    def due_next(self) -> Due:
+    def due_next(self) -> _Due:
         """What :meth:`due` would say if the probe were called now."""
         self.moves.asked()
         first, due = self.clock.peek()
@@ -191,7 +191,7 @@ class Measuring:
         losses: Losses,
         weights: Array,
         total: Tensor,
-        due: Due,
+        due: _Due,
         batch_size: int,
         micro: MicroBatches | None = None,
     ) -> None:
@@ -237,7 +237,7 @@ class Measuring:
             self.clock.schedule.spent(watch.seconds + feature_watch.seconds)
 
     def record(
-        self, losses: Losses, weights: Array, due: Due, batch_size: int, micro: MicroBatches | None = None
+        self, losses: Losses, weights: Array, due: _Due, batch_size: int, micro: MicroBatches | None = None
     ) -> None:
         """The measurement alone, by passes of its own."""
         if due.rows:
@@ -487,9 +487,9 @@ class Measuring:
             return np.full_like(gram, np.nan)
         return finite(padded(self.scale.off(noise.part), len(gram)))
 
-    def _due(self, first: bool, due: bool) -> Due:
+    def _due(self, first: bool, due: bool) -> _Due:
         loader = first and self.loader is not None and self.loader.due(self.clock.step)
-        return Due(due, self.level.features and (first if self.level.parameters else due), loader)
+        return _Due(due, self.level.features and (first if self.level.parameters else due), loader)
 
     def _emit_features(self, features: Sequence[Feature], gram: Array | None, watch: Stopwatch) -> None:
         if gram is not None and self.features.names:

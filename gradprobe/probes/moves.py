@@ -12,7 +12,7 @@ BY_HAND = (
     "method that is no step()): each change counts as a step from here on. Leave optimizer= out, with accumulate= "
     "where several calls make a step, to count by calls"
 )
-WAITING = (
+_WAITING = (
     "{calls:,} calls of the probe, and no optimizer has stepped on the shared parameters: rows are only measured at "
     "the next step. Pass the optimizer that trains them, or leave optimizer= out and count steps by calls"
 )
@@ -22,7 +22,7 @@ STAGES = 3
 PATIENCE = 1024
 """After so many calls without a step something is said."""
 
-FIRST_LOOK = 16
+_FIRST_LOOK = 16
 """From so many calls of a step on its numbers are looked at now and then, though it is not measured."""
 
 
@@ -70,11 +70,11 @@ class Moves:
             return
         calls = self._clock.in_step + 1
         measured = self._clock.is_due and (several or calls > 1)
-        now_and_then = calls >= FIRST_LOOK and not calls & (calls - 1)
+        now_and_then = calls >= _FIRST_LOOK and not calls & (calls - 1)
         closely = measured or now_and_then or (self._by_hand and self._points.silent)
         self._points.keep(closely=closely, numbers=self._clock.by_calls)
         if calls == PATIENCE and not self._clock.by_calls:
-            self._warn(WAITING.format(calls=calls))
+            self._warn(_WAITING.format(calls=calls))
 
     def stepped(self) -> None:
         """An optimizer stepped."""

@@ -95,7 +95,7 @@ class _Value:
 
     def moved(self) -> bool:
         if self._copy is not None:
-            return not same_bits(self._tensor, self._copy)
+            return not _same_bits(self._tensor, self._copy)
         return self.written() or not _equal(self._fingerprint, fingerprint(self._tensor))
 
     def back(self) -> bool:
@@ -146,7 +146,7 @@ def fingerprint(tensor: Tensor) -> Tensor | None:
     return None if bits is None else bits.sum(dtype=torch.int64)
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
+def _same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same to the last bit; NaN is the same as itself."""
     if one.layout != torch.strided:
         return _same_sparse(one, other)
@@ -157,7 +157,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 def _same_sparse(one: Tensor, other: Tensor) -> bool:
     if one.layout != torch.sparse_coo or one._nnz() != other._nnz():
         return one.layout != torch.sparse_coo
-    return torch.equal(one._indices(), other._indices()) and same_bits(one._values(), other._values())
+    return torch.equal(one._indices(), other._indices()) and _same_bits(one._values(), other._values())
 
 
 def _bits(tensor: Tensor) -> Tensor | None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gradprobe.rows import Provenance
 
 MEMORY = ("normal", "low")
-PRODUCTS = ("direct", "ghost")
+_PRODUCTS = ("direct", "ghost")
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -115,7 +115,7 @@ class ProbeOptions:
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("memory", MEMORY), ("products", PRODUCTS)):
+        for name, choices in (("memory", MEMORY), ("products", _PRODUCTS)):
             if getattr(self, name) not in choices:
                 raise ProbeError(f"{name}={getattr(self, name)!r}: there are {' and '.join(map(repr, choices))}.")
         if self.every is not None and self.budget is not None:

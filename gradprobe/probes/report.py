@@ -38,7 +38,7 @@ from gradprobe.rows.layers import shortened
 
 T = TypeVar("T")
 
-SOON = 10
+_SOON = 10
 """Measured steps after which a task that took part in none is asked after."""
 
 
@@ -126,7 +126,7 @@ class Reporter:
         """Of a measured step: (T,) who took part in it."""
         self._seen |= there
         self._steps += 1
-        if self._steps == SOON:
+        if self._steps == _SOON:
             self.ask_after()
 
     def ask_after(self) -> None:

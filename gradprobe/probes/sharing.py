@@ -27,16 +27,16 @@ from gradprobe.processes import OneProcess
 Place = tuple[str, int]
 """A parameter by the name of its layer and its place among the layer's, which are the same in all processes."""
 
-SURE = 2
+_SURE = 2
 """Rows after which a layer on which no second task has had a gradient is said to be shared by the graph alone: layers
 that begin at 0 have their first gradient at the second step."""
 
-MUCH = 0.1
+_MUCH = 0.1
 """Share of a task's squared norm over all shared layers from which on it is said that a layer may be no layer."""
 
 
 @dataclass
-class Found:
+class _Found:
     """What graphs have shown of one parameter.
 
     Attributes:
@@ -71,7 +71,7 @@ class Sharing:
     weights: tuple[str, ...] = ()
     joined: bool = False
     changed: bool = False
-    _found: dict[Place, Found] = field(default_factory=dict)
+    _found: dict[Place, _Found] = field(default_factory=dict)
     _known: dict[int, int] = field(default_factory=dict)  # id of a parameter -> tasks that are known to reach it
     _members: dict[str, set[int]] = field(default_factory=dict)  # layer, in the order of the file -> places
     _binding: Binding | None = None
@@ -132,7 +132,7 @@ class Sharing:
             self._hidden |= {places[leaf] for leaf in hidden(graph, sizes, self.tasks)}
         uses = [reached(loss) for loss in losses.values()]
         own = {
-            places[leaf]: Found(mask, min(use[leaf] for use in uses if leaf in use), leaf in weighing)
+            places[leaf]: _Found(mask, min(use[leaf] for use in uses if leaf in use), leaf in weighing)
             for leaf, mask in graph.leaves.items()
             if leaf in places
         }
@@ -217,7 +217,7 @@ class Sharing:
         found = [
             layer.name
             for layer, here, rows in zip(self.shared.layers, alone, self._rows, strict=True)
-            if here and rows >= (1 if last else SURE) and layer.name not in self._told
+            if here and rows >= (1 if last else _SURE) and layer.name not in self._told
         ]
         self._told.update(found)
         return found
@@ -232,7 +232,7 @@ class Sharing:
         if not self._hidden:
             return
         squares = np.nan_to_num(norms, posinf=0.0) ** 2
-        much = (squares > MUCH * squares.sum(axis=0)).any(axis=1)
+        much = (squares > _MUCH * squares.sum(axis=0)).any(axis=1)
         for (name, members), here in zip(self._members.items(), much, strict=True):
             if here and name not in self._told and all((name, at) in self._hidden for at in members):
                 self._told.add(name)
@@ -278,7 +278,7 @@ class Sharing:
         later = {name: members for name, members in self._members.items() if name not in held}
         self._members = {**{name: members | self._members.get(name, set()) for name, members in held.items()}, **later}
         for layer, at, tasks, order, weighs in state["found"]:
-            self._found[layer, at] = Found(tasks, order, weighs)
+            self._found[layer, at] = _Found(tasks, order, weighs)
         effect = np.array(state["effect"], dtype=bool).reshape(len(held), self.tasks)
         self._effect = np.vstack([effect, np.zeros((len(later), self.tasks), dtype=bool)])
         self._rows = [*state["rows"], *[0] * len(later)]

@@ -30,7 +30,7 @@ from gradprobe.measures import Array
 from gradprobe.probes.gramian import vector
 from gradprobe.probes.graph import Layer
 
-SMALLEST = 16
+_SMALLEST = 16
 POOL = 8
 """Signs are stretches of one random sequence, so many times as long as a row: two rows seldom have the same."""
 
@@ -64,10 +64,10 @@ def size_of(sketch: int | Sequence[int] | None) -> Size | None:
         return None
     given = [sketch] if isinstance(sketch, int) else list(sketch) if isinstance(sketch, (tuple, list)) else []
     whole = all(isinstance(number, int) and not isinstance(number, bool) for number in given)
-    if len(given) not in (1, 2) or not whole or given[0] < SMALLEST or given[-1] < 0:
+    if len(given) not in (1, 2) or not whole or given[0] < _SMALLEST or given[-1] < 0:
         raise ProbeError(
             f"sketch={sketch!r}: give the numbers that are kept of each task's gradient on a layer, at least "
-            f"{SMALLEST}, such as 4096; or those and a seed, such as (4096, 1)."
+            f"{_SMALLEST}, such as 4096; or those and a seed, such as (4096, 1)."
         )
     return Size(*given)
 

@@ -48,7 +48,7 @@ class Sketching:
         return Draw(self.size, self.row - 1, shared.layers)
 
 
-class SketchSum:
+class _SketchSum:
     """Takes task gradients one parameter at a time, in any order, and gives the Gramian of every layer.
 
     Args:
@@ -112,8 +112,8 @@ def measure_sketched(
 
 def _passes(
     model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor], draw: Draw, tasks: Sequence[int]
-) -> SketchSum:
-    total = SketchSum(shared, len(losses), draw)
+) -> _SketchSum:
+    total = _SketchSum(shared, len(losses), draw)
     with state_kept(model) as back:
         for task in tasks:
             with Listener(shared.parameters, partial(total.add, task), hollow=True) as listener:

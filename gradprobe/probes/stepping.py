@@ -140,11 +140,11 @@ class Steps:
         if len(self._running) > 1 or self._calling:
             return None
         self._told = False
-        closure = closure_of(args, named)
+        closure = _closure_of(args, named)
         if closure is None:
             self._tell(optimizer)
             return None
-        return with_closure(args, named, self._watched(optimizer, closure))
+        return _with_closure(args, named, self._watched(optimizer, closure))
 
     def _watched(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
         """The closure; after its first evaluation the gradient of the step is whole."""
@@ -199,7 +199,7 @@ class Steps:
         self._end(optimizer, seen)
 
     def _end(self, optimizer: Optimizer, seen: bool) -> None:
-        if self._called or kin(optimizer, self._leader):
+        if self._called or _kin(optimizer, self._leader):
             self._lead(optimizer, 1)
         elif optimizer in self._uncounted:  # for the second time, while the leader rests
             self._lead(optimizer, 2)
@@ -219,7 +219,7 @@ class Steps:
         One that holds parameters of the other's has taken its place; one that holds others stands beside it (a second
         one for the biases, say), unless the other no longer steps.
         """
-        if not kin(optimizer, self.followed):
+        if not _kin(optimizer, self.followed):
             mine, known = ({id(p) for p in _parameters(o)} for o in (optimizer, self.followed))
             if not (mine & known or optimizer in self._beside):
                 self._beside.add(optimizer)
@@ -233,7 +233,7 @@ class Steps:
         return True
 
 
-def kin(one: Optimizer, other: Optimizer) -> bool:
+def _kin(one: Optimizer, other: Optimizer) -> bool:
     """Whether two optimizers are one with respect to what they update, as a wrapper and what it wraps are."""
     return one is other or any(a is b for a in one.param_groups for b in other.param_groups)
 
@@ -243,13 +243,13 @@ def learning_rate(optimizer: Optimizer | None) -> float:
     return float("nan") if optimizer is None else float(optimizer.param_groups[0].get("lr", float("nan")))
 
 
-def closure_of(args: Sequence[Any], named: Mapping[str, Any]) -> Callable[..., Any] | None:
+def _closure_of(args: Sequence[Any], named: Mapping[str, Any]) -> Callable[..., Any] | None:
     """The closure among the arguments of a ``step()``, the optimizer itself being the first; None: there is none."""
     given = named["closure"] if "closure" in named else args[1] if len(args) > 1 else None
     return given if callable(given) and not isinstance(given, nn.Module) else None
 
 
-def with_closure(args: tuple[Any, ...], named: Mapping[str, Any], closure: Callable[..., Any]) -> Given:
+def _with_closure(args: tuple[Any, ...], named: Mapping[str, Any], closure: Callable[..., Any]) -> Given:
     """The same arguments with another closure."""
     if "closure" in named:
         return args, {**named, "closure": closure}

@@ -10,7 +10,7 @@ WINDOW = 5
 """Bins in the running median that is compared with the level: one lucky minibatch is no arrival."""
 
 
-def trailing(values: Array, window: int = WINDOW) -> Array:
+def _trailing(values: Array, window: int = WINDOW) -> Array:
     """The median of each value and those before it, ``window`` at most, over the last axis: (..., B) -> (..., B)."""
     padded = np.concatenate([np.full((*values.shape[:-1], window - 1), np.nan), values], axis=-1)
     views = np.lib.stride_tricks.sliding_window_view(padded, window, axis=-1)
@@ -23,7 +23,7 @@ def final_level(values: Array) -> float:
     Args:
         values: (seeds, B), falling; NaN behind a seed's end.
     """
-    smooth = np.where(np.isfinite(values), trailing(values), np.nan)
+    smooth = np.where(np.isfinite(values), _trailing(values), np.nan)
     last = [row[np.isfinite(row)][-1] for row in smooth if np.isfinite(row).any()]
     return float(max(last, default=np.nan))
 
@@ -43,7 +43,7 @@ def reached(values: Array, steps: Array, level: float, *, upwards: bool = False)
     >>> reached(np.array([[4.0, 3.0, 1.0]]), np.array([0.0, 10.0, 20.0]), 3.0)
     array([20.])
     """
-    smooth = trailing(values)
+    smooth = _trailing(values)
     with np.errstate(invalid="ignore"):
         there = smooth >= level if upwards else smooth <= level
     return np.where(there.any(axis=1), steps[there.argmax(axis=1)], np.nan)

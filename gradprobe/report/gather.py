@@ -23,12 +23,12 @@ from gradprobe.runfile import Run, schema, thin
 ARMS, TASKS, PAIRS = 24, 6, 3
 """Drawn at most; what is left out is counted."""
 
-CELLS = 300_000
+_CELLS = 300_000
 """Cells of all heatmaps together, at most."""
 
 FACTS = ("trainer", "machine", "system", "steps_per_epoch", "level")
 GROUPS = ("settings", "data", "model", "probe", "probe_loader", "versions", "batches", "plan", "hyp", "test")
-LONGEST_FACT = 300
+_LONGEST_FACT = 300
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def gather(
 
 
 @dataclass(frozen=True)
-class Frame:
+class _Frame:
     """What all runs are put into.
 
     Attributes:
@@ -95,7 +95,7 @@ class Frame:
     left_out: Mapping[str, int]
 
 
-def _frame(arms: Sequence[ArmFiles], span: tuple[int, int] | None) -> Frame:
+def _frame(arms: Sequence[ArmFiles], span: tuple[int, int] | None) -> _Frame:
     """The tasks and pairs of all runs, in the order of the first, and the bins that hold all their steps."""
     tasks: dict[str, None] = {}
     pairs: dict[str, None] = {}
@@ -115,11 +115,11 @@ def _frame(arms: Sequence[ArmFiles], span: tuple[int, int] | None) -> Frame:
         cells += width
     chosen = _telling(arms, list(pairs))
     borders = bins.edges(first, last, rows)
-    most = min(len(borders) - 1, max(CELLS // max(cells * len(chosen), 1), heat.FEWEST))
+    most = min(len(borders) - 1, max(_CELLS // max(cells * len(chosen), 1), heat.FEWEST))
     count = heat.columns(rows, corrected, most)
     kept = list(tasks)[:TASKS]
     left = {"tasks": len(tasks) - len(kept), "pairs": len(pairs) - len(chosen)}
-    return Frame(kept, chosen, borders, np.linspace(borders[0], borders[-1], count + 1), span, left)
+    return _Frame(kept, chosen, borders, np.linspace(borders[0], borders[-1], count + 1), span, left)
 
 
 def _telling(arms: Sequence[ArmFiles], pairs: list[str]) -> list[str]:
@@ -133,13 +133,13 @@ def _telling(arms: Sequence[ArmFiles], pairs: list[str]) -> list[str]:
     return order[:PAIRS]
 
 
-def _arm(arm: ArmFiles, frame: Frame) -> ArmData:
+def _arm(arm: ArmFiles, frame: _Frame) -> ArmData:
     read = [_run(arm.name, path, seed, frame) for path, seed in zip(arm.files, arm.seeds, strict=True)]
     layers, cosines, corrected = heat.of_arm([found for _, found in read])
     return ArmData(clean(arm.name), [data for data, _ in read], tuple(distinct(layers)), cosines, corrected)
 
 
-def _run(arm: str, path: Path, seed: object, frame: Frame) -> tuple[RunData, heat.RunHeat]:
+def _run(arm: str, path: Path, seed: object, frame: _Frame) -> tuple[RunData, heat.RunHeat]:
     with Run(path) as whole:
         run = thin.thin(whole)
         place, count = bins.places(run["step"], frame.borders), len(frame.borders) - 1
@@ -164,7 +164,7 @@ def _run(arm: str, path: Path, seed: object, frame: Frame) -> tuple[RunData, hea
         return data, _heat(run, frame)
 
 
-def _heat(run: Run, frame: Frame) -> heat.RunHeat:
+def _heat(run: Run, frame: _Frame) -> heat.RunHeat:
     place, count = bins.places(run["step"], frame.heat_borders), len(frame.heat_borders) - 1
     naive = heat.naive(run["cosine"], run.pairs, frame.pairs, place, count)
     shared = np.flatnonzero(run.shared_reach.any(axis=1))
@@ -256,5 +256,5 @@ def _facts(provenance: Mapping[str, Any]) -> dict[str, str]:
     for name, value in provenance.items():
         if name in FACTS or name.split(".")[0] in GROUPS:
             text = " ".join(map(str, value)) if isinstance(value, (list, tuple, np.ndarray)) else str(value)
-            found[clean(name)] = clean(text, LONGEST_FACT)
+            found[clean(name)] = clean(text, _LONGEST_FACT)
     return found

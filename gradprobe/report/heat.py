@@ -14,7 +14,7 @@ from gradprobe.report.bins import Array
 
 Floats = NDArray[np.float32]
 
-ROWS_PER_CELL = 8
+_ROWS_PER_CELL = 8
 """Of a run that is corrected for noise: fewer rows would leave most cells unresolved."""
 
 FEWEST = 12
@@ -43,7 +43,7 @@ def columns(rows: int, corrected: bool, most: int) -> int:
     >>> columns(400, True, 120), columns(400, False, 120), columns(5, True, 5)
     (50, 120, 5)
     """
-    wanted = max(rows // ROWS_PER_CELL, FEWEST) if corrected else most
+    wanted = max(rows // _ROWS_PER_CELL, FEWEST) if corrected else most
     return min(wanted, most)
 
 

@@ -70,7 +70,7 @@ DARK = {
 }
 SERIES = 8
 DASHES = ("solid", "dash", "dot", "dashdot")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon", "star")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "pentagon", "hexagon", "star")
 
 DIVERGING = [[0, "@minus"], [0.25, "@minus2"], [0.5, "@zero"], [0.75, "@plus2"], [1, "@plus"]]
 
@@ -97,8 +97,8 @@ class Styles:
         return DASHES[(self._place(arm) // SERIES + (arm in self.controls)) % len(DASHES)]
 
     def symbol(self, arm: str) -> str:
-        """One of :data:`SYMBOLS`."""
-        return "circle" if arm == self.baseline else SYMBOLS[(1 + self._place(arm)) % len(SYMBOLS)]
+        """One of :data:`_SYMBOLS`."""
+        return "circle" if arm == self.baseline else _SYMBOLS[(1 + self._place(arm)) % len(_SYMBOLS)]
 
     def _place(self, arm: str) -> int:
         """Those that are not drawn, because there are too many, come after the others."""

@@ -20,12 +20,12 @@ from gradprobe.report.figures.verdicts import LOOKS
 from gradprobe.report.look import DARK, LIGHT
 from gradprobe.report.sections.front import Card
 
-WHY = "gradprobe report"
+_WHY = "gradprobe report"
 FOLDER = Path(__file__).parent
-TAGS = {"en": "en", "zh-TW": "zh-Hant-TW"}
+_TAGS = {"en": "en", "zh-TW": "zh-Hant-TW"}
 
 DASHES = {"solid": "", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3"}
-MARKS = {
+_MARKS = {
     "circle": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
     "square": "M-5 -5h10v10h-10z",
     "diamond": "M0 -6l6 6l-6 6l-6 -6z",
@@ -58,7 +58,7 @@ class Report:
     sections: Sequence[Section]
 
 
-class Numbering:
+class _Numbering:
     """Numbers of panels and figures, in the order in which the template comes by them."""
 
     def __init__(self) -> None:
@@ -84,8 +84,8 @@ def render(report: Report, words: Language) -> str:
     Raises:
         MissingExtraError: plotly or jinja2 is not installed.
     """
-    jinja2 = optional("jinja2", WHY, extra="report")
-    library = optional("plotly.offline", WHY, extra="report").get_plotlyjs()
+    jinja2 = optional("jinja2", _WHY, extra="report")
+    library = optional("plotly.offline", _WHY, extra="report").get_plotlyjs()
     script = _text("page.js")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
@@ -97,11 +97,11 @@ def render(report: Report, words: Language) -> str:
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "ensure_ascii": False}
     environment.filters["code"] = code
     environment.filters["kind"] = lambda block: type(block).__name__
-    markup = optional("markupsafe", WHY, extra="report").Markup
+    markup = optional("markupsafe", _WHY, extra="report").Markup
     page: str = environment.get_template("page.html.j2").render(
         report=report,
         words=words,
-        tag=TAGS[words.lang],
+        tag=_TAGS[words.lang],
         version=__version__,
         policy=policy(library, script),
         css=markup(_text("page.css")),
@@ -111,8 +111,8 @@ def render(report: Report, words: Language) -> str:
         dark=DARK,
         looks=LOOKS,
         dashes=DASHES,
-        marks=MARKS,
-        numbering=Numbering(),
+        marks=_MARKS,
+        numbering=_Numbering(),
         library=markup(library),
         script=markup(script),
     )
@@ -121,7 +121,7 @@ def render(report: Report, words: Language) -> str:
 
 def code(text: str) -> Any:
     """Text with what stands between backticks as code; escaped before anything else."""
-    markupsafe = optional("markupsafe", WHY, extra="report")
+    markupsafe = optional("markupsafe", _WHY, extra="report")
     return markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(visible(text)))))
 
 

@@ -29,7 +29,7 @@ _BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class CheckFinding:
+class _CheckFinding:
     """One thing that was found.
 
     Attributes:
@@ -52,7 +52,7 @@ class CheckReport:
         files: Names of those that count.
     """
 
-    findings: list[CheckFinding] = field(default_factory=list)
+    findings: list[_CheckFinding] = field(default_factory=list)
     rows: int = 0
     files: list[str] = field(default_factory=list)
 
@@ -63,7 +63,7 @@ class CheckReport:
 
     def add(self, path: Path, kind: str, what: str) -> None:
         """Note one finding."""
-        self.findings.append(CheckFinding(path.name, kind, what))
+        self.findings.append(_CheckFinding(path.name, kind, what))
 
 
 def check(path: Path) -> CheckReport:

@@ -96,7 +96,7 @@ class Entry:
     recorders: list[int] = field(default_factory=list)
 
 
-class StudyWatcher(Protocol):
+class _StudyWatcher(Protocol):
     """Is told how far the study is."""
 
     def began(self, entry: Entry) -> None:
@@ -138,7 +138,7 @@ class Study:
     def __post_init__(self) -> None:
         self.entries = [Entry(run) for run in self.runs]
 
-    def run(self, watcher: StudyWatcher) -> list[Entry]:
+    def run(self, watcher: _StudyWatcher) -> list[Entry]:
         """Run all that is not there yet; a failure stops no other run.
 
         Raises:
@@ -158,7 +158,7 @@ class Study:
                 raise
         return self.entries
 
-    def _look(self, watcher: StudyWatcher) -> None:
+    def _look(self, watcher: _StudyWatcher) -> None:
         """Take note of the runs that have ended since the last look."""
         for entry in self.entries:
             if entry.process is None or (code := entry.process.poll()) is None:
@@ -179,7 +179,7 @@ class Study:
         else:
             entry.state, entry.reason = FAILED, f"exit code {code}; {_last_line(self.where, entry.run)}"
 
-    def _start(self, watcher: StudyWatcher) -> None:
+    def _start(self, watcher: _StudyWatcher) -> None:
         """Start as many of the waiting runs as there is room for."""
         for entry in self.entries:
             if sum(other.state == RUNNING for other in self.entries) >= self.jobs:
@@ -198,7 +198,7 @@ class Study:
             elif self._ready(entry, watcher):
                 self._launch(entry, BEGUN if entry.anew else state, watcher)
 
-    def _wait(self, entry: Entry, watcher: StudyWatcher) -> None:
+    def _wait(self, entry: Entry, watcher: _StudyWatcher) -> None:
         found = self.where.recorders(entry.run)
         if found and not entry.recorders:
             entry.recorders = found
@@ -215,7 +215,7 @@ class Study:
             reason = str(error).removeprefix(f"{path}: ").rstrip(".")
         return reason and f"{reason}. Move {path} away, and it is recorded anew"
 
-    def _ready(self, entry: Entry, watcher: StudyWatcher) -> bool:
+    def _ready(self, entry: Entry, watcher: _StudyWatcher) -> bool:
         """Whether the run that it is made from is there; without that it fails."""
         if not entry.run.source:
             return True
@@ -225,7 +225,7 @@ class Study:
             watcher.ended(entry)
         return source.state in (DONE, SKIPPED)
 
-    def _launch(self, entry: Entry, state: str, watcher: StudyWatcher) -> None:
+    def _launch(self, entry: Entry, state: str, watcher: _StudyWatcher) -> None:
         log = self.where.log(entry.run)
         log.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -11,7 +11,7 @@ from gradprobe.runfile import Run, live
 from gradprobe.summary.numbers import conflict_rate, median
 
 WINDOW = 256
-RECENT = 40
+_RECENT = 40
 
 
 def latest(run: Run, window: int = WINDOW) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _last(values: NDArray[Any]) -> float | None:
 
 
 def _recent(values: NDArray[Any]) -> list[float | None]:
-    return [_number(value) for value in values[-RECENT:]]
+    return [_number(value) for value in values[-_RECENT:]]
 
 
 def _number(value: Any) -> float | None:

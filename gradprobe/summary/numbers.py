@@ -15,8 +15,8 @@ from gradprobe.rows import MEASURED
 from gradprobe.runfile import Run, schema, thin
 from gradprobe.summary import estimated, ledger, updates, words
 
-LOWEST_LAYERS = 3
-SUMMED = 1 << 23
+_LOWEST_LAYERS = 3
+_SUMMED = 1 << 23
 """Entries of Gramians in memory at a time, where they have to be made from norms and cosines."""
 
 
@@ -78,7 +78,7 @@ def shared_gram(run: Run) -> Array:
     if len(run.layers) and (counts == counts[..., :1]).all():
         return measures.from_norms(run.norm(), run.cosine())
     pieces, done = [np.zeros((0, tasks, tasks))], 0
-    for block in run.blocks(len(run), max(1, SUMMED // max(len(run.layers) * tasks**2, 1))):
+    for block in run.blocks(len(run), max(1, _SUMMED // max(len(run.layers) * tasks**2, 1))):
         gram = measures.from_norms(block["grad_norm"], block["cosine"])
         pieces.append(measures.over_counted(gram, counts[done : done + len(gram)]))
         done += len(gram)
@@ -200,7 +200,7 @@ def _lowest(run: Run, cosines: NDArray[Any]) -> list[dict[str, Any]]:
     order = [i for i in np.argsort(middle, kind="stable") if np.isfinite(middle[i])]
     return [
         {"layer": run.layers[i], "parameters": int(run.layer_size[i]), "cosine_median": float(middle[i])}
-        for i in order[:LOWEST_LAYERS]
+        for i in order[:_LOWEST_LAYERS]
     ]
 
 

@@ -15,9 +15,9 @@ from gradprobe.summary import crowd, estimated, ledger, updates
 
 CAUTION = Message("summary.caution")
 
-PAIRS_IN_WORDS = 3
-METRICS_IN_WORDS = 16
-NAMES_IN_WORDS = 4
+_PAIRS_IN_WORDS = 3
+_METRICS_IN_WORDS = 16
+_NAMES_IN_WORDS = 4
 
 
 def messages(summary: dict[str, Any]) -> list[Message]:
@@ -106,8 +106,8 @@ def _of_layers(summary: dict[str, Any]) -> list[Message]:
 
 
 def _first(names: Sequence[Value]) -> list[Value]:
-    more = [Message("join.more", n=len(names) - NAMES_IN_WORDS)] if len(names) > NAMES_IN_WORDS else []
-    return [*names[:NAMES_IN_WORDS], *more]
+    more = [Message("join.more", n=len(names) - _NAMES_IN_WORDS)] if len(names) > _NAMES_IN_WORDS else []
+    return [*names[:_NAMES_IN_WORDS], *more]
 
 
 def _looked_at(summary: dict[str, Any]) -> list[Message]:
@@ -149,11 +149,11 @@ def _norms(summary: dict[str, Any]) -> list[Message]:
 def _cosines(summary: dict[str, Any]) -> list[Message]:
     pairs = summary["pairs"]
     known = [name for name, values in pairs.items() if values["cosine"]["median"] is not None]
-    unknown = [name for name in pairs if name not in known][:PAIRS_IN_WORDS]
+    unknown = [name for name in pairs if name not in known][:_PAIRS_IN_WORDS]
     said = [Message("summary.no_cosine", tasks=_both(name)) for name in unknown]
-    if len(known) > PAIRS_IN_WORDS:
-        said.append(Message("summary.lowest", n=PAIRS_IN_WORDS, of=len(known)))
-        known = sorted(known, key=lambda name: pairs[name]["cosine"]["median"])[:PAIRS_IN_WORDS]
+    if len(known) > _PAIRS_IN_WORDS:
+        said.append(Message("summary.lowest", n=_PAIRS_IN_WORDS, of=len(known)))
+        known = sorted(known, key=lambda name: pairs[name]["cosine"]["median"])[:_PAIRS_IN_WORDS]
     return said + [_cosine(name, pairs[name]) for name in known]
 
 
@@ -192,10 +192,10 @@ def _at_features(summary: dict[str, Any]) -> list[Message]:
     )
     found = [
         Message("summary.at_feature", median=middle, feature=name, tasks=_both(pair), rows=rows)
-        for middle, name, pair, rows in known[:PAIRS_IN_WORDS]
+        for middle, name, pair, rows in known[:_PAIRS_IN_WORDS]
     ]
-    if len(known) > PAIRS_IN_WORDS:
-        return [Message("summary.features_lowest", n=PAIRS_IN_WORDS, of=len(known), values=found)]
+    if len(known) > _PAIRS_IN_WORDS:
+        return [Message("summary.features_lowest", n=_PAIRS_IN_WORDS, of=len(known), values=found)]
     return [Message("summary.features_all", values=found)] if known else []
 
 
@@ -225,8 +225,8 @@ def _metrics(summary: dict[str, Any]) -> list[Message]:
         for name, m in summary["metrics"].items()
         if m["first"]
     ]
-    more = [Message("summary.more", n=len(each) - METRICS_IN_WORDS)] if len(each) > METRICS_IN_WORDS else []
-    return [Message("summary.metrics", values=[*each[:METRICS_IN_WORDS], *more])] if each else []
+    more = [Message("summary.more", n=len(each) - _METRICS_IN_WORDS)] if len(each) > _METRICS_IN_WORDS else []
+    return [Message("summary.metrics", values=[*each[:_METRICS_IN_WORDS], *more])] if each else []
 
 
 def _overhead(summary: dict[str, Any]) -> list[Message]:

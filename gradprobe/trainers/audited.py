@@ -23,7 +23,7 @@ from gradprobe.trainers.optim import make_optimizer, make_schedule
 from gradprobe.trainers.problems import Data, Scores, problem_of
 from gradprobe.trainers.settings import Settings
 
-EVALUATED_BATCHES = 2
+_EVALUATED_BATCHES = 2
 
 REFUSED = {
     "single": "trains one task alone, which is `joint` with weight 0 for the other: gradprobe audit --trainer joint",
@@ -51,7 +51,7 @@ def check(trainer: str | None) -> None:
         raise UsageError(f"--trainer {trainer}: {REFUSED[trainer]}.")
 
 
-class Present:
+class _Present:
     """The model, of which only some tasks have a loss."""
 
     def __init__(self, model: Any, tasks: Sequence[str]) -> None:
@@ -70,7 +70,7 @@ class Present:
         yield from self._model.parameters()
 
 
-class TracedBackward:
+class _TracedBackward:
     """Stands where the loop has its probe: the joint backward, seen by the audit."""
 
     def __init__(self, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -119,7 +119,7 @@ class _Audited:
         self._val = self._problem.loader(data.val, settings.batch_size, shuffle=False)
         self._schedule = make_schedule(self._optimizer, settings, settings.epochs * len(self._loader))
         self._engine = make_engine(self._model, settings.precision, self._device)
-        self._probe = TracedBackward(self._engine.scaler)
+        self._probe = _TracedBackward(self._engine.scaler)
         self._training: loop.Training | None = None
         self._epoch = 0
 
@@ -151,7 +151,7 @@ class _Audited:
         return loop.Training(
             settings=self._settings,
             problem=self._problem,
-            model=cast(Any, Present(self._model, tuple(weights))),
+            model=cast(Any, _Present(self._model, tuple(weights))),
             engine=self._engine,
             optimizer=self._optimizer,
             schedule=self._schedule,
@@ -167,7 +167,7 @@ class _Audited:
 
     def _evaluate(self, tasks: Sequence[str]) -> dict[str, float]:
         """Losses on the first validation batches, and in evaluation mode the main metrics of each task."""
-        batches = list(itertools.islice(self._val, EVALUATED_BATCHES))
+        batches = list(itertools.islice(self._val, _EVALUATED_BATCHES))
         total = dict.fromkeys(tasks, 0.0)
         for batch in batches:
             moved = batch.to(self._device)

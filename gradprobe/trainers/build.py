@@ -72,13 +72,13 @@ def build(
         scaler=engine.scaler,
         updates=Updates() if settings.updates else None,
         ledger=make_ledger(model, engine, problem, data.train, settings),
-        probe_loader=make_probe_loader(settings, problem, data, model, engine),
+        probe_loader=_make_probe_loader(settings, problem, data, model, engine),
         provenance={
             "trainer": settings.trainer,
             "settings": as_provenance(settings),
             "hyp": dict(model.scaled_hyp),
             "data": problem.describe(data),
-            "metrics": describe_metrics(problem.kind),
+            "metrics": _describe_metrics(problem.kind),
             "model": {
                 **size_of(model, problem.example(settings, data)),
                 "reference": reference_weights,
@@ -110,7 +110,7 @@ def build(
     )
 
 
-def make_probe_loader(
+def _make_probe_loader(
     settings: Settings, problem: Problem, data: Data, model: Any, engine: Engine
 ) -> ProbeLoader | None:
     """What ``--probe-loader`` asks for; None: nothing."""
@@ -167,7 +167,7 @@ def check_device(name: str) -> torch.device:
     return device
 
 
-def describe_metrics(kind: Kind) -> dict[str, list[Any]]:
+def _describe_metrics(kind: Kind) -> dict[str, list[Any]]:
     """Which task each metric judges, and whether higher is better, as lists of one length."""
     return {
         "name": [metric.name for metric in kind.metrics],

@@ -39,7 +39,7 @@ def check(state: Any, size: int) -> None:
         ValueError: It cannot; says where, and what should stand there.
     """
     _bounded("", state, size, DEEPEST)
-    CHECKPOINT("", state)
+    _CHECKPOINT("", state)
     settings = restored(state["settings"])
     DetectionHyp(**state["hyp"])
     sharing = state["probe"]["meter"].get("sharing") or {"layers": (), "effect": (), "rows": ()}
@@ -223,7 +223,7 @@ def fields(needed: Mapping[str, Check], may: Mapping[str, Check] | None = None) 
     return each
 
 
-CHECKPOINT = fields(
+_CHECKPOINT = fields(
     {
         "settings": anything,  # by restored()
         "hyp": fields({}, dict.fromkeys(LOSS_KEYS, real)),

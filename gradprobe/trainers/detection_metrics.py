@@ -13,7 +13,7 @@ _GRID = np.linspace(0.0, 1.0, 1000)  # confidences at which the curves are compa
 _SMOOTHING = 101  # points of that grid over which F1 is averaged before its maximum is looked for
 
 
-class DetectionScores(NamedTuple):
+class _DetectionScores(NamedTuple):
     """Means over the classes that have a true box; all NaN where no class has one."""
 
     precision: float
@@ -67,7 +67,7 @@ def true_positives(
     return right
 
 
-def detection_scores(right: Array, scores: Array, labels: Array, true_labels: Array) -> DetectionScores:
+def detection_scores(right: Array, scores: Array, labels: Array, true_labels: Array) -> _DetectionScores:
     """Precision, recall and F1 over a whole data set, at the confidence that maximises the mean F1.
 
     As in YOLOv5's val: the curves of each class are interpolated to 1000 confidences, the mean F1 is smoothed
@@ -82,7 +82,7 @@ def detection_scores(right: Array, scores: Array, labels: Array, true_labels: Ar
     """
     classes, counts = np.unique(true_labels, return_counts=True)
     if not len(classes):
-        return DetectionScores(np.nan, np.nan, np.nan, np.nan)
+        return _DetectionScores(np.nan, np.nan, np.nan, np.nan)
     curves = [
         _curves(right[labels == label], scores[labels == label], int(count))
         for label, count in zip(classes, counts, strict=True)
@@ -92,7 +92,7 @@ def detection_scores(right: Array, scores: Array, labels: Array, true_labels: Ar
     f1 = np.divide(2 * precision * recall, total, out=np.zeros_like(total), where=total > 0)
     best = int(_smoothed(f1.mean(axis=0)).argmax())
     means = [float(curve[:, best].mean()) for curve in (precision, recall, f1)]
-    return DetectionScores(means[0], means[1], means[2], confidence=float(_GRID[best]))
+    return _DetectionScores(means[0], means[1], means[2], confidence=float(_GRID[best]))
 
 
 def _curves(right: Array, scores: Array, count: int) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ from gradprobe.errors import UsageError
 from gradprobe.processes import OneProcess, started
 from gradprobe.trainers.settings import Settings
 
-HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Engine:
 def make_engine(model: nn.Module, precision: str, device: torch.device, processes: OneProcess | None = None) -> Engine:
     """The engine of a training."""
     processes = processes or OneProcess()
-    half = HALF.get(precision)
+    half = _HALF.get(precision)
     scaler = torch.amp.GradScaler(device.type) if half is torch.float16 else None
     return Engine(device, processes.copies(model, device), half, scaler, processes)
 
@@ -110,7 +110,7 @@ def make_engine(model: nn.Module, precision: str, device: torch.device, processe
 def _widened(outputs: Any) -> Any:
     """The same structure of tensors, those of half types in float32."""
     if isinstance(outputs, Tensor):
-        return outputs.float() if outputs.dtype in HALF.values() else outputs
+        return outputs.float() if outputs.dtype in _HALF.values() else outputs
     if isinstance(outputs, tuple):
         parts = [_widened(part) for part in outputs]
         return type(outputs)(*parts) if hasattr(outputs, "_fields") else tuple(parts)

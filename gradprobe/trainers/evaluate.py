@@ -16,7 +16,7 @@ from gradprobe.trainers.models.protocols import BatchLike, DetectorClassifier
 from gradprobe.trainers.problems import YOLOV5
 from gradprobe.trainers.running_statistics import left_as_it_was
 
-Detections = dict[str, Tensor]
+_Detections = dict[str, Tensor]
 
 METRICS = tuple(metric.name for metric in YOLOV5.metrics)
 """The keys of what `evaluate` returns, in order. The first eight are in [0, 1], higher is better."""
@@ -58,8 +58,8 @@ class ImageScores:
     """
 
     names: tuple[str, ...]
-    found: list[Detections]
-    truth: list[Detections]
+    found: list[_Detections]
+    truth: list[_Detections]
     probabilities: Tensor
     labels: Tensor
     losses: list[tuple[int, float, float]]
@@ -86,8 +86,8 @@ class ImageScores:
 def score(model: DetectorClassifier, loader: Iterable[BatchLike], *, device: str | torch.device = "cpu") -> ImageScores:
     """All that `evaluate` sums up, which see."""
     names: list[str] = []
-    found: list[Detections] = []
-    truth: list[Detections] = []
+    found: list[_Detections] = []
+    truth: list[_Detections] = []
     probabilities: list[Tensor] = [torch.zeros(0, 1, dtype=torch.float64)]
     labels: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     losses: list[tuple[int, float, float]] = []
@@ -109,18 +109,18 @@ def score(model: DetectorClassifier, loader: Iterable[BatchLike], *, device: str
     return ImageScores(tuple(names), found, truth, torch.cat(probabilities), torch.cat(labels), losses)
 
 
-def _true_boxes(batch: BatchLike) -> Iterator[Detections]:
+def _true_boxes(batch: BatchLike) -> Iterator[_Detections]:
     height, width = batch.images.shape[2:]
     for image in range(len(batch.images)):
         boxes, labels = boxes_in_pixels(batch.boxes, image, (width, height))
         yield {"boxes": boxes, "labels": labels}
 
 
-def _on_cpu(tensors: Detections) -> Detections:
+def _on_cpu(tensors: _Detections) -> _Detections:
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
-def _average_precision(found: list[Detections], truth: list[Detections]) -> tuple[float, float]:
+def _average_precision(found: list[_Detections], truth: list[_Detections]) -> tuple[float, float]:
     """mAP at IoU 0.5, and averaged over IoU 0.5 to 0.95."""
     from torchmetrics.detection import MeanAveragePrecision
 
@@ -138,7 +138,7 @@ def _average_precision(found: list[Detections], truth: list[Detections]) -> tupl
     return float(result["map_50"]), float(result["map"])
 
 
-def _precision_recall_f1(found: list[Detections], truth: list[Detections]) -> tuple[float, float, float]:
+def _precision_recall_f1(found: list[_Detections], truth: list[_Detections]) -> tuple[float, float, float]:
     right = [
         true_positives(
             image["boxes"].numpy(),

@@ -204,7 +204,7 @@ class GradNorm(Balancer):
         s = setup.settings
         return cls(
             setup.static,
-            layer_parameters(model, s.gradnorm_layer or model.last_shared_layer),
+            _layer_parameters(model, s.gradnorm_layer or model.last_shared_layer),
             alpha=s.gradnorm_alpha,
             lr=s.gradnorm_lr,
             momentum=s.gradnorm_momentum,
@@ -214,7 +214,7 @@ class GradNorm(Balancer):
         )
 
 
-def layer_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
+def _layer_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     """The parameters of the module called ``name``.
 
     Raises:

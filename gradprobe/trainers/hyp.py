@@ -14,7 +14,7 @@ from gradprobe.errors import UsageError
 if TYPE_CHECKING:
     from yaml.nodes import Node
 
-OPTIMIZER_KEYS = ("lr0", "lrf", "momentum", "weight_decay")
+_OPTIMIZER_KEYS = ("lr0", "lrf", "momentum", "weight_decay")
 """Learning rate, its final fraction, momentum (beta1 of Adam) and weight decay."""
 
 _NEEDS = {
@@ -97,7 +97,7 @@ class DetectionHyp:
 
 
 LOSS_KEYS = tuple(f.name for f in dataclasses.fields(DetectionHyp))
-KNOWN_KEYS = (*LOSS_KEYS, *OPTIMIZER_KEYS, *_NEEDS, *_WITHOUT_EFFECT)
+_KNOWN_KEYS = (*LOSS_KEYS, *_OPTIMIZER_KEYS, *_NEEDS, *_WITHOUT_EFFECT)
 """Every key that may stand in a hyp file."""
 
 
@@ -110,7 +110,7 @@ class HypFile:
 
     loss: DetectionHyp = DetectionHyp()
     optimizer: dict[str, float] = field(default_factory=dict)
-    """The `OPTIMIZER_KEYS` that stand in the file."""
+    """The `_OPTIMIZER_KEYS` that stand in the file."""
     ignored: tuple[str, ...] = ()
     """Keys whose value would change training under YOLOv5 and changes nothing here, in the file's order."""
 
@@ -133,7 +133,7 @@ def read_hyp(path: str | Path) -> HypFile:
         raise UsageError(f"{path}: {error}") from None
     return HypFile(
         loss=loss,
-        optimizer={key: values[key] for key in OPTIMIZER_KEYS if key in values},
+        optimizer={key: values[key] for key in _OPTIMIZER_KEYS if key in values},
         ignored=tuple(key for key in values if _would_act(key, values)),
     )
 
@@ -172,8 +172,8 @@ def _check_keys(path: Path, pairs: list[tuple[Node, Node]]) -> None:
         if key in seen:
             raise UsageError(f"{path}, line {line}: {key!r} stands on line {seen[key]} already; remove one of them.")
         seen[key] = line
-        if key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
+        if key not in _KNOWN_KEYS:
+            near = difflib.get_close_matches(key, _KNOWN_KEYS, n=1)
             hint = f", did you mean {near[0]!r}?" if near else ""
             unknown.append(f"{key!r} (line {line}{hint})")
     if unknown:

@@ -96,32 +96,32 @@ def run(training: Training) -> Outcome:
     while t.epoch < t.settings.epochs:
         t.probe.epoch = t.epoch
         t.watcher.phase("training")
-        train_epoch(t)
+        _train_epoch(t)
         if t.engine.processes.first:  # the others wait for it in the next epoch's first step
-            end_epoch(t)
+            _end_epoch(t)
         else:
             t.epoch += 1
     if t.test_loader is None or not t.engine.processes.first:
         return Outcome({}, None, t.batches.state_dict())
     t.watcher.phase("testing")
     # Once, with the last weights: val chose nothing here, so nothing was fitted to the test split.
-    scores = evaluate_on(t, t.test_loader)
+    scores = _evaluate_on(t, t.test_loader)
     return Outcome(
         scores.metrics(), leave_out(scores, t.problem.clusters(t.test_loader.dataset)), t.batches.state_dict()
     )
 
 
-def end_epoch(t: Training) -> None:
+def _end_epoch(t: Training) -> None:
     """Metrics on val, and a state to go on from."""
     t.watcher.phase("evaluating")
-    metrics = evaluate_on(t, t.val_loader).metrics()
+    metrics = _evaluate_on(t, t.val_loader).metrics()
     t.probe.log_metrics(t.epoch, **metrics)
     t.watcher.evaluated(t.epoch, metrics)
     t.epoch += 1
-    save_state(t, metrics)
+    _save_state(t, metrics)
 
 
-def train_epoch(t: Training) -> None:
+def _train_epoch(t: Training) -> None:
     """One pass over the training data."""
     t.model.train()
     t.train_loader.set_epoch(t.epoch)
@@ -181,7 +181,7 @@ def finite(t: Training, losses: Mapping[str, Tensor], values: Mapping[str, float
     return True
 
 
-def evaluate_on(t: Training, loader: Iterable[Any]) -> Scores:
+def _evaluate_on(t: Training, loader: Iterable[Any]) -> Scores:
     """An evaluation on a split, with BatchNorm statistics that fit the present weights.
 
     YOLOv5's running statistics follow with a momentum of 0.03: in a short run they are those of weights long gone.
@@ -193,7 +193,7 @@ def evaluate_on(t: Training, loader: Iterable[Any]) -> Scores:
     return t.problem.score(t.model, loader, device=t.engine.device)
 
 
-def save_state(t: Training, metrics: Mapping[str, float]) -> None:
+def _save_state(t: Training, metrics: Mapping[str, float]) -> None:
     """After an epoch: the last weights, the best ones if these are, and all that resuming needs.
 
     A disk that takes no more ends no training: what could not be saved is said, and tried again after the next epoch.

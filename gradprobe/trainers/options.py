@@ -19,7 +19,7 @@ T = TypeVar("T")
 PANELS = ("Common", "Data", "Model", "Training", "GradNorm", "Other trainers", "Measuring", "Output")
 """Under which flags are listed, in order."""
 
-SAID = 80
+_SAID = 80
 """Characters of a value in a message."""
 
 
@@ -112,7 +112,7 @@ def check(settings: Any) -> None:
         if not wrong and known.refused and value != each.default and settings.trainer not in known.trainers:
             wrong = f"goes with --trainer {' or '.join(known.trainers)}, not with {settings.trainer}."
         if wrong:
-            raise UsageError(f"{flag(each.name)} {str(value)[:SAID]}: {wrong}")
+            raise UsageError(f"{flag(each.name)} {str(value)[:_SAID]}: {wrong}")
         if known.rule is not None:
             known.rule(value)
 

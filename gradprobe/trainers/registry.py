@@ -147,7 +147,7 @@ TRAINERS: dict[str, Trainer] = {
 }
 
 
-GRADNORM: dict[str, Any] = {"trainers": ("gradnorm",), "panel": "GradNorm"}
+_GRADNORM: dict[str, Any] = {"trainers": ("gradnorm",), "panel": "GradNorm"}
 SURGERY = tuple(name for name, trainer in TRAINERS.items() if trainer.factory == _HERE + "surgery:Surgery")
 
 
@@ -156,17 +156,17 @@ class TrainerOptions:
     """The options of single trainers; all other settings: :class:`gradprobe.trainers.settings.Settings`."""
 
     gradnorm_alpha: float = option(
-        1.5, "Pull to equal rates.", least=0, why="the paper calls 3 and more unstable", **GRADNORM
+        1.5, "Pull to equal rates.", least=0, why="the paper calls 3 and more unstable", **_GRADNORM
     )
-    gradnorm_lr: float = option(0.025, "Learning rate of the weights' own Adam.", above=0, **GRADNORM)
-    gradnorm_momentum: float = option(0.9, "Its beta1.", least=0, below=1, **GRADNORM)
+    gradnorm_lr: float = option(0.025, "Learning rate of the weights' own Adam.", above=0, **_GRADNORM)
+    gradnorm_momentum: float = option(0.9, "Its beta1.", least=0, below=1, **_GRADNORM)
     gradnorm_layer: str = option(
-        "", "W: where the norms are balanced.", shown="the last convolution of SPPF", **GRADNORM
+        "", "W: where the norms are balanced.", shown="the last convolution of SPPF", **_GRADNORM
     )
-    min_weight: float = option(1e-3, "The weights' lower bound.", least=0, **GRADNORM)
-    max_weight: float = option(math.inf, "Their upper bound.", shown="none", least=0, endless=True, **GRADNORM)
+    min_weight: float = option(1e-3, "The weights' lower bound.", least=0, **_GRADNORM)
+    max_weight: float = option(math.inf, "Their upper bound.", shown="none", least=0, endless=True, **_GRADNORM)
     weight_sum: float = option(
-        float(len(YOLOV5.tasks)), "What they sum to.", shown="number of tasks", above=0, **GRADNORM
+        float(len(YOLOV5.tasks)), "What they sum to.", shown="number of tasks", above=0, **_GRADNORM
     )
 
     task: str = option(

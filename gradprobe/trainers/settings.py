@@ -19,13 +19,13 @@ from gradprobe.trainers.problems.dial_spec import parse
 TASKS = YOLOV5.tasks
 """Of the default data; those of others: :func:`gradprobe.trainers.problems.kind_of`."""
 
-LARGEST_IMAGE = 16384
+_LARGEST_IMAGE = 16384
 """Pixels of a side: one such image takes 800 MB."""
 
 LONGEST = 4095
 """Characters of a text; what Linux takes for a path."""
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """As Lightning names them. Parameters, losses and the optimizer are float32 in all; 16-mixed scales the losses."""
 
 
@@ -42,7 +42,7 @@ def _check_data(data: str) -> None:
 DATA = "data.yaml, phantom, dial:angle=120,ratio=10,noise=1, or your own my_module:make"
 NAMES = f"{', '.join(registry.TRAINERS)}, or your own my_module:MyBalancer"
 
-COUNT = {"least": 1, "below": 2**53}
+_COUNT = {"least": 1, "below": 2**53}
 """Of what there is one at least, and as many as a float64 counts."""
 
 common, training = partial(option, panel="Common"), partial(option, panel="Training")
@@ -59,12 +59,12 @@ class Settings(registry.TrainerOptions):
     trainer: str = common("gradnorm", f"{NAMES}.", rule=registry.check, audit=f"{NAMES}. [default: joint]")
     from_run: str = option("", "Name of the run file that --from read; what it gave is in other settings.", flag=False)
     data: str = common("phantom", f"{DATA}.", rule=_check_data)
-    imgsz: int = common(128, "Image size in pixels, a multiple of 32.", rule=_check_size, least=32, most=LARGEST_IMAGE)
-    epochs: int = common(12, "Passes through the training split.", **COUNT, audit="Of the learning rate's schedule.")
-    batch_size: int = common(16, "Images, of all processes together.", **COUNT, audit="Images.")
+    imgsz: int = common(128, "Image size in pixels, a multiple of 32.", rule=_check_size, least=32, most=_LARGEST_IMAGE)
+    epochs: int = common(12, "Passes through the training split.", **_COUNT, audit="Of the learning rate's schedule.")
+    batch_size: int = common(16, "Images, of all processes together.", **_COUNT, audit="Images.")
     device: str = common("cpu", "cpu, 0, mps; 0,1: one process on each.", audit="cpu, 0, mps.")
     seed: int = common(0, "Of weights, data order, phantoms.", least=0, below=2**63)
-    every: int = common(2, "Measure every so many steps.", **COUNT, audit=False)
+    every: int = common(2, "Measure every so many steps.", **_COUNT, audit=False)
 
     group_by: str = option(
         grouping.AUTO,
@@ -92,7 +92,7 @@ class Settings(registry.TrainerOptions):
         shown="1 each",
         audit="Such as det=1,cls=0.01; --weight is the audited task's.",
     )
-    precision: str = training("32-true", "{choices}.", choices=PRECISIONS)
+    precision: str = training("32-true", "{choices}.", choices=_PRECISIONS)
     processes: int = training(
         0,
         "How many train together.",
@@ -110,7 +110,7 @@ class Settings(registry.TrainerOptions):
         1,
         "Train and measure each batch in so many micro-batches, which tells noise from gradient; 4 or more.",
         shown="1, as a whole",
-        **COUNT,
+        **_COUNT,
         audit="Forwards per step, of equal parts of the batch.",
     )
     probe_loader: str = measuring(
@@ -119,7 +119,7 @@ class Settings(registry.TrainerOptions):
         shown="off",
         choices=("train", "val"),
     )
-    probe_every: int = measuring(20, "Do so every so many steps.", **COUNT)
+    probe_every: int = measuring(20, "Do so every so many steps.", **_COUNT)
     probe_batches: int = measuring(
         8,
         "On so many micro-batches, as large as those of the training.",

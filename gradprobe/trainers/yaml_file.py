@@ -9,10 +9,10 @@ import yaml
 
 from gradprobe.whole_files import read
 
-LARGEST = 1 << 20
+_LARGEST = 1 << 20
 """Bytes of a file; 22,000 names of classes take 700,000."""
 
-MOST_NODES = 60_000
+_MOST_NODES = 60_000
 """Values, lists and maps, with those that an alias stands for counted wherever it stands."""
 
 DEEPEST = 32
@@ -76,8 +76,8 @@ class Loader(yaml.SafeLoader):
     def _add(self, event: Any, size: int, depth: int) -> None:
         self._sizes[-1] += size
         self._depths[-1] = max(self._depths[-1], depth)
-        if sum(self._sizes) > MOST_NODES:
-            raise self._too_much(event, f"more than {MOST_NODES:,} values, those behind aliases counted each time")
+        if sum(self._sizes) > _MOST_NODES:
+            raise self._too_much(event, f"more than {_MOST_NODES:,} values, those behind aliases counted each time")
         if len(self._sizes) - 1 + self._depths[-1] > DEEPEST:
             raise self._too_much(event, f"more than {DEEPEST} lists and maps within each other")
 
@@ -91,7 +91,7 @@ def read_text(path: Path) -> str:
     Raises:
         OSError, UnicodeDecodeError: It cannot be read, or is too large, or a device, a pipe or the like.
     """
-    return read(path, LARGEST).decode("utf-8-sig")
+    return read(path, _LARGEST).decode("utf-8-sig")
 
 
 def told(error: Exception) -> tuple[int | None, str]:

@@ -11,13 +11,13 @@ import numpy as np
 
 from gradprobe.measures import Array
 
-UNCLIPPED = 1e-4
+_UNCLIPPED = 1e-4
 """A scale so near 1 is that of rounding."""
 
 SAME_LIMIT, SIGHTINGS = 1e-4, 3
 """How far norms after clipping may be apart, relatively, and how many are needed, to be one limit."""
 
-UNEXPLAINED = 1e-2
+_UNEXPLAINED = 1e-2
 """How much of the squared norm the tasks' parts may leave out, beyond which they are unknown."""
 
 
@@ -57,7 +57,7 @@ def norms(scale: float, square: float, gram: Array, weight: Array, private: Arra
     heads = np.asarray(private, dtype=np.float64) / scale**2
     own = np.diagonal(weighted) + heads
     share = (weighted.sum(axis=1) + heads) / joint if joint else np.full(tasks, np.nan)
-    if not abs(share.sum() - 1) <= UNEXPLAINED:
+    if not abs(share.sum() - 1) <= _UNEXPLAINED:
         share = own = np.full(tasks, np.nan)
     return Norms(math.sqrt(joint), share, own)
 
@@ -76,7 +76,7 @@ def scale_without(norms: Norms, scale: float, limit: float | None) -> Array:
     with np.errstate(invalid="ignore"):
         rest = np.sqrt(np.maximum(norms.joint**2 * (1 - 2 * norms.share) + norms.own, 0.0))
     if limit is None:
-        fits = (scale > 1 - UNCLIPPED) & (rest <= norms.joint)
+        fits = (scale > 1 - _UNCLIPPED) & (rest <= norms.joint)
         return np.where(fits, 1.0, np.nan)
     with np.errstate(divide="ignore"):
         return np.where(np.isnan(rest), np.nan, np.minimum(1.0, limit / rest))
@@ -98,7 +98,7 @@ class Limit:
     def look(self, norm: float, scale: float) -> None:
         """At one step's norm before clipping, and its scale."""
         clipped = norm * scale
-        if not math.isfinite(clipped) or scale > 1 - UNCLIPPED:
+        if not math.isfinite(clipped) or scale > 1 - _UNCLIPPED:
             return
         self._seen = [*self._seen[1 - SIGHTINGS :], clipped]
         same = len(self._seen) == SIGHTINGS and max(self._seen) - min(self._seen) <= SAME_LIMIT * clipped

@@ -15,7 +15,7 @@ UNKNOWN = (math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
-class Statistics:
+class _Statistics:
     """Running statistics of all layers that have some, side by side.
 
     Attributes:
@@ -30,7 +30,7 @@ class Statistics:
     batches: Tensor
 
 
-def statistics(model: nn.Module) -> Statistics | None:
+def statistics(model: nn.Module) -> _Statistics | None:
     """As they are now, in float64 on the CPU; None: no layer has any."""
     layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
     found = [m for m in layers if m.running_var is not None and m.num_batches_tracked is not None]
@@ -41,10 +41,10 @@ def statistics(model: nn.Module) -> Statistics | None:
     batches = torch.stack([m.num_batches_tracked for m in found if m.num_batches_tracked is not None])
     eps = torch.cat([torch.full((m.num_features,), m.eps, dtype=torch.float64) for m in found])
     wide = torch.float64
-    return Statistics(mean.cpu().to(wide), variance.cpu().to(wide), eps, batches.cpu().to(wide))
+    return _Statistics(mean.cpu().to(wide), variance.cpu().to(wide), eps, batches.cpu().to(wide))
 
 
-def moved(before: Statistics, now: Statistics, steps: int) -> tuple[float, float, float]:
+def moved(before: _Statistics, now: _Statistics, steps: int) -> tuple[float, float, float]:
     """How far they moved in so many steps.
 
     Returns:
@@ -71,7 +71,7 @@ class Drift:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._last: tuple[int, Statistics] | None = None
+        self._last: tuple[int, _Statistics] | None = None
 
     def look(self, step: int) -> tuple[float, float, float]:
         """What :func:`moved` says of the time since the last look; NaN at the first."""
@@ -89,4 +89,4 @@ class Drift:
         self._last = None
         if state:
             tensors = (state[name].cpu() for name in ("mean", "variance", "eps", "batches"))
-            self._last = int(state["step"]), Statistics(*tensors)
+            self._last = int(state["step"]), _Statistics(*tensors)

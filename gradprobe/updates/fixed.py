@@ -22,7 +22,7 @@ Losses = Mapping[str, Tensor]
 ProbeBatch = Callable[[], Losses | Iterable[Losses]]
 """Makes the losses of the fixed probe batch: of all of it, or one micro-batch after the other, equally large."""
 
-SEED = 20_240_229
+_SEED = 20_240_229
 """Of what is drawn within (dropout): the same before and after a step."""
 
 
@@ -91,7 +91,7 @@ def held(model: nn.Module, tasks: Sequence[str], batch: ProbeBatch, left: Valued
 
 def _pieces(batch: ProbeBatch, mode: TorchFunctionMode) -> Iterator[Losses]:
     """The losses of each micro-batch, made under a mode that what is done with them is not under."""
-    sow(SEED)
+    sow(_SEED)
     with mode:
         made = batch()
         pieces = iter([made] if isinstance(made, Mapping) else made)

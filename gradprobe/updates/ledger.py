@@ -29,8 +29,8 @@ ENDS = ("batch", "probe")
 OPEN = "no step was measured after it, whose batch would value the right end"
 NO_MICRO = "not measured in micro-batches: what the batch's own noise adds to the left end is unknown"
 YOUNG_ADAM = "one of Adam's first steps, whose second moment depends too much on the present batch"
-FOREIGN_HEAD = "a private parameter was given something else than a multiple of its task's gradient"
-COMMON_HEAD = "tasks share parameters that are not measured; leave shared= out"
+_FOREIGN_HEAD = "a private parameter was given something else than a multiple of its task's gradient"
+_COMMON_HEAD = "tasks share parameters that are not measured; leave shared= out"
 
 
 @dataclass
@@ -246,7 +246,7 @@ class Ledger(Reader):
         if len(self._micro) < 2:
             status = NO_MICRO
         elif status == MEASURED and not np.isfinite(head).all():
-            status = FOREIGN_HEAD
+            status = _FOREIGN_HEAD
         row = replace(row, left=_over_layers(left), correction=_over_layers(added), status=status)
         return Open(row, left + added, head, taken.pieces if taken is not None else (), moved)
 
@@ -321,7 +321,7 @@ class Ledger(Reader):
     def _doubt(self) -> str:
         """Why a row does not count though it is known."""
         if self._common:
-            return COMMON_HEAD
+            return _COMMON_HEAD
         return YOUNG_ADAM if self._young else MEASURED
 
     def _hand_on(self, row: LedgerRow) -> None:

@@ -36,9 +36,9 @@ SEVERAL_CALLS = "the update came from several calls of the probe: accumulated, o
 FOREIGN_GRADIENT = "the optimizer's gradient is no multiple of the weighted sum of the tasks' gradients"
 FOREIGN_UPDATE = "the update is not the sum of its parts: something else than the optimizer's own rule made it"
 NOTHING_SHARED = "the tasks share no layer, so there is no update that both have a part in"
-NOT_KEPT = "the tasks' gradients of this step were not kept"
+_NOT_KEPT = "the tasks' gradients of this step were not kept"
 UNSEEN = "the step was made within the backward, or without its closure: its gradient could not be seen before"
-SCALED_INSIDE = "a fused optimizer takes the loss scale off within its step, where it cannot be seen"
+_SCALED_INSIDE = "a fused optimizer takes the loss scale off within its step, where it cannot be seen"
 
 
 @dataclass
@@ -354,12 +354,12 @@ class OptimizerWatch:
             return at.status
         nothing = not self.shared.layers
         if at.gradients is None and not nothing:
-            return NOT_KEPT
+            return _NOT_KEPT
         if idle:
             return NO_GRADIENT
         if nothing:
             return NOTHING_SHARED
-        return SCALED_INSIDE if getattr(self.optimizer, "grad_scale", None) is not None else MEASURED
+        return _SCALED_INSIDE if getattr(self.optimizer, "grad_scale", None) is not None else MEASURED
 
     def _take_apart(self, at: Measured, before: Before) -> TakenApart | None:
         assert at.gradients is not None

@@ -20,10 +20,10 @@ from numpy.typing import ArrayLike, NDArray
 from gradprobe import measures, statistics
 from gradprobe.measures import Array
 
-DOMINANT = 0.9
+_DOMINANT = 0.9
 """A task with a larger share of the squared weighted gradient is said to dominate."""
 
-SIGNIFICANT = 1.96
+_SIGNIFICANT = 1.96
 """A pair's cosine over all layers is a conflict from this score on."""
 
 FALSE_DISCOVERIES = 0.10
@@ -31,7 +31,7 @@ FALSE_DISCOVERIES = 0.10
 
 
 @dataclass(frozen=True)
-class LayerScores:
+class _LayerScores:
     """One entry for each of L layers and P pairs of tasks, arrays (L, P).
 
     Attributes:
@@ -56,7 +56,7 @@ class LayerScores:
         return [place for place in places if np.isfinite(self.score[place])]
 
 
-def layer_scores(gram: ArrayLike, size: ArrayLike, noise: ArrayLike | None = None) -> LayerScores:
+def layer_scores(gram: ArrayLike, size: ArrayLike, noise: ArrayLike | None = None) -> _LayerScores:
     """Score every layer of a recorded run.
 
     Args:
@@ -73,7 +73,7 @@ def layer_scores(gram: ArrayLike, size: ArrayLike, noise: ArrayLike | None = Non
     chance = 1.0 / np.asarray(size, dtype=np.float64)[:, None]
     score = -cosine / np.sqrt(chance + variance)
     half = 1.96 * np.sqrt(variance)
-    return LayerScores(
+    return _LayerScores(
         cosine,
         np.maximum(cosine - half, -1.0),
         np.minimum(cosine + half, 1.0),
@@ -83,7 +83,7 @@ def layer_scores(gram: ArrayLike, size: ArrayLike, noise: ArrayLike | None = Non
 
 
 @dataclass(frozen=True)
-class Advice:
+class _Advice:
     """What a run suggests.
 
     Attributes:
@@ -96,8 +96,8 @@ class Advice:
         weight_quartiles: (2, T), 25 and 75 % over rows; NaN where ``weights`` is None.
     """
 
-    layers: LayerScores
-    pairs: LayerScores
+    layers: _LayerScores
+    pairs: _LayerScores
     dominance: Array
     weights: Array | None
     weight_quartiles: Array
@@ -105,14 +105,14 @@ class Advice:
     @property
     def direction(self) -> list[int]:
         """The pairs whose gradients point against each other, beyond noise and chance."""
-        conflicting = (self.pairs.high[0] < 0) & (self.pairs.score[0] > SIGNIFICANT)
+        conflicting = (self.pairs.high[0] < 0) & (self.pairs.score[0] > _SIGNIFICANT)
         return [int(p) for p in np.flatnonzero(conflicting)]
 
     @property
     def dominant(self) -> list[int]:
         """The tasks that decide nearly all of the update, at most one."""
         with np.errstate(invalid="ignore"):
-            return [int(t) for t in np.flatnonzero(self.dominance > DOMINANT)]
+            return [int(t) for t in np.flatnonzero(self.dominance > _DOMINANT)]
 
     @property
     def nothing_to_do(self) -> bool:
@@ -120,7 +120,7 @@ class Advice:
         return not (self.direction or self.dominant or self.layers.conflicting.any())
 
 
-def advise(gram: Array, size: NDArray[np.int64], reach: NDArray[np.bool_], loss: Array, weight: Array) -> Advice:
+def advise(gram: Array, size: NDArray[np.int64], reach: NDArray[np.bool_], loss: Array, weight: Array) -> _Advice:
     """Look at a recorded run.
 
     Args:
@@ -134,7 +134,7 @@ def advise(gram: Array, size: NDArray[np.int64], reach: NDArray[np.bool_], loss:
     shares = measures.dominance(total, weight)
     shares[(weight == 0).any(axis=1)] = math.nan  # a task that was switched off is no sign of another's size
     middle, quartiles = _equalising(total, loss)
-    return Advice(
+    return _Advice(
         layers=layer_scores(gram, size),
         pairs=layer_scores(total[:, None], [float(np.sum(size))]),
         dominance=_columns(shares, 0.5),
@@ -185,7 +185,7 @@ def _columns(values: Array, q: float) -> Array:
 
 
 def as_json(
-    advice: Advice, layers: Sequence[str], size: NDArray[np.int64], tasks: Sequence[str], pairs: Sequence[str]
+    advice: _Advice, layers: Sequence[str], size: NDArray[np.int64], tasks: Sequence[str], pairs: Sequence[str]
 ) -> dict[str, Any]:
     """The advice by name; None where a number is not known."""
     scores = advice.layers
@@ -217,6 +217,6 @@ def as_json(
     }
 
 
-def _of(scores: LayerScores, layer: int, pair: int) -> dict[str, float | None]:
+def _of(scores: _LayerScores, layer: int, pair: int) -> dict[str, float | None]:
     fields = ("cosine", "low", "high", "score")
     return {name: measures.known(getattr(scores, name)[layer, pair]) for name in fields}

@@ -20,7 +20,7 @@ from gradprobe.verdict.answers import INCONCLUSIVE
 from gradprobe.verdict.misleading import Scaled, partial
 
 LOSS, WEIGHT = "loss_", "weight_"
-LEARNED = 0.05
+_LEARNED = 0.05
 """A loss that fell by less of itself has not been learned, as far as single batches tell."""
 
 MISSING = (
@@ -169,7 +169,7 @@ def _losses(ends: Mapping[str, Mapping[str, float]]) -> Iterator[Message]:
         falls = [Message("bare.fall", task=task, first=ends[task]["first"], last=ends[task]["last"]) for task in fell]
         yield Message("bare.falling", falls=falls)
     for task, end in ends.items():
-        if end["fall"] < LEARNED:
+        if end["fall"] < _LEARNED:
             change = 0.0 - end["fall"]  # no -0 %
             yield Message("bare.not_learned", task=task, first=end["first"], last=end["last"], change=change)
 

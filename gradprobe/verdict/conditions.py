@@ -12,7 +12,7 @@ from gradprobe.errors import UsageError
 from gradprobe.messages import Message
 from gradprobe.verdict.evidence import CONDITIONS, SHOULD_BE_EQUAL, Evidence
 
-NEEDED_FOR_PAIRS = ("data", "initial weights", "batches")
+_NEEDED_FOR_PAIRS = ("data", "initial weights", "batches")
 """What files have to show before seeds are compared one by one."""
 
 GOES_BY = "plan.goes_by"
@@ -132,7 +132,7 @@ def _term(condition: str) -> Message:
 
 def not_shown(one: Evidence, other: Evidence) -> list[Message]:
     """Conditions of a pair that the files do not show."""
-    return [_term(name) for name in NEEDED_FOR_PAIRS if not (one.conditions[name] and other.conditions[name])]
+    return [_term(name) for name in _NEEDED_FOR_PAIRS if not (one.conditions[name] and other.conditions[name])]
 
 
 def refusal(baseline: Group, arm: Group, paired: bool | None) -> Message | None:
@@ -161,7 +161,7 @@ def refusal(baseline: Group, arm: Group, paired: bool | None) -> Message | None:
     return None
 
 
-PER_SEED = ("seed", "from_run", "task_weights", "double", "double_sizes")
+_PER_SEED = ("seed", "from_run", "task_weights", "double", "double_sizes")
 """Settings that may differ from seed to seed: some trainers take theirs from a run of the same seed."""
 
 
@@ -169,7 +169,7 @@ def mixed(group: Group) -> Iterator[Message]:
     """Settings that differ within an arm."""
     runs = list(group.runs.values())
     for name in runs[0].setting:
-        if name not in PER_SEED:
+        if name not in _PER_SEED:
             other = next((run for run in runs if not _equal(run.setting.get(name), runs[0].setting[name])), None)
             if other is not None:
                 yield Message(

@@ -13,16 +13,16 @@ from gradprobe.messages import Message
 from gradprobe.verdict.evidence import Evidence
 from gradprobe.verdict.readings import Pair, Span, estimate, ledger
 
-SELF_CHECK_TOLERANCE = 1e-3
+_SELF_CHECK_TOLERANCE = 1e-3
 """How far the cosine of a task with its own copy may be from +1, and with its negative from -1."""
 
-SAMPLES_PER_NOISE_SCALE = 10
+_SAMPLES_PER_NOISE_SCALE = 10
 """So many times its noise scale a training set has to hold where it is gone through in shuffled epochs."""
 
 
-SAME_TWICE = "same run twice"
+_SAME_TWICE = "same run twice"
 
-REPEATED = 0.5
+_REPEATED = 0.5
 """The part of the margin by which a run that is made twice may differ from itself.
 
 The difference of every seed holds as much chance. Of the fewest seeds that get a verdict, three, differences that
@@ -75,7 +75,7 @@ def self_check(runs: Sequence[Evidence]) -> Gate:
 
 def _self_check(run: Evidence) -> Gate:
     found = run.provenance.get("self_check")
-    limit = SELF_CHECK_TOLERANCE
+    limit = _SELF_CHECK_TOLERANCE
     if found is None or np.size(found) != 2:
         return Gate("self-check", False, math.nan, limit, _of(run, Message("gate.no_self_check")))
     copy, negative = (float(value) for value in np.ravel(found))
@@ -90,7 +90,7 @@ def same_twice(
     """A/A: how far the same run, made twice, differs from itself in what is judged.
 
     Equal to the bit passes. Else, as is usual on a GPU, the judged quantity itself is compared: it may differ by
-    :data:`REPEATED` of the margin.
+    :data:`_REPEATED` of the margin.
 
     Args:
         again: Groups of files of one arm, settings and seed; with none the gate is closed.
@@ -98,9 +98,9 @@ def same_twice(
         margin: Of the question.
         wanted: Name of a file that would do.
     """
-    limit = REPEATED * margin
+    limit = _REPEATED * margin
     if not again:
-        return Gate(SAME_TWICE, False, math.nan, limit, Message("gate.not_twice", file=wanted))
+        return Gate(_SAME_TWICE, False, math.nan, limit, Message("gate.not_twice", file=wanted))
     return worst(_same_twice(group, read, limit) for group in again)
 
 
@@ -109,12 +109,12 @@ def _same_twice(group: Sequence[Evidence], read: Callable[[Evidence], float | No
     values = np.array([math.nan if (value := read(run)) is None else value for run in group], dtype=np.float64)
     same_rows = len({run.content for run in group}) == 1
     if same_rows and np.array_equal(values, np.full_like(values, values[0]), equal_nan=True):
-        return Gate(SAME_TWICE, True, 0.0, limit, Message("gate.twice_equal", files=files))
+        return Gate(_SAME_TWICE, True, 0.0, limit, Message("gate.twice_equal", files=files))
     if not np.isfinite(values).all():
-        return Gate(SAME_TWICE, False, math.nan, limit, Message("gate.twice_unknown", files=files))
+        return Gate(_SAME_TWICE, False, math.nan, limit, Message("gate.twice_unknown", files=files))
     apart = float(np.ptp(values))
     said = Message("gate.twice_apart", files=files, apart=apart, limit=limit)
-    return Gate(SAME_TWICE, apart <= limit, apart, limit, said)
+    return Gate(_SAME_TWICE, apart <= limit, apart, limit, said)
 
 
 def first_losses_equal(baseline: Sequence[Evidence], arm: Sequence[Evidence]) -> Gate:
@@ -129,8 +129,8 @@ def first_losses_equal(baseline: Sequence[Evidence], arm: Sequence[Evidence]) ->
     for one, other in zip(baseline, arm, strict=True):
         unequal = _first_losses_differ(one, other)
         if unequal is not None:
-            return Gate(SAME_TWICE, False, math.nan, 0.0, unequal)
-    return Gate(SAME_TWICE, True, 0.0, 0.0, Message("gate.first_equal"))
+            return Gate(_SAME_TWICE, False, math.nan, 0.0, unequal)
+    return Gate(_SAME_TWICE, True, 0.0, 0.0, Message("gate.first_equal"))
 
 
 def _first_losses_differ(one: Evidence, other: Evidence) -> Message | None:
@@ -176,7 +176,7 @@ def enough_samples(
 
 
 def _enough_samples(run: Evidence, layers: Sequence[str], task: str, span: Span, of_ledger: bool) -> Gate:
-    name, limit = "samples over noise scale", float(SAMPLES_PER_NOISE_SCALE)
+    name, limit = "samples over noise scale", float(_SAMPLES_PER_NOISE_SCALE)
     if run.ledger_on_probe_batch if of_ledger else run.probed is not None:
         where = Message("gate.on_probe_batch" if of_ledger else "gate.on_probe_loader")
         return Gate(name, True, math.inf, limit, _of(run, where))

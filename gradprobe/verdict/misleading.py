@@ -14,7 +14,7 @@ from gradprobe.messages import Message
 from gradprobe.verdict.conditions import Group
 from gradprobe.verdict.evidence import Evidence
 
-NOTABLE = 0.10
+_NOTABLE = 0.10
 """A difference of training losses that somebody might offer as evidence."""
 
 
@@ -101,7 +101,7 @@ def _training_losses(baseline: Group, arm: Group) -> Iterator[Message]:
         if not all(map(len, ends)) or not np.isfinite(ends[0] + ends[1]).all():
             continue
         one, other = (float(np.mean(values)) for values in ends)
-        if one > 0 and abs(other / one - 1) > NOTABLE:
+        if one > 0 and abs(other / one - 1) > _NOTABLE:
             change = other / one - 1
             key = "misleading.lower" if change < 0 else "misleading.higher"
             yield Message(key, arm=arm.name, task=task, part=abs(change), baseline=baseline.name)

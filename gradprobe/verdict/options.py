@@ -68,7 +68,7 @@ NUMBERS = {"margin": 1, "outcome_margin": 1, "window": 2, "seeds": 0}
 """Of a plan, what is numbers, and how many; 0: any."""
 
 
-def check_plan(plan: Mapping[str, Any]) -> None:
+def _check_plan(plan: Mapping[str, Any]) -> None:
     """The files may be a stranger's.
 
     Raises:
@@ -97,7 +97,7 @@ def resolve(asked: Options, plan: Mapping[str, Any], tasks: Sequence[str]) -> Ch
     Raises:
         UsageError: An unknown pair, a margin or a metric that cannot be.
     """
-    check_plan(plan)
+    _check_plan(plan)
     window = asked.window
     if window is None and np.size(plan.get("window", ())) == 2:
         start, stop = np.ravel(plan["window"])

@@ -26,7 +26,7 @@ from gradprobe.verdict.quantities import Quantity, Sides
 MARGIN = 0.02
 """The default of the smallest difference of a metric that matters."""
 
-DELTA_M = "Delta-m"
+_DELTA_M = "Delta-m"
 """Mean over tasks of the relative deficit against the task alone.
 
 Source: Maninis et al., "Attentive Single-Tasking of Multiple Tasks", 2019, equation 4, with the sign of a deficit.
@@ -51,7 +51,7 @@ def metrics(runs: Sequence[Evidence], tasks: Sequence[str], wanted: Sequence[str
 
 @dataclass(frozen=True, eq=False)
 class Outcome(Quantity):
-    """The deficit in one metric, or with several the mean over tasks of the relative one (:data:`DELTA_M`).
+    """The deficit in one metric, or with several the mean over tasks of the relative one (:data:`_DELTA_M`).
 
     Attributes:
         chosen: Metric -> task; one, or those of Delta-m; empty: nothing was tested.
@@ -153,7 +153,7 @@ def outcomes(
         for metric, task in chosen.items()
     ]
     if set(chosen.values()) >= set(tasks):
-        found.append(one(DELTA_M, Message("quantity.delta_m", metric=DELTA_M), "", chosen))
+        found.append(one(_DELTA_M, Message("quantity.delta_m", metric=_DELTA_M), "", chosen))
     return found
 
 

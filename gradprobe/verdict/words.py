@@ -19,7 +19,7 @@ from gradprobe.verdict.answers import (
     verdict_said,
 )
 
-TELLING = ("reduced", "reduced_uncertain", "increased")
+_TELLING = ("reduced", "reduced_uncertain", "increased")
 """Keys of the verdicts that a headline names arms by."""
 
 
@@ -102,7 +102,7 @@ def _who(question: str, answers: Sequence[Answer]) -> Iterator[Message]:
         if answer.question == question:
             who = Message("headline.who", arm=answer.arm, subject=answer.subject)
             groups.setdefault(verdict_key(answer.verdict), []).append(who)
-    telling = [key for key in TELLING if key in groups]
+    telling = [key for key in _TELLING if key in groups]
     for key in telling:
         yield Message(f"headline.{question}.{key}", who=groups[key])
     if groups and not telling:

@@ -17,7 +17,7 @@ from gradprobe.summary import median
 
 TITLE = "Cosine at the features where tasks part"
 
-LINES = 3
+_LINES = 3
 """Of all features and pairs, those with the lowest medians are drawn; the table has all."""
 
 
@@ -68,10 +68,10 @@ def draw(run: Run, ax: Axes) -> Table:
 
 
 def lowest(run: Run) -> list[tuple[int, int]]:
-    """The (feature, pair) with the lowest median cosines, at most :data:`LINES`."""
+    """The (feature, pair) with the lowest median cosines, at most :data:`_LINES`."""
     middle = median(run["features/cosine"])
     order = [divmod(int(i), middle.shape[1]) for i in np.argsort(middle, axis=None, kind="stable")]
-    return [place for place in order if np.isfinite(middle[place])][:LINES]
+    return [place for place in order if np.isfinite(middle[place])][:_LINES]
 
 
 def _table(

@@ -24,7 +24,7 @@ __all__ = ["COLUMNS", "bins", "draw", "lacks", "page"]
 COLUMNS = 200
 """Cells in time at most; a longer run is put together in bins of equally many rows (the last may have fewer)."""
 
-ZERO = "xxxx"
+_ZERO = "xxxx"
 
 
 def page(run: Run, figure: Figure) -> Table:
@@ -63,7 +63,7 @@ def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, colorbar: bool = Tru
     empty, nothing = ~np.isfinite(cosine), zero > 0
     handles = [
         _hatched(ax, steps, (empty & ~nothing).T, MISSING, "missing or not finite"),
-        _hatched(ax, steps, (empty & nothing).T, ZERO, "a gradient is exactly zero"),
+        _hatched(ax, steps, (empty & nothing).T, _ZERO, "a gradient is exactly zero"),
     ]
     style.name_layers(ax, style.layer_names(run), room)
     ax.set(xlabel="training step", xlim=(steps[0], steps[-1]))

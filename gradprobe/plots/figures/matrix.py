@@ -22,7 +22,7 @@ __all__ = ["TITLE", "draw", "lacks", "order", "page"]
 
 TITLE = "Cosine over all shared layers, median over steps"
 
-WRITTEN = 10
+_WRITTEN = 10
 """Up to so many tasks have their numbers in the cells."""
 
 
@@ -76,7 +76,7 @@ def draw(run: Run, ax: Axes, room: int = 50, square: bool = True) -> Table:
     ax.set_xticks(ticks, [names[i] for i in ticks], rotation=90, fontsize=size)
     ax.set_yticks(ticks, [names[i] for i in ticks], fontsize=size)
     ax.grid(False)
-    if count <= WRITTEN:
+    if count <= _WRITTEN:
         _write(ax, shown)
     if square:
         add_colorbar([ax])

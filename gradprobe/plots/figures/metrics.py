@@ -19,8 +19,8 @@ from gradprobe.runfile import Run
 ROOM = 12
 """Up to so many metrics are drawn and named each; of more, a quarter of that at either end are, the others grey."""
 
-MARKERS = "os^Dv<>p*"
-MARKER_TEXT = "●■▲◆▼◀▶⬟★"
+_MARKERS = "os^Dv<>p*"
+_MARKER_TEXT = "●■▲◆▼◀▶⬟★"
 
 
 def lacks(run: Run) -> str | None:
@@ -100,7 +100,7 @@ def _panel(run: Run, ax: Axes, names: list[str], shown: list[str], title: str, s
             epoch,
             np.where(np.isfinite(value), value, np.nan),
             color=style.metric_colour(run.tasks, name),
-            marker=MARKERS[i % len(MARKERS)],
+            marker=_MARKERS[i % len(_MARKERS)],
             markersize=4.5,
             linewidth=1.3,
             label=style.legend_text(name),
@@ -134,7 +134,7 @@ def _name_ends(run: Run, ax: Axes, names: list[str], gap: float) -> None:
     for i, height in enumerate(spread(heights, gap)):
         colour = style.metric_colour(run.tasks, names[i])
         ax.annotate(
-            f"{MARKER_TEXT[i % len(MARKERS)]} {names[i]}",
+            f"{_MARKER_TEXT[i % len(_MARKERS)]} {names[i]}",
             xy=ends[i],
             xytext=(1.06, float(height)),
             textcoords="axes fraction",

@@ -20,7 +20,7 @@ from gradprobe.summary.updates import CLIPPED, effect, gradient_share
 PAIRS = 3
 """Of all pairs of tasks, those with the lowest cosines are drawn; the table has all."""
 
-EARLIER_COLOURS = ("#9A9A9A", "#C9A227")
+_EARLIER_COLOURS = ("#9A9A9A", "#C9A227")
 
 Line = tuple[str, str, NDArray[Any], NDArray[Any]]
 """Quantity, name, steps and values of one series."""
@@ -62,7 +62,7 @@ def page(run: Run, figure: Figure) -> Table:
 
 def _shares(run: Run, ax: Axes, gradient: NDArray[Any]) -> Iterator[Line]:
     values, steps = run["update/shared_share"], run["update/step"]
-    colours = [*(style.task_colour(run.tasks, task) for task in run.tasks), *EARLIER_COLOURS]
+    colours = [*(style.task_colour(run.tasks, task) for task in run.tasks), *_EARLIER_COLOURS]
     for i, (source, colour) in enumerate(zip(run.sources, colours, strict=True)):
         series.trace(ax, steps, values[:, i], colour, source)
         yield "share of update", source, steps, values[:, i]

@@ -66,7 +66,7 @@ def below(node: Node) -> tuple[set[int], bool]:
     return leaves, single
 
 
-def of_numbers(node: Node) -> bool:
+def _of_numbers(node: Node) -> bool:
     """Whether a tensor is a list of single numbers, such as of all losses, and has no axis of samples."""
     leaves, single = below(node)
     return single and not leaves
@@ -96,7 +96,7 @@ class Patient:
         sound = {task: loss for task, loss in losses.items() if not faults[task]}
         graph = trace(list(sound.values()))
         owners = {id(p): layer for layer, members in by_module(model).items() for p in members}
-        features = [f for f in find_features(graph, owners) if not of_numbers(f.node)]
+        features = [f for f in find_features(graph, owners) if not _of_numbers(f.node)]
         return cls(model, sound, {t: f for t, f in faults.items() if f}, graph, features)
 
     @property

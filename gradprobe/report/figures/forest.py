@@ -17,7 +17,7 @@ from gradprobe.report.look import axis, figure
 ROWS = 40
 """Drawn at most."""
 
-ROW_HEIGHT = 56
+_ROW_HEIGHT = 56
 NAN = math.nan
 
 
@@ -75,7 +75,7 @@ def draw(rows: Sequence[Row], words: Language, x_title: str) -> Figure:
     x = axis(x_title, zeroline=True, zerolinecolor="@ink", zerolinewidth=1.5, nticks=7, range=_range(shown))
     if not data:
         data = [{"type": "scatter", "x": [None], "y": [None], "hoverinfo": "skip"}]
-    height = 60 + ROW_HEIGHT * len(shown)
+    height = 60 + _ROW_HEIGHT * len(shown)
     return figure(data, x, y, height, annotations=notes, shapes=shapes, hovermode="closest")
 
 

@@ -16,7 +16,7 @@ from gradprobe.report.study_data import ArmData, Floats
 ROWS = 120
 """Rows of cells at most; of more layers, so many neighbours stand for one another by their median."""
 
-TABLE_ROWS = 160
+_TABLE_ROWS = 160
 LOWEST = 3
 
 
@@ -100,9 +100,9 @@ def table(caption: str, arms: list[ArmData], pairs: tuple[str, ...], words: Lang
                 if np.isfinite(parts[0][i]):
                     rows.append((parts[0][i], [arm.name, pair, layer, *(words.signed(v[i]) for v in parts)]))
     note = ""
-    if len(rows) > TABLE_ROWS:
-        note = words("table.cut", shown=TABLE_ROWS, of=len(rows))
-        rows = sorted(rows, key=lambda row: row[0])[:TABLE_ROWS]
+    if len(rows) > _TABLE_ROWS:
+        note = words("table.cut", shown=_TABLE_ROWS, of=len(rows))
+        rows = sorted(rows, key=lambda row: row[0])[:_TABLE_ROWS]
     columns = ["arm", "pair", "layer", "median", "first_third", "last_third"]
     titles = [words(f"column.{name}") for name in columns]
     return Table(caption, titles, [cells for _, cells in rows], text=3, note=note)

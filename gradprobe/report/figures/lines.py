@@ -14,8 +14,8 @@ from gradprobe.report.bins import Array, band
 from gradprobe.report.chart import Chart, Figure, Table, numbers
 from gradprobe.report.look import Styles, axis, figure
 
-HEIGHT = 290
-TABLE_POINTS = 6
+_HEIGHT = 290
+_TABLE_POINTS = 6
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def draw(
         )
     y = axis(y_title, **_scale(series, within))
     x_axis = axis(x_title, hoverformat=".0f", zeroline=False, nticks=6, **(_whole(series) if whole else {}))
-    return figure(data, x_axis, y, HEIGHT, hovermode="x unified")
+    return figure(data, x_axis, y, _HEIGHT, hovermode="x unified")
 
 
 def _whole(series: Sequence[Series]) -> dict[str, object]:
@@ -132,7 +132,7 @@ def table(caption: str, named: Sequence[tuple[str, Sequence[Series]]], words: La
     for title, series in named:
         for one in series:
             x, low, mean, high = one.known()
-            for i in np.unique(np.linspace(0, len(x) - 1, TABLE_POINTS).round().astype(int)) if len(x) else ():
+            for i in np.unique(np.linspace(0, len(x) - 1, _TABLE_POINTS).round().astype(int)) if len(x) else ():
                 span = words.span(low[i], high[i]) if len(one.values) > 1 else ""
                 rows.append([title, one.arm, words.number(x[i]), words.number(mean[i]), span])
     columns = [words("column.what"), words("column.arm"), x_title, words("column.mean"), words("column.seeds_span")]

@@ -64,7 +64,7 @@ def _probe(context: Context) -> list[Block]:
         return [Notice("missing", words("probe.missing"))]
     charts, named = [], []
     for p, pair in enumerate(study.pairs):
-        series = probe_series(context, p)
+        series = _probe_series(context, p)
         if series:
             title = words("probe.chart", pair=pair)
             named.append((pair, series))
@@ -79,7 +79,7 @@ def _probe(context: Context) -> list[Block]:
     return [Panel(words("probe.title"), words("probe.note"), charts, table, context.legend())]
 
 
-def probe_series(context: Context, pair: int) -> list[Series]:
+def _probe_series(context: Context, pair: int) -> list[Series]:
     """A series per arm over the steps at which any of its runs was measured on the probe loader."""
     found = []
     for arm in context.study.arms:

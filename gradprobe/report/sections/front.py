@@ -13,10 +13,10 @@ from gradprobe.report.figures.verdicts import label
 from gradprobe.report.sections.common import Context
 from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, OUTCOME, Answer, verdict_key
 
-FINDINGS = 8
+_FINDINGS = 8
 """Answers on a card at most; those that say something come first, and the rest is below."""
 
-ORDER = (
+_ORDER = (
     *("increased", "reduced", "reduced_uncertain", "equivalent", "not_reduced", "inconclusive"),
     *("undefined", "no_verdict", "not_applicable"),
 )
@@ -64,7 +64,7 @@ def headline(context: Context) -> tuple[str, list[str]]:
 def _counted(words: Language, answers: Sequence[Answer]) -> str:
     """How many of each verdict, where they are too many to be named in a headline."""
     keys = [verdict_key(answer.verdict) for answer in answers]
-    found = [key for key in ORDER if key in keys]
+    found = [key for key in _ORDER if key in keys]
     counts = [Message("headline.count", n=keys.count(key), verdict=Message(f"verdict.{key}")) for key in found]
     return words("headline.counted", counts=counts)
 
@@ -79,9 +79,9 @@ def cards(context: Context) -> list[Card]:
     }
     found = []
     for question, answers in groups.items():
-        ranked = sorted(answers, key=lambda a: ORDER.index(verdict_key(a.verdict)))
-        more = words("card.more", n=len(ranked) - FINDINGS) if len(ranked) > FINDINGS else ""
-        findings = [finding(context, answer) for answer in ranked[:FINDINGS]]
+        ranked = sorted(answers, key=lambda a: _ORDER.index(verdict_key(a.verdict)))
+        more = words("card.more", n=len(ranked) - _FINDINGS) if len(ranked) > _FINDINGS else ""
+        findings = [finding(context, answer) for answer in ranked[:_FINDINGS]]
         found.append(
             Card(words(f"question.{question}"), words(f"card.{question}"), findings, words("card.nothing"), more)
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 from gradprobe.report.chart import Prose, Section
 from gradprobe.report.sections.common import Context
 
-ALWAYS = ("loss", "reweighting", "one_setting", "first_order", "seeds", "cause")
+_ALWAYS = ("loss", "reweighting", "one_setting", "first_order", "seeds", "cause")
 
 
 def section(context: Context) -> Section:
     """Points that always hold, and those that hold here."""
     words = context.words
-    points = [words(f"limits.{name}") for name in (*here(context), *ALWAYS)]
+    points = [words(f"limits.{name}") for name in (*here(context), *_ALWAYS)]
     return Section("limits", words("limits.title"), words("limits.lead"), [Prose(points, points=True)])
 
 

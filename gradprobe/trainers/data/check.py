@@ -23,7 +23,7 @@ from gradprobe.trainers.data.pixels import Decoded, Pixels, UnreadableImage, dec
 from gradprobe.trainers.data.places import read_text
 from gradprobe.trainers.data.splits import ImageFile, list_split
 
-DECODING_THREADS = min(4, os.cpu_count() or 1)
+_DECODING_THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -275,6 +275,6 @@ def _decoded(images: Sequence[ImageFile]) -> Iterator[tuple[ImageFile, Decoded |
             return problem
 
     waiting = iter(images)
-    with ThreadPoolExecutor(DECODING_THREADS) as pool:
-        while window := list(islice(waiting, 2 * DECODING_THREADS)):  # bounds the memory
+    with ThreadPoolExecutor(_DECODING_THREADS) as pool:
+        while window := list(islice(waiting, 2 * _DECODING_THREADS)):  # bounds the memory
             yield from zip(window, pool.map(attempt, window), strict=True)

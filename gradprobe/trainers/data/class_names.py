@@ -24,7 +24,7 @@ def class_names(node: Any, key: str, fail: Fail) -> tuple[str, ...] | None:
         key: Of data.yaml, for messages.
         fail: Makes the error.
     """
-    if node is None or is_null(node):
+    if node is None or _is_null(node):
         return None
     if node.id == "sequence":
         names = [_text(each, f"entry {place} of {key}", key, fail) for place, each in enumerate(node.value)]
@@ -40,7 +40,7 @@ def class_names(node: Any, key: str, fail: Fail) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def is_null(node: Any) -> bool:
+def _is_null(node: Any) -> bool:
     """Whether nothing, or ~, or null stands there."""
     return bool(node.tag == "tag:yaml.org,2002:null")
 

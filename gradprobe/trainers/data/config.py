@@ -16,7 +16,7 @@ NAMES = ("names", "image_names")
 VALUES = ("path", *SPLITS, "nc", "image_labels", "kpt_shape")
 """Keys that are read, beside those of names."""
 
-VAL = ("valid", "validation", "dev")
+_VAL = ("valid", "validation", "dev")
 """Keys that others write for val."""
 
 
@@ -171,7 +171,7 @@ def _all_sources(values: dict[str, Any], lines: Mapping[str, int], fail: Fail) -
         if value is None and split == "test":
             continue
         if value is None:
-            other = next((key for key in VAL if split == "val" and key in lines), None)
+            other = next((key for key in _VAL if split == "val" and key in lines), None)
             hint = f"; rename the key {other!r} to {split!r}" if other else ""
             raise fail(split, f"no key {split!r}; give a folder of images, a txt file that lists them, or both{hint}")
         entries = value if isinstance(value, list) else [value]

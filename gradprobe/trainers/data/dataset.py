@@ -17,14 +17,14 @@ from gradprobe.trainers.data.labels import Box
 from gradprobe.trainers.data.letterbox import Placement, letterbox, place_boxes
 from gradprobe.trainers.data.pixels import Pixels, UnreadableImage, decode
 
-CACHE_BYTES = 2**30
+_CACHE_BYTES = 2**30
 """Letterboxed images are kept in memory up to this much, over all splits together; the rest is read anew."""
 
 
 class ImageStore:
     """Letterboxed images by path; a path may be a mere name of an image that was added from memory."""
 
-    def __init__(self, size: int, limit: int = CACHE_BYTES) -> None:
+    def __init__(self, size: int, limit: int = _CACHE_BYTES) -> None:
         self.size = size
         self.placements: dict[Path, Placement] = {}
         self._room = limit

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Severity = Literal["error", "warning"]
+_Severity = Literal["error", "warning"]
 
 
 @dataclass(frozen=True)
 class Finding:
     """One thing wrong with a data set."""
 
-    severity: Severity
+    severity: _Severity
     file: str  # relative to the data set's root where it lies inside it
     line: int | None  # counted from 1; None where the file as a whole is meant
     message: str

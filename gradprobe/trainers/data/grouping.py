@@ -17,7 +17,7 @@ LEVELS = (PATIENT, CLIP, GROUP)
 """What belongs together, the largest first; images of one patient are of one cluster, whatever their clips."""
 
 AUTO = "auto"
-CHOICES = {
+_CHOICES = {
     AUTO: "names that begin with patient, pat, pt, subject, subj, sub or case and a number; frame numbers at the end",
     "folder": "the folder that holds the image, below that of its split",
     "prefix": "the file name up to its first _, -, blank or full stop",
@@ -39,7 +39,7 @@ class Grouping:
     """A rule.
 
     Attributes:
-        rule: As it is given: one of :data:`CHOICES`, or a regular expression.
+        rule: As it is given: one of :data:`_CHOICES`, or a regular expression.
         of: Path of an image (with /) -> what it tells.
     """
 
@@ -54,7 +54,7 @@ class Grouping:
     @property
     def meaning(self) -> str:
         """The rule in words."""
-        return CHOICES.get(self.rule, "a regular expression")
+        return _CHOICES.get(self.rule, "a regular expression")
 
     @property
     def judged(self) -> str:
@@ -71,7 +71,7 @@ def parse(rule: str) -> Grouping:
     """The rule that ``--group-by`` gives.
 
     Args:
-        rule: One of :data:`CHOICES`, or a regular expression that is searched in the file name without its suffix, then
+        rule: One of :data:`_CHOICES`, or a regular expression searched in the file name without its suffix, then
             with it, then in the path. Its groups ``(?P<patient>...)`` and ``(?P<clip>...)``, or the first group, tell
             what the image belongs to; a clip of one patient is another one than a clip of that name of another patient.
 
@@ -79,7 +79,7 @@ def parse(rule: str) -> Grouping:
         UsageError: Neither; says which.
     """
     if rule == AUTO:
-        return Grouping(rule, lambda path: told_by_name(PurePosixPath(path).stem))
+        return Grouping(rule, lambda path: _told_by_name(PurePosixPath(path).stem))
     if rule == "none":
         return Grouping(rule, lambda path: {})
     if rule == "folder":
@@ -95,7 +95,7 @@ def parse(rule: str) -> Grouping:
     return Grouping(rule, lambda path: _told_by(pattern, path))
 
 
-def told_by_name(stem: str) -> dict[str, str]:
+def _told_by_name(stem: str) -> dict[str, str]:
     """The clip and the patient that a file name (without suffix) tells.
 
     The rule, regardless of case:
@@ -109,9 +109,9 @@ def told_by_name(stem: str) -> dict[str, str]:
 
     So `000000000009`, `image_0042` and `patient012` alone tell nothing.
 
-    >>> told_by_name("patient012_a4c_frame03")
+    >>> _told_by_name("patient012_a4c_frame03")
     {'patient': 'patient012', 'clip': 'patient012_a4c'}
-    >>> told_by_name("000000000009")
+    >>> _told_by_name("000000000009")
     {}
     """
     stem = _EXPORT.sub("", stem).lower()
@@ -126,12 +126,12 @@ def told_by_name(stem: str) -> dict[str, str]:
 
 
 def clip_of(stem: str) -> str | None:
-    """The patient that a file name (without suffix) tells, else the clip, else None; see :func:`told_by_name`.
+    """The patient that a file name (without suffix) tells, else the clip, else None; see :func:`_told_by_name`.
 
     >>> clip_of("patient012_frame03"), clip_of("000000000009")
     ('patient012', None)
     """
-    told = told_by_name(stem)
+    told = _told_by_name(stem)
     return told.get(PATIENT, told.get(CLIP))
 
 
@@ -160,6 +160,6 @@ def _told_by(pattern: re.Pattern[str], path: str) -> Told:
 
 def _how() -> str:
     return (
-        f"Give one of {', '.join(CHOICES)}, or a regular expression with a group, such as '^([^_]+)_' or "
+        f"Give one of {', '.join(_CHOICES)}, or a regular expression with a group, such as '^([^_]+)_' or "
         "'(?P<patient>P[0-9]+)_(?P<clip>C[0-9]+)'."
     )

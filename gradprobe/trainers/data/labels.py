@@ -24,7 +24,7 @@ from gradprobe.trainers.data.landmarks import NONE, Landmarks
 Box = tuple[int, float, float, float, float]
 """Class, then centre x, centre y, width, height over the image's size, each in [0, 1]."""
 
-SLACK = 1e-6
+_SLACK = 1e-6
 """How far a coordinate may lie outside [0, 1]: rounding in the tool that wrote it."""
 
 
@@ -57,7 +57,7 @@ def parse_labels(
         result.one_hot = [float(token) for token in tokens]
     seen = set()
     for number, tokens in rows:
-        box = parse_object(tokens, box_names, landmarks)
+        box = _parse_object(tokens, box_names, landmarks)
         if isinstance(box, str):
             result.problems.append((number, box))
         elif box in seen:
@@ -74,37 +74,37 @@ def long_rows(text: str, n_image_classes: int | None) -> list[tuple[int, tuple[f
     return [(line, tuple(numbers)) for line, numbers in rows if not isinstance(numbers, str)]
 
 
-Tokens = tuple[int, list[str]]
+_Tokens = tuple[int, list[str]]
 """A line's number, from 1, and its words."""
 
 
-def _split(text: str, n_image_classes: int | None) -> tuple[list[Tokens], Tokens | None]:
+def _split(text: str, n_image_classes: int | None) -> tuple[list[_Tokens], _Tokens | None]:
     """The lines for objects, and that for the image's class."""
     lines = [(number, line.split()) for number, line in enumerate(text.splitlines(), start=1)]
     rows = [(number, tokens) for number, tokens in lines if tokens]
     if rows:
         number, tokens = rows[-1]
         alone = number == 1 or not lines[number - 2][1]
-        if is_one_hot_row(tokens, alone, n_image_classes):
+        if _is_one_hot_row(tokens, alone, n_image_classes):
             return rows[:-1], rows[-1]
     return rows, None
 
 
-def is_one_hot_row(tokens: list[str], alone: bool, n_image_classes: int | None) -> bool:
+def _is_one_hot_row(tokens: list[str], alone: bool, n_image_classes: int | None) -> bool:
     """Whether the last line of a label file stands for the image's class; see the top of this file."""
     if n_image_classes == 0 or len(tokens) < 2 or not set(tokens) <= {"0", "1", "0.0", "1.0"}:
         return False
     if n_image_classes is not None and len(tokens) != n_image_classes:
         return False
-    return alone or not could_be_object(len(tokens))
+    return alone or not _could_be_object(len(tokens))
 
 
-def could_be_object(length: int) -> bool:
+def _could_be_object(length: int) -> bool:
     """Whether a box (5 numbers) or a polygon (a class and at least 3 points) has so many numbers."""
     return length == 5 or (length >= 7 and length % 2 == 1)
 
 
-def parse_object(tokens: list[str], box_names: tuple[str, ...], landmarks: Landmarks = NONE) -> Box | str:
+def _parse_object(tokens: list[str], box_names: tuple[str, ...], landmarks: Landmarks = NONE) -> Box | str:
     """The box of one line, or what is wrong with the line."""
     numbers = _numbers(tokens)
     if isinstance(numbers, str):
@@ -114,7 +114,7 @@ def parse_object(tokens: list[str], box_names: tuple[str, ...], landmarks: Landm
     elif landmarks.declared and len(numbers) != 5:
         wanted = " or ".join(map(str, sorted(landmarks.lengths)))
         return f"{len(numbers)} numbers; by kpt_shape in data.yaml a box with its landmarks has {wanted}, a box alone 5"
-    if not could_be_object(len(numbers)):
+    if not _could_be_object(len(numbers)):
         return (
             f"{len(numbers)} numbers; a box has 5 (class cx cy w h), a polygon a class and 3 or more points, "
             "a one-hot row (last in the file) one number per image class"
@@ -122,11 +122,11 @@ def parse_object(tokens: list[str], box_names: tuple[str, ...], landmarks: Landm
     box_class, coordinates = int(numbers[0]), numbers[1:]
     if box_class != numbers[0] or not 0 <= box_class < len(box_names):
         return f"class {tokens[0]} is none of the {len(box_names)} classes 0 to {len(box_names) - 1}"
-    outside = [value for value in coordinates if not -SLACK <= value <= 1.0 + SLACK]
+    outside = [value for value in coordinates if not -_SLACK <= value <= 1.0 + _SLACK]
     if outside:
         return f"coordinate {outside[0]:g} is outside [0, 1]; coordinates are parts of the image's size"
     coordinates = [min(max(value, 0.0), 1.0) for value in coordinates]
-    x, y, width, height = coordinates if len(coordinates) == 4 else polygon_box(coordinates)
+    x, y, width, height = coordinates if len(coordinates) == 4 else _polygon_box(coordinates)
     if width <= 0.0 or height <= 0.0:
         return f"a box without area: width {width:g}, height {height:g}"
     return box_class, x, y, width, height
@@ -142,7 +142,7 @@ def _numbers(tokens: list[str]) -> list[float] | str:
     return numbers
 
 
-def polygon_box(coordinates: list[float]) -> tuple[float, float, float, float]:
+def _polygon_box(coordinates: list[float]) -> tuple[float, float, float, float]:
     """Centre and size of the tightest box around the points x1 y1 x2 y2 ..."""
     xs, ys = coordinates[0::2], coordinates[1::2]
     left, right, top, bottom = min(xs), max(xs), min(ys), max(ys)

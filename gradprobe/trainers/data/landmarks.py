@@ -23,10 +23,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-OUTSIDE = 0.01
+_OUTSIDE = 0.01
 """How far a box may reach beyond the image: rounding, and tools that do not clip."""
 
-BEYOND = 0.2
+_BEYOND = 0.2
 """How far a landmark may lie outside its box, in parts of the box: a nose seen from the side."""
 
 FIT, TELL = 0.8, 0.2
@@ -36,7 +36,7 @@ SAMPLE = 500
 """Rows of a length that are looked at closely: comparing all sides of all polygons would take long."""
 
 Row = tuple[float, ...]
-Point = tuple[float, float]
+_Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def judge(rows: Iterable[Row]) -> tuple[Landmarks, list[Judged]]:
         else:
             boxes = tally.alone
             mixed |= {length} if boxes else set()
-        unsure = length % 2 == 1 and most and tally.agreed and not all(map(is_plain_polygon, tally.sample))
+        unsure = length % 2 == 1 and most and tally.agreed and not all(map(_is_plain_polygon, tally.sample))
         if boxes or unsure:
             numbers = 3 if tally.visible == tally.rows else 2
             report.append(Judged(length, tally.rows, boxes, tally.fitting, numbers))
@@ -172,9 +172,9 @@ def fits(row: Sequence[float]) -> bool:
     if len(row) < 7 or (len(row) % 2 == 0 and not _has_visibility(row)):
         return False
     x, y, width, height = row[1:5]
-    if width <= 0 or height <= 0 or any(abs(c - 0.5) + s / 2 > 0.5 + OUTSIDE for c, s in ((x, width), (y, height))):
+    if width <= 0 or height <= 0 or any(abs(c - 0.5) + s / 2 > 0.5 + _OUTSIDE for c, s in ((x, width), (y, height))):
         return False
-    reach = 0.5 + BEYOND
+    reach = 0.5 + _BEYOND
     return all(abs(px - x) <= reach * width and abs(py - y) <= reach * height for px, py in _present(row))
 
 
@@ -195,7 +195,7 @@ def tells(row: Sequence[float], alone: bool) -> bool:
     return not alone and points >= 5 and _crosses(_outline(row))
 
 
-def is_plain_polygon(row: Sequence[float]) -> bool:
+def _is_plain_polygon(row: Sequence[float]) -> bool:
     """Whether the points are convex in their order, five or more of them; or a parallelogram, as rotated boxes are."""
     points = _outline(row)
     if len(points) == 4:
@@ -212,16 +212,16 @@ def _has_visibility(row: Sequence[float]) -> bool:
     return len(tail) > 0 and len(tail) % 3 == 0 and set(tail[2::3]) <= {0.0, 1.0, 2.0}
 
 
-def _landmarks(row: Sequence[float]) -> list[Point]:
+def _landmarks(row: Sequence[float]) -> list[_Point]:
     tail, step = row[5:], 3 if _has_visibility(row) else 2
     return list(zip(tail[0::step], tail[1::step], strict=True))
 
 
-def _present(row: Sequence[float]) -> list[Point]:
+def _present(row: Sequence[float]) -> list[_Point]:
     return [point for point in _landmarks(row) if point != (0.0, 0.0) and max(point) >= 0]
 
 
-def _outline(row: Sequence[float]) -> list[Point]:
+def _outline(row: Sequence[float]) -> list[_Point]:
     return list(zip(row[1::2], row[2::2], strict=False))
 
 
@@ -236,16 +236,16 @@ def _is_far(row: Sequence[float]) -> bool:
     return away > extent
 
 
-def _crosses(points: Sequence[Point]) -> bool:
+def _crosses(points: Sequence[_Point]) -> bool:
     count = len(points)
     sides = [(points[i], points[(i + 1) % count]) for i in range(count)]
     return any(_cross(sides[i], sides[j]) for i in range(count) for j in range(i + 2, count) if (j + 1) % count != i)
 
 
-def _cross(one: tuple[Point, Point], other: tuple[Point, Point]) -> bool:
+def _cross(one: tuple[_Point, _Point], other: tuple[_Point, _Point]) -> bool:
     (a, b), (c, d) = one, other
     return _turn(a, b, c) * _turn(a, b, d) < 0 and _turn(c, d, a) * _turn(c, d, b) < 0
 
 
-def _turn(a: Point, b: Point, c: Point) -> float:
+def _turn(a: _Point, b: _Point, c: _Point) -> float:
     return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])

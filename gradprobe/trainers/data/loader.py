@@ -62,7 +62,7 @@ def micro_batches(batch: Batch, count: int) -> list[Batch]:
     return [batch.part(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
-def part_of(batch: Sequence[int], rank: int, processes: int) -> tuple[list[int], float]:
+def _part_of(batch: Sequence[int], rank: int, processes: int) -> tuple[list[int], float]:
     """One process's part of a batch, and which share of it that is.
 
     Parts are those of :func:`micro_batches`, in the order of the ranks. Where there are fewer images than processes,
@@ -131,7 +131,7 @@ class Loader:
         for start in range(0, len(order), self.batch_size):
             whole = order[start : start + self.batch_size]
             self.names = tuple(self.dataset.names[index] for index in whole)
-            part, self.share = part_of(whole, self._rank, self._processes)
+            part, self.share = _part_of(whole, self._rank, self._processes)
             yield self.collate([self.dataset[index] for index in part])
 
 

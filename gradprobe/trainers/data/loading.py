@@ -17,10 +17,10 @@ from gradprobe.trainers.data.findings import Finding, errors, warnings
 from gradprobe.trainers.data.grouping import AUTO, Grouping, parse
 from gradprobe.trainers.data.phantom import N_TEST, N_TRAIN, N_VAL
 
-STRIDE = 32
+_STRIDE = 32
 """Image sizes are multiples of this: the coarsest grid of YOLOv5."""
 
-SHOWN_FINDINGS = 5
+_SHOWN_FINDINGS = 5
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ def load_data(
 
 def check_imgsz(imgsz: int) -> None:
     """Raise UsageError unless an image size suits YOLOv5."""
-    if imgsz < STRIDE or imgsz % STRIDE:
-        suitable = max(-(-imgsz // STRIDE), 1) * STRIDE
-        raise UsageError(f"imgsz {imgsz} is not a multiple of {STRIDE}; the next one is --imgsz {suitable}")
+    if imgsz < _STRIDE or imgsz % _STRIDE:
+        suitable = max(-(-imgsz // _STRIDE), 1) * _STRIDE
+        raise UsageError(f"imgsz {imgsz} is not a multiple of {_STRIDE}; the next one is --imgsz {suitable}")
 
 
 def _load_phantoms(imgsz: int, seed: int, counts: Mapping[str, int], grouping: Grouping) -> LoadedData:
@@ -153,8 +153,8 @@ def _refuse(file: Path, result: CheckResult, skip_bad: bool) -> None:
         wrong = [finding for finding in wrong if finding.file == result.config.shown_file]
     if not wrong:
         return
-    listed = "".join(f"\n  {finding}" for finding in wrong[:SHOWN_FINDINGS])
-    more = f"\n  and {len(wrong) - SHOWN_FINDINGS} more" if len(wrong) > SHOWN_FINDINGS else ""
+    listed = "".join(f"\n  {finding}" for finding in wrong[:_SHOWN_FINDINGS])
+    more = f"\n  and {len(wrong) - _SHOWN_FINDINGS} more" if len(wrong) > _SHOWN_FINDINGS else ""
     advice = "--skip-bad cannot help here" if skip_bad else "--skip-bad leaves the images concerned out"
     raise DataError(
         f"{file}: {len(wrong)} errors:{listed}{more}\nList them all with: gradprobe data check {file} --all; {advice}."

@@ -28,7 +28,7 @@ class UnreadableImage(Exception):  # noqa: N818  (never leaves this package)
 END = b"\xff\xd9"
 """How a JPEG ends."""
 
-FILLERS = (b"\x55" * 64, b"\xaa\x1c" * 32)
+_FILLERS = (b"\x55" * 64, b"\xaa\x1c" * 32)
 """Bytes that change the picture if, and only if, its data has ended before it."""
 
 DARK = 2**14
@@ -103,7 +103,7 @@ def _looks_cut(content: bytes, pixels: Pixels) -> bool:
 def _check_complete(body: bytes, pixels: Pixels, reason: str) -> None:
     """Raise if a JPEG's data, without the end mark, are not all: then bytes added to them change the picture."""
     try:
-        same = all(np.array_equal(_pixels(body + filler + END, []), pixels) for filler in FILLERS)
+        same = all(np.array_equal(_pixels(body + filler + END, []), pixels) for filler in _FILLERS)
     except OSError:
         same = False
     if not same:

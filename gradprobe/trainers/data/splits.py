@@ -11,7 +11,7 @@ from gradprobe.trainers.data.config import DataConfig
 from gradprobe.trainers.data.findings import Finding
 from gradprobe.trainers.data.places import candidates, find, looked_for, read_text
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 Entry = tuple[Path, str, int | None]
 """An image, and the file and line that names it."""
@@ -79,7 +79,7 @@ def _entries(config: DataConfig, split: str) -> Iterator[Entry | Finding]:
                 yield path, here, line
         elif place.is_file() and place.suffix.lower() == ".txt":
             yield from _listed(config, place)
-        elif place.is_file() and place.suffix.lower() in IMAGE_SUFFIXES:
+        elif place.is_file() and place.suffix.lower() in _IMAGE_SUFFIXES:
             yield place, here, line
         else:
             yield Finding("error", here, line, f"{split}: {source} is neither a folder, a txt file nor an image")
@@ -107,7 +107,7 @@ def _images_in(folder: Path) -> list[Path]:
     """
     pattern = str(Path(glob.escape(str(folder)), "**", "*"))
     paths = map(Path, glob.iglob(pattern, recursive=True))  # noqa: PTH207  (Path.rglob follows no links)
-    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in paths if path.suffix.lower() in _IMAGE_SUFFIXES and path.is_file())
 
 
 def _listed(config: DataConfig, listing: Path) -> Iterator[Entry | Finding]:
@@ -126,7 +126,7 @@ def _listed(config: DataConfig, listing: Path) -> Iterator[Entry | Finding]:
         if path is None:
             message = f"lists {name}, which does not exist; {looked_for(name, places)}"
             yield Finding("error", shown, number, message, "listed")
-        elif path.suffix.lower() not in IMAGE_SUFFIXES:
+        elif path.suffix.lower() not in _IMAGE_SUFFIXES:
             yield Finding("error", shown, number, f"lists {name}, which is no image by its suffix", "listed")
         else:
             yield path, shown, number

@@ -51,7 +51,7 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DialBatch:
+class _DialBatch:
     """Samples of a batch."""
 
     images: Tensor  # (batch, 2, layers, dim), float32
@@ -61,16 +61,16 @@ class DialBatch:
     def __len__(self) -> int:
         return len(self.names)
 
-    def to(self, device: torch.device | str) -> DialBatch:
+    def to(self, device: torch.device | str) -> _DialBatch:
         return replace(self, images=self.images.to(device), thresholds=self.thresholds.to(device))
 
-    def part(self, start: int, stop: int) -> DialBatch:
+    def part(self, start: int, stop: int) -> _DialBatch:
         """The samples from ``start`` up to ``stop``, as a batch of their own."""
-        return DialBatch(self.images[start:stop], self.thresholds[start:stop], self.names[start:stop])
+        return _DialBatch(self.images[start:stop], self.thresholds[start:stop], self.names[start:stop])
 
 
 @dataclass(frozen=True)
-class DialSplit:
+class _DialSplit:
     """Samples of a split."""
 
     images: Tensor
@@ -84,29 +84,29 @@ class DialSplit:
         return Sample(self.images[index], self.thresholds[index], self.names[index])
 
 
-def collate(samples: list[Sample]) -> DialBatch:
+def collate(samples: list[Sample]) -> _DialBatch:
     """One batch from its samples, in their order."""
     images, thresholds, names = zip(*samples, strict=True)
-    return DialBatch(torch.stack(images), torch.stack(thresholds), names)
+    return _DialBatch(torch.stack(images), torch.stack(thresholds), names)
 
 
 @dataclass(frozen=True)
-class DialData:
+class _DialData:
     """All splits."""
 
     name: str
     spec: DialSpec
     seed: int
-    train: DialSplit
-    val: DialSplit
-    test: DialSplit
+    train: _DialSplit
+    val: _DialSplit
+    test: _DialSplit
     fingerprint: str
     skipped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class DialScores:
+class _DialScores:
     """An evaluation sample by sample; see :class:`gradprobe.trainers.problems.Scores`."""
 
     names: tuple[str, ...]
@@ -126,11 +126,11 @@ class Dial:
 
     kind = DIAL
 
-    def load(self, settings: Settings) -> DialData:
+    def load(self, settings: Settings) -> _DialData:
         """Made from the dials."""
         return make_data(settings.data, settings.seed)
 
-    def describe(self, data: DialData) -> dict[str, Any]:
+    def describe(self, data: _DialData) -> dict[str, Any]:
         """Where the dials stand."""
         spec = data.spec
         return {
@@ -148,18 +148,18 @@ class Dial:
             },
         }
 
-    def build_model(self, settings: Settings, data: DialData, hyp: DetectionHyp) -> DialModel:
+    def build_model(self, settings: Settings, data: _DialData, hyp: DetectionHyp) -> DialModel:
         """Of the size of the data; ``--cfg``, ``--imgsz`` and ``--hyp`` mean nothing here."""
         return DialModel(data.spec.layers, data.spec.dim, (data.spec.ratio, 1.0), settings.seed)
 
-    def loader(self, split: DialSplit, batch_size: int, *, seed: int = 0, shuffle: bool = True) -> Any:
+    def loader(self, split: _DialSplit, batch_size: int, *, seed: int = 0, shuffle: bool = True) -> Any:
         return Loader(split, batch_size, seed, shuffle, collate)
 
-    def example(self, settings: Settings, data: DialData) -> Tensor:
+    def example(self, settings: Settings, data: _DialData) -> Tensor:
         """A sample of zeros."""
         return torch.zeros(1, 2, data.spec.layers, data.spec.dim)
 
-    def score(self, model: Any, loader: Iterable[DialBatch], *, device: Any) -> DialScores:
+    def score(self, model: Any, loader: Iterable[_DialBatch], *, device: Any) -> _DialScores:
         """Outputs against thresholds, and losses."""
         names: list[str] = []
         solved, losses = [np.zeros((0, 2))], [np.zeros((0, 2))]
@@ -172,19 +172,19 @@ class Dial:
                 solved.append(passed.double().cpu().numpy())
                 losses.append(torch.stack(list(model.sample_losses(outputs).values()), 1).double().cpu().numpy())
                 names += batch.names
-        return DialScores(tuple(names), np.concatenate(solved), np.concatenate(losses))
+        return _DialScores(tuple(names), np.concatenate(solved), np.concatenate(losses))
 
     def fitness(self, metrics: Mapping[str, float]) -> float:
         """The mean of what both tasks solve."""
         parts = (metrics["solved_a"], metrics["solved_b"])
         return sum(part for part in parts if not math.isnan(part)) / 2
 
-    def clusters(self, split: DialSplit) -> tuple[str, ...]:
+    def clusters(self, split: _DialSplit) -> tuple[str, ...]:
         """The clips."""
         return tuple(clip_of(Path(name).stem) or name for name in split.names)
 
 
-def make_data(source: str, seed: int) -> DialData:
+def make_data(source: str, seed: int) -> _DialData:
     """The samples that the dials ask for.
 
     Args:
@@ -197,7 +197,7 @@ def make_data(source: str, seed: int) -> DialData:
     spec = parse(source)
     seed = seed if spec.seed is None else spec.seed
     directions, train, val, test = (np.random.default_rng([seed, part]) for part in range(4))
-    means = task_means(spec, directions)
+    means = _task_means(spec, directions)
     held_out = CLIPS * FRAMES
     splits = {
         "train": _split(means + _exact_noise(spec, train), np.zeros((spec.size, 2)), _numbered("train", spec.size)),
@@ -211,10 +211,10 @@ def make_data(source: str, seed: int) -> DialData:
     digest = hashlib.sha256(repr(spec.ratio).encode())
     for name, split in splits.items():
         digest.update(name.encode() + split.images.numpy().tobytes() + split.thresholds.numpy().tobytes())
-    return DialData(source, spec, seed, splits["train"], splits["val"], splits["test"], digest.hexdigest())
+    return _DialData(source, spec, seed, splits["train"], splits["val"], splits["test"], digest.hexdigest())
 
 
-def task_means(spec: DialSpec, stream: np.random.Generator) -> Array:
+def _task_means(spec: DialSpec, stream: np.random.Generator) -> Array:
     """The vectors u, (2, layers, dim): of length 1 over all layers, with the angle of the dial on each of them."""
     plane = np.stack([np.linalg.qr(stream.standard_normal((spec.dim, 2)))[0].T for _ in range(spec.layers)])
     angle = math.radians(spec.angle)
@@ -258,8 +258,8 @@ def _shared(draw: Any) -> Array:
     return shared
 
 
-def _split(images: Array, thresholds: Array, names: tuple[str, ...]) -> DialSplit:
-    return DialSplit(
+def _split(images: Array, thresholds: Array, names: tuple[str, ...]) -> _DialSplit:
+    return _DialSplit(
         torch.from_numpy(images.astype(np.float32)), torch.from_numpy(thresholds.astype(np.float32)), names
     )
 

@@ -11,13 +11,13 @@ from gradprobe.trainers.data.phantom.anatomy import Chamber, Leaflet, View
 from gradprobe.trainers.data.phantom.draws import Draws, Plane
 from gradprobe.trainers.data.phantom.geometry import Heart, Sector, ramp, rotation, sample
 
-MUSCLE_ECHO = 0.5
-SURROUNDING_ECHO = 0.26
-WALL_THICKNESS = 0.045  # in half heart heights
-SPECKLE_GRID = (112, 72)  # grains along depth and across lines of sight
+_MUSCLE_ECHO = 0.5
+_SURROUNDING_ECHO = 0.26
+_WALL_THICKNESS = 0.045  # in half heart heights
+_SPECKLE_GRID = (112, 72)  # grains along depth and across lines of sight
 
 
-def bump(plane: Plane) -> Plane:
+def _bump(plane: Plane) -> Plane:
     """A bell without an exponential: 1 at 0, 1/4 at 1, falling as the fourth power."""
     square = 1.0 + plane * plane
     return 1.0 / (square * square)
@@ -26,20 +26,20 @@ def bump(plane: Plane) -> Plane:
 def draw_tissue(draws: Draws, view: View, heart: Heart, sector: Sector) -> Plane:
     """Echo of what is there, before the machine looks at it; about [0, 2]."""
     outline = np.sqrt((heart.p / 1.12) * (heart.p / 1.12) + (heart.q / 1.06) * (heart.q / 1.06)) - 1.0
-    tissue = SURROUNDING_ECHO + (MUSCLE_ECHO - SURROUNDING_ECHO) * ramp(outline, 0.06, -0.02)
-    tissue = tissue + 0.7 * bump(outline / 0.05)  # pericardium
+    tissue = _SURROUNDING_ECHO + (_MUSCLE_ECHO - _SURROUNDING_ECHO) * ramp(outline, 0.06, -0.02)
+    tissue = tissue + 0.7 * _bump(outline / 0.05)  # pericardium
     # Walls shine where the beam meets them squarely and fade where it runs along them.
     beam_p = sector.beam_x * heart.cosine + sector.beam_y * heart.sine
     beam_q = sector.beam_y * heart.cosine - sector.beam_x * heart.sine
     blood = draws.uniform(*difficulty.BLOOD_ECHO)
     for chamber in view.chambers:
-        tissue = _add_chamber(tissue, jittered(draws, chamber), heart, blood, beam_p, beam_q)
+        tissue = _add_chamber(tissue, _jittered(draws, chamber), heart, blood, beam_p, beam_q)
     for leaflet in view.leaflets:
         tissue = tissue + _leaflet(leaflet, heart) * draws.uniform(0.4, 1.1)
     return tissue
 
 
-def jittered(draws: Draws, chamber: Chamber) -> Chamber:
+def _jittered(draws: Draws, chamber: Chamber) -> Chamber:
     """The same chamber in another patient."""
     shift, stretch = difficulty.CHAMBER_JITTER, 0.1 + difficulty.CHAMBER_JITTER
     return Chamber(
@@ -60,14 +60,14 @@ def _add_chamber(tissue: Plane, chamber: Chamber, heart: Heart, blood: float, be
     v = (q * cosine - p * sine) / chamber.half_height
     radius = np.sqrt(u * u + v * v)
     outside = (radius - 1.0) * min(chamber.half_width, chamber.half_height)  # about the distance to the wall
-    filling = blood * (1.0 - chamber.solid) + MUSCLE_ECHO * chamber.solid
+    filling = blood * (1.0 - chamber.solid) + _MUSCLE_ECHO * chamber.solid
     inside = ramp(outside, 0.02, -0.03)
     tissue = tissue * (1.0 - inside) + filling * inside
     normal_u, normal_v = u / chamber.half_width, v / chamber.half_height
     length = np.sqrt(normal_u * normal_u + normal_v * normal_v) + np.float32(1e-3)
     squarely = np.abs((normal_u * cosine - normal_v * sine) * beam_p + (normal_v * cosine + normal_u * sine) * beam_q)
     facing = 0.25 + 0.75 * (squarely / length)
-    wall = bump((outside - 0.4 * WALL_THICKNESS) / WALL_THICKNESS)
+    wall = _bump((outside - 0.4 * _WALL_THICKNESS) / _WALL_THICKNESS)
     return tissue + (chamber.wall * 0.8) * facing * wall
 
 
@@ -79,7 +79,7 @@ def _leaflet(leaflet: Leaflet, heart: Heart) -> Plane:
     along = p * along_p + q * along_q
     beyond = along - np.clip(along, 0.0, length)
     across = p * along_q - q * along_p
-    return bump(np.sqrt(beyond * beyond + across * across) / leaflet.width)
+    return _bump(np.sqrt(beyond * beyond + across * across) / leaflet.width)
 
 
 def draw_echo(draws: Draws, tissue: Plane, sector: Sector) -> Plane:
@@ -90,7 +90,7 @@ def draw_echo(draws: Draws, tissue: Plane, sector: Sector) -> Plane:
     blocked = ramp(sample(draws.plane(2, 9), sector.depth, sector.line), 0.55, 1.0)
     attenuation = 1.0 + draws.uniform(*difficulty.ATTENUATION) * sector.depth
     echo = tissue * (0.25 + speckle) * shading * (1.0 - shadow * blocked) / attenuation
-    echo = echo + (0.9 * bump(sector.depth / 0.06) + 0.02) * speckle  # the near field is always bright
+    echo = echo + (0.9 * _bump(sector.depth / 0.06) + 0.02) * speckle  # the near field is always bright
     echo = echo * (1.6 * draws.uniform(*difficulty.GAIN))
     knee = draws.uniform(*difficulty.COMPRESSION)
     return np.where(sector.inside, echo * (0.35 + knee) / (echo + knee), np.float32(0.0))
@@ -98,7 +98,7 @@ def draw_echo(draws: Draws, tissue: Plane, sector: Sector) -> Plane:
 
 def _speckle(draws: Draws) -> Plane:
     """Amplitude of many random echoes summed: noise on the sector's own grid, mean about 1."""
-    real, imaginary = draws.plane(*SPECKLE_GRID) - 0.5, draws.plane(*SPECKLE_GRID) - 0.5
+    real, imaginary = draws.plane(*_SPECKLE_GRID) - 0.5, draws.plane(*_SPECKLE_GRID) - 0.5
     for _ in range(2):  # neighbours along a line of sight belong to one pulse
         real[1:] = real[1:] + real[:-1].copy()
         imaginary[1:] = imaginary[1:] + imaginary[:-1].copy()

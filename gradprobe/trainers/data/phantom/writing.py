@@ -8,7 +8,7 @@ from gradprobe.errors import DataError, UsageError
 from gradprobe.trainers.data.phantom.anatomy import BOX_NAMES, IMAGE_NAMES
 from gradprobe.trainers.data.phantom.drawing import SPLITS, Phantom, draw_phantom
 
-HELD_OUT_PERCENT = 15
+_HELD_OUT_PERCENT = 15
 """Of all phantoms, in val and again in test; at least one in each."""
 
 
@@ -20,7 +20,7 @@ def split_sizes(n: int) -> dict[str, int]:
     """
     if n < len(SPLITS):
         raise UsageError(f"--n is {n}; it takes 3 phantoms or more to fill train, val and test")
-    held_out = max(n * HELD_OUT_PERCENT // 100, 1)
+    held_out = max(n * _HELD_OUT_PERCENT // 100, 1)
     return {"train": n - 2 * held_out, "val": held_out, "test": held_out}
 
 
