@@ -367,7 +367,7 @@ def test_a_gradient_that_cannot_be_told_from_noise_has_no_direct_effect():
     assert answer(sound, "interference", "cls>det").direct.effect > 0.3
     assert np.isnan([into_det.effect, into_det.low95, into_det.high95]).all()
     assert str(into_det.sentence) == (
-        "At the baseline's checkpoints det's gradient cannot be told from noise: there is no direct effect."
+        "At the baseline's checkpoints det's gradient cannot be distinguished from noise: there is no direct effect."
     )
     assert into_cls.effect == answer(sound, "interference", "det>cls").direct.effect
 
@@ -766,7 +766,7 @@ def test_what_was_planned_is_what_counts():
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda runs: runs, Options(margin=0.05), "margin was planned as 0.2, and this comparison goes by 0.05"),
+        (lambda runs: runs, Options(margin=0.05), "margin was planned as 0.2, and this comparison uses 0.05"),
         (lambda runs: runs, Options(window=(0, 50)), "window was planned as 20, 100"),
         (lambda runs: runs, Options(pairs=["det>cls"]), "pairs was planned as cls>det"),
         (lambda runs: [r for r in runs if r.seed != 4], None, "joint: seeds 4 were planned and are not there"),

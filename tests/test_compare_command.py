@@ -178,7 +178,7 @@ def test_a_rule_that_was_changed_is_not_said_to_be_fixed_before(tmp_path, capsys
     planned, changed = (compare(capsys, tmp_path, *more)[1] for more in ((), ("--margin", "0.9")))
     assert "were fixed before the runs. Below" in planned
     assert "were fixed before the runs, but for what is not as planned. Below" in changed
-    assert "margin was planned as 0.1, and this comparison goes by 0.9." in changed
+    assert "margin was planned as 0.1, and this comparison uses 0.9." in changed
 
 
 def test_without_the_baseline_it_says_so_and_is_inconclusive(folder, capsys):

@@ -189,7 +189,7 @@ class Similarity:
         subject: ``det|cls``.
         mean, low95, high95: Over seeds, of 2 |a| |b| / (|a|^2 + |b|^2) from squares less their noise: 1 where both are
             equally long.
-        values, seeds: Per run; NaN: a gradient cannot be told from noise.
+        values, seeds: Per run; NaN: a gradient cannot be distinguished from noise.
     """
 
     arm: str

@@ -143,7 +143,7 @@ def _first_losses_differ(one: Evidence, other: Evidence) -> Message | None:
 
 
 def resolved(runs: Sequence[Evidence], layers: Sequence[str], tasks: Sequence[str], span: Span) -> Gate:
-    """The gradients must be told from the noise of their samples."""
+    """The gradients must be distinguished from the noise of their samples."""
     return worst(_resolved(run, layers, tasks, span) for run in runs)
 
 

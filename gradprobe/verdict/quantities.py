@@ -197,7 +197,7 @@ class Direction(Quantity):
         return [*streamed, Message("remark.direction")]
 
     def by_layer(self, run: Evidence, layers: Sequence[str]) -> Array:
-        """NaN where a gradient on the layer cannot be told from noise."""
+        """NaN where a gradient on the layer cannot be distinguished from noise."""
         found = readings.estimate(run, layers, self.tasks, self.span, apart=True)
         assert found is not None
         own = [run.layers[i] for i in readings.places(run, layers)]
@@ -226,7 +226,7 @@ class Dominance(Quantity):
         return None if found is None else found.largest
 
     def gates(self, runs: Sequence[Evidence], layers: Sequence[str]) -> list[Gate]:
-        """Every task told from noise, of a large training set."""
+        """Every task distinguished from noise, of a large training set."""
         return [
             gates.resolved(runs, layers, self.tasks, self.span),
             *(gates.enough_samples(runs, layers, task, self.span) for task in self.tasks),

@@ -114,7 +114,7 @@ class Dominance:
 
     Attributes:
         share: (T,) of the summed squared lengths of the weighted gradients, less their noise; NaN: a gradient cannot
-            be told from noise.
+            be distinguished from noise.
         largest: The largest of them.
     """
 
@@ -144,7 +144,7 @@ def direct(baseline: Evidence, arm: Evidence, pair: Pair, layers: Sequence[str],
 
     On the scale of C: above 0, ``by`` cancels progress of ``task``. With ``arm`` the baseline itself, that of its own
     weights. None: nothing was recorded in micro-batches, or the arm has no weights. NaN: the gradient of ``task``
-    cannot be told from noise, so that what is divided by may be 0.
+    cannot be distinguished from noise, so that what is divided by may be 0.
     """
     rows = stream(baseline)
     if rows is None or not len(arm.step):

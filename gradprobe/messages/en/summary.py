@@ -90,7 +90,7 @@ MESSAGES: dict[str, str] = {
     "all steps: cosine of {cosines:semicolons}. Batch at which noise and gradient are equally long, in samples: "
     "{scales}.",
     "summary.probe_cosine": "{tasks:and} {cosine:+.2f} (95 % interval of this run {low:+.2f} to {high:+.2f})",
-    "summary.probe_hidden": "{tasks:and} cannot be told from noise",
+    "summary.probe_hidden": "{tasks:and} cannot be distinguished from noise",
     "summary.probe_missing": "{n} of these rows hold less than a measurement: {why:semicolons}.",
     # ---- metrics and cost
     "summary.metrics": "Metrics from the first to the last epoch (counted from 0): {values:semicolons}.",

@@ -45,7 +45,7 @@ MESSAGES: dict[str, str] = {
     "level.small": "above 0, and less than the margin",
     "level.below": "below 0",
     "level.helps": "below 0: it helps",
-    "level.open": "which cannot be told from 0",
+    "level.open": "which cannot be distinguished from 0",
     # ---- the headline
     "headline.no_conclusion": "No conclusion about interference: {why}",
     "headline.no_conclusion_short": "No conclusion about interference.",
@@ -113,7 +113,7 @@ MESSAGES: dict[str, str] = {
     "caution.setting": "{name} {one} and {other}",
     "caution.mixed": "{arm} mixes settings: {name} is {one} in {file} and {other} in {another}.",
     # ---- the plan
-    "plan.goes_by": "{name} was planned as {planned}, and this comparison goes by {now}.",
+    "plan.goes_by": "{name} was planned as {planned}, and this comparison uses {now}.",
     "plan.seeds_missing": "{arm}: seeds {seeds} were planned and are not there.",
     "plan.seeds_more": "{arm}: seeds {seeds} were not planned.",
     "plan.arm_missing": "arm {arm} was planned and is not there.",
@@ -149,8 +149,8 @@ MESSAGES: dict[str, str] = {
     "remark.skew": "The differences lean to one side: a t interval then errs up to 13 % of the time instead of 5.",
     "direct.effect": "At the baseline's checkpoints the weights of {arm} change what {by} cancels of {task}'s "
     "first-order progress by {effect:signed}; the effect above is along each arm's own training.",
-    "direct.none": "At the baseline's checkpoints {task}'s gradient cannot be told from noise: there is no direct "
-    "effect.",
+    "direct.none": "At the baseline's checkpoints {task}'s gradient cannot be distinguished from noise: there is no "
+    "direct effect.",
     # ---- gates
     "gate.run": "{arm}, seed {seed}",
     "gate.of_run": "{run}: {found}",
