@@ -499,7 +499,7 @@ def test_the_magnitude_similarity_stands_beside_the_direct_effect(study):
         tables = [block for block in blocks if isinstance(block, Table)]
         assert [table.caption for table in tables] == [words("direct.title"), words("similarity.title")]
         assert tables[1].columns == [words(f"column.{name}") for name in ("arm", "subject", "mean", "ci95")]
-        assert tables[1].rows[0] == ["joint", words.subject("det|cls"), "0.6", words.span(0.5, 0.7)]
+        assert tables[1].rows[0] == ["joint", words.subject("det|cls"), "0.60", words.span(0.5, 0.7)]
         assert tables[1].rows[1][2:] == ["–", "–"]
     none = evidence.section(context_of(study, make_comparison(study, similarities=()), PAGE)).blocks
     assert not [block for block in none if isinstance(block, Table)]
