@@ -75,7 +75,7 @@ def test_the_training_is_the_one_without_a_ledger(trainer):
         assert torch.equal(value, seen.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("trainer", ["joint", "dual"])
+@pytest.mark.parametrize("trainer", ["joint", pytest.param("dual", marks=pytest.mark.slow)])
 def test_terms_are_the_change_of_the_loss(trainer):
     """Of the classifier. A detector's loss weighs overlaps by a factor made under no_grad, which no term explains."""
     far, near = (window(columns(recorded(trainer, steps=12, lr=lr)[1]), TASKS) for lr in (3e-4, 3e-5))

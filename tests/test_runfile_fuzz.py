@@ -49,16 +49,17 @@ def check(found: collections.Counter[str], cases: int, allowed: set[str]) -> Non
 
 
 def test_damage_is_refused_or_does_no_harm(run_file):
-    found = outcomes(run_file, 2000)
-    check(found, 2000, {"right", "refused", "partly"})
-    assert found["partly"] > 100  # damage to one array leaves the others readable
-    assert found["refused"] > 100
+    """Short form; the long one is below."""
+    found = outcomes(run_file, 500)
+    check(found, 500, {"right", "refused", "partly"})
+    assert found["partly"] > 25  # damage to one array leaves the others readable
+    assert found["refused"] > 25
 
 
 def test_damage_with_sums_made_right_crashes_nothing(tmp_path):
     """As a malicious writer would: what HDF5 makes of it is all that stands between."""
     small = make_run(tmp_path / "run.h5", rows=20, layers=8, provenance={"trainer": "joint", "argv": ["record"]})
-    check(outcomes(small, 600, "--resealed"), 600, {"right", "refused", "partly", "other"})
+    check(outcomes(small, 300, "--resealed"), 300, {"right", "refused", "partly", "other"})
 
 
 @pytest.mark.slow
