@@ -309,11 +309,12 @@ def over_layers(gram: ArrayLike, reach: ArrayLike) -> tuple[Array, Array]:
     gram = np.asarray(gram, dtype=np.float64)
     reach = np.asarray(reach, dtype=bool)
     first, second = pair_index(reach.shape[-1])
-    total, shared = over_counted(gram, reach), reach[..., first] & reach[..., second]
-    squares = (np.where(shared, gram[..., task, task], 0.0).sum(axis=-2) for task in (first, second))
+    both = reach[..., first] & reach[..., second]
+    squares = [_masked_sum(gram[..., task, task], both) for task in (first, second)]
+    inner = _masked_sum(gram[..., first, second], both)
     with np.errstate(invalid="ignore", divide="ignore"):
-        length = np.prod([np.sqrt(square) for square in squares], axis=0)
-        return np.sqrt(_diagonal(total)), np.clip(total[..., first, second] / length, -1.0, 1.0)
+        cosine = np.clip(inner / (np.sqrt(squares[0]) * np.sqrt(squares[1])), -1.0, 1.0)
+        return np.sqrt(_masked_sum(_diagonal(gram), reach)), cosine
 
 
 def over_all(gram: ArrayLike, reach: ArrayLike) -> Array:
@@ -371,6 +372,14 @@ def from_norms(norms: ArrayLike, cosines: ArrayLike) -> Array:
 def _diagonal(gram: ArrayLike) -> Array:
     result: Array = np.diagonal(np.asarray(gram, dtype=np.float64), axis1=-2, axis2=-1)
     return result
+
+
+def _masked_sum(values: Array, mask: NDArray[np.bool_]) -> Array:
+    """Sum over the layer axis (the last but one) of ``values`` where ``mask``; NaN where the mask is empty.
+
+    Of pairs alone, where :func:`over_counted` makes the whole Gramian: a writer does this for every row.
+    """
+    return np.where(mask.any(axis=-2), np.where(mask, values, 0.0).sum(axis=-2), np.nan)
 
 
 def _both(reach: ArrayLike) -> NDArray[np.bool_]:
