@@ -17,16 +17,19 @@ BUNDLED = {
 MAIN = ("mAP50", "mAP50-95", "accuracy")
 """Those of them that sum a task up."""
 
-LOSSES = ("loss", "error", "rmse", "mae")
+_LOSSES = ("loss", "error", "mse", "mae")
+"""How words of names end whose lower values are better."""
 
 
 def lower_is_better(metric: str) -> bool:
     """Whether the name says that lower values are better.
 
-    >>> lower_is_better("val/box_loss"), lower_is_better("trainLoss"), lower_is_better("mAP50-95")
-    (True, True, False)
+    >>> [lower_is_better(name) for name in ("val/box_loss", "trainLoss", "abs_error", "valRMSE")]
+    [True, True, True, True]
+    >>> lower_is_better("mAP50-95"), lower_is_better("lossless")
+    (False, False)
     """
-    return any(word in LOSSES or word.endswith("loss") for word in re.split(r"[^a-z0-9]+", metric.lower()))
+    return any(word.endswith(_LOSSES) for word in re.split(r"[^a-z0-9]+", metric.lower()))
 
 
 def task_of(metric: str, tasks: Sequence[str]) -> str:

@@ -20,8 +20,9 @@ from gradprobe.plots.figure import make
 from gradprobe.report import gather, heat
 from gradprobe.rows import MISSING_GRADIENT, NONFINITE_GRADIENT, Header, ProbeLoaderRow, Row, absent
 from gradprobe.runfile import RunWriter, reaching, schema
-from gradprobe.runfile.check import check, repair
+from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
+from gradprobe.runfile.repair import repair
 from gradprobe.runfile.thin import ThinRun
 from gradprobe.sinks.scalars import scalars
 from gradprobe.summary import sentences, shared_gram, summarise

@@ -15,7 +15,8 @@ from run_factory import make_header, make_rows, make_run
 from gradprobe.cli.app import run as command
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.runfile import RunWriter, files, live, open_run, schema
-from gradprobe.runfile.check import REPAIRED, check, repair
+from gradprobe.runfile.check import check
+from gradprobe.runfile.repair import REPAIRED, repair
 
 
 def findings(path) -> str:

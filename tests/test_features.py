@@ -18,8 +18,9 @@ from gradprobe.errors import ProbeError, RunFileError
 from gradprobe.probes import GradientProbe
 from gradprobe.rows import FeatureHeader, FeatureRow, Header
 from gradprobe.runfile import RunWriter
-from gradprobe.runfile.check import check, repair
+from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
+from gradprobe.runfile.repair import repair
 from gradprobe.summary import sentences, summarise
 
 detector = _detector

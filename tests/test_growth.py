@@ -21,8 +21,9 @@ from gradprobe import open_run
 from gradprobe.errors import RunFileError
 from gradprobe.rows import GrowingSink, Header
 from gradprobe.runfile import RunWriter, schema, store
-from gradprobe.runfile.check import check, repair
+from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
+from gradprobe.runfile.repair import repair
 from gradprobe.runfile.thin import ThinRun
 from gradprobe.summary import sentences, summarise
 

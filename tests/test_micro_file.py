@@ -15,9 +15,10 @@ from zoo import mlp
 import gradprobe
 from gradprobe.errors import RunFileError
 from gradprobe.runfile import RunWriter, open_run
-from gradprobe.runfile.check import check, repair
+from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
 from gradprobe.runfile.files import seal
+from gradprobe.runfile.repair import repair
 from gradprobe.runfile.thin import ThinRun
 
 HEADER = make_header(3, ("a", "b", "c"))

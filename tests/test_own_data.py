@@ -15,6 +15,7 @@ from gradprobe.trainers.data import given
 
 MODULE = """
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
@@ -54,6 +55,15 @@ class Tilted(Dial):
         losses = model.losses
         model.losses = lambda outputs, batch: dict(zip(("left", "right"), losses(outputs, batch).values()))
         return model
+
+
+class Stopped(Tilted):
+    def score(self, model, loader, *, device):  # Ctrl-C in the second epoch, once
+        if Path("first-epoch").exists() and not Path("stopped").exists():
+            Path("stopped").touch()
+            raise KeyboardInterrupt
+        Path("first-epoch").touch()
+        return super().score(model, loader, device=device)
 
 
 class Half:
@@ -113,6 +123,20 @@ def test_a_file_does_not_name_code(own, capsys):
     with pytest.raises(UsageError, match="name it on the command line"):
         problems.kind_of("own_data:Tilted")
     assert "own_data" not in sys.modules
+
+
+def test_a_run_of_ones_own_data_goes_on_where_they_are_named(own, capsys):
+    data = ["--data", "own_data:Stopped"]
+    assert command(["record", "--trainer", "joint", *data, "--batch-size", "8", "--epochs", "3", "--every", "1"]) == 130
+    with open_run(own / "conflict.h5") as run:
+        assert run.end != "finished"
+    assert command(["record", "--resume", "conflict.h5", *data]) == 0, capsys.readouterr().err
+    with open_run(own / "conflict.h5") as run:
+        assert (run.end, run["step"].tolist()) == ("finished", list(range(6)))
+
+
+def test_a_name_that_no_path_can_have_is_still_a_name():
+    assert problems.is_own(f"{'a' * 3000}:make")
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ import gradprobe
 from gradprobe.cli.app import run as command
 from gradprobe.errors import ProbeError
 from gradprobe.probes import passes
-from gradprobe.runfile.check import check, repair
+from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
 from gradprobe.runfile.files import seal
+from gradprobe.runfile.repair import repair
 
 TASKS = ("a", "b")
 DRAWN = [[36, 20, 21, 14, 16, 12], [2, 21, 1, 17, 6, 11], [17, 3, 6, 24, 31, 24]]

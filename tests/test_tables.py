@@ -19,9 +19,10 @@ from gradprobe.errors import RunFileError
 from gradprobe.rows import ROWS, TABLES, Row, Table
 from gradprobe.rows.table import common, field, status
 from gradprobe.runfile import RunWriter, open_run, schema
-from gradprobe.runfile.check import check, repair
+from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
 from gradprobe.runfile.files import seal
+from gradprobe.runfile.repair import repair
 
 FIXTURES = Path(__file__).parent / "fixtures"
 sys.path.insert(0, str(FIXTURES))

@@ -26,8 +26,9 @@ from gradprobe.integrations.recording import Recording
 from gradprobe.probes import GradientProbe
 from gradprobe.report import report
 from gradprobe.runfile import Run, RunWriter, audits, live, parts
-from gradprobe.runfile.check import check, repair
+from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
+from gradprobe.runfile.repair import repair
 from gradprobe.study import plan
 from gradprobe.trainers import checkpoint
 

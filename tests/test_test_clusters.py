@@ -14,9 +14,10 @@ from gradprobe.cli.app import run as command
 from gradprobe.errors import RunFileError
 from gradprobe.rows import TestClusters
 from gradprobe.runfile import RunWriter, open_run
-from gradprobe.runfile.check import check, repair
+from gradprobe.runfile.check import check
 from gradprobe.runfile.export import export
 from gradprobe.runfile.files import seal
+from gradprobe.runfile.repair import repair
 from gradprobe.trainers.jackknife import FEWEST, IMAGES, MOST, leave_out
 
 FOUND = TestClusters(

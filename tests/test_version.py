@@ -12,8 +12,9 @@ import pytest
 
 from gradprobe.errors import RunFileError
 from gradprobe.runfile import open_run, schema
-from gradprobe.runfile.check import check, repair
+from gradprobe.runfile.check import check
 from gradprobe.runfile.files import BLOCK, seal
+from gradprobe.runfile.repair import repair
 
 FIXTURE = Path(__file__).parent / "fixtures" / "run-1.0.h5"
 

@@ -52,7 +52,7 @@ def check(
 
 
 def _repaired(file: Path, out: Path) -> CheckReport:
-    from gradprobe.runfile.check import repair
+    from gradprobe.runfile.repair import repair
 
     return repair(file, out)
 

@@ -107,8 +107,12 @@ class Language:
     ) -> tuple[str, str]:
         """A value and its interval in words, to as many decimals as give the interval's width two digits.
 
+        An end that would read as 0 and is not gets more: whether 0 is within is what an interval is read for.
+
         >>> Language().estimate(0.02454, -0.00815, 0.0572, signed=True)
         ('+0.025', '-0.008 to +0.057')
+        >>> Language().estimate(-0.05, -0.1, -0.004, signed=True)
+        ('-0.050', '-0.100 to -0.004')
         >>> Language().estimate(1.225, -7.272, 9.722), Language().estimate(0.5, float("nan"), 1.0)
         (('1', '-7 to 10'), ('0.5', '-'))
         """
@@ -117,7 +121,10 @@ class Language:
             return shown(value), self.missing
         if high - low <= 0 or (float(low).is_integer() and float(high).is_integer()):
             return shown(value), self("join.span", low=shown(low), high=shown(high))
-        how = f"{'+' if signed else ''}.{max(0, 1 - math.floor(math.log10(high - low)))}f"
+        digits = max(0, 1 - math.floor(math.log10(high - low)))
+        needed = max((-math.floor(math.log10(2 * abs(end))) for end in (low, high) if end), default=0)
+        digits = max(digits, min(digits + 2, needed))
+        how = f"{'+' if signed else ''}.{digits}f"
         said = [self._amount(one, how) for one in (value, low, high)]
         return said[0], self("join.span", low=said[1], high=said[2])
 

@@ -7,11 +7,11 @@ that returns a data set, which ``--data module:name`` names. Imports nothing hea
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from gradprobe.errors import UsageError
@@ -111,7 +111,7 @@ def kind_of(data: str) -> Kind:
 
 def is_own(data: str) -> bool:
     """Whether ``--data`` is written as ``module:name``, and is no path of a file."""
-    return re.fullmatch(r"(?!dial:)[A-Za-z_][\w.]*:[A-Za-z_]\w*", data) is not None and not Path(data).exists()
+    return re.fullmatch(r"(?!dial:)[A-Za-z_][\w.]*:[A-Za-z_]\w*", data) is not None and not os.path.lexists(data)
 
 
 def allow(data: str) -> None:
