@@ -154,7 +154,7 @@ def lengths(noise):
 def test_intervals_cover_the_cosine_of_all_data(network, tmp_path):
     """Short form; the long one is below. And no mean is off by more than chance allows."""
     model, data = network
-    rows = 800
+    rows = 500
     path = record(tmp_path / "run.h5", model, data, rows, batch_size=12)
     with gradprobe.open_run(path) as run:
         gram, noise = exact(model, data, run.layers, 48)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from warm import Process
 
 from gradprobe import open_run, processes
 from gradprobe.cli.app import run as command
@@ -103,20 +105,34 @@ def test_a_run_of_two_processes_is_stopped_killed_and_gone_on_with_until_it_is_d
     assert not (tmp_path / "run.checkpoint.pt").exists()
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def ranks(folder, *words):
+    """Two processes as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {
+        **ENVIRONMENT,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    return [
+        Process(["record", *words], cwd=folder, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks and kills processes")
 def test_a_first_process_that_is_killed_leaves_what_it_had_flushed_and_the_run_goes_on(tmp_path, capsys):
     """kill -9 of the process that writes: the other one does not wait for it, and nothing is damaged."""
     run, last, state = (tmp_path / f"run.{end}" for end in ("h5", "last.pt", "checkpoint.pt"))
-    words = [*LONG, "--epochs", 8, "--out", "run.h5"]
-    process = start(tmp_path, "gradprobe", "record", *words, "--device", "cpu", "--processes", 2)
+    first, other = ranks(tmp_path, *LONG, "--epochs", 8, "--out", "run.h5")
     # Saved last of an epoch, after the rows were flushed.
-    wait_for(lambda: last.exists() and state.stat().st_mtime_ns > last.stat().st_mtime_ns, process)
-    first, other = of_rank(0, tmp_path), of_rank(1, tmp_path)
-    os.kill(first, signal.SIGKILL)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode not in (0, 130), err
-    assert not Path(f"/proc/{other}").exists()
+    wait_for(lambda: last.exists() and state.stat().st_mtime_ns > last.stat().st_mtime_ns, first)
+    first.kill()
+    _, err = other.communicate(timeout=60)
+    assert other.returncode not in (0, 130), err
 
     left = look(run)
     assert left["end"] == ""
@@ -128,9 +144,9 @@ def test_a_first_process_that_is_killed_leaves_what_it_had_flushed_and_the_run_g
     assert {finding["kind"] for finding in report["findings"]} == {"incomplete"}
     assert report["rows"] == len(left["step"])
 
-    process = start(tmp_path, "gradprobe", "record", "--resume", "run.h5")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    for process in ranks(tmp_path, "--resume", "run.h5"):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
     done = look(run)
     assert (done["end"], done["processes"]) == ("finished", 2)
     assert done["step"].tolist() == list(range(done["steps"]))

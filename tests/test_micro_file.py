@@ -50,7 +50,7 @@ def write(path, given, *, parts=0, end="finished", **options):
     return writer
 
 
-@pytest.mark.parametrize("parts", [0, 1, 7])
+@pytest.mark.parametrize("parts", [0, pytest.param(1, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("without", [(), range(10), range(5, 30), [39]], ids=["all", "later", "between", "to the end"])
 def test_what_was_measured_is_read(tmp_path, without, parts):
     """Rows without noise may come before, between and after, and in parts of their own."""

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from warm import Process
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
@@ -100,22 +97,13 @@ def test_a_killed_and_resumed_run_has_the_hash_of_a_whole_one_and_its_plan(tmp_p
     plan.write_text(json.dumps(PLAN))
     long = "dial:size=4096"
     arguments = ["--data", long, "--trainer", "joint", "--every", "64", "--out", str(tmp_path / "run.h5")]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "gradprobe", "record", *arguments, "--epochs", "3", "--plan", str(plan)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    assert child.stderr is not None
-    for line in child.stderr:
-        if line.startswith("epoch 1/3 on val"):
-            break
+    child = Process(["record", *arguments, "--epochs", "3", "--plan", str(plan)])
     deadline = time.monotonic() + 60
-    while not (tmp_path / "run.checkpoint.pt").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run.last.pt").exists() and time.monotonic() < deadline:
+        assert child.poll() is None, child.communicate()
         time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
+    child.kill()
     child.wait()
-    child.stderr.close()
     assert command(["record", "--resume", str(tmp_path / "run.h5")]) == 0
     assert record(tmp_path / "whole.h5", "--every", 64, data=long) == 0
     resumed, whole = provenance(tmp_path / "run.h5"), provenance(tmp_path / "whole.h5")

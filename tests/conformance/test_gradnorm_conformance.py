@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import pytest
 import torch
 from implementations import EXPECTED_FAILURES, IMPLEMENTATIONS
 from problems import PaperToy, Regressions, algorithm_1
+from warm import Process
 
 HERE = Path(__file__).parent
 EVEN = {"t0": 1.0, "t1": 1.0}
@@ -172,11 +171,7 @@ def ranks(tmp_path_factory):
     names = [name for name in IMPLEMENTATIONS if name == "ours" or find_spec("gradnorm_pytorch")]
     path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     running = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "ranks.py"), str(rank), str(folder), *names],
-            env={**os.environ, "PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-        )
+        Process([rank, folder, *names], program=HERE / "ranks.py", env={**os.environ, "PYTHONPATH": path})
         for rank in (0, 1)
     ]
     errors = [process.communicate(timeout=120)[1] for process in running]
