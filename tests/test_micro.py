@@ -346,9 +346,7 @@ def test_a_wrong_call_says_what_to_do(how, what):
             getattr(probe, how)(**arguments)
 
 
-@pytest.mark.parametrize(
-    "options", [{"memory": "low"}, {"products": "ghost"}, {"level": "both"}, {"level": "features"}]
-)
+@pytest.mark.parametrize("options", [{"memory": "low"}, {"level": "both"}, {"level": "features"}])
 def test_what_does_not_go_with_micro_batches_is_refused(options):
     case = make("mlp")
     micro = [case.losses(0), case.losses(1)]

@@ -462,7 +462,7 @@ def test_an_argument_that_cannot_be_is_refused(options, message):
         gradprobe.ProbeLoader(options.pop("dataset", [1, 2]), lambda x: {}, **{"batch_size": 4, **options})
 
 
-@pytest.mark.parametrize("options", [{"level": "features"}, {"memory": "low"}, {"products": "ghost"}])
+@pytest.mark.parametrize("options", [{"level": "features"}, {"memory": "low"}])
 def test_what_does_not_go_with_it_is_refused(options):
     model = Net()
     loader = gradprobe.ProbeLoader(Data(), lambda x: losses_of(model, x), batch_size=4)

@@ -55,13 +55,13 @@ def test_an_unknown_option_is_a_type_error_at_once_with_a_hint(call, name):
         call(evry=3)
     with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'zzz'$"):
         call(zzz=3)
+    with pytest.raises(TypeError, match=rf"^{name}\(\): products= is gone: .* Leave it out\.$"):
+        call(products="ghost")
 
 
 def test_what_excludes_each_other_is_said_by_the_table():
     with pytest.raises(ProbeError, match="exclude each other"):
         ProbeOptions(every=2, budget=0.1)
-    with pytest.raises(ProbeError, match="there are 'direct' and 'ghost'"):
-        ProbeOptions(products="none")
     assert ProbeOptions(level="features", sketch=None).about() == {
         "level": "features",
         "memory": "normal",

@@ -340,7 +340,6 @@ def test_a_size_may_have_a_seed():
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"products": "ghost"}, "products='ghost' exclude"),
         ({"level": "features"}, "leave it out, or level"),
     ],
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 from gradprobe.measures import Array
 from gradprobe.probes import walk
-from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Gradients, Listener, combined, meeting, pass_to
 from gradprobe.probes.state import state_kept
@@ -45,7 +43,6 @@ class DerivedMeasurement:
         weights: (T,), finite; the derived task's is not 0.
         derived: Which task to derive.
         graph: Of the losses; says where the derived task has no path, where a difference would be rounding, not 0.
-        ghosts: Weights whose gradients are not made.
         ranks: The processes whose gradients are averaged.
         kept: Gets every task's gradients.
     """
@@ -58,7 +55,6 @@ class DerivedMeasurement:
         weights: Array,
         derived: int,
         graph: Trace,
-        ghosts: Sequence[Ghost] = (),
         ranks: OneProcess | None = None,
         kept: list[Gradients] | None = None,
     ) -> None:
@@ -70,20 +66,15 @@ class DerivedMeasurement:
         # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
         self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in shared.parameters)
         self._paths = [graph.reaches(derived, p) for p in shared.parameters]
-        self._outputs = OutputGradients(ghosts)
         self._ranks = ranks or OneProcess()
         others = {}
         with state_kept(model) as back:
             for task in (t for t in range(len(losses)) if t != derived):
-                others[task] = pass_to(losses[task], shared.parameters, self._outputs, task)
+                others[task] = pass_to(losses[task], shared.parameters)
                 back()
         self._meeting = meeting(shared, others, derived, self._ranks, kept)
-        self.listener = Listener(shared.parameters, self._take, skipped=self._outputs.places)
-        """To be entered while the joint backward runs, as is :meth:`at_outputs`."""
-
-    def at_outputs(self) -> AbstractContextManager[None]:
-        """To be entered while the joint backward runs: listens where outputs stand for weights."""
-        return self._outputs.listening(self._derived, self._weights, self._paths)
+        self.listener = Listener(shared.parameters, self._take)
+        """To be entered while the joint backward runs."""
 
     def result(self) -> Array | None:
         """The Gramians (L, T, T); None where the derived gradient cannot be trusted.
@@ -105,8 +96,6 @@ class DerivedMeasurement:
     def _complete(self) -> None:
         if self.listener.failure is not None:
             raise self.listener.failure
-        for place, tasks, products in self._outputs.products():
-            self._meeting.sum.add_products(place, tasks, products)
 
     def _take(self, index: int, joint: Tensor) -> None:
         if not self._paths[index]:

@@ -164,9 +164,8 @@ class GramianSum:
     def __init__(self, layers: Sequence[Layer], tasks: int) -> None:
         self._layers, self._tasks = layers, tasks
         self._owner = [index for index, layer in enumerate(layers) for _ in layer.parameters]
-        self._parts: list[tuple[int, list[int], Tensor, bool]] = []  # on other devices; whether they are final
+        self._parts: list[tuple[int, list[int], Tensor]] = []  # on other devices
         self._done: list[tuple[int, list[int], Array]] = []  # those that never were on another device
-        self._final: list[tuple[int, list[int], Array]] = []
         self._present = np.zeros((len(layers), tasks), dtype=bool)
 
     def add(self, index: int, gradients: Sequence[Tensor | None], *, factor: float = 1.0) -> None:
@@ -188,16 +187,7 @@ class GramianSum:
             self._done.append((layer, there, found if factor == 1.0 else found * factor))
         else:
             part = products(present) if factor == 1.0 else products(present) * factor
-            self._parts.append((layer, there, part, False))
-
-    def add_products(self, index: int, tasks: Sequence[int], products: Tensor) -> None:
-        """Add one parameter whose products are known: (k, k) of the k tasks that reach it."""
-        layer = self._owner[index]
-        self._present[layer, list(tasks)] = True
-        if products.is_cpu:
-            self._final.append((layer, list(tasks), products.numpy()))
-        else:
-            self._parts.append((layer, list(tasks), products, True))
+            self._parts.append((layer, there, part))
 
     @property
     def present(self) -> NDArray[np.bool_]:
@@ -216,8 +206,6 @@ class GramianSum:
         """
         bring([self])
         gram = self._summed(self._done, change)
-        with np.errstate(invalid="ignore"):  # as above
-            gram += self._summed(self._final, None)
         gram[~np.isfinite(gram)] = np.inf
         gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
         return gram
@@ -240,12 +228,12 @@ class GramianSum:
     @property
     def waiting(self) -> list[Tensor]:
         """Products that are still on another device."""
-        return [part for _, _, part, _ in self._parts]
+        return [part for _, _, part in self._parts]
 
     def arrived(self, values: Sequence[Array]) -> None:
         """The numbers of :attr:`waiting`."""
-        for (layer, there, part, final), numbers in zip(self._parts, values, strict=True):
-            (self._final if final else self._done).append((layer, there, numbers.reshape(tuple(part.shape))))
+        for (layer, there, part), numbers in zip(self._parts, values, strict=True):
+            self._done.append((layer, there, numbers.reshape(tuple(part.shape))))
         self._parts = []
 
 

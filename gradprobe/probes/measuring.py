@@ -215,7 +215,6 @@ class Measuring:
         with ExitStack() as hooks:
             if derived is not None:
                 hooks.enter_context(derived.listener)
-                hooks.enter_context(derived.at_outputs())
             if entering is not None:
                 hooks.enter_context(entering)
             moving = hooks.enter_context(self.meter.guard.moving(due.rows))

@@ -26,7 +26,6 @@ from gradprobe.probes.derived import (
     task_to_derive,
     tolerance,
 )
-from gradprobe.probes.ghost import find_ghosts
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.guard import MOVED, Guard, NotMeasured
 from gradprobe.probes.joint import COARSE, EXACT, Apart, apart, joint_loss, joint_weights
@@ -48,7 +47,6 @@ class Meter:
         model: Whose parameters are shared.
         selection: Which of them count.
         memory: "normal", or "low": block by block, see :mod:`gradprobe.probes.blocks`.
-        products: "direct", or "ghost": some weights' without their gradients, see :mod:`gradprobe.probes.ghost`.
         warn: Is told what the user should know.
         differs: Is told once by how much a derived gradient differs from the explicit one, where it is too much.
         ranks: The processes whose gradients are averaged.
@@ -69,7 +67,6 @@ class Meter:
         model: nn.Module,
         selection: Selection,
         memory: str,
-        products: str,
         warn: Callable[[str], None],
         ranks: OneProcess | None = None,
         sketch: Size | None = None,
@@ -77,11 +74,8 @@ class Meter:
     ) -> None:
         self._ranks, self._differs = ranks or OneProcess(), differs
         self.guard = Guard(model, warn, self._ranks)
-        if products == "ghost" and self._ranks.size > 1:
-            raise ProbeError("products='ghost' under data parallelism: averages need every gradient; leave it out.")
         self._model, self._selection, self._memory, self._warn = model, selection, memory, warn
         self._sketching = Sketching(sketch) if sketch is not None else None
-        self._ghostly, self._ghosts_checked = products == "ghost", False
         self._sharing: Sharing | None = None
         self._graph: tuple[Sequence[Tensor], Trace] | None = None
         self._derived, self._trusted = 0, True  # rows with a derived task; whether these equal explicit ones
@@ -101,10 +95,8 @@ class Meter:
             ProbeError: They are not made, or memory was to stay low.
         """
         self._refuse_sketch("updates= and ledger= need every task's gradients")
-        if self._memory == "low" or self._ghostly:
-            raise ProbeError(
-                "updates= and ledger= need every task's gradients: leave memory='low' and products='ghost' out."
-            )
+        if self._memory == "low":
+            raise ProbeError("updates= and ledger= need every task's gradients: leave memory='low' out.")
         self.kept = []
         if micro:
             self.kept_micro = []
@@ -112,14 +104,13 @@ class Meter:
     @property
     def keeps(self) -> bool:
         """Whether every task's gradients are made as a whole, and could be kept."""
-        return self._memory != "low" and not self._ghostly
+        return self._memory != "low"
 
     def state_dict(self) -> dict[str, Any]:
         """What a later meter needs to measure as this one would have, to the last digit."""
         return {
             "last_gram": None if self.last_gram is None else self.last_gram.tolist(),
             "derived": (self._derived, self._trusted),
-            "ghosts": (self._ghostly, self._ghosts_checked),
             "sketched": self._sketching.row if self._sketching is not None else 0,
             "guard": self.guard.state_dict(),
             "sharing": self._sharing.state_dict() if self._sharing is not None else self._state,
@@ -127,7 +118,7 @@ class Meter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another meter stopped."""
-        gram, ghosts = state["last_gram"], state["ghosts"]
+        gram = state["last_gram"]
         self._state = state.get("sharing")
         if self._sharing is not None and self._state is not None:
             self._sharing.load_state_dict(self._state)
@@ -135,7 +126,6 @@ class Meter:
         self._derived, self._trusted = state["derived"]
         if self._sketching is not None:
             self._sketching.row = state.get("sketched", 0)
-        self._ghostly, self._ghosts_checked = self._ghostly and ghosts[0], ghosts[1]
         if "guard" in state:
             self.guard.load_state_dict(state["guard"])
 
@@ -249,10 +239,9 @@ class Meter:
             ProbeError: Not in the way that was chosen.
         """
         self._refuse_sketch("micro-batches and a probe loader are measured by every task's gradients")
-        if self._memory == "low" or self._ghostly:
+        if self._memory == "low":
             raise ProbeError(
-                "micro-batches are measured by every task's gradients on each of them: leave memory='low' and "
-                "products='ghost' out."
+                "micro-batches are measured by every task's gradients on each of them: leave memory='low' out."
             )
 
     def in_micro_batches(
@@ -360,10 +349,7 @@ class Meter:
             return measure_sketched(self._model, shared, losses, draw, self._ranks)
         if self._memory == "low":
             return measure_by_blocks(self._model, shared, losses, self._traced(losses), ranks=self._ranks)
-        if not self._ghostly:
-            return measure_explicitly(self._model, shared, losses, ranks=self._ranks, kept=self.kept)
-        gram = measure_explicitly(self._model, shared, losses, find_ghosts(self._traced(losses), shared))
-        return gram if self._ghosts_checked else self._check_ghosts(gram, shared, losses)
+        return measure_explicitly(self._model, shared, losses, ranks=self._ranks, kept=self.kept)
 
     def _hold_against_joint(self, held: Sequence[Apart], shared: SharedLayers, losses: Sequence[Tensor]) -> None:
         for found in held:
@@ -394,7 +380,6 @@ class Meter:
         if not ranks.all(may):
             return self.explicit(shared, losses, weights)
         draw = self._sketching.next(shared) if self._sketching is not None else None
-        ghosts = find_ghosts(graph, shared) if self._ghostly else []
         by_passes = None
         # The first row of a session is looked at besides: its numbers are those that a run in one go would have.
         explicit = not (self._derived + 1) & self._derived or guard.scheduled()
@@ -405,7 +390,7 @@ class Meter:
         def passes(_: bool) -> DerivedMeasurement:
             if draw is not None:
                 return SketchedMeasurement(model, shared, losses, weights, derived, graph, draw, ranks)
-            return DerivedMeasurement(model, shared, losses, weights, derived, graph, ghosts, ranks, kept)
+            return DerivedMeasurement(model, shared, losses, weights, derived, graph, ranks, kept)
 
         if by_passes is None:
             return guard.passes(losses, lambda closely: ranks.together(lambda: passes(closely)))
@@ -476,12 +461,3 @@ class Meter:
                 "no two tasks reach a parameter in common that is trained, so there is nothing to measure yet. Layers "
                 "are measured from the step on at which they are shared; gradprobe.doctor tells more"
             )
-
-    def _check_ghosts(self, gram: Array, shared: SharedLayers, losses: Sequence[Tensor]) -> Array:
-        """Once: whether products without gradients are those of the gradients. Gives the latter."""
-        direct = measure_explicitly(self._model, shared, losses)
-        self._ghosts_checked = True
-        if difference(gram, direct) > tolerance(shared):
-            self._ghostly = False
-            self._warn("products without gradients differ from those of the gradients, which are made from here on")
-        return direct

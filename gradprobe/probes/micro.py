@@ -22,7 +22,6 @@ from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes import transfer
 from gradprobe.probes.checks import Given, Losses, all_losses, is_present
-from gradprobe.probes.ghost import OutputGradients
 from gradprobe.probes.gramian import GramianSum, bring
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Gradients, pass_to
@@ -187,8 +186,8 @@ class MicroSum:
     def _passes(self, losses: Sequence[Tensor]) -> list[Gradients]:
         parameters, found = self._shared.parameters, []
         with state_kept(self._model) as back:
-            for task, loss in enumerate(losses):
-                found.append(pass_to(loss, parameters, OutputGradients(()), task))
+            for loss in losses:
+                found.append(pass_to(loss, parameters))
                 back()
         return found
 

@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from gradprobe.rows import Provenance
 
 MEMORY = ("normal", "low")
-_PRODUCTS = ("direct", "ghost")
+
+_GONE = {
+    "products": "products= is gone: products are always made of the gradients, as products='direct' did. Leave it out"
+}
+"""Options of earlier versions: what has become of each."""
 
 Call = TypeVar("Call", bound=Callable[..., Any])
 
@@ -44,7 +48,6 @@ class Common(TypedDict, total=False):
     level: str
     features: Iterable[str] | None
     memory: str
-    products: str
     sketch: int | tuple[int, int] | None
     process_group: ProcessGroup | None
     probe_loader: ProbeLoader | None
@@ -77,8 +80,6 @@ class ProbeOptions:
             or "both": parameters at the due steps and features at every one.
         features: At which modules' outputs, by name; default: at all where tasks part.
         memory: "normal": at most T - 1 copies of the shared parameters, one pass saved; or "low": block by block.
-        products: "direct": of the gradients; "ghost": those of weights on few samples and positions without making
-            their gradients, see :mod:`gradprobe.probes.ghost`: cheaper, and as exact as float32 products.
         sketch: For large models: of each task's gradient on a layer only so many numbers are kept (4096, say), or so
             many and a seed, ``(4096, 1)``: a random linear sketch, drawn anew for each row. Gradients are sketched one
             by one as they arrive, so that never a whole one is alive. Cosines are right to about (1 - c^2)/sqrt(k) a
@@ -106,7 +107,6 @@ class ProbeOptions:
     level: str = "parameters"
     features: Iterable[str] | None = None
     memory: str = "normal"
-    products: str = "direct"
     sketch: int | tuple[int, int] | None = None
     process_group: ProcessGroup | None = None
     updates: Joins | None = None
@@ -115,17 +115,12 @@ class ProbeOptions:
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("memory", MEMORY), ("products", _PRODUCTS)):
-            if getattr(self, name) not in choices:
-                raise ProbeError(f"{name}={getattr(self, name)!r}: there are {' and '.join(map(repr, choices))}.")
+        if self.memory not in MEMORY:
+            raise ProbeError(f"memory={self.memory!r}: there are {' and '.join(map(repr, MEMORY))}.")
         if self.every is not None and self.budget is not None:
             raise ProbeError(f"every={self.every} and budget={self.budget} exclude each other: give one of them.")
         if self.size is not None and not self.measured.parameters:
             raise ProbeError("sketch= is of gradients on parameters: leave it out, or level='features'.")
-        if self.size is not None and self.products == "ghost":
-            raise ProbeError("sketch= and products='ghost' exclude each other: a sketch is made of every gradient.")
-        if (self.memory, self.products) == ("low", "ghost"):
-            raise ProbeError("memory='low' and products='ghost' exclude each other: blocks make every gradient.")
         if self.probe_loader is not None and not self.measured.parameters:
             raise ProbeError("probe_loader= measures gradients on parameters: leave level='features' out.")
 
@@ -144,7 +139,7 @@ class ProbeOptions:
         every = self.every if self.every is not None else self.measured.every
         often = {"every": every} if self.budget is None else {"budget": self.budget}
         drawn = {"sketch": self.size.numbers, "sketch_seed": self.size.seed} if self.size is not None else {}
-        return {"level": self.level, "memory": self.memory, "products": self.products, **often, **drawn}
+        return {"level": self.level, "memory": self.memory, "products": "direct", **often, **drawn}
 
 
 def shows_options(call: Call) -> Call:
@@ -175,6 +170,8 @@ def refuse_unknown(call: Callable[..., Any], given: Mapping[str, object], name: 
     known = inspect.signature(call).parameters
     for each in given:
         if each not in known:
+            if each in _GONE:
+                raise TypeError(f"{name or call.__name__}(): {_GONE[each]}.")
             near = get_close_matches(each, known, n=1)
             hint = f". Did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{name or call.__name__}() got an unexpected keyword argument {each!r}{hint}")

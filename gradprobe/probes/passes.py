@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from gradprobe.measures import Array
-from gradprobe.probes.ghost import Ghost, OutputGradients
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.state import state_kept
@@ -29,32 +27,22 @@ Gradients = list["Tensor | None"]
 """One task's gradient on every shared parameter, in the order of ``SharedLayers.parameters``; None: no path."""
 
 
-def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter], outputs: OutputGradients, task: int) -> Gradients:
+def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Gradients:
     """One task's own gradient, by a backward pass of its own that touches no ``.grad`` and keeps the graph.
 
     Args:
         loss: Of the task.
         parameters: Shared ones.
-        outputs: Takes the gradients at the outputs that stand for some of the weights, which are not made then.
-        task: Its place among the tasks.
     """
-    skipped = outputs.places
     # One may have been frozen since the layers were found.
-    wanted = [i for i, p in enumerate(parameters) if p.requires_grad and i not in skipped]
-    edges = outputs.edges
+    wanted = [i for i, p in enumerate(parameters) if p.requires_grad]
     result: Gradients = [None] * len(parameters)
-    if not (wanted or edges) or not loss.requires_grad:  # a task that is absent
+    if not wanted or not loss.requires_grad:  # a task that is absent
         return result
-    targets = (
-        [parameters[i] for i in wanted]
-        if not edges
-        else [*map(get_gradient_edge, map(parameters.__getitem__, wanted)), *edges]
-    )
-    found = torch.autograd.grad(loss, targets, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(loss, [parameters[i] for i in wanted], retain_graph=True, allow_unused=True)
     done.count += 1
-    for index, gradient in zip(wanted, found, strict=False):
+    for index, gradient in zip(wanted, found, strict=True):
         result[index] = gradient
-    outputs.add(task, found[len(wanted) :])
     return result
 
 
@@ -65,7 +53,6 @@ class Listener:
         parameters: Those listened to.
         take: Called with the place of a parameter and its gradient. What it raises is kept in ``failure``: a hook
             that raises would end the user's backward.
-        skipped: Places that are not listened to.
         hollow: Put a tensor without storage of its own in the place of each gradient, so that a pass made for ``take``
             alone does not collect what nobody needs. Never for the user's own backward.
 
@@ -78,20 +65,14 @@ class Listener:
         parameters: Sequence[nn.Parameter],
         take: Callable[[int, Tensor], None],
         *,
-        skipped: Collection[int] = (),
         hollow: bool = False,
     ) -> None:
         self._parameters, self._take, self._hollow = parameters, take, hollow
-        self._skipped = skipped
         self.seconds = 0.0
         self.failure: Exception | None = None
 
     def __enter__(self) -> Listener:
-        self._handles = [
-            p.register_hook(self._hook(i))
-            for i, p in enumerate(self._parameters)
-            if p.requires_grad and i not in self._skipped
-        ]
+        self._handles = [p.register_hook(self._hook(i)) for i, p in enumerate(self._parameters) if p.requires_grad]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -250,38 +231,33 @@ def measure_explicitly(
     model: nn.Module,
     shared: SharedLayers,
     losses: Sequence[Tensor],
-    ghosts: Sequence[Ghost] = (),
     ranks: OneProcess | None = None,
     kept: list[Gradients] | None = None,
 ) -> Array:
-    """The Gramians (L, T, T) by one explicit pass per task; some weights' by their ghosts.
+    """The Gramians (L, T, T) by one explicit pass per task.
 
     ``kept`` gets every task's gradients.
     """
     ranks = ranks or OneProcess()
-    return ranks.together(lambda: _passes(model, shared, losses, ghosts, ranks, kept)).end()
+    return ranks.together(lambda: _passes(model, shared, losses, ranks, kept)).end()
 
 
 def _passes(
     model: nn.Module,
     shared: SharedLayers,
     losses: Sequence[Tensor],
-    ghosts: Sequence[Ghost],
     ranks: OneProcess,
     kept: list[Gradients] | None,
 ) -> Meeting:
     parameters, last = shared.parameters, len(losses) - 1
-    outputs = OutputGradients(ghosts)
     with state_kept(model) as back:
         others = {}
         for task in range(last):
-            others[task] = pass_to(losses[task], parameters, outputs, task)
+            others[task] = pass_to(losses[task], parameters)
             back()
         met = meeting(shared, others, last, ranks, kept)
-        with Listener(parameters, met.add, skipped=outputs.places, hollow=True) as listener:
-            pass_to(losses[last], parameters, outputs, last)
+        with Listener(parameters, met.add, hollow=True) as listener:
+            pass_to(losses[last], parameters)
         if listener.failure is not None:
             raise listener.failure
-        for place, tasks, products in outputs.products():
-            met.sum.add_products(place, tasks, products)
     return met

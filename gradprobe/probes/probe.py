@@ -103,7 +103,7 @@ class GradientProbe:
         def differs(value: float) -> None:
             report.annotate({"probe.joint_difference.step": clock.step, "probe.joint_difference.value": value})
 
-        meter = Meter(model, selection, o.memory, o.products, warn, ranks, o.size, differs)
+        meter = Meter(model, selection, o.memory, warn, ranks, o.size, differs)
         if beside is not None:
             beside.check(self.tasks, chosen, optimizer, meter)
             how |= {reader.name: reader.about for reader in readers}

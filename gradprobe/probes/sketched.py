@@ -8,9 +8,7 @@ and the gradient of one parameter. Several processes average their sketches, not
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,6 @@ from torch import Tensor, nn
 
 from gradprobe.measures import Array
 from gradprobe.probes.derived import DerivedMeasurement
-from gradprobe.probes.ghost import OutputGradients
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import Layer, SharedLayers
 from gradprobe.probes.passes import Listener, pass_to
@@ -117,7 +114,7 @@ def _passes(
     with state_kept(model) as back:
         for task in tasks:
             with Listener(shared.parameters, partial(total.add, task), hollow=True) as listener:
-                pass_to(losses[task], shared.parameters, OutputGradients(()), task)
+                pass_to(losses[task], shared.parameters)
             if listener.failure is not None:
                 raise listener.failure
             back()
@@ -152,10 +149,6 @@ class SketchedMeasurement(DerivedMeasurement):
         # joint gradient is the others', and nothing is left.
         self._reached = [any(graph.reaches(derived, p) for p in layer.parameters) for layer in shared.layers]
         self.listener = Listener(shared.parameters, self._take)
-
-    def at_outputs(self) -> AbstractContextManager[Any]:
-        """Nothing stands for weights here."""
-        return nullcontext()
 
     def _gramians(self) -> tuple[Array, NDArray[np.bool_]]:
         self._ranks.together(self._complete)
