@@ -9,7 +9,7 @@ from test_probes import make
 from zoo import Collector, naive_gramian
 
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.graph import by_module, find_shared
+from gradprobe.probes.shared_layers import by_module, find_shared
 from gradprobe.rows import OVERFLOWED
 from gradprobe.statistics import noise_part
 

@@ -15,7 +15,7 @@ from gradprobe import open_run
 from gradprobe.cli.app import run as command
 from gradprobe.errors import UsageError
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.graph import by_module, find_shared
+from gradprobe.probes.shared_layers import by_module, find_shared
 from gradprobe.rows import MEASURED, OVERFLOWED
 from gradprobe.trainers import loop
 from gradprobe.trainers.engine import make_engine

@@ -15,7 +15,7 @@ import gradprobe
 from gradprobe.errors import ProbeError
 from gradprobe.integrations.recording import Recording
 from gradprobe.integrations.ultralytics import GradprobeCallback
-from gradprobe.probes.options import Common, Options, ProbeOptions
+from gradprobe.probes.probe_options import Common, Options, ProbeOptions
 
 FIELDS = {field.name: field for field in dataclasses.fields(ProbeOptions)}
 OF_ATTACH = {"updates": False, "ledger": False, "sinks": (), "overwrite": False, "resume": False}

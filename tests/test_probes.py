@@ -13,9 +13,9 @@ from zoo import ZOO, Collector, mlp, naive_gramian
 
 import gradprobe
 from gradprobe.errors import ProbeError
-from gradprobe.probes import GradientProbe, derived, passes
+from gradprobe.probes import GradientProbe, passes
 from gradprobe.probes.gramian import GramianSum, dot
-from gradprobe.probes.graph import Layer
+from gradprobe.probes.shared_layers import Layer
 from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -141,21 +141,20 @@ def test_products_that_overflow_are_infinite_and_no_failure():
 
 def test_the_derived_task_is_the_one_that_cancels_least():
     gram = np.array([np.diag([1.0, 1e-4]), np.diag([1.0, 4.0])])
-    assert derived.task_to_derive(gram, np.array([1.0, 1.0]), 10) == 0
-    assert derived.task_to_derive(gram, np.array([1e-3, 1.0]), 10) == 1
-    assert derived.task_to_derive(gram, np.array([0.0, 1.0]), 10) == 1  # weight 0 leaves no trace
+    assert passes.task_to_derive(gram, np.array([1.0, 1.0]), 10) == 0
+    assert passes.task_to_derive(gram, np.array([1e-3, 1.0]), 10) == 1
+    assert passes.task_to_derive(gram, np.array([0.0, 1.0]), 10) == 1  # weight 0 leaves no trace
     absent = gram.copy()
     absent[:, 0, :] = absent[:, :, 0] = np.nan  # nor does it where the task reached nothing at the last row
-    assert derived.task_to_derive(absent, np.array([0.0, 1.0]), 10) == 1
+    assert passes.task_to_derive(absent, np.array([0.0, 1.0]), 10) == 1
     opposed = np.array([np.diag([1.0, 1e-12]), np.diag([1e-12, 1.0])])  # each drowns somewhere
-    assert derived.task_to_derive(opposed, np.array([1.0, 1.0]), 10) is None
+    assert passes.task_to_derive(opposed, np.array([1.0, 1.0]), 10) is None
 
 
 def test_one_explicit_pass_is_saved(monkeypatch):
     case, passes_made = make("mlp"), []
     real = passes.pass_to
-    for module in (passes, derived):
-        monkeypatch.setattr(module, "pass_to", lambda *a: passes_made.append(1) or real(*a))
+    monkeypatch.setattr(passes, "pass_to", lambda *a: passes_made.append(1) or real(*a))
     with GradientProbe(case.model, ("t0", "t1"), every=1) as probe:
         counts = []
         for step in range(4):
@@ -410,8 +409,7 @@ def test_a_failure_in_measuring_is_a_row_with_a_reason_and_no_exception(monkeypa
     with GradientProbe(case.model, ("t0", "t1"), [sink], every=1, optimizer=opt) as probe:
         probe.backward(case.losses(0))
         opt.step()
-        for module in (passes, derived):
-            monkeypatch.setattr(module, "pass_to", lambda *_: 1 / 0)
+        monkeypatch.setattr(passes, "pass_to", lambda *_: 1 / 0)
         case.model.zero_grad()
         with pytest.warns(RuntimeWarning, match="measuring failed: ZeroDivisionError"):
             probe.backward(case.losses(1))

@@ -17,9 +17,8 @@ from zoo import Collector, Heads
 
 from gradprobe.probes import GradientProbe, passes
 from gradprobe.probes.blocks import BLOCKS, cut
-from gradprobe.probes.clock import StepClock
-from gradprobe.probes.schedule import Budget
-from gradprobe.probes.trace import trace
+from gradprobe.probes.clock import Budget, StepClock
+from gradprobe.probes.graph import trace
 
 # ---- time
 
@@ -155,8 +154,8 @@ def test_the_products_made_within_the_joint_backward_are_counted(monkeypatch):
     with GradientProbe(case.model, ("t0", "t1"), [sink], every=1) as probe:
         for step in range(3):
             probe.backward(case.losses(step))
-        real = passes.Meeting.add
-        monkeypatch.setattr(passes.Meeting, "add", lambda *a: time.sleep(0.005) or real(*a))
+        real = passes.ArrivingGradients.add
+        monkeypatch.setattr(passes.ArrivingGradients, "add", lambda *a: time.sleep(0.005) or real(*a))
         probe.backward(case.losses(3))
     assert sink.rows[-1].overhead >= 4 * 0.005  # four shared parameters
 

@@ -11,10 +11,11 @@ from steps import BATCH, TASKS, Net, naive
 from zoo import Collector
 
 from gradprobe.probes import GradientProbe, accumulation
-from gradprobe.probes.accumulation import Accumulation, Call, latest_losses, latest_weights, mean_values, multiplied
-from gradprobe.probes.forwards import same_forward, uses_of
-from gradprobe.probes.graph import by_module, find_shared
-from gradprobe.probes.stopwatch import Stopwatch
+from gradprobe.probes.accumulation import Accumulation, same_forward, uses_of
+from gradprobe.probes.calls import Call, latest_losses, latest_weights, mean_values
+from gradprobe.probes.clock import Stopwatch
+from gradprobe.probes.passes import multiplied
+from gradprobe.probes.shared_layers import by_module, find_shared
 from gradprobe.rows import JOINED_WITHIN, MEASURED
 
 

@@ -12,7 +12,7 @@ Alive between two calls are T copies of the shared parameters, and as many more 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,76 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradprobe.measures import Array
-from gradprobe.probes.checks import Losses, is_present
-from gradprobe.probes.forwards import Uses, same_forward, uses_of
-from gradprobe.probes.gramian import GramianSum
-from gradprobe.probes.graph import SharedLayers, padded, reached
-from gradprobe.probes.meter import Meter
-from gradprobe.probes.passes import Gradients
-from gradprobe.probes.stopwatch import Stopwatch
+from gradprobe.probes.calls import Call, Losses, Noise, is_present, joined
+from gradprobe.probes.graph import is_leaf, reached, trace
+from gradprobe.probes.passes import Gradients, multiplied
+from gradprobe.probes.shared_layers import SharedLayers, padded
+from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import FIRST_CALL, JOINED_WITHIN, MEASURED
 from gradprobe.statistics import noise_part
 
 _DROPS = 3
 """So often within a step what was measured is given up for the next call, in a loop whose ``.grad`` was never seen."""
-
-
-@dataclass(frozen=True)
-class Noise:
-    """What a measurement in micro-batches tells besides.
-
-    Attributes:
-        part: (L, T, T) of the Gramians, as the losses were scaled; None: not known.
-        batches: In how many it was measured.
-    """
-
-    part: Array | None
-    batches: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one call measured.
-
-    Attributes:
-        step: Of the training.
-        losses: Of this process; their graphs tell why a gradient is missing.
-        values: (T,) of this process.
-        weights: (T,) in force.
-        gram: (L, T, T), as the losses were scaled; None: it failed.
-        status: Why it failed.
-        watch: Has counted what it cost.
-        batch_size: Samples of this process.
-        noise: None: it was not measured in micro-batches.
-        shares: Of the micro-batches that the call itself was measured in; [1.0]: as a whole.
-        present: (T,) bool: whose gradients there are; None: all.
-    """
-
-    step: int
-    losses: Losses
-    values: Array
-    weights: Array
-    gram: Array | None
-    status: str
-    watch: Stopwatch
-    batch_size: int
-    noise: Noise | None
-    shares: Sequence[float]
-    present: NDArray[np.bool_] | None = None
-
-    @property
-    def tasks(self) -> NDArray[np.bool_]:
-        """(T,) whose gradients there are."""
-        return np.ones(len(self.values), dtype=bool) if self.present is None else self.present
-
-    @property
-    def parts(self) -> Array:
-        """(L, T, T) what :func:`noise_part` needs of the call's micro-batches: its inverse."""
-        assert self.gram is not None
-        squared = float(np.square(self.shares).sum())
-        if self.noise is None or self.noise.part is None or len(self.shares) == 1:
-            return self.gram * (squared if len(self.shares) > 1 else 1.0)
-        return self.noise.part * (1 - squared) + self.gram * squared
 
 
 class Accumulation:
@@ -113,7 +53,7 @@ class Accumulation:
     def __init__(
         self,
         tasks: Sequence[str],
-        meter: Meter,
+        meter: TaskGradients,
         expected: bool | None,
         by_gradients: bool,
         agree: Callable[[bool], bool],
@@ -369,32 +309,6 @@ def _widened(call: Call, layers: int) -> Call:
     return replace(call, gram=None if call.gram is None else padded(call.gram, layers), noise=noise)
 
 
-def joined(one: Call, other: Call, gram: Array | None) -> Call:
-    """Two calls of one forward as one, with the Gramian of both; its samples and its noise count once."""
-    parts = [call.noise.part for call in (one, other) if call.noise is not None and call.noise.part is not None]
-    other.watch.add(one.watch.seconds)
-    return replace(
-        other,
-        step=one.step,
-        losses={**other.losses, **{task: loss for task, loss in one.losses.items() if is_present(loss)}},
-        values=np.where(one.tasks, one.values, other.values),
-        weights=np.where(one.tasks, one.weights, other.weights),
-        gram=gram,
-        status=status_of_calls([one, other]),
-        watch=other.watch,
-        batch_size=max(one.batch_size, other.batch_size),
-        noise=other.noise and replace(other.noise, part=_either(parts)),
-        present=one.tasks | other.tasks,
-    )
-
-
-def _either(parts: Sequence[Array]) -> Array | None:
-    """Of two arrays, or one or none, what either knows."""
-    if len(parts) < 2:
-        return None
-    return np.where(np.isnan(parts[0]), parts[1], parts[0])
-
-
 def _mean(mean: Tensor | None, gradient: Tensor | None, count: int) -> Tensor | None:
     """The mean of ``count`` gradients and one more; None counts as 0. Not in place: the first may be another's."""
     if mean is None or gradient is None:
@@ -406,14 +320,6 @@ def _mean(mean: Tensor | None, gradient: Tensor | None, count: int) -> Tensor | 
 def _wide(gradient: Tensor) -> Tensor:
     dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
     return dense.float() if dense.dtype in (torch.float16, torch.bfloat16) else dense
-
-
-def multiplied(shared: SharedLayers, gradients: Sequence[Gradients]) -> Array:
-    """The Gramians (L, T, T) of all tasks' gradients."""
-    total = GramianSum(shared.layers, len(gradients))
-    for index in range(len(shared.parameters)):
-        total.add(index, [own[index] for own in gradients])
-    return total.result()
 
 
 def _noise_of(calls: Sequence[Call], gram: Array) -> Noise:
@@ -442,29 +348,71 @@ def _lacks(parts: Array) -> NDArray[np.bool_]:
     return lacks
 
 
-def mean_values(calls: Sequence[Call]) -> Array:
-    """(T,) means of the losses over the calls in which each task is present; NaN where it is in none."""
-    there = np.array([call.tasks for call in calls])
-    total = np.where(there, [call.values for call in calls], 0.0).sum(axis=0)
-    means: Array = np.divide(total, there.sum(axis=0), out=np.full(total.shape, np.nan), where=there.any(axis=0))
-    return means
+Operation = tuple[int, str]
+"""Sequence number and kind of an operation; the number is its own as long as the forwards run in one thread."""
 
 
-def latest_weights(calls: Sequence[Call]) -> Array:
-    """(T,) weights in force: of each task in the last call in which it is present."""
-    found = calls[-1].weights
-    for call in calls:
-        found = np.where(call.tasks, call.weights, found)
-    return found
+@dataclass(frozen=True)
+class Uses:
+    """What a call's losses were made by.
+
+    Attributes:
+        losses: The operations that made the losses themselves.
+        parameters: ``id`` of a parameter -> the operations that joined it with something else, such as a layer's input.
+        operations: All of them.
+    """
+
+    losses: frozenset[Operation]
+    parameters: dict[int, frozenset[Operation]]
+    operations: frozenset[Operation]
 
 
-def latest_losses(calls: Sequence[Call]) -> Losses:
-    """The latest losses of every task, where it takes part in a call."""
-    there = {task: loss for call in calls for task, loss in call.losses.items() if is_present(loss)}
-    return {**calls[-1].losses, **there}
+def uses_of(losses: Iterable[Tensor], parameters: Collection[Tensor]) -> Uses:
+    """Read off the graph.
+
+    What is made of a parameter alone (a transposed or a shorter copy) may be kept for several forwards, so such
+    operations are passed over.
+    """
+    roots, wanted = list(losses), {id(p) for p in parameters}
+    found: dict[int, set[Operation]] = {}
+    nodes = [node for node in trace(roots).nodes if not is_leaf(node)]
+    for node in nodes:
+        if len(node.next_functions) == 1:
+            continue
+        for child, _ in node.next_functions:
+            leaf = _leaf_below(child)
+            if id(leaf) in wanted:
+                found.setdefault(id(leaf), set()).add(_name(node))
+    made = frozenset(_name(loss.grad_fn) for loss in roots if loss.grad_fn is not None)
+    used = {leaf: frozenset(by) for leaf, by in found.items()}
+    return Uses(made, used, frozenset(map(_name, nodes)))
 
 
-def status_of_calls(calls: Sequence[Call]) -> str:
-    """Why there is no measurement, where one call failed."""
-    failed = [call for call in calls if call.gram is None]
-    return next((call.status for call in failed or calls if call.status != MEASURED), MEASURED)
+def same_forward(one: Uses, other: Uses) -> bool:
+    """Whether ``one`` is of the forward that ``other`` is of.
+
+    It is where all its losses are the other's, or where both use the parameters that they have in common by the same
+    operations. One may use a parameter more often than the other, as heads at different depths do; where each has a
+    use of its own, the forward ran twice, whatever else they share (a penalty that was made once, say). Where no
+    parameter is visible in both (behind a reentrant checkpoint), any operation in common will do.
+    """
+    if one.losses and one.losses <= other.losses:
+        return True
+    common = one.parameters.keys() & other.parameters.keys()
+    pairs = [(one.parameters[p], other.parameters[p]) for p in common]
+    if not pairs:
+        return bool(one.operations & other.operations)
+    return all(own <= theirs or theirs <= own for own, theirs in pairs)
+
+
+def _leaf_below(node: Any) -> object:
+    """The leaf that a chain of operations on one tensor begins with; None: there is none."""
+    while node is not None and not is_leaf(node):
+        if len(node.next_functions) != 1:
+            return None
+        node = node.next_functions[0][0]
+    return None if node is None else node.variable
+
+
+def _name(node: Any) -> Operation:
+    return node._sequence_nr(), type(node).__name__

@@ -24,15 +24,14 @@ from torch.autograd.graph import GradientEdge
 
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
-from gradprobe.probes.graph import SharedLayers
+from gradprobe.probes.graph import Node, Trace, is_leaf
 from gradprobe.probes.passes import done
+from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.probes.state import state_kept
-from gradprobe.probes.trace import Node, Trace, is_leaf
 from gradprobe.processes import OneProcess
 
 _Edge = tuple[Node, int]
 """An operation, and which of its outputs the gradient is of."""
-
 BLOCKS = 8
 """Into so many parts of about equal numbers of parameters a model is cut, where its layers allow it."""
 

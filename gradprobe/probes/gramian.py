@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,18 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes.graph import Layer
-from gradprobe.probes.transfer import fetch
+from gradprobe.probes.shared_layers import Layer
 
 # Numbers converted to float64 at a time: they stay in the cache, and no whole copy is made. Above 10,000 numbers
 # numpy's OpenBLAS takes threads of its own, which spin on after their work: that cost as much as a whole training step.
 # A matrix product is quicker than single ones from about eight gradients on.
 _PIECE, _MANY = 1 << 13, 8
-
 # Numbers of all tasks in float64 at a time where gradients are multiplied on a GPU: 64 MiB.
 _COPIED = 1 << 23
-
 # Of long float32 gradients, products of 256 numbers at a time are summed in float32, which is three times as quick, and
 # these sums in float64: rounding errors are independent from sum to sum and average out, to below 3e-8 of the norms.
 # Numbers so small or large that float32 would not hold their squares are multiplied in float64 all the same.
@@ -243,3 +243,113 @@ def bring(sums: Sequence[GramianSum]) -> None:
     found = iter(fetch([part for parts in waiting for part in parts]))
     for total, parts in zip(sums, waiting, strict=True):
         total.arrived([next(found) for _ in parts])
+
+
+class _Waiting(threading.local):
+    """Tensors that are to go along with the next transfer of this thread, and their numbers once they have."""
+
+    def __init__(self) -> None:
+        self.tensors: list[weakref.ref[Tensor]] = []
+        self.found: dict[int, Array] = {}
+
+
+_waiting = _Waiting()
+
+
+def take_along(tensors: Sequence[Tensor]) -> None:
+    """Have the next transfer bring these, too, in the place of what waits already. They are not kept alive."""
+    _waiting.tensors, _waiting.found = [weakref.ref(t) for t in tensors if not t.is_cpu], {}
+
+
+def fetch(tensors: Sequence[Tensor]) -> list[Array]:
+    """The numbers of some tensors, flat, in float64 (from float32 on Apple's MPS, which has no float64).
+
+    One transfer per device; nothing is copied of what lies on the CPU.
+    """
+    found: list[Array] = [np.zeros(0)] * len(tensors)
+    by_device: dict[torch.device, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor.is_cpu:
+            found[place] = tensor.detach().reshape(-1).double().numpy()
+        else:
+            by_device.setdefault(tensor.device, []).append(place)
+    for device, places in by_device.items():
+        others = _along(device)
+        numbers = _bring([tensors[place] for place in places] + others)
+        for place, part in zip(places, numbers, strict=False):
+            found[place] = part
+        _waiting.found.update(zip(map(id, others), numbers[len(places) :], strict=True))
+    return found
+
+
+def scalars(tensors: Sequence[Tensor]) -> list[float]:
+    """Scalars as numbers: those that went along with a transfer, and the others by one of their own."""
+    missing = [t for t in tensors if not (id(t) in _waiting.found and any(ref() is t for ref in _waiting.tensors))]
+    fetched = dict(zip(map(id, missing), fetch(missing), strict=True))
+    return [float((fetched[id(t)] if id(t) in fetched else _waiting.found[id(t)])[0]) for t in tensors]
+
+
+def _along(device: torch.device) -> list[Tensor]:
+    alive = [tensor for ref in _waiting.tensors if (tensor := ref()) is not None]
+    return [t for t in alive if t.device == device and id(t) not in _waiting.found]
+
+
+def _bring(tensors: Sequence[Tensor]) -> list[Array]:
+    wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    flat = torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in tensors])
+    numbers = flat.cpu().double().numpy()
+    return np.split(numbers, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+
+
+class LossScale:
+    """What a ``GradScaler`` does to losses; nothing without one.
+
+    Args:
+        scaler: The loop's own. It is asked for its scale and told nothing.
+
+    Raises:
+        ProbeError: It has no scale.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        if scaler is not None and not (hasattr(scaler, "scale") and hasattr(scaler, "get_scale")):
+            raise ProbeError(f"scaler= is a {type(scaler).__name__}; pass the loop's torch.amp.GradScaler, or none.")
+        self._scaler = scaler
+        self.unread: list[Tensor] = []
+        """The factor of the losses that were last scaled together, where it is a tensor that nobody has read yet."""
+
+    def apply(self, loss: Tensor) -> Tensor:
+        """The loss as its backward is to be made."""
+        if self._scaler is None:
+            return loss
+        self.unread = []
+        scaled: Tensor = self._scaler.scale(loss)
+        return scaled
+
+    def all(self, losses: Sequence[Tensor]) -> list[Tensor]:
+        """Several losses, scaled."""
+        scaled = [self.apply(loss) for loss in losses]
+        if self._scaler is not None and losses:  # asked by get_scale() it would make the host wait
+            self.unread = [self._scaler.scale(torch.ones((), device=losses[0].device))]
+        return scaled
+
+    @property
+    def factor(self) -> float:
+        """By what losses are multiplied; right once one was."""
+        if self._scaler is None:
+            return 1.0
+        return scalars(self.unread)[0] if self.unread else float(self._scaler.get_scale())
+
+    @property
+    def now(self) -> float:
+        """By what the next loss would be multiplied. Asking makes the host wait for a GPU."""
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
+    @property
+    def there(self) -> bool:
+        """Whether losses are scaled, so that a gradient may overflow which is finite by itself."""
+        return self._scaler is not None and self.factor != 1.0
+
+    def off(self, gram: Array) -> Array:
+        """Gramians of scaled gradients as those of unscaled ones."""
+        return gram / self.factor**2

@@ -1,19 +1,24 @@
-"""The autograd passes of a measurement by explicit gradients: one backward pass per task."""
+"""Backward passes of a measurement: one for every task, or for all but one, which is derived from the joint one."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradprobe.measures import Array
-from gradprobe.probes.gramian import GramianSum
-from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.state import state_kept
+from gradprobe.probes.gramian import GramianSum, bring
+from gradprobe.probes.graph import Trace
+from gradprobe.probes.shared_layers import SharedLayers
+from gradprobe.probes.state import modules_of, parameters_of, state_kept
 from gradprobe.processes import OneProcess
+from gradprobe.statistics import noise_part
 
 
 class _Done(threading.local):
@@ -22,7 +27,6 @@ class _Done(threading.local):
 
 done = _Done()
 """Counts the passes of this thread that went through."""
-
 Gradients = list["Tensor | None"]
 """One task's gradient on every shared parameter, in the order of ``SharedLayers.parameters``; None: no path."""
 
@@ -96,7 +100,7 @@ class Listener:
         return hook
 
 
-class Meeting:
+class ArrivingGradients:
     """Brings one task's gradients, as they arrive, together with the others', which are there already.
 
     Each parameter's gradients are multiplied and freed at once, so that no more than T - 1 copies of the shared
@@ -152,7 +156,7 @@ class Meeting:
         return self.sum.result(change)
 
 
-class MeetingOfRanks(Meeting):
+class ArrivingGradientsOfProcesses(ArrivingGradients):
     """The same for several processes: all gradients are kept, averaged over the processes, and then multiplied.
 
     The processes' batches are independent micro-batches, so that products of their own gradients tell the noise: see
@@ -214,17 +218,17 @@ def combined(factors: Array, gradients: Sequence[Tensor | None]) -> Tensor | Non
     return total
 
 
-def meeting(
+def arriving(
     shared: SharedLayers,
     others: dict[int, Gradients],
     last: int,
     ranks: OneProcess,
     kept: list[Gradients] | None = None,
-) -> Meeting:
+) -> ArrivingGradients:
     """The one that fits the number of processes."""
     if ranks.size == 1:
-        return Meeting(shared, others, last, kept)
-    return MeetingOfRanks(shared, others, last, ranks, kept)
+        return ArrivingGradients(shared, others, last, kept)
+    return ArrivingGradientsOfProcesses(shared, others, last, ranks, kept)
 
 
 def measure_explicitly(
@@ -248,16 +252,288 @@ def _passes(
     losses: Sequence[Tensor],
     ranks: OneProcess,
     kept: list[Gradients] | None,
-) -> Meeting:
+) -> ArrivingGradients:
     parameters, last = shared.parameters, len(losses) - 1
     with state_kept(model) as back:
         others = {}
         for task in range(last):
             others[task] = pass_to(losses[task], parameters)
             back()
-        met = meeting(shared, others, last, ranks, kept)
+        met = arriving(shared, others, last, ranks, kept)
         with Listener(parameters, met.add, hollow=True) as listener:
             pass_to(losses[last], parameters)
         if listener.failure is not None:
             raise listener.failure
     return met
+
+
+EXACT_TYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.complex64: 1e-5,
+    torch.float64: 1e-10,
+    torch.complex128: 1e-10,
+}
+"""How far a derived gradient may be from the explicit one, relative to its length. Other types are never derived."""
+
+
+class DerivedMeasurement:
+    """T - 1 explicit passes, and the joint backward that training makes anyway.
+
+    ``joint = sum_k w_k g_k`` gives ``g_d = (joint - sum_{k != d} w_k g_k) / w_d`` without a pass of its own. Hooks on
+    the shared parameters see the joint gradient as it arrives, so no copy of it is kept. Under data parallelism
+    they see this process's own gradient, before it is averaged over the processes: what the explicit passes gave too.
+
+    Args:
+        model: Whose buffers are kept, as are the random numbers.
+        shared: The layers.
+        losses: (T,) in the order of the tasks.
+        weights: (T,), finite; the derived task's is not 0.
+        derived: Which task to derive.
+        graph: Of the losses; says where the derived task has no path, where a difference would be rounding, not 0.
+        ranks: The processes whose gradients are averaged.
+        kept: Gets every task's gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shared: SharedLayers,
+        losses: Sequence[Tensor],
+        weights: Array,
+        derived: int,
+        graph: Trace,
+        ranks: OneProcess | None = None,
+        kept: list[Gradients] | None = None,
+    ) -> None:
+        self.shared, self.graph, self._weights, self._derived = shared, graph, weights, derived
+        self.by_passes: Array | None = None
+        """The same by explicit passes, where the two are to be compared."""
+        self.explicit = True
+        """Whether those are what the row is to have."""
+        # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
+        self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in shared.parameters)
+        self._paths = [graph.reaches(derived, p) for p in shared.parameters]
+        self._ranks = ranks or OneProcess()
+        others = {}
+        with state_kept(model) as back:
+            for task in (t for t in range(len(losses)) if t != derived):
+                others[task] = pass_to(losses[task], shared.parameters)
+                back()
+        self._meeting = arriving(shared, others, derived, self._ranks, kept)
+        self.listener = Listener(shared.parameters, self._take)
+        """To be entered while the joint backward runs."""
+
+    def result(self) -> Array | None:
+        """The Gramians (L, T, T); None where the derived gradient cannot be trusted.
+
+        That is when it is not finite (the task's own gradient, or only another's, which an explicit pass must
+        tell apart) or the small remainder of large terms.
+        """
+        gram, present = self._gramians()
+        own = gram[:, self._derived, self._derived][present[:, self._derived]]
+        if not np.isfinite(own).all():
+            return None
+        return gram if _cancellation(gram, self._weights)[self._derived] <= largest_cancellation(self.shared) else None
+
+    def _gramians(self) -> tuple[Array, NDArray[np.bool_]]:
+        """(L, T, T), and (L, T): which task brought a gradient to which layer."""
+        self._ranks.together(self._complete)
+        return self._meeting.end(self._difference() if self._by_products else None), self._meeting.sum.present
+
+    def _complete(self) -> None:
+        if self.listener.failure is not None:
+            raise self.listener.failure
+
+    def _take(self, index: int, joint: Tensor) -> None:
+        if not self._paths[index]:
+            self._meeting.add(index, None)
+        elif self._by_products:
+            own = None
+            if self._meeting.kept is not None and self._ranks.size == 1:
+                row = [*self._meeting.at(index)]
+                row[self._derived] = joint
+                own = combined(self._difference()[self._derived], row)
+            self._meeting.add(index, joint, own)
+        else:
+            rest = joint.to_dense() if joint.layout != torch.strided else joint.clone()
+            for task, own in enumerate(self._meeting.at(index)):
+                if own is not None:
+                    rest.sub_(own, alpha=float(self._weights[task]))
+            self._meeting.add(index, rest.div_(float(self._weights[self._derived])))
+
+    def _difference(self) -> Array:
+        """(T, T): makes of the others' gradients and the joint one, in the derived task's place, all tasks' own."""
+        change = np.eye(len(self._weights))
+        change[self._derived] = -self._weights / self._weights[self._derived]
+        change[self._derived, self._derived] = 1 / self._weights[self._derived]
+        return change
+
+
+def _cancellation(gram: Array, weights: Array) -> Array:
+    """How many times larger the terms are than the task's weighted gradient that is left of them: (..., T).
+
+    Deriving task d loses about so many times the rounding error. The worst layer counts. Infinite where the
+    task has weight 0 or an exactly zero gradient.
+    """
+    square = np.square(weights) * np.diagonal(gram, axis1=-2, axis2=-1)
+    largest = np.sqrt(np.nansum(np.maximum(square, 0), axis=-1, keepdims=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = largest / np.sqrt(square)
+    ratio = np.where(square <= 0, np.inf, ratio)  # below 0: a difference of which nothing is left
+    worst: Array = np.nanmax(np.where(np.isnan(square), 1.0, ratio), axis=-2, initial=1.0)
+    return np.where(weights == 0, np.inf, worst)  # also where the task reached no layer
+
+
+def largest_cancellation(shared: SharedLayers) -> float:
+    """How much cancellation the coarsest type of the shared parameters bears; 0: none of it is to be derived."""
+    types = {p.dtype for p in shared.parameters}
+    if not types or not types <= set(_TOLERANCE):
+        return 0.0
+    # A backward pass rounds each number a few times; 8 was enough for every model in the tests.
+    return min(_TOLERANCE[t] / (8 * torch.finfo(t).eps) for t in types)
+
+
+def task_to_derive(gram: Array, weights: Array, largest: float) -> int | None:
+    """The task whose worst layer cancels least, or None where every task needs a pass of its own.
+
+    Args:
+        gram: (L, T, T) of the last measured row.
+        weights: (T,) now in force.
+        largest: The cancellation that is borne.
+    """
+    if gram.shape[0] == 0:
+        return None
+    worst = _cancellation(gram, weights)
+    best = int(np.argmin(worst))
+    return best if worst[best] <= largest else None
+
+
+def may_be_derived(model: nn.Module, shared: SharedLayers, graph: Trace) -> bool:
+    """Whether the joint gradient is the weighted sum of the tasks' own up to rounding in the parameters' type.
+
+    It is not where a part is computed in a half type, under autocast, or in TF32 on a GPU; nor where a hook of the
+    user's stands in the way, which may clip or replace what it sees.
+    """
+    hooked = any(p._backward_hooks for p in parameters_of(model)) or any(
+        m._backward_hooks or m._backward_pre_hooks for m in modules_of(model)
+    )
+    return not hooked and computed_exactly(shared, graph)
+
+
+def computed_exactly(shared: SharedLayers, graph: Trace) -> bool:
+    """Whether nothing is computed in less than float32: no half type, no autocast, no TF32."""
+    return graph.exact and not _rounds_products(any(p.device.type == "cuda" for p in shared.parameters))
+
+
+def _rounds_products(on_gpu: bool) -> bool:
+    """Whether float32 products are made of shortened numbers: TF32, or bfloat16 on a CPU."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return True
+    try:
+        return on_gpu and bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # set through torch's newer switches, which the older one cannot express
+        return True
+
+
+def difference(derived: Array, by_passes: Array) -> float:
+    """The largest difference of two Gramians (L, T, T) of the same step, relative to the norms; inf: one lacks a task.
+
+    It tells what nothing else tells beforehand: an operation whose backward is not linear, such as one that clips, and
+    layers within which rounding is larger than their gradients' sizes let expect.
+    """
+    if (np.isnan(derived) != np.isnan(by_passes)).any():
+        return math.inf
+    norm = np.sqrt(np.diagonal(by_passes, axis1=-2, axis2=-1))
+    apart, scale = np.abs(derived - by_passes), norm[:, :, None] * norm[:, None, :]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(apart == 0, 0.0, apart / scale)
+    return float(np.nanmax(relative, initial=0.0))
+
+
+def tolerance(shared: SharedLayers) -> float:
+    """How far apart explicit gradients of the same step may be: of the coarsest type among the parameters."""
+    return max(_TOLERANCE.get(p.dtype, 1e-2) for p in shared.parameters)
+
+
+class MicroSum:
+    """Takes micro-batches one by one, and gives the Gramian of the batch and the noise part of it.
+
+    Args:
+        model: Whose buffers and random numbers are kept.
+        shared: The layers.
+        tasks: T, how many.
+        ranks: The processes whose gradients are averaged: each one's micro-batches count.
+        kept: Gets every micro-batch's T gradients; None: they are let go of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shared: SharedLayers,
+        tasks: int,
+        ranks: OneProcess | None = None,
+        kept: list[list[Gradients]] | None = None,
+    ) -> None:
+        self._model, self._shared, self._ranks, self._kept = model, shared, ranks or OneProcess(), kept
+        self._parts = GramianSum(shared.layers, tasks)
+        self.means: list[Gradients] = [[None] * len(shared.parameters) for _ in range(tasks)]
+        self.shares: list[float] = []
+
+    def add(self, losses: Sequence[Tensor], share: float) -> None:
+        """One micro-batch: (T,) losses, and the share of the batch that it is."""
+        found = self._passes(losses)
+        self.shares.append(share)
+        if self._kept is not None:
+            self._kept.append(found)
+        for index in range(len(self._shared.parameters)):
+            row = [gradients[index] for gradients in found]
+            self._parts.add(index, row, factor=share**2)
+            for mean, gradient in zip(self.means, row, strict=True):
+                mean[index] = _added(mean[index], gradient, share)
+            if self._kept is None:
+                for gradients in found:
+                    gradients[index] = None
+
+    def _passes(self, losses: Sequence[Tensor]) -> list[Gradients]:
+        parameters, found = self._shared.parameters, []
+        with state_kept(self._model) as back:
+            for loss in losses:
+                found.append(pass_to(loss, parameters))
+                back()
+        return found
+
+    def result(self) -> tuple[Array, Array]:
+        """The Gramians F and their noise parts D, (L, T, T) each; see :func:`noise_part`.
+
+        A layer that a task reaches in some of the micro-batches only counts as a gradient of 0 in the others. Every
+        process must get here, and gets the same; :attr:`means` and :attr:`shares` are those over all processes then.
+        """
+        parameters, layers = self._shared.parameters, self._shared.layers
+        for gradients in self.means:
+            gradients[:] = self._ranks.average(gradients, parameters)
+        whole_batch = GramianSum(layers, len(self.means))
+        for index in range(len(parameters)):
+            whole_batch.add(index, [gradients[index] for gradients in self.means])
+        bring([whole_batch, self._parts])
+        gram = whole_batch.result()
+        parts = self._ranks.mean(np.nan_to_num(self._parts.result(), posinf=0.0, neginf=0.0)) / self._ranks.size
+        self.shares = self._ranks.shares(self.shares)
+        return gram, noise_part(gram, parts, self.shares)
+
+
+def _added(mean: Tensor | None, gradient: Tensor | None, share: float) -> Tensor | None:
+    if gradient is None:
+        return mean
+    dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
+    if dense.dtype in (torch.float16, torch.bfloat16):
+        dense = dense.float()
+    return dense * share if mean is None else mean.add_(dense, alpha=share)
+
+
+def multiplied(shared: SharedLayers, gradients: Sequence[Gradients]) -> Array:
+    """The Gramians (L, T, T) of all tasks' gradients."""
+    total = GramianSum(shared.layers, len(gradients))
+    for index in range(len(shared.parameters)):
+        total.add(index, [own[index] for own in gradients])
+    return total.result()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import dis
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -16,31 +17,30 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError, tell
-from gradprobe.probes.binding import Selection
-from gradprobe.probes.checks import (
+from gradprobe.probes.calls import (
+    BatchSize,
     Given,
     Losses,
+    MicroBatches,
     Weights,
     all_losses,
     check_mapping,
+    check_mean,
     check_some,
     is_present,
+    micro_batches,
     task_names,
     weight_values,
 )
-from gradprobe.probes.clock import StepClock, bare
-from gradprobe.probes.feature_meter import FeatureMeter
-from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.loader import undisturbed
-from gradprobe.probes.measuring import Measuring
-from gradprobe.probes.meter import Meter
-from gradprobe.probes.micro import BatchSize, MicroBatches, check_mean, micro_batches
-from gradprobe.probes.on_loader import OnLoader
-from gradprobe.probes.options import Options, ProbeOptions, refuse_unknown, shows_options
-from gradprobe.probes.registry import claim, make_room, release
-from gradprobe.probes.report import Reporter
-from gradprobe.probes.scaling import LossScale
-from gradprobe.probes.schedule import AlsoDue, FirstProcessDecides, make_schedule, whole
+from gradprobe.probes.clock import AlsoDue, FirstProcessDecides, StepClock, bare, make_schedule, whole
+from gradprobe.probes.feature_gradients import FeatureGradients
+from gradprobe.probes.gramian import LossScale
+from gradprobe.probes.probe_options import Options, ProbeOptions, refuse_unknown, shows_options
+from gradprobe.probes.recorder import OnLoader, Recorder
+from gradprobe.probes.reporter import Reporter
+from gradprobe.probes.shared_layers import Selection, SharedLayers
+from gradprobe.probes.state import undisturbed
+from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.processes import replicas
 from gradprobe.rows import Header, Sink
 
@@ -60,7 +60,7 @@ class GradientProbe:
         model: Any module whose tasks share parameters.
         tasks: Names, two or more.
         sinks: Who gets the rows.
-        options: The fields of :class:`gradprobe.probes.options.ProbeOptions`, which says what each means.
+        options: The fields of :class:`gradprobe.probes.probe_options.ProbeOptions`, which says what each means.
 
     Raises:
         ProbeError: Fewer than two tasks, a model that has a probe already, ``shared`` that names nothing, or an
@@ -103,7 +103,7 @@ class GradientProbe:
         def differs(value: float) -> None:
             report.annotate({"probe.joint_difference.step": clock.step, "probe.joint_difference.value": value})
 
-        meter = Meter(model, selection, o.memory, warn, ranks, o.size, differs)
+        meter = TaskGradients(model, selection, o.memory, warn, ranks, o.size, differs)
         if beside is not None:
             beside.check(self.tasks, chosen, optimizer, meter)
             how |= {reader.name: reader.about for reader in readers}
@@ -112,17 +112,17 @@ class GradientProbe:
             how["probe_loader"] = True
         # The last that can raise, so that what failed left nothing attached. The file is opened when the old probe of
         # the same variable, which may hold it, is closed.
-        make_room(model, _caller or sys._getframe(1))
+        _make_room(model, _caller or sys._getframe(1))
         sinks = [*((_open(),) if _open is not None else ()), *sinks] if ranks.first else []
         about = {} if o.probe_loader is None else {"probe_loader": o.probe_loader.about}
         report = Reporter(self.tasks, sinks, {**(o.provenance or {}), "probe": how, **about})
-        self._measuring = Measuring(
+        self._measuring = Recorder(
             tasks=self.tasks,
             level=chosen,
             clock=clock,
             report=report,
             meter=meter,
-            features=FeatureMeter(model, o.features, warn, meter.guard),
+            features=FeatureGradients(model, o.features, warn, meter.guard),
             scale=scale,
             optimizer=optimizer,
             ranks=ranks,
@@ -133,7 +133,7 @@ class GradientProbe:
             self._measuring.beside = beside
             self._measuring.calls.stop()
         self._model = model
-        claim(model, self)
+        _claim(model, self)
         meter.guard.say_hooks()
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
         own = report if _open is not None else None
@@ -168,7 +168,7 @@ class GradientProbe:
             weights: Task -> weight in force; default 1 each. An absent task needs none.
             micro: The losses of each of m micro-batches that make up the batch, each with a forward of its own: the
                 noise of the measurement is known then (``gram_noise``). ``losses`` must be their mean, weighted by
-                their samples, which is what is trained: :func:`gradprobe.probes.micro.mean_losses`.
+                their samples, which is what is trained: :func:`gradprobe.probes.calls.mean_losses`.
             batch_size: Samples, stored with the row; beside ``micro`` a list of the samples of each: without one, they
                 count as equally many.
 
@@ -338,7 +338,7 @@ class GradientProbe:
         if self._lost.detach() is None:
             return
         atexit.unregister(self._lost)
-        release(self._model, self)
+        _unclaim(self._model, self)
         try:
             _end(self._measuring, self._measuring.report, end)
         except Exception as error:
@@ -404,7 +404,7 @@ class _Given:
     """What a call was given.
 
     Attributes:
-        losses: Of every task; see :func:`gradprobe.probes.checks.all_losses`.
+        losses: Of every task; see :func:`gradprobe.probes.calls.all_losses`.
         said: As they were handed in.
         asked: Task -> what makes its loss, where it is measured and not trained.
     """
@@ -421,7 +421,7 @@ def ending(error: BaseException | None) -> str:
     return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
 
 
-def _end(measuring: Measuring, report: Reporter | None, end: str) -> None:
+def _end(measuring: Recorder, report: Reporter | None, end: str) -> None:
     try:
         measuring.close()
     finally:
@@ -429,9 +429,69 @@ def _end(measuring: Measuring, report: Reporter | None, end: str) -> None:
             report.close(end)
 
 
-def _end_lost(measuring: Measuring, report: Reporter | None, end: str) -> None:
+def _end_lost(measuring: Recorder, report: Reporter | None, end: str) -> None:
     """Of a probe that nobody has any more: nobody takes an exception either."""
     try:
         _end(measuring, report, end)
     except Exception as error:
         tell(str(error))
+
+
+class _Attached(Protocol):
+    """What is registered here."""
+
+    def close(self, end: str = "finished") -> None:
+        """Let go of the model."""
+
+
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[_Attached]] = weakref.WeakKeyDictionary()
+
+
+def _claim(model: nn.Module, probe: _Attached) -> None:
+    """Note that ``model`` has ``probe`` now."""
+    _attached[model] = weakref.ref(probe)
+
+
+def _unclaim(model: nn.Module, probe: _Attached) -> None:
+    """Note that ``probe`` has let go of ``model``."""
+    if _holder(model) is probe:
+        del _attached[model]
+
+
+def _make_room(model: nn.Module, caller: FrameType | None) -> None:
+    """Make sure that a new probe may attach.
+
+    A cell of a notebook that is run again says ``probe = attach(model, ...)`` while ``probe`` still is the old one.
+    The old one is closed then, since this very assignment is about to lose it. It is told from any other second
+    attachment by the instruction that follows the call in ``caller``: a store to the variable that holds the old one.
+
+    Raises:
+        ProbeError: The model has a probe that something else holds.
+    """
+    old = _holder(model)
+    if old is None:
+        return
+    if caller is not None and _about_to_be_assigned(caller) is old:
+        old.close("finished")
+        return
+    raise ProbeError(
+        f"this model ({type(model).__name__}) has a probe already, and two would measure each other. Close it first: "
+        "probe.close(), or use it in a `with` block. In a notebook, assign the new probe to the variable that holds "
+        "the old one."
+    )
+
+
+def _holder(model: nn.Module) -> _Attached | None:
+    reference = _attached.get(model)
+    return reference() if reference is not None else None
+
+
+def _about_to_be_assigned(frame: FrameType) -> Any:
+    """What the variable holds now to which the result of the running call goes; None where it goes elsewhere."""
+    following = (i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti and i.opname != "CACHE")
+    store = next(following, None)
+    if store is None or store.opname not in ("STORE_NAME", "STORE_GLOBAL", "STORE_FAST"):
+        return None
+    if store.opname == "STORE_GLOBAL":
+        return frame.f_globals.get(store.argval)
+    return frame.f_locals.get(store.argval)

@@ -7,6 +7,7 @@ join at the end as they become shared, and a layer counts once two tasks have ha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,21 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradprobe import measures
+from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes import walk
-from gradprobe.probes.binding import Binding, Selection
-from gradprobe.probes.graph import Layer, SharedLayers, reached
-from gradprobe.probes.loss_weights import hidden, loss_weights
-from gradprobe.probes.trace import Trace, several
+from gradprobe.probes.graph import Node, Trace, is_leaf, reached, several
+from gradprobe.probes.shared_layers import Layer, Selection, SharedLayers
+from gradprobe.probes.state import parameters_of
 from gradprobe.processes import OneProcess
 
 Place = tuple[str, int]
 """A parameter by the name of its layer and its place among the layer's, which are the same in all processes."""
-
 _SURE = 2
 """Rows after which a layer on which no second task has had a gradient is said to be shared by the graph alone: layers
 that begin at 0 have their first gradient at the second step."""
-
 _MUCH = 0.1
 """Share of a task's squared norm over all shared layers from which on it is said that a layer may be no layer."""
 
@@ -42,7 +40,7 @@ class _Found:
     Attributes:
         tasks: Bit mask of those whose loss depends on it.
         order: When the forward used it first, among the others.
-        weighs: Whether it only weighs losses, see :mod:`gradprobe.probes.loss_weights`.
+        weighs: Whether it only weighs losses, see :mod:`gradprobe.probes.sharing`.
     """
 
     tasks: int
@@ -120,7 +118,7 @@ class Sharing:
         return all(any(found.tasks >> task & 1 for found in self._found.values()) for task in range(self.tasks))
 
     def _measurable(self) -> set[int]:
-        return {id(p) for p in walk.parameters(self.model)} | self.selection.outside
+        return {id(p) for p in parameters_of(self.model)} | self.selection.outside
 
     def _learn(self, losses: Mapping[str, Tensor], graph: Trace, first: bool) -> bool:
         """Take in what this step's graphs show, in all processes; whether layers have changed."""
@@ -129,7 +127,7 @@ class Sharing:
         sizes = {id(p): p.numel() for members in groups.values() for p in members if id(p) in graph.leaves}
         weighing = loss_weights(graph, sizes) if self.selection.open else set()
         if self.selection.open:
-            self._hidden |= {places[leaf] for leaf in hidden(graph, sizes, self.tasks)}
+            self._hidden |= {places[leaf] for leaf in hidden_weights(graph, sizes, self.tasks)}
         uses = [reached(loss) for loss in losses.values()]
         own = {
             places[leaf]: _Found(mask, min(use[leaf] for use in uses if leaf in use), leaf in weighing)
@@ -293,3 +291,185 @@ def _places(groups: Mapping[str, Iterable[nn.Parameter]]) -> dict[int, Place]:
         for at, parameter in enumerate(members):
             places.setdefault(id(parameter), (layer, at))
     return places
+
+
+class Binding:
+    """Remembers the shared layers by the names of their parameters.
+
+    ``load_state_dict(assign=True)``, and moving a model with torch's overwrite-on-conversion flag, put new
+    parameters into a model. A probe that held on to the old ones would go on measuring a model that nobody trains.
+    """
+
+    def __init__(self, model: nn.Module, shared: SharedLayers) -> None:
+        self._model = model
+        names = {id(p): name for name, p in model.named_parameters()}
+        # None: a parameter from outside the model, which nothing can replace there.
+        self._names = [names.get(id(p)) for p in shared.parameters]
+
+    def replaced(self, shared: SharedLayers) -> list[str]:
+        """Names of the parameters that are others now than in ``shared``.
+
+        Raises:
+            ProbeError: A parameter is gone, or has another shape.
+        """
+        there = {id(p) for p in parameters_of(self._model)}
+        if all(id(p) in there for p, name in zip(shared.parameters, self._names, strict=True) if name is not None):
+            return []
+        now = dict(self._model.named_parameters())
+        changed = []
+        for name, old in zip(self._names, shared.parameters, strict=True):
+            if name is None or now.get(name) is old:
+                continue
+            if name not in now:
+                raise ProbeError(
+                    f"the shared parameter {name!r} is no longer in the model. A probe keeps the layers that it began "
+                    "with: close it, and attach a new one to the changed model."
+                )
+            if now[name].shape != old.shape:
+                raise ProbeError(
+                    f"the shared parameter {name!r} had shape {tuple(old.shape)} and has {tuple(now[name].shape)} now. "
+                    "A probe keeps the layers that it began with: close it, and attach a new one."
+                )
+            changed.append(name)
+        return changed
+
+    def again(self, shared: SharedLayers) -> SharedLayers:
+        """The same layers with the parameters that stand in the model now."""
+        now = dict(self._model.named_parameters())
+        found = iter(
+            old if name is None else now[name] for name, old in zip(self._names, shared.parameters, strict=True)
+        )
+        layers = tuple(Layer(la.name, tuple(next(found) for _ in la.parameters)) for la in shared.layers)
+        return replace(shared, layers=layers)
+
+
+_FEW = 64
+"""Numbers that a parameter has at most that weighs losses; more losses than that nobody weighs."""
+_LINEAR = re.compile(
+    r"Mul|Div|Add|Sub|Rsub|Neg|Sum|Mean|Select|Index|IndexSelect|Gather|Slice|Stack|Cat|Unbind|Split|"
+    r"SplitWithSizes|View|UnsafeView|Reshape|ReshapeAlias|Squeeze|Unsqueeze|Expand|Permute|T|Transpose|"
+    r"CopySlices|Copy|ToCopy|Clone|Alias|AsStrided|Dot|Addcmul|Addcdiv|SelectScatter|SliceScatter|IndexPut|"
+    r"NanToNum|_DDPSink|DDPSink"
+)
+"""Operations that only add, scale and arrange what they are given."""
+_OF_ITSELF = re.compile(
+    r"Exp|Exp2|Expm1|Log|Log2|Log10|Log1P|Pow|Sqrt|Rsqrt|Reciprocal|Sigmoid|LogSigmoidForward|Softplus|Softmax|"
+    r"LogSoftmax|Tanh|Relu|Elu|Abs|Clamp|ClampMin|ClampMax|Maximum|Minimum|LinalgVectorNorm|Norm|Logsumexp|Prod|"
+    r"Square"
+)
+"""Operations that make a positive weight, or weights that sum to one, out of a parameter."""
+_HIDING = ("CompiledFunction", "DifferentiableGraph")
+"""Operations that stand for a whole compiled or scripted region."""
+
+
+@dataclass
+class _Below:
+    """What a node is computed from.
+
+    Attributes:
+        leaves: ``id`` of the leaf tensors that want gradients.
+        plain: Whether by operations that make weights alone, of no more numbers than the leaves have.
+    """
+
+    leaves: set[int]
+    plain: bool
+
+
+def loss_weights(graph: Trace, size: Mapping[int, int]) -> set[int]:
+    """The parameters that weigh losses and do nothing else.
+
+    Args:
+        graph: Of one step.
+        size: ``id`` of each parameter that is in question -> how many numbers it has.
+
+    Returns:
+        Their ``id``. Those that a compiled region hides are given by :func:`hidden`.
+    """
+    if not any(0 < numbers <= _FEW for leaf, numbers in size.items() if leaf in graph.leaves):
+        return set()
+    below = _below(graph, size)
+    tail, ends = _tail(graph)
+    met: set[int] = set()
+    used_otherwise: set[int] = set().union(*(below[node].leaves for node in ends))
+    for node in tail:
+        inputs = [child for child, _ in node.next_functions if child is not None]
+        weights = [child for child in inputs if below[child].plain]
+        losses = [child for child in inputs if not below[child].plain]
+        for child in weights:
+            if losses and _fits(child, node):
+                met |= below[child].leaves
+            elif losses:
+                used_otherwise |= below[child].leaves
+        for child in losses:
+            if child not in tail:
+                used_otherwise |= below[child].leaves
+    return {leaf for leaf in met - used_otherwise if size.get(leaf, _FEW + 1) <= _FEW}
+
+
+def hidden_weights(graph: Trace, size: Mapping[int, int], most: int) -> set[int]:
+    """``id`` of the parameters that may weigh losses within a compiled region, where it cannot be seen.
+
+    Args:
+        graph, size: As for :func:`loss_weights`.
+        most: Numbers that such a parameter has at most.
+    """
+    inputs = [child for node in graph.nodes if _kind(node) in _HIDING for child, _ in node.next_functions]
+    leaves = {id(child.variable) for child in inputs if child is not None and is_leaf(child)}
+    return {leaf for leaf in leaves if 0 < size.get(leaf, 0) <= most}
+
+
+def _below(graph: Trace, size: Mapping[int, int]) -> dict[Node, _Below]:
+    found: dict[Node, _Below] = {}
+    for node in graph.nodes:  # each after what it was computed from
+        if is_leaf(node):
+            leaf = id(node.variable)
+            found[node] = _Below({leaf}, size.get(leaf, _FEW + 1) <= _FEW)
+            continue
+        children = [found[child] for child, _ in node.next_functions if child is not None]
+        leaves = set().union(*(child.leaves for child in children))
+        plain = bool(children) and all(child.plain for child in children) and _makes_weights(_kind(node))
+        found[node] = _Below(leaves, plain and _numbers(node) <= sum(size[leaf] for leaf in leaves))
+    return found
+
+
+def _tail(graph: Trace) -> tuple[set[Node], list[Node]]:
+    """What lies between the losses and the first operation that does more than add, scale and arrange; and losses that
+    are made by such an operation themselves.
+    """
+    above: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
+    for node in graph.nodes:
+        for child, _ in node.next_functions if not is_leaf(node) else ():
+            if child is not None:
+                above[child].append(node)
+    tail: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if not is_leaf(node) and _LINEAR.fullmatch(_kind(node)) and all(parent in tail for parent in above[node]):
+            tail.add(node)
+    return tail, [node for node in graph.nodes if not above[node] and node not in tail and not is_leaf(node)]
+
+
+def _fits(weight: Node, node: Node) -> bool:
+    """Whether one number scales all, or a vector of weights a vector of losses."""
+    return _numbers(weight) == 1 or _numbers(node) <= _numbers(weight)
+
+
+def _makes_weights(kind: str) -> bool:
+    return bool(_LINEAR.fullmatch(kind) or _OF_ITSELF.fullmatch(kind))
+
+
+def _kind(node: Node) -> str:
+    return str(type(node).__name__).rstrip("0123456789").removesuffix("Backward")
+
+
+def _numbers(node: Node) -> int:
+    if is_leaf(node):
+        return int(node.variable.numel())
+    shapes = [tuple(meta.shape) for meta in node._input_metadata]
+    return max((_product(shape) for shape in shapes), default=_FEW + 1)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for length in shape:
+        total *= int(length)
+    return total

@@ -14,10 +14,10 @@ from gradprobe.errors import ProbeError
 from gradprobe.ledger.terms import correction, effects, noise_products, term
 from gradprobe.ledger.update_parts import rules
 from gradprobe.measures import Array
-from gradprobe.probes.checks import is_present
-from gradprobe.probes.meter import Meter
+from gradprobe.probes.calls import is_present
+from gradprobe.probes.clock import whole
 from gradprobe.probes.passes import Gradients
-from gradprobe.probes.schedule import whole
+from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import EARLIER_SOURCES, MEASURED, LedgerRow
 from gradprobe.updates import heads
 from gradprobe.updates.fixed import ProbeBatch, Valued, held, value
@@ -138,7 +138,7 @@ class Ledger(Reader):
 
     # ---- called by what follows the steps
 
-    def check(self, tasks: Sequence[str], meter: Meter) -> None:
+    def check(self, tasks: Sequence[str], meter: TaskGradients) -> None:
         """Whether it can belong to a probe.
 
         Raises:

@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from gradprobe.errors import ProbeError
 from gradprobe.ledger.update_parts import why_not
 from gradprobe.measures import Array
-from gradprobe.probes.graph import Layer, SharedLayers
-from gradprobe.probes.level import Level
-from gradprobe.probes.measuring import Measuring
-from gradprobe.probes.meter import Meter
+from gradprobe.probes.clock import Stopwatch
+from gradprobe.probes.feature_gradients import GradientLevel
 from gradprobe.probes.passes import Gradients
-from gradprobe.probes.stopwatch import Stopwatch
+from gradprobe.probes.recorder import Recorder
+from gradprobe.probes.shared_layers import Layer, SharedLayers
+from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import EARLIER_SOURCES, MEASURED
 from gradprobe.updates.parameters import private
 from gradprobe.updates.taking_apart import WHOLE, Before, Kept, TakenApart, look_after, look_before
@@ -98,7 +98,7 @@ class Reader:
         """What is put beside a probe, for all of these."""
         return OptimizerWatch(readers)
 
-    def check(self, tasks: Sequence[str], meter: Meter) -> None:
+    def check(self, tasks: Sequence[str], meter: TaskGradients) -> None:
         """Raise a ``ProbeError`` where it cannot belong to this probe."""
 
     def open(self, following: OptimizerWatch, model: nn.Module) -> None:
@@ -145,7 +145,7 @@ class OptimizerWatch:
 
     def __init__(self, readers: Sequence[Reader]) -> None:
         self.readers = tuple(readers)
-        self._measuring: Measuring | None = None
+        self._measuring: Recorder | None = None
         self._at: Measured | None = None
         self._failed: dict[str, str] = {}
         self._before: Before | None = None
@@ -159,7 +159,9 @@ class OptimizerWatch:
 
     # ---- called by the probe
 
-    def check(self, tasks: Sequence[str], level: Level, optimizer: Optimizer | None, meter: Meter) -> None:
+    def check(
+        self, tasks: Sequence[str], level: GradientLevel, optimizer: Optimizer | None, meter: TaskGradients
+    ) -> None:
         """Whether it can belong to a probe.
 
         Raises:
@@ -175,7 +177,7 @@ class OptimizerWatch:
                 raise ProbeError(f"{name}=: a task cannot be called {clash[0]!r}, as a part of an update is.")
             reader.check(tasks, meter)
 
-    def open(self, measuring: Measuring, model: nn.Module) -> None:
+    def open(self, measuring: Recorder, model: nn.Module) -> None:
         assert measuring.optimizer is not None
         self._measuring, self.model, self.optimizer = measuring, model, measuring.optimizer
         for reader in self.readers:
@@ -242,7 +244,7 @@ class OptimizerWatch:
     # ---- what readers ask
 
     @property
-    def now(self) -> Measuring:
+    def now(self) -> Recorder:
         """The probe's parts."""
         assert self._measuring is not None, "what is beside a probe is used by the probe that it was given to"
         return self._measuring

@@ -12,26 +12,24 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from gradprobe.errors import ProbeError
-from gradprobe.probes.level import Level, level_called
-from gradprobe.probes.sketch import Size, size_of
+from gradprobe.probes.feature_gradients import GradientLevel, level_called
+from gradprobe.probes.sketch import SketchSize, sketch_size
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
-    from gradprobe.probes.beside import Joins
-    from gradprobe.probes.binding import Groups, Shared
-    from gradprobe.probes.loader import ProbeLoader
+    from gradprobe.probes.probe_samples import ProbeLoader
+    from gradprobe.probes.recorder import ObserverOption
+    from gradprobe.probes.shared_layers import Groups, Shared
     from gradprobe.rows import Provenance
 
 MEMORY = ("normal", "low")
-
 _GONE = {
     "products": "products= is gone: products are always made of the gradients, as products='direct' did. Leave it out"
 }
 """Options of earlier versions: what has become of each."""
-
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
@@ -57,8 +55,8 @@ class Common(TypedDict, total=False):
 class Options(Common, total=False):
     """The types of the options of a :class:`gradprobe.GradientProbe`."""
 
-    updates: Joins | None
-    ledger: Joins | None
+    updates: ObserverOption | None
+    ledger: ObserverOption | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,14 +67,14 @@ class ProbeOptions:
         every: Measure at steps 0, every, 2 every, ...; default 10, and 1 at ``level="features"``.
         budget: Instead of ``every``: the share of the time that measuring may take, above 0 and below 1.
         optimizer: Where given, a training step is what its ``step()`` completes, or that of whichever optimizer updates
-            the shared parameters (:mod:`gradprobe.probes.stepping`), and rows carry its learning rate. The calls
+            the shared parameters (:mod:`gradprobe.probes.optimizer_steps`), and rows carry its learning rate. The calls
             between two steps, of gradient accumulation, make one row: see :mod:`gradprobe.probes.accumulation`.
         scaler: Of mixed precision. ``backward`` scales the loss by it; ``record`` takes unscaled losses. Gradients are
             measured scaled, so that they do not vanish in float16, and stored unscaled.
         accumulate: Without an optimizer: how many calls make one step; fewer do where the parameters have changed.
         shared: Overrides the search in the graph: module names, parameters, or a predicate of name and parameter.
         layers: How parameters are grouped: layer name -> parameters. Default: by the module that owns them.
-        level: "parameters"; "features": where the tasks part, nearly free, see :mod:`gradprobe.probes.features`;
+        level: "parameters"; "features": where the tasks part, nearly free (:mod:`gradprobe.probes.feature_gradients`);
             or "both": parameters at the due steps and features at every one.
         features: At which modules' outputs, by name; default: at all where tasks part.
         memory: "normal": at most T - 1 copies of the shared parameters, one pass saved; or "low": block by block.
@@ -109,8 +107,8 @@ class ProbeOptions:
     memory: str = "normal"
     sketch: int | tuple[int, int] | None = None
     process_group: ProcessGroup | None = None
-    updates: Joins | None = None
-    ledger: Joins | None = None
+    updates: ObserverOption | None = None
+    ledger: ObserverOption | None = None
     probe_loader: ProbeLoader | None = None
     provenance: Provenance | None = None
 
@@ -125,14 +123,14 @@ class ProbeOptions:
             raise ProbeError("probe_loader= measures gradients on parameters: leave level='features' out.")
 
     @property
-    def measured(self) -> Level:
+    def measured(self) -> GradientLevel:
         """What :attr:`level` names."""
         return level_called(self.level)
 
     @property
-    def size(self) -> Size | None:
+    def size(self) -> SketchSize | None:
         """What :attr:`sketch` asks for; None: whole gradients."""
-        return size_of(self.sketch)
+        return sketch_size(self.sketch)
 
     def about(self) -> dict[str, Any]:
         """How is measured, as the file keeps it."""

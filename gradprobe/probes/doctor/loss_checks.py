@@ -9,14 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradprobe.probes import custom
-from gradprobe.probes.custom import some
 from gradprobe.probes.doctor.finding import Finding, Patient
 from gradprobe.probes.gramian import vector
-from gradprobe.probes.graph import by_module
-from gradprobe.probes.limits import reentrant_checkpoints
+from gradprobe.probes.graph import Node, custom_operations, is_leaf, reentrant_checkpoints, several, some, unpack_hooks
+from gradprobe.probes.shared_layers import by_module
 from gradprobe.probes.state import state_kept
-from gradprobe.probes.trace import Node, is_leaf, several
 from gradprobe.processes import remember_wrapper
 
 
@@ -48,7 +45,7 @@ def sharing_nothing(patient: Patient) -> Iterator[Finding]:
 def shared_by_the_graph_alone(patient: Patient) -> Iterator[Finding]:
     """Losses out of one vector seem to reach each other's heads, with gradients of exactly 0."""
     remember_wrapper(patient.model, patient.graph.nodes)
-    if custom.operations(patient.graph.nodes) or custom.unpack_hooks(patient.graph.nodes):
+    if custom_operations(patient.graph.nodes) or unpack_hooks(patient.graph.nodes):
         return  # a pass might use up the forward, or change something
     layers = {
         layer: [p for p in members if several(patient.graph.leaves.get(id(p), 0))]

@@ -10,37 +10,45 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gradprobe import measures
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes import walk
-from gradprobe.probes.binding import Selection
 from gradprobe.probes.blocks import measure_by_blocks
-from gradprobe.probes.checks import Losses, is_present
-from gradprobe.probes.derived import (
+from gradprobe.probes.calls import Losses, is_present
+from gradprobe.probes.gramian import LossScale
+from gradprobe.probes.graph import Trace, refuse, trace
+from gradprobe.probes.guard import (
+    COARSE,
+    EXACT,
+    MOVED,
+    Guard,
+    JointDifference,
+    NotMeasured,
+    joint_difference,
+    joint_loss,
+    joint_weights,
+)
+from gradprobe.probes.passes import (
     EXACT_TYPES,
     DerivedMeasurement,
+    Gradients,
+    MicroSum,
     computed_exactly,
     difference,
     largest_cancellation,
     may_be_derived,
+    measure_explicitly,
     task_to_derive,
     tolerance,
 )
-from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.guard import MOVED, Guard, NotMeasured
-from gradprobe.probes.joint import COARSE, EXACT, Apart, apart, joint_loss, joint_weights
-from gradprobe.probes.limits import refuse
-from gradprobe.probes.micro import MicroSum
-from gradprobe.probes.noted import Parameters
-from gradprobe.probes.passes import Gradients, measure_explicitly
+from gradprobe.probes.shared_layers import Selection, SharedLayers
 from gradprobe.probes.sharing import Sharing
-from gradprobe.probes.sketch import Draw, Size
-from gradprobe.probes.sketched import SketchedMeasurement, Sketching, measure_sketched
-from gradprobe.probes.trace import Trace, trace
+from gradprobe.probes.sketch import Draw, SketchedMeasurement, Sketching, SketchSize, measure_sketched
+from gradprobe.probes.state import ParameterValues, parameters_of
 from gradprobe.processes import OneProcess, remember_wrapper
 
 
-class Meter:
+class TaskGradients:
     """Knows the shared layers, and what the last row tells about the next.
 
     Args:
@@ -50,7 +58,7 @@ class Meter:
         warn: Is told what the user should know.
         differs: Is told once by how much a derived gradient differs from the explicit one, where it is too much.
         ranks: The processes whose gradients are averaged.
-        sketch: How much is kept of each gradient, see :mod:`gradprobe.probes.sketched`; None: all.
+        sketch: How much is kept of each gradient, see :mod:`gradprobe.probes.sketch`; None: all.
 
     Attributes:
         guard: Stands around all passes.
@@ -69,7 +77,7 @@ class Meter:
         memory: str,
         warn: Callable[[str], None],
         ranks: OneProcess | None = None,
-        sketch: Size | None = None,
+        sketch: SketchSize | None = None,
         differs: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._ranks, self._differs = ranks or OneProcess(), differs
@@ -142,7 +150,7 @@ class Meter:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The model's that are trained."""
-        return [p for p in walk.parameters(self._model) if p.requires_grad]
+        return [p for p in parameters_of(self._model) if p.requires_grad]
 
     @property
     def ranks(self) -> OneProcess:
@@ -266,7 +274,7 @@ class Meter:
         """
         seen: list[Tensor] = []
 
-        held: list[Apart] = []
+        held: list[JointDifference] = []
 
         def passes(closely: bool) -> tuple[Array, Array]:
             factors = joint_weights(weights) if closely and weights is not None else None
@@ -289,7 +297,7 @@ class Meter:
                 for gradients in self.kept_micro or ():
                     del gradients[tasks:]
             if factors is not None:
-                held[:] = [apart(gram, factors)]
+                held[:] = [joint_difference(gram, factors)]
             return gram[:, :tasks, :tasks], noise[:, :tasks, :tasks]
 
         if isinstance(losses, Sequence):
@@ -327,7 +335,7 @@ class Meter:
         if self._sketching is not None and draw is None:
             draw = self._sketching.next(shared)
 
-        held: list[Apart] = []
+        held: list[JointDifference] = []
 
         def passes(closely: bool) -> Array:
             if not (closely or check):
@@ -337,7 +345,7 @@ class Meter:
                 del self.kept[tasks:]
             if self._ranks.parts is not None:
                 self._ranks.parts = self._ranks.parts[:, :tasks, :tasks]
-            held[:] = [apart(gram, factors)]
+            held[:] = [joint_difference(gram, factors)]
             return gram[:, :tasks, :tasks]
 
         gram = self.guard.passes(losses, passes)
@@ -351,7 +359,9 @@ class Meter:
             return measure_by_blocks(self._model, shared, losses, self._traced(losses), ranks=self._ranks)
         return measure_explicitly(self._model, shared, losses, ranks=self._ranks, kept=self.kept)
 
-    def _hold_against_joint(self, held: Sequence[Apart], shared: SharedLayers, losses: Sequence[Tensor]) -> None:
+    def _hold_against_joint(
+        self, held: Sequence[JointDifference], shared: SharedLayers, losses: Sequence[Tensor]
+    ) -> None:
         for found in held:
             exact = all(p.dtype in EXACT_TYPES for p in shared.parameters) and computed_exactly(
                 shared, self._traced(losses)
@@ -399,7 +409,7 @@ class Meter:
         return measurement
 
     def finish(
-        self, measurement: DerivedMeasurement, losses: Sequence[Tensor], moving: Parameters | None = None
+        self, measurement: DerivedMeasurement, losses: Sequence[Tensor], moving: ParameterValues | None = None
     ) -> Array:
         """The Gramians once the joint backward has run, and kept the graph for a second look.
 
@@ -461,3 +471,67 @@ class Meter:
                 "no two tasks reach a parameter in common that is trained, so there is nothing to measure yet. Layers "
                 "are measured from the step on at which they are shared; gradprobe.doctor tells more"
             )
+
+
+SELF_CHECKED = 2
+"""Micro-batches that are looked at."""
+_SELF_CHECK_TOLERANCE = 1e-6
+
+
+def cosines_with_itself(
+    meter: TaskGradients, scale: LossScale, tasks: Sequence[str], losses: Sequence[Losses]
+) -> tuple[float, float]:
+    """Cosines over all shared layers of a task with its own copy and with its negative, measured as tasks are.
+
+    Args:
+        meter: Has found the shared layers.
+        scale: Of the losses.
+        tasks: Each is looked at.
+        losses: (m,) of a few micro-batches.
+
+    Returns:
+        Of all tasks the one that is farthest from +1, and the one farthest from -1. NaN where no task has a gradient.
+    """
+    assert meter.shared is not None
+    shares, found = [1 / len(losses)] * len(losses), []
+    for task in tasks:
+        three = [scale.all([one[task], one[task] * 1.0, -one[task]]) for one in losses]
+        gram, _ = meter.in_micro_batches(meter.shared, three, shares, 3, aside=True)
+        cosine = measures.cosine(np.nansum(gram, axis=0))
+        if np.isfinite(cosine[0, 1]):
+            found.append((float(cosine[0, 1]), float(cosine[0, 2])))
+    if not found:
+        return float("nan"), float("nan")
+    return min(copy for copy, _ in found), max(negative for _, negative in found)
+
+
+def self_check_fault(found: tuple[float, float]) -> str:
+    """What is wrong with them; empty where nothing is, or nothing is known."""
+    copy, negative = found
+    if np.isnan(copy) or (abs(copy - 1) <= _SELF_CHECK_TOLERANCE and abs(negative + 1) <= _SELF_CHECK_TOLERANCE):
+        return ""
+    return (
+        f"the self-check failed: a task's cosine with its own copy is {copy:.9g} and with its negative {negative:.9g}, "
+        "not +1 and -1. A second backward pass through one graph gives another gradient here (recomputed activations "
+        "that draw anew, kernels that are not deterministic), so that no cosine of this run can be relied on"
+    )
+
+
+class SharedParameters:
+    """Gives the parameters of the shared layers, as one list as long as these are the same; none before they are found.
+
+    Args:
+        meter: Finds them.
+    """
+
+    def __init__(self, meter: TaskGradients) -> None:
+        self._meter = meter
+        self._of: SharedLayers | None = None
+        self._parameters: Sequence[Tensor] = []
+
+    def __call__(self) -> Sequence[Tensor]:
+        """(P,), layer by layer."""
+        shared = self._meter.shared
+        if shared is not self._of:
+            self._of, self._parameters = shared, shared.parameters if shared is not None else []
+        return self._parameters

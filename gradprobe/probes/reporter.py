@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from gradprobe.errors import GradprobeError
 from gradprobe.measures import Array
-from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.guard import NotMeasured
+from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.rows import (
     FEATURES,
     MEASURED,
@@ -37,7 +37,6 @@ from gradprobe.rows import (
 from gradprobe.rows.layers import shortened
 
 T = TypeVar("T")
-
 _SOON = 10
 """Measured steps after which a task that took part in none is asked after."""
 

@@ -7,48 +7,49 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes import transfer, walk
-from gradprobe.probes.accumulation import (
-    Accumulation,
+from gradprobe.probes.accumulation import Accumulation
+from gradprobe.probes.calls import (
     Call,
+    Losses,
+    MicroBatches,
     Noise,
+    all_losses,
+    is_present,
     latest_losses,
     latest_weights,
     mean_values,
     status_of_calls,
 )
-from gradprobe.probes.beside import Beside
-from gradprobe.probes.checks import Losses, is_present
-from gradprobe.probes.clock import StepClock
-from gradprobe.probes.derived import DerivedMeasurement
-from gradprobe.probes.feature_meter import FeatureMeter
-from gradprobe.probes.features import Feature, JointFeatures
-from gradprobe.probes.graph import SharedLayers, padded
-from gradprobe.probes.guard import BESIDE
-from gradprobe.probes.level import Level
-from gradprobe.probes.meter import Meter
-from gradprobe.probes.micro import MicroBatches
-from gradprobe.probes.moves import Moves
-from gradprobe.probes.on_loader import OnLoader
-from gradprobe.probes.points import Points, SharedParameters
-from gradprobe.probes.release import release
-from gradprobe.probes.report import Reporter, finite, status_of
-from gradprobe.probes.scaling import LossScale
-from gradprobe.probes.self_check import SELF_CHECKED, cosines_with_itself, fault
-from gradprobe.probes.stepping import Steps, learning_rate
-from gradprobe.probes.stopwatch import Stopwatch
+from gradprobe.probes.clock import StepClock, Stopwatch, UnannouncedSteps
+from gradprobe.probes.feature_gradients import Feature, FeatureGradients, GradientLevel, JointFeatures
+from gradprobe.probes.gramian import LossScale, scalars, take_along
+from gradprobe.probes.graph import free_graph
+from gradprobe.probes.guard import OBSERVED
+from gradprobe.probes.optimizer_steps import OptimizerSteps, ParameterSample, learning_rate
+from gradprobe.probes.passes import DerivedMeasurement
+from gradprobe.probes.probe_samples import ProbeLoader, SeenLosses
+from gradprobe.probes.reporter import Reporter, finite, status_of
+from gradprobe.probes.shared_layers import SharedLayers, padded
+from gradprobe.probes.state import undisturbed, walked_once
+from gradprobe.probes.task_gradients import (
+    SELF_CHECKED,
+    SharedParameters,
+    TaskGradients,
+    cosines_with_itself,
+    self_check_fault,
+)
 from gradprobe.processes import OneProcess
-from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, OVERFLOWED, FeatureRow, Row
+from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, OVERFLOWED, FeatureRow, ProbeLoaderRow, Row
 from gradprobe.statistics import noise_part
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ class _Due:
 
 
 @dataclass
-class Measuring:
+class Recorder:
     """The parts of a probe, and what they do at a step. Knows nothing of the probe, which may so be let go of.
 
     Attributes:
@@ -85,20 +86,20 @@ class Measuring:
         moves: Notices where the present step ended without a sign.
         shared_parameters: Gives those of the shared layers.
         loader: Measured besides.
-        self_checked: Whether the probe has looked at itself, see :mod:`gradprobe.probes.self_check`.
+        self_checked: Whether the probe has looked at itself, see :mod:`gradprobe.probes.task_gradients`.
     """
 
     tasks: tuple[str, ...]
-    level: Level
+    level: GradientLevel
     clock: StepClock
     report: Reporter
-    meter: Meter
-    features: FeatureMeter
+    meter: TaskGradients
+    features: FeatureGradients
     scale: LossScale
     optimizer: Optimizer | None
     ranks: OneProcess
     epoch: int = 0
-    beside: Beside | None = None
+    beside: Observer | None = None
     loader: OnLoader | None = None
     self_checked: bool = False
 
@@ -110,13 +111,13 @@ class Measuring:
             self.tasks, self.meter, several, not known, agree, self._emit_calls, now, self.clock.again, self.guarded
         )
         self._hear()
-        self.moves = Moves(self.clock, Points(self.moving), self.calls.finish, self._warn)
+        self.moves = UnannouncedSteps(self.clock, ParameterSample(self.moving), self.calls.finish, self._warn)
 
     def _hear(self) -> None:
         """Count the steps of the optimizer, and of whichever updates the same parameters."""
         if self.optimizer is None:
             return
-        steps = Steps(self.optimizer, self.shared_parameters, self._stepped, self._warn)
+        steps = OptimizerSteps(self.optimizer, self.shared_parameters, self._stepped, self._warn)
         steps.finish.append(self.calls.finish)
         steps.followed_by.append(self._follow)
         self.clock.steps = steps
@@ -141,7 +142,7 @@ class Measuring:
         """One call of the probe; within it, what is to be measured is, and what is to be trained."""
         self.moves.asked()
         try:
-            with self.clock.calling(), walk.once(self.meter.model):
+            with self.clock.calling(), walked_once(self.meter.model):
                 yield self.due(losses)
             self.called()
         finally:
@@ -224,7 +225,7 @@ class Measuring:
             watch.add(derived.listener.seconds)
             with watch.running():
                 plan, status = self.guarded(lambda: self.meter.finish(derived, scaled, moving))
-                self.guarded(lambda: release(derived.graph))
+                self.guarded(lambda: free_graph(derived.graph))
         if entering is not None:
             feature_watch.add(entering.seconds)
             with feature_watch.running():
@@ -265,13 +266,13 @@ class Measuring:
             pieces = micro.losses if micro is not None and self._apart(micro) else (losses,)
             scaled = [self.scale.all(self.ordered(one)) for one in pieces]
             beside, every = self.beside, [loss for one in scaled for loss in one]
-            self.guarded(lambda: self.meter.guard.passes(every, lambda _: beside.looked(scaled), kind=BESIDE))
+            self.guarded(lambda: self.meter.guard.passes(every, lambda _: beside.looked(scaled), kind=OBSERVED))
 
     def _in_micro_batches(self, losses: Losses, weights: Array, batch_size: int, micro: MicroBatches) -> None:
         watch = Stopwatch(_device(losses))
         with watch.running():
             scaled = [self.scale.all(self.ordered(one)) for one in micro.losses]
-            transfer.take_along(self.ordered(losses))
+            take_along(self.ordered(losses))
             found, status = self.guarded(
                 lambda: self.meter.in_micro_batches(self.find(losses), scaled, micro.shares, len(self.tasks), weights)
             )
@@ -316,7 +317,7 @@ class Measuring:
         found, _ = self.guarded(check)
         if found is not None:
             self.report.annotate({"self_check": list(found)})
-            if wrong := fault(found):
+            if wrong := self_check_fault(found):
                 self.report.warn(self.clock.step, wrong)
 
     def check_micro(self) -> None:
@@ -408,12 +409,12 @@ class Measuring:
         self._hand_on(losses, mean[:-1], present[:-1], weights, gram, status, watch, total, noise, last.step)
 
     def _values(self, losses: Losses) -> Array:
-        return np.array(transfer.values(self.ordered(losses)))
+        return np.array(scalars(self.ordered(losses)))
 
     def _scaled(self, losses: Losses) -> list[Tensor]:
         """The losses as they are measured; their values come over with the first products."""
         scaled = self.scale.all(self.ordered(losses))
-        transfer.take_along([*self.ordered(losses), *self.scale.unread])
+        take_along([*self.ordered(losses), *self.scale.unread])
         return scaled
 
     def _hand_on(
@@ -521,3 +522,128 @@ class Measuring:
 
 def _device(losses: Losses) -> torch.device:
     return next(iter(losses.values())).device
+
+
+class Observer(Protocol):
+    """Is told of every call and every measurement; see :mod:`gradprobe.updates.optimizer_watch`."""
+
+    def check(
+        self, tasks: Sequence[str], level: GradientLevel, optimizer: Optimizer | None, meter: TaskGradients
+    ) -> None:
+        """Raise a ``ProbeError`` where it cannot belong to this probe."""
+
+    def open(self, measuring: Recorder, model: nn.Module) -> None:
+        """Belong to a probe; called once."""
+
+    def wants(self, step: int) -> bool:
+        """Whether a step is to be measured for its sake, beside those that are due."""
+
+    def looked(self, losses: Sequence[Sequence[Tensor]]) -> None:
+        """A step will be measured.
+
+        Args:
+            losses: (m) of (T,), one per micro-batch, scaled; their graphs are alive.
+        """
+
+    def measured(self, losses: Sequence[Tensor], weights: Array, gram: Array, status: str) -> None:
+        """A row has come about.
+
+        Args:
+            losses: (T,) whose graphs tell which task reaches what.
+            weights: (T,) in force.
+            gram: (L, T, T), as in the row.
+            status: Of the row.
+        """
+
+    def called(self) -> None:
+        """A call of the probe is over, measured or not."""
+
+    def close(self) -> None:
+        """The probe lets go of the training; called before the sinks are closed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another one stopped."""
+
+
+class ObserverOption(Protocol):
+    """One of several that want to look at the same steps, as ``updates=`` and ``ledger=``."""
+
+    name: str
+    """Of the argument."""
+
+    @property
+    def about(self) -> object:
+        """What the file says of it: a value, or a mapping of names to values."""
+
+    def together(self, readers: Sequence[Any]) -> Observer:
+        """What is put beside the probe for all of them."""
+
+
+class OnLoader:
+    """What a probe does with its probe loader.
+
+    Args:
+        loader: Gives the losses.
+        model: Whose buffers and modes are put back.
+    """
+
+    def __init__(self, loader: ProbeLoader, model: nn.Module) -> None:
+        self._loader, self._model = loader, model
+
+    def due(self, step: int) -> bool:
+        """Whether it is measured at ``step``."""
+        return self._loader.due(step)
+
+    def measure(self, probe: Recorder) -> ProbeLoaderRow | None:
+        """The row of the present step; None where not even the shared layers could be found.
+
+        Raises:
+            ProbeError: The loader's losses are not those of the probe's tasks.
+        """
+        watch, seen = Stopwatch(probe.meter.device), SeenLosses(probe.tasks)
+        with watch.running(), undisturbed(self._model):
+            found, status = probe.guarded(lambda: self._passes(probe, seen))
+            header = probe.report.header
+            if header is None:
+                return None
+            loss, there = probe.ranks.mean_of_present(seen.mean(self._loader.batches), seen.there)
+            gram = noise = np.full((len(header.layers), len(probe.tasks), len(probe.tasks)), np.nan)
+            if found is not None:
+                gram, noise = (probe.scale.off(part) for part in found)
+            if status == MEASURED:
+                status = status_of(probe.tasks, loss, gram, there)
+            status = probe.meter.guard.marked(status)
+            if not probe.self_checked and found is not None:
+                probe.check_self(all_losses(probe.tasks, one) for one in self._losses(probe))
+        batches = self._loader.batches * probe.ranks.size
+        return ProbeLoaderRow(
+            step=probe.clock.step,
+            epoch=probe.epoch,
+            time=probe.now(),
+            loss=loss,
+            gram=finite(gram),
+            gram_noise=finite(noise),
+            micro_batches=batches,
+            batch_size=batches * self._loader.batch_size,
+            overhead=watch.seconds,
+            status=status,
+        )
+
+    def _losses(self, probe: Recorder) -> Iterator[Losses]:
+        return self._loader.losses(probe.clock.step, probe.ranks.rank)
+
+    def _passes(self, probe: Recorder, seen: SeenLosses) -> tuple[Array, Array]:
+        made = self._losses(probe)
+        waiting = [probe.ranks.together(lambda: seen.add(next(made)))]
+        shared = probe.find(waiting[0])
+        probe.meter.let_go()
+
+        def each() -> Iterator[list[Tensor]]:
+            # Popped: the first forward's graph must not live until the last one's is gone.
+            for losses in itertools.chain((waiting.pop() for _ in range(1)), map(seen.add, made)):
+                yield probe.scale.all(probe.ordered(losses))
+
+        return probe.meter.in_micro_batches(shared, each(), self._loader.shares, len(probe.tasks), aside=True)
