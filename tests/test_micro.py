@@ -202,7 +202,7 @@ def test_one_micro_batch_is_measured_as_a_whole_and_its_noise_is_not_known():
 def test_gradients_are_kept_where_they_are_asked_for(micro):
     case = make("mlp")
     with GradientProbe(case.model, TASKS, every=1) as probe:
-        meter = probe._measuring.meter
+        meter = probe._recorder.gradients
         meter.keep(micro=micro)
         parts = forwards(case, 0, 3)
         probe.record(micro=parts, batch_size=[2, 1, 1])

@@ -172,7 +172,7 @@ def test_a_remainder_that_lost_its_digits_is_measured_again():
     with GradientProbe(case.model, ("t0", "t1"), [sink], every=1) as probe:
         probe.backward(case.losses(0), {"t0": 1.0, "t1": 1.0})
         losses = case.losses(1)
-        meter = probe._measuring.meter
+        meter = probe._recorder.gradients
         meter.last_gram = meter.last_gram * np.diag([1.0, 1e20])  # makes it derive t1
         expected = naive_gramian(probe.shared.layers, losses)
         probe.backward(losses, {"t0": 1e6, "t1": 1e-2})

@@ -245,7 +245,7 @@ def test_two_steps_activations_are_never_alive_together():
     bare = peak_bytes(lambda: three_steps_that_hold_their_losses(model, lambda losses: sum(losses.values()).backward()))
     with GradientProbe(model, ("t0", "t1"), every=1) as probe:
         three_steps_that_hold_their_losses(model, probe.backward)
-        assert probe._measuring.meter._derived == 2
+        assert probe._recorder.gradients._derived == 2
         probed = peak_bytes(lambda: three_steps_that_hold_their_losses(model, probe.backward))
     one = 2 * MIB  # a pass that keeps the graph has all activations and one's gradient, where another frees as it goes
     assert probed <= bare + 1.2 * one
@@ -259,7 +259,7 @@ def test_a_second_backward_raises_as_it_does_without_a_probe():
             probe.backward(losses)
             with pytest.raises(RuntimeError, match="backward through the graph a second time"):
                 losses["t0"].backward()
-    assert probe._measuring.meter._derived == 2
+    assert probe._recorder.gradients._derived == 2
 
 
 @pytest.mark.parametrize("use", ["record", "backward"])

@@ -119,7 +119,7 @@ def test_a_difference_of_rounding_size_is_recorded_and_no_more_is_derived():
         for _ in range(12):
             z = model["trunk"](torch.randn(16, 3, 32, 32)).mean((2, 3))
             probe.backward({"a": model["a"](z).square().mean(), "b": model["b"](z).logsumexp(1).mean()})
-        trusted = probe._measuring.meter._trusted
+        trusted = probe._recorder.gradients._trusted
     assert [row.status for row in sink.rows] == ["measured"] * 12
     if not trusted:
         assert 1e-5 < sink.notes["probe.joint_difference.value"] < 1e-3
@@ -169,7 +169,7 @@ def test_the_summary_says_by_how_much_a_derived_gradient_differed(tmp_path):
     with gradprobe.attach(model, ("a", "b"), path, every=1) as probe:
         for step in range(3):
             probe.backward(model(batch(step)))
-        probe._measuring.meter._differs(1.4e-5)
+        probe._recorder.gradients._differs(1.4e-5)
     with gradprobe.open_run(path) as run:
         assert run.provenance["probe.level"] == "parameters"  # the rest of the provenance is still there
         summary = summarise(run)

@@ -90,7 +90,7 @@ def test_where_the_derived_gradient_is_lost_and_parameters_have_moved_the_row_sa
         for step in range(6):
             if step == 5:
                 follow(model, "step")
-                meter = probe._measuring.meter
+                meter = probe._recorder.gradients
                 meter.last_gram = meter.last_gram * np.diag([1.0, 1e20])  # makes it derive b
             probe.backward(model(batch(step)), {"a": 1e6, "b": 1e-2} if step == 5 else None)
             model.zero_grad()

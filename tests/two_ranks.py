@@ -185,7 +185,7 @@ def failing(folder, rank, mine):
                 passes.ArrivingGradientsOfProcesses.add = lambda *_: 1 / 0
             probe.backward(losses(model, mine(batch(step, torch.float32))), WEIGHTS)
             passes.pass_to, passes.ArrivingGradientsOfProcesses.add = real
-            rows.append(probe._measuring.meter.last_gram.copy())
+            rows.append(probe._recorder.gradients.last_gram.copy())
     return [p.grad.clone() for p in model.parameters()]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from gradprobe.measures import Array
 from gradprobe.probes.calls import Call, Losses, Noise, is_present, joined
 from gradprobe.probes.graph import is_leaf, reached, trace
-from gradprobe.probes.passes import Gradients, multiplied
+from gradprobe.probes.passes import Gradients, multiplied, wide
 from gradprobe.probes.shared_layers import SharedLayers, padded
 from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import FIRST_CALL, JOINED_WITHIN, MEASURED
@@ -39,7 +39,7 @@ class Accumulation:
 
     Args:
         tasks: (T,) names.
-        meter: Makes the gradients.
+        gradients: Makes them.
         expected: Whether steps consist of several calls; None: the first step will tell.
         by_gradients: Whether it is told by ``.grad`` if a further call belongs to the step; if not, every call does
             until so many were made, unless ``.grad`` was there and is gone.
@@ -53,7 +53,7 @@ class Accumulation:
     def __init__(
         self,
         tasks: Sequence[str],
-        meter: TaskGradients,
+        gradients: TaskGradients,
         expected: bool | None,
         by_gradients: bool,
         agree: Callable[[bool], bool],
@@ -62,10 +62,16 @@ class Accumulation:
         again: Callable[[], None] = lambda: None,
         guarded: Callable[[Callable[[], Any]], tuple[Any, str]] = lambda work: (work(), MEASURED),
     ) -> None:
-        self._tasks, self._meter, self._by_gradients, self._agree, self._emit = tasks, meter, by_gradients, agree, emit
+        self._tasks, self._source, self._by_gradients, self._agree, self._emit = (
+            tasks,
+            gradients,
+            by_gradients,
+            agree,
+            emit,
+        )
         self._loss_scale, self._again, self._guarded = loss_scale, again, guarded
         self._waits = expected is not False
-        self._expected = expected if meter.keeps else False
+        self._expected = expected if gradients.keeps else False
         self._calls: list[Call] = []
         self._uses: list[Uses | None] = []  # of each call, once it was asked for
         self._means: list[Gradients] = []
@@ -82,7 +88,7 @@ class Accumulation:
         return self._expected is not False
 
     def stop(self) -> None:
-        """The first call stands for its step from here on: what is beside the probe looks at single calls."""
+        """The first call stands for its step from here on: an observer looks at single calls."""
         self._expected = self._waits = False
 
     def due(self, first: bool, due: bool, losses: Losses) -> bool:
@@ -116,7 +122,7 @@ class Accumulation:
             self._begin(self._expected is not False)
             return True
         several = self._expected is not False
-        self._expected = self._meter.keeps
+        self._expected = self._source.keeps
         if several:
             self._begin(True)
         elif self._expected:  # steps that grow, as in a warm-up: seen too late for this one
@@ -145,17 +151,15 @@ class Accumulation:
         return True
 
     def _take(self, call: Call) -> None:
-        gradients = list(self._meter.kept or []) if self._collecting else []
+        gradients = list(self._source.kept or []) if self._collecting else []
         self._follow_layers()
-        if call.present is None:
-            call = replace(call, present=np.array([is_present(call.losses.get(task)) for task in self._tasks]))
-        new = call.tasks if self._joined is None else call.tasks & ~self._calls[self._joined].tasks
+        new = call.present if self._joined is None else call.present & ~self._calls[self._joined].present
         if self._joined is not None:
             self._merge(self._joined, call, gradients)
         else:
             self._calls.append(call)
             self._uses.append(None)
-            self._partial = gradients if not call.tasks.all() else []
+            self._partial = gradients if not call.present.all() else []
         self._add(gradients, new)
 
     def finish(self, *_: object) -> None:
@@ -170,20 +174,20 @@ class Accumulation:
             self._expected = self._expected or False
             self._emit(calls, calls[0].gram, calls[0].noise)
             return
-        if any(call.gram is None for call in calls) or self._meter.shared is None:
+        if any(call.gram is None for call in calls) or self._source.shared is None:
             self._emit(calls, None, Noise(None, len(calls)))
             return
         found, status = self._guarded(lambda: self._mean_of(calls, means))
         if found is None:
             self._emit([*calls[:-1], replace(calls[-1], gram=None, status=status)], None, Noise(None, len(calls)))
             return
-        if self._meter.kept is not None:
-            self._meter.kept[:] = means
+        if self._source.kept is not None:
+            self._source.kept[:] = means
         self._emit(calls, *found)
 
     def _mean_of(self, calls: Sequence[Call], means: Sequence[Gradients]) -> tuple[Array, Noise]:
-        assert self._meter.shared is not None
-        gram = multiplied(self._meter.shared, means) if means else calls[-1].gram
+        assert self._source.shared is not None
+        gram = multiplied(self._source.shared, means) if means else calls[-1].gram
         assert gram is not None
         return gram, _noise_of(calls, gram)
 
@@ -196,7 +200,7 @@ class Accumulation:
 
     def _follow_layers(self) -> None:
         """Layers may have joined since the calls before: what they brought is put where it belongs now."""
-        shared, known = self._meter.shared, self._of
+        shared, known = self._source.shared, self._of
         if shared is not None and known is not None and self._calls and known.layers is not shared.layers:
             self._means = [_moved(own, known, shared) for own in self._means]
             self._partial = [_moved(own, known, shared) for own in self._partial]
@@ -207,13 +211,13 @@ class Accumulation:
 
     def _begin(self, collecting: bool) -> None:
         self._collecting = collecting
-        if collecting and self._meter.kept is None:
-            self._meter.kept, self._lent = [], True
+        if collecting and self._source.kept is None:
+            self._source.kept, self._lent = [], True
 
     def _give_back(self) -> None:
-        """The meter keeps gradients for others, or none."""
+        """Gradients are kept for others, or none."""
         if self._lent:
-            self._meter.kept, self._lent = None, False
+            self._source.kept, self._lent = None, False
         self._collecting = False
 
     def _forget(self) -> None:
@@ -242,15 +246,15 @@ class Accumulation:
 
     def _parameters(self) -> Sequence[nn.Parameter]:
         """The shared ones; the model's where none is known to be shared yet, as of a call that lacks tasks."""
-        shared = self._meter.shared
-        return shared.parameters if shared is not None and shared.layers else self._meter.parameters
+        shared = self._source.shared
+        return shared.parameters if shared is not None and shared.layers else self._source.parameters
 
     def _join(self, place: int, losses: Losses) -> bool:
         """Whether a call of a forward that was measured brings tasks that were not."""
-        known = dict(zip(self._tasks, self._calls[place].tasks, strict=True))
+        known = dict(zip(self._tasks, self._calls[place].present, strict=True))
         if all(known.get(task, True) or not is_present(loss) for task, loss in losses.items()):
             return False
-        able, self._expected = self._expected is not False, self._meter.keeps
+        able, self._expected = self._expected is not False, self._source.keeps
         if able:
             self._joined = place
             self._begin(True)
@@ -260,15 +264,15 @@ class Accumulation:
         """A call brings further tasks of a forward that another began."""
         earlier = self._calls[place]
         last = place == len(self._calls) - 1
-        both = _first_known(self._partial, gradients, earlier.tasks) if last and self._partial and gradients else []
-        gram = multiplied(self._meter.shared, both) if both and self._meter.shared is not None else None
+        both = _first_known(self._partial, gradients, earlier.present) if last and self._partial and gradients else []
+        gram = multiplied(self._source.shared, both) if both and self._source.shared is not None else None
         if gram is None and earlier.gram is not None and call.gram is not None:  # their products are not known
             gram = np.where(np.isnan(earlier.gram), call.gram, earlier.gram)
         merged = joined(earlier, call, gram)
         self._calls[place] = merged
         self._uses[place] = None
         if last:
-            self._partial = both if not merged.tasks.all() else []
+            self._partial = both if not merged.present.all() else []
 
     def _add(self, gradients: Sequence[Gradients], new: NDArray[np.bool_]) -> None:
         """Take the gradients of some tasks, (T,) bool, into the means."""
@@ -313,13 +317,8 @@ def _mean(mean: Tensor | None, gradient: Tensor | None, count: int) -> Tensor | 
     """The mean of ``count`` gradients and one more; None counts as 0. Not in place: the first may be another's."""
     if mean is None or gradient is None:
         there = mean if mean is not None else gradient
-        return None if there is None else _wide(there) * ((count if gradient is None else 1) / (count + 1))
-    return _wide(mean) * (count / (count + 1)) + _wide(gradient) / (count + 1)
-
-
-def _wide(gradient: Tensor) -> Tensor:
-    dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
-    return dense.float() if dense.dtype in (torch.float16, torch.bfloat16) else dense
+        return None if there is None else wide(there) * ((count if gradient is None else 1) / (count + 1))
+    return wide(mean) * (count / (count + 1)) + wide(gradient) / (count + 1)
 
 
 def _noise_of(calls: Sequence[Call], gram: Array) -> Noise:
@@ -330,7 +329,7 @@ def _noise_of(calls: Sequence[Call], gram: Array) -> Noise:
     count = len(calls)
     parts = np.sum([_known(call.parts) for call in calls], axis=0) / count**2
     shares = [share / count for call in calls for share in call.shares]
-    there = np.all([call.tasks for call in calls], axis=0)
+    there = np.all([call.present for call in calls], axis=0)
     known = there[:, None] & there[None, :] & ~np.any([_lacks(call.parts) for call in calls], axis=0)
     with np.errstate(invalid="ignore"):  # of gradients that are not finite
         part = noise_part(gram, parts, shares)

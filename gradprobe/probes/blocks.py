@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
 from gradprobe.probes.graph import Node, Trace, is_leaf
-from gradprobe.probes.passes import done
+from gradprobe.probes.passes import Step, done
 from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.probes.state import state_kept
 from gradprobe.processes import OneProcess
@@ -72,20 +72,13 @@ def cut(graph: Trace, shared: SharedLayers, count: int = BLOCKS) -> list[Block]:
     return blocks
 
 
-def measure_by_blocks(
-    model: nn.Module,
-    shared: SharedLayers,
-    losses: Sequence[Tensor],
-    graph: Trace,
-    count: int = BLOCKS,
-    ranks: OneProcess | None = None,
-) -> Array:
+def by_blocks(step: Step, count: int = BLOCKS) -> Array:
     """The Gramians (L, T, T), with no more than T gradients of one block alive."""
-    ranks = ranks or OneProcess()
+    shared, losses, graph, ranks = step.shared, step.losses, step.traced, step.ranks
     position = {node: at for at, node in enumerate(graph.nodes)}
     total, own = GramianSum(shared.layers, len(losses)), GramianSum(shared.layers, len(losses))
     walks = [_Walk(loss, shared, position) for loss in losses]
-    with state_kept(model) as back:
+    with state_kept(step.model) as back:
         for block in cut(graph, shared, count):
             ranks.together(partial(_all_through, walks, block, back))
             _multiply(total, own, walks, block, shared.parameters, ranks)

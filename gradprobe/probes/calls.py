@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from gradprobe.rows import MEASURED
 
 Weights = Mapping[str, "float | Tensor"]
 Losses = Mapping[str, Tensor]
-Given = Mapping[str, "Tensor | float | Callable[[], Tensor] | None"]
+GivenLosses = Mapping[str, "Tensor | float | Callable[[], Tensor] | None"]
 """Losses as a loop hands them in; a function stands for a task that is measured at due steps, and not trained."""
 
 
@@ -40,7 +41,7 @@ def task_names(tasks: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def all_losses(tasks: Sequence[str], losses: Given) -> dict[str, Tensor]:
+def all_losses(tasks: Sequence[str], losses: GivenLosses) -> dict[str, Tensor]:
     """The loss of every task: those that are there, in the order in which they were given, then the absent ones.
 
     A task is absent from a step where it is left out, or its loss is None, a plain number, or has no graph, as YOLOv5's
@@ -79,23 +80,6 @@ def all_losses(tasks: Sequence[str], losses: Given) -> dict[str, Tensor]:
 def is_present(loss: object) -> bool:
     """Whether a loss is of a task that takes part in the step."""
     return isinstance(loss, Tensor) and loss.requires_grad
-
-
-def check_some(losses: Losses, given: Given) -> None:
-    """Raise where no task takes part in a step.
-
-    Raises:
-        ProbeError: Says how each loss came to have no gradient.
-    """
-    if any(map(is_present, losses.values())):
-        return
-    how = [
-        f"{task!r} {loss_fault(loss).split(', so')[0].rstrip('.')}" for task, loss in given.items() if loss is not None
-    ]
-    raise ProbeError(
-        f"no task takes part in this step, so that there is no gradient to make or to measure: "
-        f"{'; '.join(how) or 'no loss was given'}. Leave such a step out, as the loop has to leave out its backward."
-    )
 
 
 def _shape_fault(loss: object) -> str:
@@ -235,7 +219,7 @@ def shares_of(sizes: Sequence[int]) -> tuple[float, ...]:
     return tuple(size / sum(sizes) for size in sizes)
 
 
-def micro_batches(tasks: tuple[str, ...], losses: Sequence[Given], batch_size: BatchSize) -> MicroBatches:
+def micro_batches(tasks: tuple[str, ...], losses: Sequence[GivenLosses], batch_size: BatchSize) -> MicroBatches:
     """What ``micro=`` and ``batch_size=`` of a probe's call mean.
 
     Args:
@@ -263,21 +247,19 @@ def micro_batches(tasks: tuple[str, ...], losses: Sequence[Given], batch_size: B
     return MicroBatches(checked, (1 / count,) * count, total)
 
 
-def _checked(tasks: tuple[str, ...], losses: Given, place: int) -> Losses:
+def _checked(tasks: tuple[str, ...], losses: GivenLosses, place: int) -> Losses:
     try:
         return all_losses(tasks, losses)
     except ProbeError as error:
         raise ProbeError(f"micro[{place}]: {error}") from error
 
 
-def check_mean(losses: Losses, micro: MicroBatches | None) -> None:
+def check_mean(losses: Losses, micro: MicroBatches) -> None:
     """Raise where the losses of a batch are not those of its micro-batches.
 
     Raises:
         ProbeError: A task's loss is another than the mean; says which and by how much.
     """
-    if micro is None:
-        return
     known = iter(scalars([one[task] for task in losses for one in (losses, *micro.losses)]))
     for task in losses:
         loss, *parts = itertools.islice(known, 1 + len(micro.losses))
@@ -290,6 +272,101 @@ def check_mean(losses: Losses, micro: MicroBatches | None) -> None:
                 f"micro-batches, weighted by their samples, is {mean:.6g}: what is measured would not be what is "
                 "trained. Leave losses= out, or make them that mean; losses must be means over samples, not sums."
             )
+
+
+@dataclass
+class HandedIn:
+    """What a loop hands in at one call, checked.
+
+    Attributes:
+        losses: Of every task; see :func:`all_losses`.
+        weights: (T,) in force; NaN: of an absent task, or not read as nobody will look at them.
+        batch_size: Samples; 0: unknown.
+        micro: By micro-batch; None: as a whole.
+        asked: Task -> what makes its loss, where it is measured and not trained.
+        given: The losses as they were handed in.
+        factors: The weights as they were handed in; None: 1 each.
+    """
+
+    losses: Losses
+    weights: Array
+    batch_size: int
+    micro: MicroBatches | None = None
+    asked: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    given: GivenLosses = field(default_factory=dict)
+    factors: Weights | None = None
+
+    def check_some(self) -> None:
+        """Raise where no task takes part in the step.
+
+        Raises:
+            ProbeError: Says how each loss came to have no gradient.
+        """
+        if any(map(is_present, self.losses.values())):
+            return
+        how = [
+            f"{task!r} {loss_fault(loss).split(', so')[0].rstrip('.')}"
+            for task, loss in self.given.items()
+            if loss is not None
+        ]
+        raise ProbeError(
+            f"no task takes part in this step, so that there is no gradient to make or to measure: "
+            f"{'; '.join(how) or 'no loss was given'}. Leave such a step out, as the loop has to leave out its "
+            "backward."
+        )
+
+    def joint(self) -> Tensor:
+        """The weighted sum of the losses that take part.
+
+        Raises:
+            ProbeError: None does.
+        """
+        self.check_some()
+        factors = self.factors
+        total = sum(
+            (1.0 if factors is None else factors[task]) * loss for task, loss in self.losses.items() if is_present(loss)
+        )
+        assert isinstance(total, Tensor)
+        return total
+
+
+def handed_in(
+    tasks: tuple[str, ...],
+    losses: GivenLosses | None,
+    weights: Weights | None,
+    micro: Sequence[GivenLosses] | None,
+    batch_size: BatchSize,
+    step: int,
+    due: Callable[[], bool],
+) -> HandedIn:
+    """Check what a loop hands in.
+
+    Args:
+        tasks, step: Of the probe.
+        losses, weights, micro, batch_size: See :meth:`gradprobe.GradientProbe.backward`.
+        due: Whether the step is measured, so that weights on a GPU are read.
+
+    Raises:
+        ProbeError: A task is unknown, a loss is no scalar, or a weight is no number.
+    """
+    asked: dict[str, Any] = {}
+    if micro is not None:
+        parts = micro_batches(tasks, micro, batch_size)
+        trained = dict(parts.mean() if losses is None else all_losses(tasks, losses))
+        given, samples = micro[0] if losses is None else losses, parts.batch_size
+    elif losses is None:
+        raise ProbeError("give losses= (task -> loss), or micro=, a list of them by micro-batch.")
+    else:
+        check_mapping("losses", losses)
+        asked = {task: loss for task, loss in losses.items() if callable(loss)}
+        parts, given = None, losses
+        trained = all_losses(tasks, {task: None if task in asked else loss for task, loss in losses.items()})
+        if isinstance(batch_size, Sequence):
+            raise ProbeError(f"batch_size={batch_size!r}: a list goes with micro=; give the samples of the batch.")
+        samples = whole("batch_size", batch_size, least=0)
+    absent = {task for task, loss in trained.items() if not is_present(loss)}
+    values = weight_values(tasks, weights, step, due, absent)
+    return HandedIn(trained, values, samples, parts, asked, given, weights)
 
 
 @dataclass(frozen=True)
@@ -307,7 +384,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class Call:
-    """What one call measured.
+    """What was measured at one call, or at the calls of one step together.
 
     Attributes:
         step: Of the training.
@@ -320,7 +397,7 @@ class Call:
         batch_size: Samples of this process.
         noise: None: it was not measured in micro-batches.
         shares: Of the micro-batches that the call itself was measured in; [1.0]: as a whole.
-        present: (T,) bool: whose gradients there are; None: all.
+        present: (T,) bool: whose gradients there are.
     """
 
     step: int
@@ -333,12 +410,7 @@ class Call:
     batch_size: int
     noise: Noise | None
     shares: Sequence[float]
-    present: NDArray[np.bool_] | None = None
-
-    @property
-    def tasks(self) -> NDArray[np.bool_]:
-        """(T,) whose gradients there are."""
-        return np.ones(len(self.values), dtype=bool) if self.present is None else self.present
+    present: NDArray[np.bool_]
 
     @property
     def parts(self) -> Array:
@@ -358,14 +430,14 @@ def joined(one: Call, other: Call, gram: Array | None) -> Call:
         other,
         step=one.step,
         losses={**other.losses, **{task: loss for task, loss in one.losses.items() if is_present(loss)}},
-        values=np.where(one.tasks, one.values, other.values),
-        weights=np.where(one.tasks, one.weights, other.weights),
+        values=np.where(one.present, one.values, other.values),
+        weights=np.where(one.present, one.weights, other.weights),
         gram=gram,
         status=status_of_calls([one, other]),
         watch=other.watch,
         batch_size=max(one.batch_size, other.batch_size),
         noise=other.noise and replace(other.noise, part=_either(parts)),
-        present=one.tasks | other.tasks,
+        present=one.present | other.present,
     )
 
 
@@ -376,9 +448,35 @@ def _either(parts: Sequence[Array]) -> Array | None:
     return np.where(np.isnan(parts[0]), parts[1], parts[0])
 
 
+def as_one(calls: Sequence[Call], gram: Array | None, noise: Noise | None) -> Call:
+    """The calls of a step as one: means of the losses, the latest weights, all samples and all that they cost.
+
+    Args:
+        calls: In their order.
+        gram: (L, T, T) of the mean of their gradients.
+        noise: Of that.
+    """
+    *earlier, last = calls
+    if not earlier:
+        return replace(last, gram=gram, noise=noise)
+    for call in earlier:
+        last.watch.add(call.watch.seconds)
+    return replace(
+        last,
+        losses=latest_losses(calls),
+        values=mean_values(calls),
+        weights=latest_weights(calls),
+        gram=gram,
+        status=status_of_calls(calls),
+        batch_size=sum(call.batch_size for call in calls),
+        noise=noise,
+        present=np.any([call.present for call in calls], axis=0),
+    )
+
+
 def mean_values(calls: Sequence[Call]) -> Array:
     """(T,) means of the losses over the calls in which each task is present; NaN where it is in none."""
-    there = np.array([call.tasks for call in calls])
+    there = np.array([call.present for call in calls])
     total = np.where(there, [call.values for call in calls], 0.0).sum(axis=0)
     means: Array = np.divide(total, there.sum(axis=0), out=np.full(total.shape, np.nan), where=there.any(axis=0))
     return means
@@ -388,7 +486,7 @@ def latest_weights(calls: Sequence[Call]) -> Array:
     """(T,) weights in force: of each task in the last call in which it is present."""
     found = calls[-1].weights
     for call in calls:
-        found = np.where(call.tasks, call.weights, found)
+        found = np.where(call.present, call.weights, found)
     return found
 
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from statistics import median
 from typing import Any, Protocol, SupportsFloat
 
@@ -42,6 +42,7 @@ class StepClock:
 
     Attributes:
         steps: Hears the optimizers; None: steps are counted by calls.
+        unannounced: Notices steps that nobody announces; None: every call is a step.
         is_due: Whether the present step was due when it was first asked.
         in_step: Calls in the present step.
     """
@@ -49,6 +50,7 @@ class StepClock:
     def __init__(self, schedule: Schedule, accumulate: int = 1, now: Callable[[], float] = time.perf_counter) -> None:
         self.schedule, self.accumulate, self._now = schedule, whole("accumulate", accumulate), now
         self.steps: OptimizerSteps | None = None
+        self.unannounced: UnannouncedSteps | None = None
         self.step = self.in_step = 0
         self.is_due = False
         self._calls = 0
@@ -64,14 +66,24 @@ class StepClock:
         """Whether the closure of an optimizer's step is running."""
         return self.steps is not None and self.steps.stepping
 
-    @property
-    def stepped_within(self) -> bool:
-        """Whether an optimizer stepped within the present call, in its backward."""
-        return self.steps is not None and self.steps.within
+    @contextmanager
+    def call(self) -> Iterator[tuple[bool, bool]]:
+        """A call of the probe: within it, an optimizer's step is over when the call is.
 
-    def calling(self) -> AbstractContextManager[None]:
-        """Around each call."""
-        return self.steps.calling() if self.steps is not None else nullcontext()
+        Yields:
+            What :meth:`ask` says.
+        """
+        self.look()
+        if self.steps is None:
+            yield self.ask()
+        else:
+            with self.steps.calling():
+                yield self.ask()
+
+    def look(self) -> None:
+        """Count a step that has ended and nobody has announced."""
+        if self.unannounced is not None:
+            self.unannounced.asked()
 
     def ask(self) -> tuple[bool, bool]:
         """Whether this is the first call in the present step, and whether the step is to be measured now.
@@ -89,12 +101,20 @@ class StepClock:
         return first, first and self.schedule.due(self.step)
 
     @property
-    def completing(self) -> bool:
-        """Whether the present call completes the step."""
-        return self.by_calls and (self._calls + 1) % self.accumulate == 0
+    def ending(self) -> bool:
+        """Whether the step ends with the present call."""
+        if self.steps is not None:
+            return self.steps.within
+        return (self._calls + 1) % self.accumulate == 0
 
-    def called(self) -> None:
-        """One forward and backward is done."""
+    def called(self, *, several: bool = False) -> None:
+        """One forward and backward is done.
+
+        Args:
+            several: Whether the step may have further calls, as far as is known.
+        """
+        if self.unannounced is not None:
+            self.unannounced.called(several)
         self._calls += 1
         self.in_step += 1
         if self.steps is not None:
@@ -359,7 +379,7 @@ _FIRST_LOOK = 16
 
 
 class UnannouncedSteps:
-    """See the module.
+    """Notices steps that nobody announces: the parameters moved between two calls of what should be one step.
 
     Args:
         clock: Counts the steps.
@@ -372,7 +392,6 @@ class UnannouncedSteps:
         self, clock: StepClock, points: ParameterSample, finish: Callable[[], None], warn: Callable[[str], None]
     ) -> None:
         self._clock, self._points, self._finish, self._warn = clock, points, finish, warn
-        self._needless = clock.by_calls and clock.accumulate == 1  # every call is a step
         self._changes = 0  # since an optimizer stepped
         self._usual = 1  # changes within one step
         self._by_hand = False
@@ -383,7 +402,7 @@ class UnannouncedSteps:
         A step that ended unnoticed is counted, and no row goes on at other parameters.
         """
         clock = self._clock
-        if self._needless or not clock.in_step or not self._points.moved():
+        if not clock.in_step or not self._points.moved():
             return
         self._points.again()
         self._finish()
@@ -398,8 +417,6 @@ class UnannouncedSteps:
         Args:
             several: Whether the step may have further calls, as far as is known.
         """
-        if self._needless:
-            return
         calls = self._clock.in_step + 1
         measured = self._clock.is_due and (several or calls > 1)
         now_and_then = calls >= _FIRST_LOOK and not calls & (calls - 1)

@@ -159,6 +159,9 @@ class GramianSum:
     Args:
         layers: L of them.
         tasks: T, how many.
+
+    Attributes:
+        present: (L, T): which task brought a gradient to which layer.
     """
 
     def __init__(self, layers: Sequence[Layer], tasks: int) -> None:
@@ -166,7 +169,7 @@ class GramianSum:
         self._owner = [index for index, layer in enumerate(layers) for _ in layer.parameters]
         self._parts: list[tuple[int, list[int], Tensor]] = []  # on other devices
         self._done: list[tuple[int, list[int], Array]] = []  # those that never were on another device
-        self._present = np.zeros((len(layers), tasks), dtype=bool)
+        self.present: NDArray[np.bool_] = np.zeros((len(layers), tasks), dtype=bool)
 
     def add(self, index: int, gradients: Sequence[Tensor | None], *, factor: float = 1.0) -> None:
         """Add one parameter.
@@ -180,7 +183,7 @@ class GramianSum:
         if not there:
             return
         layer = self._owner[index]
-        self._present[layer, there] = True
+        self.present[layer, there] = True
         present = [g for g in gradients if g is not None]
         if present[0].is_cpu:
             found = _on_cpu([vector(g) for g in present])
@@ -188,11 +191,6 @@ class GramianSum:
         else:
             part = products(present) if factor == 1.0 else products(present) * factor
             self._parts.append((layer, there, part))
-
-    @property
-    def present(self) -> NDArray[np.bool_]:
-        """(L, T): which task brought a gradient to which layer."""
-        return self._present
 
     def result(self, change: Array | None = None) -> Array:
         """The Gramians so far.
@@ -207,7 +205,7 @@ class GramianSum:
         bring([self])
         gram = self._summed(self._done, change)
         gram[~np.isfinite(gram)] = np.inf
-        gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
+        gram[~(self.present[:, :, None] & self.present[:, None, :])] = np.nan
         return gram
 
     def _summed(self, blocks: Iterable[tuple[int, list[int], Array]], change: Array | None) -> Array:
@@ -326,11 +324,13 @@ class LossScale:
         scaled: Tensor = self._scaler.scale(loss)
         return scaled
 
-    def all(self, losses: Sequence[Tensor]) -> list[Tensor]:
-        """Several losses, scaled."""
+    def all(self, losses: Sequence[Tensor], *, along: bool = False) -> list[Tensor]:
+        """Several losses, scaled; their values come over with the next transfer where they are to go along."""
         scaled = [self.apply(loss) for loss in losses]
         if self._scaler is not None and losses:  # asked by get_scale() it would make the host wait
             self.unread = [self._scaler.scale(torch.ones((), device=losses[0].device))]
+        if along:
+            take_along([*losses, *self.unread])
         return scaled
 
     @property

@@ -32,9 +32,9 @@ class Trace:
     tasks: dict[Node, int]
     leaves: dict[int, int]
 
-    def reaches(self, task: int, leaf: Tensor) -> bool:
-        """Whether a task's loss depends on a leaf."""
-        return bool(self.leaves.get(id(leaf), 0) >> task & 1)
+    def reached(self, task: int, leaves: Iterable[Tensor]) -> list[bool]:
+        """Of each of some leaves, whether a task's loss depends on it."""
+        return [bool(self.leaves.get(id(leaf), 0) >> task & 1) for leaf in leaves]
 
     @property
     def exact(self) -> bool:

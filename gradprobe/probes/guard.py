@@ -22,9 +22,16 @@ from gradprobe.errors import GradprobeError, ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes.graph import Node, custom_operations, hooked_names, some, unpack_hooks
 from gradprobe.probes.passes import done
-from gradprobe.probes.state import ParameterValues, Snapshot, Touched, modules_of, parameters_of, state_kept
+from gradprobe.probes.state import (
+    ParameterValues,
+    Snapshot,
+    Touched,
+    has_backward_hooks,
+    has_parameter_hooks,
+    parameters_of,
+    state_kept,
+)
 from gradprobe.processes import OneProcess
-from gradprobe.rows import MEASURED
 
 T = TypeVar("T")
 _TOUCHES = "not measured: a backward pass writes into .grad or parameters by itself"
@@ -57,6 +64,7 @@ class Guard:
         ranks: The processes that measure together.
 
     Attributes:
+        proven: Whether a row was looked at closely in this session, and nothing was touched.
         stopped: Why no more passes are made; empty: they are.
         mark: Status of rows whose gradients do not add up to the joint one; empty: they do, as far as is known.
         moves: Whether parameters move while the joint backward runs, so that none can be looked at after it.
@@ -65,7 +73,7 @@ class Guard:
     def __init__(self, model: nn.Module, warn: Callable[[str], None], ranks: OneProcess | None = None) -> None:
         self._model, self._warn, self._ranks = model, warn, ranks or OneProcess()
         self._rows: Counter[str] = Counter()
-        self._proven = self._off = self._said = self._told = False
+        self.proven = self._off = self._said = self._told = False
         self._tried: set[str] = set()
         self._passes = done.count  # before the first of this probe
         self.stopped = self.mark = ""
@@ -80,13 +88,9 @@ class Guard:
         self._rows = Counter(state["rows"])
         self.stopped, self.mark, self.moves = state["stopped"], state["mark"], state["moves"]
 
-    def marked(self, status: str) -> str:
-        """The status of a row of which all else is well."""
-        return self.mark or status if status == MEASURED else status
-
     def say_hooks(self) -> None:
         """Once: which hooks of the user's the passes run, too."""
-        if self._said or not _has_hooks(self._model):
+        if self._said or not has_backward_hooks(self._model):
             return
         self._said = True
         names = hooked_names(self._model)
@@ -98,7 +102,7 @@ class Guard:
 
     def will_look(self, kind: str = "rows") -> bool:
         """Whether the next row of a kind will be looked at closely: the first of a session is, too."""
-        return not self._proven or self.scheduled(kind)
+        return not self.proven or self.scheduled(kind)
 
     def scheduled(self, kind: str = "rows") -> bool:
         """Whether it is the 1st, 2nd, 4th, 8th, ... of a run."""
@@ -121,7 +125,7 @@ class Guard:
         self.say_hooks()
         nodes = _reachable(losses)
         hooks = unpack_hooks(nodes)
-        why = self.stopped or (_UNTRIED if self._proven and not self._tried.issuperset(hooks) else "")
+        why = self.stopped or (_UNTRIED if self.proven and not self._tried.issuperset(hooks) else "")
         if not self._ranks.all(not why):
             raise NotMeasured(why or ELSEWHERE, self._words_of_untried(hooks) if why == _UNTRIED else "")
         looks = self.will_look(kind)
@@ -134,35 +138,37 @@ class Guard:
             except Exception as error:
                 raise self._cause(error, losses, before) from error
         known = bool(losses)
-        copies = not known or bool(hooks or custom_operations(nodes) or _has_hooks(self._model))
-        noted, before = Snapshot(self._model, nodes, copies=copies), done.count if self._proven else self._passes
-        result, touched, failure = self._looked_at(noted, measure)
+        copies = not known or bool(hooks or custom_operations(nodes) or has_backward_hooks(self._model))
+        snapshot, before = Snapshot(self._model, nodes, copies=copies), done.count if self.proven else self._passes
+        result, touched, failure = self._looked_at(snapshot, measure)
         if not self._ranks.all(not self._may_be_hooks(touched)):
             self._hold_off(touched)
             if not known:
                 raise NotMeasured(_TOUCHES)
-            result, touched, failure = self._looked_at(noted, measure)
+            result, touched, failure = self._looked_at(snapshot, measure)
         if not self._ranks.all(not touched):
             self._refuse(touched, _reachable(losses))
         if failure is not None:
             raise self._cause(failure, losses, before) from failure
         if kind != OBSERVED:  # that goes through parts of the graph only
             self._tried.update(hooks)
-            self._proven = True
+            self.proven = True
         return cast(T, result)
 
-    def _looked_at(self, noted: Snapshot, measure: Callable[[bool], T]) -> tuple[T | None, Touched, Exception | None]:
+    def _looked_at(
+        self, snapshot: Snapshot, measure: Callable[[bool], T]
+    ) -> tuple[T | None, Touched, Exception | None]:
         """The result or the failure, and what was touched, which is put back."""
         result, failure = None, None
         try:
             with self._hooks_off():
                 result = measure(True)
         except GradprobeError:
-            noted.back()
+            snapshot.back()
             raise
         except Exception as error:
             failure = error
-        return result, noted.back(), failure
+        return result, snapshot.back(), failure
 
     def _cause(self, error: Exception, losses: Sequence[Tensor], before: int) -> Exception:
         """What is to be raised for a failure: a forward that the first pass used up fails in the second.
@@ -175,7 +181,7 @@ class Guard:
         if isinstance(error, GradprobeError) or done.count == before or not losses or self._goes_through(losses[0]):
             return error
         why = self._words_of_one_backward(unpack_hooks(_reachable(losses)), error)
-        if not self._proven:
+        if not self.proven:
             return ProbeError(
                 why + " Nothing can be measured here, and the training's own backward would fail after it: make the "
                 "forward anew, without the probe, or without what allows one backward only."
@@ -195,7 +201,7 @@ class Guard:
         return True
 
     def _may_be_hooks(self, touched: Touched) -> bool:
-        return bool(touched.parameters) and not touched.lost and not self._off and _has_parameter_hooks(self._model)
+        return bool(touched.parameters) and not touched.lost and not self._off and has_parameter_hooks(self._model)
 
     def _hold_off(self, touched: Touched) -> None:
         self._off = True
@@ -209,7 +215,10 @@ class Guard:
     @contextmanager
     def _hooks_off(self) -> Iterator[None]:
         """Where the user's hooks on parameters move parameters, let none of them run."""
-        tables = [p._backward_hooks for p in parameters_of(self._model) if self._off and p._backward_hooks]
+        if not self._off:
+            yield
+            return
+        tables = [p._backward_hooks for p in parameters_of(self._model) if p._backward_hooks]
         kept = [dict(table) for table in tables]
         for table in tables:
             table.clear()
@@ -224,7 +233,7 @@ class Guard:
         if not touched:
             raise NotMeasured(ELSEWHERE)
         what = self._words_of_touched(touched, custom_operations(nodes))
-        if not self._proven:
+        if not self.proven:
             raise ProbeError(
                 f"{what} Replace it (torch.utils.checkpoint.checkpoint(..., use_reentrant=False) recomputes without), "
                 "or record level='features' with probe.backward, which makes no passes."
@@ -275,20 +284,12 @@ class Guard:
 
     # ---- the joint gradient
 
-    @contextmanager
-    def moving(self, measured: bool) -> Iterator[ParameterValues | None]:
-        """Around the joint backward of a measured row: find out whether parameters move within it.
-
-        Yields:
-            What tells it at once.
-        """
-        if not measured:
-            yield None
-            return
-        closely = not self._rows["rows"] & (self._rows["rows"] - 1) or _may_step(self._model)
-        parameters = ParameterValues(list(parameters_of(self._model)), closely=closely and not self.moves)
-        yield parameters
-        self.moves = self.moves or parameters.moved()
+    def before_backward(self) -> ParameterValues:
+        """What the parameters are before the joint backward of a measured row, which may move them."""
+        parameters = parameters_of(self._model)
+        may_step = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
+        closely = not self._rows["rows"] & (self._rows["rows"] - 1) or may_step
+        return ParameterValues(parameters, closely=closely and not self.moves)
 
     def hold_against_joint(
         self, found: JointDifference, tolerance: float, layers: Sequence[str], losses: Sequence[Tensor]
@@ -304,18 +305,6 @@ class Guard:
             self._warn(
                 words_of_difference(found, layers, custom_operations(_reachable(losses)), hooked_names(self._model))
             )
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    return _has_parameter_hooks(model) or any(m._backward_hooks or m._backward_pre_hooks for m in modules_of(model))
-
-
-def _has_parameter_hooks(model: nn.Module) -> bool:
-    return any(p._backward_hooks for p in parameters_of(model))
-
-
-def _may_step(model: nn.Module) -> bool:
-    return any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters_of(model))
 
 
 def _reachable(losses: Sequence[Tensor]) -> list[Node]:

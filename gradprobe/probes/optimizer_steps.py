@@ -64,7 +64,7 @@ class OptimizerSteps:
         self._apart: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
         self._leader = given  # whose step was counted last
         self._uncounted: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the leader's last step
-        self._beside: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the last step of the one followed
+        self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the last step of the one followed
         self._running: list[tuple[Optimizer, FrameType | None]] = []  # steps within steps, the outermost first
         self._told = self._whole = self._own = False
         self._evaluating = 0
@@ -220,15 +220,15 @@ class OptimizerSteps:
         """
         if not _kin(optimizer, self.followed):
             mine, known = ({id(p) for p in _parameters(o)} for o in (optimizer, self.followed))
-            if not (mine & known or optimizer in self._beside):
-                self._beside.add(optimizer)
+            if not (mine & known or optimizer in self._others):
+                self._others.add(optimizer)
                 return False
             self._warn(OTHER.format(other=type(optimizer).__name__))
         if optimizer is not self.followed:
             self.followed = optimizer
             for followed_by in self.followed_by:
                 followed_by(optimizer)
-        self._beside.clear()
+        self._others.clear()
         return True
 
 

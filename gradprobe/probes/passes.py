@@ -6,6 +6,8 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum, bring
-from gradprobe.probes.graph import Trace
+from gradprobe.probes.graph import Trace, trace
 from gradprobe.probes.shared_layers import SharedLayers
-from gradprobe.probes.state import modules_of, parameters_of, state_kept
+from gradprobe.probes.state import has_backward_hooks, state_kept
 from gradprobe.processes import OneProcess
 from gradprobe.statistics import noise_part
 
@@ -48,6 +50,38 @@ def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Gradients:
     for index, gradient in zip(wanted, found, strict=True):
         result[index] = gradient
     return result
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a way of measuring gets: the losses of one step, and where their gradients are wanted.
+
+    Every way is a function of a step that gives the Gramians (L, T, T): :func:`explicit`,
+    :func:`gradprobe.probes.blocks.by_blocks`, :func:`gradprobe.probes.sketch.sketched`. One that needs the joint
+    backward, too, is a :class:`DerivedMeasurement`.
+
+    Attributes:
+        model: Its state is kept over the passes.
+        shared: The layers.
+        losses: (T,) in the order of the tasks, as they are scaled.
+        weights: (T,) of the joint loss; 0: the task is absent. They matter where a task is derived.
+        ranks: The processes whose gradients are averaged.
+        graph: Of the losses; None: nobody has walked through it yet.
+        kept: Gets every task's gradients; None: none are kept.
+    """
+
+    model: nn.Module
+    shared: SharedLayers
+    losses: Sequence[Tensor]
+    weights: Array
+    ranks: OneProcess
+    graph: Trace | None = None
+    kept: list[Gradients] | None = None
+
+    @cached_property
+    def traced(self) -> Trace:
+        """The graph of the losses."""
+        return self.graph if self.graph is not None else trace(self.losses)
 
 
 class Listener:
@@ -150,8 +184,15 @@ class ArrivingGradients:
         for index in sorted(self._missing):
             self.add(index, None)
 
-    def end(self, change: Array | None = None) -> Array:
-        """Nothing more will come: the Gramians (L, T, T), of ``change @ gradients`` where that is given."""
+    def end(self, change: Array | None = None, failure: Exception | None = None) -> Array:
+        """Nothing more will come: the Gramians (L, T, T), of ``change @ gradients`` where that is given.
+
+        Args:
+            change: (T, T).
+            failure: Of what has listened in this process: raised.
+        """
+        if failure is not None:
+            raise failure
         self.complete()
         return self.sum.result(change)
 
@@ -183,10 +224,10 @@ class ArrivingGradientsOfProcesses(ArrivingGradients):
         self._last[index] = gradient.clone() if gradient is not None else None
         self._missing.discard(index)
 
-    def end(self, change: Array | None = None) -> Array:
-        """See :class:`Meeting`. Every process must get here, and gets the same."""
+    def end(self, change: Array | None = None, failure: Exception | None = None) -> Array:
+        """See :class:`ArrivingGradients`. Every process must get here, and gets the same."""
         tasks = [self.others[t] if t != self.last else self._last for t in range(len(self.others) + 1)]
-        self._ranks.spread(self._ranks.together(lambda: self._own(tasks, change)))
+        self._ranks.spread(self._ranks.together(lambda: self._own(tasks, change, failure)))
         for gradients in tasks:
             gradients[:] = self._ranks.average(gradients, self._parameters)
         for index in range(len(self._last)):
@@ -200,12 +241,11 @@ class ArrivingGradientsOfProcesses(ArrivingGradients):
                 ]
         return self.sum.result(change)
 
-    def _own(self, tasks: Sequence[Gradients], change: Array | None) -> Array:
+    def _own(self, tasks: Sequence[Gradients], change: Array | None, failure: Exception | None) -> Array:
         """Of this process's gradients."""
-        own = GramianSum(self._shared.layers, len(tasks))
-        for index in range(len(self._parameters)):
-            own.add(index, [gradients[index] for gradients in tasks])
-        return own.result(change)
+        if failure is not None:
+            raise failure
+        return multiplied(self._shared, tasks, change)
 
 
 def combined(factors: Array, gradients: Sequence[Tensor | None]) -> Tensor | None:
@@ -218,50 +258,28 @@ def combined(factors: Array, gradients: Sequence[Tensor | None]) -> Tensor | Non
     return total
 
 
-def arriving(
-    shared: SharedLayers,
-    others: dict[int, Gradients],
-    last: int,
-    ranks: OneProcess,
-    kept: list[Gradients] | None = None,
-) -> ArrivingGradients:
-    """The one that fits the number of processes."""
-    if ranks.size == 1:
-        return ArrivingGradients(shared, others, last, kept)
-    return ArrivingGradientsOfProcesses(shared, others, last, ranks, kept)
+def _arriving(step: Step, others: dict[int, Gradients], last: int) -> ArrivingGradients:
+    """What fits the number of processes."""
+    if step.ranks.size == 1:
+        return ArrivingGradients(step.shared, others, last, step.kept)
+    return ArrivingGradientsOfProcesses(step.shared, others, last, step.ranks, step.kept)
 
 
-def measure_explicitly(
-    model: nn.Module,
-    shared: SharedLayers,
-    losses: Sequence[Tensor],
-    ranks: OneProcess | None = None,
-    kept: list[Gradients] | None = None,
-) -> Array:
-    """The Gramians (L, T, T) by one explicit pass per task.
-
-    ``kept`` gets every task's gradients.
-    """
-    ranks = ranks or OneProcess()
-    return ranks.together(lambda: _passes(model, shared, losses, ranks, kept)).end()
+def explicit(step: Step) -> Array:
+    """The Gramians (L, T, T) by one explicit pass per task."""
+    return step.ranks.together(lambda: _passes(step)).end()
 
 
-def _passes(
-    model: nn.Module,
-    shared: SharedLayers,
-    losses: Sequence[Tensor],
-    ranks: OneProcess,
-    kept: list[Gradients] | None,
-) -> ArrivingGradients:
-    parameters, last = shared.parameters, len(losses) - 1
-    with state_kept(model) as back:
+def _passes(step: Step) -> ArrivingGradients:
+    parameters, last = step.shared.parameters, len(step.losses) - 1
+    with state_kept(step.model) as back:
         others = {}
         for task in range(last):
-            others[task] = pass_to(losses[task], parameters)
+            others[task] = pass_to(step.losses[task], parameters)
             back()
-        met = arriving(shared, others, last, ranks, kept)
+        met = _arriving(step, others, last)
         with Listener(parameters, met.add, hollow=True) as listener:
-            pass_to(losses[last], parameters)
+            pass_to(step.losses[last], parameters)
         if listener.failure is not None:
             raise listener.failure
     return met
@@ -285,44 +303,31 @@ class DerivedMeasurement:
     they see this process's own gradient, before it is averaged over the processes: what the explicit passes gave too.
 
     Args:
-        model: Whose buffers are kept, as are the random numbers.
-        shared: The layers.
-        losses: (T,) in the order of the tasks.
-        weights: (T,), finite; the derived task's is not 0.
+        step: Whose weights are finite, and not 0 for the derived task. Its graph says where that task has no path,
+            where a difference would be rounding, not 0.
         derived: Which task to derive.
-        graph: Of the losses; says where the derived task has no path, where a difference would be rounding, not 0.
-        ranks: The processes whose gradients are averaged.
-        kept: Gets every task's gradients.
+
+    Attributes:
+        listener: To be entered while the joint backward runs.
+        by_passes: The same by explicit passes, where the two are to be compared; None: they are not.
+        explicit: Whether those are what the row is to have.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        shared: SharedLayers,
-        losses: Sequence[Tensor],
-        weights: Array,
-        derived: int,
-        graph: Trace,
-        ranks: OneProcess | None = None,
-        kept: list[Gradients] | None = None,
-    ) -> None:
-        self.shared, self.graph, self._weights, self._derived = shared, graph, weights, derived
+    def __init__(self, step: Step, derived: int) -> None:
+        self.step, self.graph, self._derived, self._weights = step, step.traced, derived, step.weights
         self.by_passes: Array | None = None
-        """The same by explicit passes, where the two are to be compared."""
         self.explicit = True
-        """Whether those are what the row is to have."""
+        parameters = step.shared.parameters
         # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
-        self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in shared.parameters)
-        self._paths = [graph.reaches(derived, p) for p in shared.parameters]
-        self._ranks = ranks or OneProcess()
+        self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in parameters)
+        self._paths = self.graph.reached(derived, parameters)
         others = {}
-        with state_kept(model) as back:
-            for task in (t for t in range(len(losses)) if t != derived):
-                others[task] = pass_to(losses[task], shared.parameters)
+        with state_kept(step.model) as back:
+            for task in (t for t in range(len(step.losses)) if t != derived):
+                others[task] = pass_to(step.losses[task], parameters)
                 back()
-        self._meeting = arriving(shared, others, derived, self._ranks, kept)
-        self.listener = Listener(shared.parameters, self._take)
-        """To be entered while the joint backward runs."""
+        self._arriving = _arriving(step, others, derived)
+        self.listener = Listener(parameters, self._take)
 
     def result(self) -> Array | None:
         """The Gramians (L, T, T); None where the derived gradient cannot be trusted.
@@ -334,33 +339,30 @@ class DerivedMeasurement:
         own = gram[:, self._derived, self._derived][present[:, self._derived]]
         if not np.isfinite(own).all():
             return None
-        return gram if _cancellation(gram, self._weights)[self._derived] <= largest_cancellation(self.shared) else None
+        worst = _cancellation(gram, self._weights)[self._derived]
+        return gram if worst <= largest_cancellation(self.step.shared) else None
 
     def _gramians(self) -> tuple[Array, NDArray[np.bool_]]:
         """(L, T, T), and (L, T): which task brought a gradient to which layer."""
-        self._ranks.together(self._complete)
-        return self._meeting.end(self._difference() if self._by_products else None), self._meeting.sum.present
-
-    def _complete(self) -> None:
-        if self.listener.failure is not None:
-            raise self.listener.failure
+        change = self._difference() if self._by_products else None
+        return self._arriving.end(change, self.listener.failure), self._arriving.sum.present
 
     def _take(self, index: int, joint: Tensor) -> None:
         if not self._paths[index]:
-            self._meeting.add(index, None)
+            self._arriving.add(index, None)
         elif self._by_products:
             own = None
-            if self._meeting.kept is not None and self._ranks.size == 1:
-                row = [*self._meeting.at(index)]
+            if self._arriving.kept is not None and self.step.ranks.size == 1:
+                row = [*self._arriving.at(index)]
                 row[self._derived] = joint
                 own = combined(self._difference()[self._derived], row)
-            self._meeting.add(index, joint, own)
+            self._arriving.add(index, joint, own)
         else:
             rest = joint.to_dense() if joint.layout != torch.strided else joint.clone()
-            for task, own in enumerate(self._meeting.at(index)):
+            for task, own in enumerate(self._arriving.at(index)):
                 if own is not None:
                     rest.sub_(own, alpha=float(self._weights[task]))
-            self._meeting.add(index, rest.div_(float(self._weights[self._derived])))
+            self._arriving.add(index, rest.div_(float(self._weights[self._derived])))
 
     def _difference(self) -> Array:
         """(T, T): makes of the others' gradients and the joint one, in the derived task's place, all tasks' own."""
@@ -400,7 +402,7 @@ def task_to_derive(gram: Array, weights: Array, largest: float) -> int | None:
     Args:
         gram: (L, T, T) of the last measured row.
         weights: (T,) now in force.
-        largest: The cancellation that is borne.
+        largest: The cancellation that is borne, see :func:`largest_cancellation`.
     """
     if gram.shape[0] == 0:
         return None
@@ -409,16 +411,13 @@ def task_to_derive(gram: Array, weights: Array, largest: float) -> int | None:
     return best if worst[best] <= largest else None
 
 
-def may_be_derived(model: nn.Module, shared: SharedLayers, graph: Trace) -> bool:
+def may_be_derived(step: Step) -> bool:
     """Whether the joint gradient is the weighted sum of the tasks' own up to rounding in the parameters' type.
 
     It is not where a part is computed in a half type, under autocast, or in TF32 on a GPU; nor where a hook of the
     user's stands in the way, which may clip or replace what it sees.
     """
-    hooked = any(p._backward_hooks for p in parameters_of(model)) or any(
-        m._backward_hooks or m._backward_pre_hooks for m in modules_of(model)
-    )
-    return not hooked and computed_exactly(shared, graph)
+    return not has_backward_hooks(step.model) and computed_exactly(step.shared, step.traced)
 
 
 def computed_exactly(shared: SharedLayers, graph: Trace) -> bool:
@@ -509,12 +508,9 @@ class MicroSum:
         A layer that a task reaches in some of the micro-batches only counts as a gradient of 0 in the others. Every
         process must get here, and gets the same; :attr:`means` and :attr:`shares` are those over all processes then.
         """
-        parameters, layers = self._shared.parameters, self._shared.layers
         for gradients in self.means:
-            gradients[:] = self._ranks.average(gradients, parameters)
-        whole_batch = GramianSum(layers, len(self.means))
-        for index in range(len(parameters)):
-            whole_batch.add(index, [gradients[index] for gradients in self.means])
+            gradients[:] = self._ranks.average(gradients, self._shared.parameters)
+        whole_batch = _sum_of(self._shared, self.means)
         bring([whole_batch, self._parts])
         gram = whole_batch.result()
         parts = self._ranks.mean(np.nan_to_num(self._parts.result(), posinf=0.0, neginf=0.0)) / self._ranks.size
@@ -525,15 +521,22 @@ class MicroSum:
 def _added(mean: Tensor | None, gradient: Tensor | None, share: float) -> Tensor | None:
     if gradient is None:
         return mean
+    return wide(gradient) * share if mean is None else mean.add_(wide(gradient), alpha=share)
+
+
+def wide(gradient: Tensor) -> Tensor:
+    """A gradient so that means of it can be made: dense, and of a half type in float32."""
     dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
-    if dense.dtype in (torch.float16, torch.bfloat16):
-        dense = dense.float()
-    return dense * share if mean is None else mean.add_(dense, alpha=share)
+    return dense.float() if dense.dtype in (torch.float16, torch.bfloat16) else dense
 
 
-def multiplied(shared: SharedLayers, gradients: Sequence[Gradients]) -> Array:
-    """The Gramians (L, T, T) of all tasks' gradients."""
+def multiplied(shared: SharedLayers, gradients: Sequence[Gradients], change: Array | None = None) -> Array:
+    """The Gramians (L, T, T) of all tasks' gradients, or of ``change @ gradients``."""
+    return _sum_of(shared, gradients).result(change)
+
+
+def _sum_of(shared: SharedLayers, gradients: Sequence[Gradients]) -> GramianSum:
     total = GramianSum(shared.layers, len(gradients))
     for index in range(len(shared.parameters)):
         total.add(index, [own[index] for own in gradients])
-    return total.result()
+    return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,9 @@ class SharedLayers:
     layers: tuple[Layer, ...]
     reach: tuple[tuple[bool, ...], ...]
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters of all layers, layer by layer."""
+        """All parameters of all layers, layer by layer: the same list at every call."""
         return [p for layer in self.layers for p in layer.parameters]
 
 
@@ -112,6 +113,10 @@ class Selection:
         nothing: Choose no parameter at all.
         divided: The model is meant to share nothing, so that it is no mistake where it does not.
 
+    Attributes:
+        open: Whether any parameter counts that two tasks reach, not only chosen ones.
+        outside: ``id`` of parameters in layers that are not the model's.
+
     Raises:
         ProbeError: ``shared`` chooses nothing; ``layers`` has a name that a file cannot hold, something that is no
             parameter, or no parameter of the model.
@@ -134,6 +139,8 @@ class Selection:
         self.nothing = nothing
         if nothing:
             self._chosen = []
+        self.open = self._chosen is None
+        self.outside: set[int] = set()
         self._layers = None
         if layers is not None:
             check_names("layers", layers)
@@ -144,11 +151,7 @@ class Selection:
                     f"layers={list(layers)} hold no parameter of this model ({type(model).__name__}, which has: "
                     f"{list(names.values())[:4]}, ...)."
                 )
-
-    @property
-    def open(self) -> bool:
-        """Whether any parameter counts that two tasks reach, not only chosen ones."""
-        return self._chosen is None
+            self.outside = {id(item) for found in self._layers.values() for item in found if not isinstance(item, str)}
 
     def chosen(self) -> set[int] | None:
         """``id`` of the parameters that may count, as they stand in the model now; None: all that tasks share."""
@@ -163,13 +166,6 @@ class Selection:
             return by_module(self._model)
         named = dict(self._model.named_parameters())
         return {layer: [_now(named, item) for item in members] for layer, members in self._layers.items()}
-
-    @property
-    def outside(self) -> set[int]:
-        """``id`` of parameters in layers that are not the model's."""
-        if self._layers is None:
-            return set()
-        return {id(item) for members in self._layers.values() for item in members if not isinstance(item, str)}
 
     def name(self, parameter: nn.Parameter) -> str:
         """What the model calls it."""

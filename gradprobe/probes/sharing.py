@@ -8,7 +8,7 @@ join at the end as they become shared, and a layer counts once two tasks have ha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gradprobe import measures
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes.graph import Node, Trace, is_leaf, reached, several
+from gradprobe.probes.graph import Node, Trace, is_leaf, reached, refuse, several
 from gradprobe.probes.shared_layers import Layer, Selection, SharedLayers
 from gradprobe.probes.state import parameters_of
 from gradprobe.processes import OneProcess
@@ -55,6 +55,7 @@ class Sharing:
     Attributes:
         model, selection, ranks: Whose; which of its parameters count; the processes that train it.
         tasks: T, how many.
+        warn: Told what the user should know.
         shared: None before the first look.
         weights: Names of learned loss weights, which are no layers.
         joined: Whether the last look has changed the layers.
@@ -65,6 +66,7 @@ class Sharing:
     selection: Selection
     ranks: OneProcess
     tasks: int
+    warn: Callable[[str], None]
     shared: SharedLayers | None = None
     weights: tuple[str, ...] = ()
     joined: bool = False
@@ -85,40 +87,53 @@ class Sharing:
     # ---- what the graphs show
 
     def look(self, losses: Mapping[str, Tensor], graph: Trace) -> SharedLayers:
-        """The shared layers at this step, those of earlier ones among them.
+        """The shared layers at this step, those of earlier ones among them, with parameters that were replaced.
 
         Args:
             losses: In the order of the tasks.
             graph: Of these losses.
-        """
-        fresh = {leaf: mask for leaf, mask in graph.leaves.items() if mask & ~self._known.get(leaf, 0)}
-        fresh = {leaf: fresh[leaf] for leaf in fresh.keys() & self._measurable()}
-        first = self.shared is None
-        self.joined = self.ranks.any(first or bool(fresh)) and self._learn(losses, graph, first)
-        assert self.shared is not None
-        return self.shared
-
-    def replaced(self) -> list[str]:
-        """Names of parameters that others have taken the place of, which are measured from here on.
 
         Raises:
-            ProbeError: A parameter is gone, or has another shape.
+            ProbeError: A parameter is gone, has another shape, or hides its gradient.
         """
+        there = {id(p) for p in parameters_of(self.model)}
+        self._follow(losses, there)
+        fresh = {leaf: mask for leaf, mask in graph.leaves.items() if mask & ~self._known.get(leaf, 0)}
+        fresh = {leaf: fresh[leaf] for leaf in fresh.keys() & (there | self.selection.outside)}
+        first, weights = self.shared is None, self.weights
+        self.joined = self.ranks.any(first or bool(fresh)) and self._learn(losses, graph, first)
+        assert self.shared is not None
+        if not (self.shared.layers or self.selection.nothing or self.selection.divided) and self._all_seen:
+            self.warn(
+                "no two tasks reach a parameter in common that is trained, so there is nothing to measure yet. Layers "
+                "are measured from the step on at which they are shared; gradprobe.doctor tells more"
+            )
+        if self.weights != weights:
+            self.warn(
+                f"{', '.join(map(repr, self.weights))} only weigh losses, and no feature depends on them: "
+                "learned weights are no shared layer, and are left out"
+            )
+        return self.shared
+
+    def _follow(self, losses: Mapping[str, Tensor], there: set[int]) -> None:
+        """Go on with the parameters that have taken the place of others; ``there``: ``id`` of the model's."""
         if self.shared is None or self._binding is None:
-            return []
-        names = self._binding.replaced(self.shared)
-        if names:
-            self.shared = self._binding.again(self.shared)
-            self._remember()
-        return names
+            return
+        names = self._binding.replaced(self.shared, there)
+        if not names:
+            return
+        refuse(self.model, list(losses.values()))  # they may be shards now
+        self.shared = self._binding.again(self.shared)
+        self._remember()
+        self.warn(
+            f"{len(names)} shared parameters were replaced, {names[0]!r} first; the probe goes on with "
+            "the new ones. An optimizer made before still updates the old ones: make it anew"
+        )
 
     @property
-    def all_seen(self) -> bool:
+    def _all_seen(self) -> bool:
         """Whether every task has reached something."""
         return all(any(found.tasks >> task & 1 for found in self._found.values()) for task in range(self.tasks))
-
-    def _measurable(self) -> set[int]:
-        return {id(p) for p in parameters_of(self.model)} | self.selection.outside
 
     def _learn(self, losses: Mapping[str, Tensor], graph: Trace, first: bool) -> bool:
         """Take in what this step's graphs show, in all processes; whether layers have changed."""
@@ -198,32 +213,44 @@ class Sharing:
         self._doubt(np.where(result, norms, 0.0))
         if self.shared is not None and self.changed:
             self.shared = replace(self.shared, reach=self._reach())
+        self.tell()
         return result
 
-    def untold(self, *, last: bool = False) -> list[str]:
-        """Layers that only graphs call shared, and that were not given here before.
+    def tell(self, *, last: bool = False) -> None:
+        """Say once of layers that they are shared by the graph alone, or may be learned loss weights.
 
         Args:
             last: No further row will come, so that what is known must do.
         """
+        doubtful, self._doubtful = self._doubtful, []
+        if doubtful:
+            self.warn(
+                f"{', '.join(map(repr, doubtful))} may only weigh losses: so few numbers with so long a gradient often "
+                "do, and a compiled region hides what is done with them. They count as shared; if they are learned "
+                "weights, the cosines over all shared layers are mostly theirs: leave them out by shared="
+            )
+        names = self._shared_by_graph_alone(_SURE if not last else 1)
+        self._told.update(names)
+        if names:
+            listed = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            self.warn(
+                f"{listed}: shared by the graph alone, since only one task has had a gradient other than 0 there. Kept "
+                "in the file, and left out of every sum over shared layers until a second task has one"
+            )
+
+    def _shared_by_graph_alone(self, rows: int) -> list[str]:
+        """Layers that only graphs call shared after so many rows, and of which nothing was said."""
         if self.shared is None or not self.selection.open:
             return []
         seen = self._effect.any(axis=0)
         by_graph = self._by_graph[:, seen].sum(axis=1) >= 2
         # Where no task has had one yet (a scale without boxes, an expert that idles) nothing is known.
         alone = by_graph & (self._effect.sum(axis=1) == 1)
-        found = [
+        return [
             layer.name
-            for layer, here, rows in zip(self.shared.layers, alone, self._rows, strict=True)
-            if here and rows >= (1 if last else _SURE) and layer.name not in self._told
+            for layer, here, measured in zip(self.shared.layers, alone, self._rows, strict=True)
+            if here and measured >= rows and layer.name not in self._told
         ]
-        self._told.update(found)
-        return found
-
-    def doubtful(self) -> list[str]:
-        """Layers that may be learned loss weights, hidden in a compiled region, and that matter; each given once."""
-        found, self._doubtful = self._doubtful, []
-        return found
 
     def _doubt(self, norms: Array) -> None:
         """(L, T), 0 where none counts."""
@@ -306,13 +333,16 @@ class Binding:
         # None: a parameter from outside the model, which nothing can replace there.
         self._names = [names.get(id(p)) for p in shared.parameters]
 
-    def replaced(self, shared: SharedLayers) -> list[str]:
+    def replaced(self, shared: SharedLayers, there: set[int]) -> list[str]:
         """Names of the parameters that are others now than in ``shared``.
+
+        Args:
+            shared: As they were.
+            there: ``id`` of the parameters that stand in the model now.
 
         Raises:
             ProbeError: A parameter is gone, or has another shape.
         """
-        there = {id(p) for p in parameters_of(self._model)}
         if all(id(p) in there for p, name in zip(shared.parameters, self._names, strict=True) if name is not None):
             return []
         now = dict(self._model.named_parameters())

@@ -24,13 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum, vector
-from gradprobe.probes.graph import Trace
-from gradprobe.probes.passes import DerivedMeasurement, Listener, pass_to
+from gradprobe.probes.passes import DerivedMeasurement, Listener, Step, pass_to
 from gradprobe.probes.shared_layers import Layer, SharedLayers
 from gradprobe.probes.state import state_kept
 from gradprobe.processes import OneProcess
@@ -254,22 +253,17 @@ class _SketchSum:
         return torch.zeros(self._draw.lengths[layer], dtype=wide, device=device)
 
 
-def measure_sketched(
-    model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor], draw: Draw, ranks: OneProcess | None = None
-) -> Array:
+def sketched(step: Step, draw: Draw) -> Array:
     """The Gramians (L, T, T) of sketches, by one explicit pass per task."""
-    ranks = ranks or OneProcess()
-    return ranks.together(lambda: _passes(model, shared, losses, draw, range(len(losses)))).result(ranks)
+    return step.ranks.together(lambda: _passes(step, draw, range(len(step.losses)))).result(step.ranks)
 
 
-def _passes(
-    model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor], draw: Draw, tasks: Sequence[int]
-) -> _SketchSum:
-    total = _SketchSum(shared, len(losses), draw)
-    with state_kept(model) as back:
+def _passes(step: Step, draw: Draw, tasks: Sequence[int]) -> _SketchSum:
+    total, parameters = _SketchSum(step.shared, len(step.losses), draw), step.shared.parameters
+    with state_kept(step.model) as back:
         for task in tasks:
-            with Listener(shared.parameters, partial(total.add, task), hollow=True) as listener:
-                pass_to(losses[task], shared.parameters)
+            with Listener(parameters, partial(total.add, task), hollow=True) as listener:
+                pass_to(step.losses[task], parameters)
             if listener.failure is not None:
                 raise listener.failure
             back()
@@ -280,37 +274,25 @@ class SketchedMeasurement(DerivedMeasurement):
     """T - 1 streamed passes, and the joint backward that training makes anyway: sketches can be subtracted.
 
     Args:
-        model, shared, losses, weights, derived, graph, ranks: As of :class:`DerivedMeasurement`.
+        step, derived: As of :class:`DerivedMeasurement`.
         draw: Of the row.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        shared: SharedLayers,
-        losses: Sequence[Tensor],
-        weights: Array,
-        derived: int,
-        graph: Trace,
-        draw: Draw,
-        ranks: OneProcess,
-    ) -> None:
-        self.shared, self.graph, self.draw, self.by_passes = shared, graph, draw, None
-        self.explicit = True
-        self._weights, self._derived, self._ranks = weights, derived, ranks
-        others = [task for task in range(len(losses)) if task != derived]
-        self._sum = _passes(model, shared, losses, draw, others)
+    def __init__(self, step: Step, derived: int, draw: Draw) -> None:
+        self.step, self.graph, self.draw, self._derived, self._weights = step, step.traced, draw, derived, step.weights
+        self.by_passes, self.explicit = None, True
+        self._sum = _passes(step, draw, [task for task in range(len(step.losses)) if task != derived])
         # A layer that the derived task reaches counts with all its parameters: of those that it does not reach, the
         # joint gradient is the others', and nothing is left.
-        self._reached = [any(graph.reaches(derived, p) for p in layer.parameters) for layer in shared.layers]
-        self.listener = Listener(shared.parameters, self._take)
+        self._reached = [any(self.graph.reached(derived, layer.parameters)) for layer in step.shared.layers]
+        self.listener = Listener(step.shared.parameters, self._take)
 
     def _gramians(self) -> tuple[Array, NDArray[np.bool_]]:
-        self._ranks.together(self._complete)
-        gram = self._sum.result(self._ranks, self._difference())
+        self.step.ranks.together(self._raise_failure)
+        gram = self._sum.result(self.step.ranks, self._difference())
         return gram, self._sum.present
 
-    def _complete(self) -> None:
+    def _raise_failure(self) -> None:
         if self.listener.failure is not None:
             raise self.listener.failure
 

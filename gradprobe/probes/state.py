@@ -203,6 +203,10 @@ class _Held(threading.local):
 _held = _Held()
 
 
+# A model's modules and parameters without their names, for every measured step: model.parameters() and its like build
+# every name on the way, which takes milliseconds in a model of many modules.
+
+
 @contextmanager
 def walked_once(model: nn.Module) -> Iterator[None]:
     """Within it the modules of a model are walked through once; a measured row asks for them ten times."""
@@ -234,14 +238,19 @@ def _walked(model: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-def parameters_of(model: nn.Module) -> Iterator[nn.Parameter]:
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     """Each parameter, a tied one as often as it is registered."""
-    return (p for m in modules_of(model) for p in m._parameters.values() if p is not None)
+    return [p for m in modules_of(model) for p in m._parameters.values() if p is not None]
 
 
-def buffers_of(model: nn.Module) -> Iterator[Tensor]:
-    """Each buffer, one that is registered twice as often."""
-    return (b for m in modules_of(model) for b in m._buffers.values() if b is not None)
+def has_backward_hooks(model: nn.Module) -> bool:
+    """Whether hooks on gradients, which every backward pass runs, are on any parameter or module."""
+    return has_parameter_hooks(model) or any(m._backward_hooks or m._backward_pre_hooks for m in modules_of(model))
+
+
+def has_parameter_hooks(model: nn.Module) -> bool:
+    """Whether hooks on gradients are on any parameter."""
+    return any(p._backward_hooks for p in parameters_of(model))
 
 
 _PLAIN = (Tensor, nn.Parameter)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,8 @@ from torch import Tensor, nn
 from gradprobe import measures
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes.blocks import measure_by_blocks
-from gradprobe.probes.calls import Losses, is_present
+from gradprobe.probes.blocks import by_blocks
+from gradprobe.probes.calls import Losses
 from gradprobe.probes.gramian import LossScale
 from gradprobe.probes.graph import Trace, refuse, trace
 from gradprobe.probes.guard import (
@@ -33,17 +36,18 @@ from gradprobe.probes.passes import (
     DerivedMeasurement,
     Gradients,
     MicroSum,
+    Step,
     computed_exactly,
     difference,
+    explicit,
     largest_cancellation,
     may_be_derived,
-    measure_explicitly,
     task_to_derive,
     tolerance,
 )
 from gradprobe.probes.shared_layers import Selection, SharedLayers
 from gradprobe.probes.sharing import Sharing
-from gradprobe.probes.sketch import Draw, SketchedMeasurement, Sketching, SketchSize, measure_sketched
+from gradprobe.probes.sketch import Draw, SketchedMeasurement, Sketching, SketchSize, sketched
 from gradprobe.probes.state import ParameterValues, parameters_of
 from gradprobe.processes import OneProcess, remember_wrapper
 
@@ -61,7 +65,11 @@ class TaskGradients:
         sketch: How much is kept of each gradient, see :mod:`gradprobe.probes.sketch`; None: all.
 
     Attributes:
+        model: Whose gradients are measured; of DDP the module inside.
+        ranks: The processes whose gradients are averaged.
         guard: Stands around all passes.
+        shared: The shared layers; None before the first measurement.
+        grown: Whether the last :meth:`find` or :meth:`counted` has changed the layers, or who reaches them.
         last_gram: (L, T, T) of the last row that was measured; None before.
         kept: (T) gradients of the last measurement, scaled as the losses were; None: nobody wants them, see
             :meth:`keep`. Of one in micro-batches: the means.
@@ -80,11 +88,13 @@ class TaskGradients:
         sketch: SketchSize | None = None,
         differs: Callable[[float], None] = lambda _: None,
     ) -> None:
-        self._ranks, self._differs = ranks or OneProcess(), differs
-        self.guard = Guard(model, warn, self._ranks)
-        self._model, self._selection, self._memory, self._warn = model, selection, memory, warn
+        self.model, self.ranks, self._differs = model, ranks or OneProcess(), differs
+        self.guard = Guard(model, warn, self.ranks)
+        self._selection, self._memory, self._warn = selection, memory, warn
         self._sketching = Sketching(sketch) if sketch is not None else None
         self._sharing: Sharing | None = None
+        self.shared: SharedLayers | None = None
+        self.grown = False
         self._graph: tuple[Sequence[Tensor], Trace] | None = None
         self._derived, self._trusted = 0, True  # rows with a derived task; whether these equal explicit ones
         self._state: Mapping[str, Any] | None = None
@@ -115,7 +125,7 @@ class TaskGradients:
         return self._memory != "low"
 
     def state_dict(self) -> dict[str, Any]:
-        """What a later meter needs to measure as this one would have, to the last digit."""
+        """What a later one needs to measure as this one would have, to the last digit."""
         return {
             "last_gram": None if self.last_gram is None else self.last_gram.tolist(),
             "derived": (self._derived, self._trusted),
@@ -125,11 +135,12 @@ class TaskGradients:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another meter stopped."""
+        """Go on where another one stopped."""
         gram = state["last_gram"]
         self._state = state.get("sharing")
         if self._sharing is not None and self._state is not None:
             self._sharing.load_state_dict(self._state)
+            self.shared = self._sharing.shared
         self.last_gram = None if gram is None else np.array(gram, dtype=np.float64)
         self._derived, self._trusted = state["derived"]
         if self._sketching is not None:
@@ -140,22 +151,12 @@ class TaskGradients:
     @property
     def device(self) -> torch.device:
         """Where the model's parameters are."""
-        return next((p.device for p in self._model.parameters()), torch.device("cpu"))
-
-    @property
-    def model(self) -> nn.Module:
-        """Whose gradients are measured; of DDP the module inside."""
-        return self._model
+        return next((p.device for p in self.model.parameters()), torch.device("cpu"))
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         """The model's that are trained."""
-        return [p for p in parameters_of(self._model) if p.requires_grad]
-
-    @property
-    def ranks(self) -> OneProcess:
-        """The processes whose gradients are averaged."""
-        return self._ranks
+        return [p for p in parameters_of(self.model) if p.requires_grad]
 
     def find(self, losses: Losses) -> SharedLayers:
         """The shared layers; searched for once, and followed when their parameters are replaced.
@@ -167,73 +168,39 @@ class TaskGradients:
             ProbeError: Something hides gradients, or a shared parameter is gone.
         """
         if self._sharing is None:
-            refuse(self._model, list(losses.values()))
-            self._sharing = Sharing(self._model, self._selection, self._ranks, len(losses))
+            refuse(self.model, list(losses.values()))
+            self._sharing = Sharing(self.model, self._selection, self.ranks, len(losses), self._warn)
             if self._state is not None:
                 self._sharing.load_state_dict(self._state)
-        replaced = self._sharing.replaced()
-        if replaced:
-            refuse(self._model, list(losses.values()))  # they may be shards now
-            self._warn(
-                f"{len(replaced)} shared parameters were replaced, {replaced[0]!r} first; the probe goes on with "
-                "the new ones. An optimizer made before still updates the old ones: make it anew"
-            )
-        weights = self._sharing.weights
-        graph = self._traced(list(losses.values()), keep=True)
+        graph = self._walk(list(losses.values()))
         if self.shared is None:
-            remember_wrapper(self._model, graph.nodes)
-        shared = self._sharing.look(losses, graph)
-        self._warn_of_none()
-        if self._sharing.weights != weights:
-            self._warn(
-                f"{', '.join(map(repr, self._sharing.weights))} only weigh losses, and no feature depends on them: "
-                "learned weights are no shared layer, and are left out"
-            )
+            remember_wrapper(self.model, graph.nodes)
+        self.shared = shared = self._sharing.look(losses, graph)
+        self.grown = self._sharing.joined or self._sharing.changed
         return shared
-
-    @property
-    def shared(self) -> SharedLayers | None:
-        """The shared layers; None before the first measurement."""
-        return self._sharing.shared if self._sharing is not None else None
-
-    @property
-    def grown(self) -> bool:
-        """Whether the last :meth:`find` or :meth:`counted` has changed the layers, or who reaches them."""
-        return self._sharing is not None and (self._sharing.joined or self._sharing.changed)
 
     def counted(self, gram: Array) -> NDArray[np.bool_]:
         """(L, T) whose gradient counts on which layer of a row; see :meth:`Sharing.row`."""
         assert self._sharing is not None
         found = self._sharing.row(gram)
-        self.tell()
+        self.shared, self.grown = self._sharing.shared, self._sharing.joined or self._sharing.changed
         return found
 
-    def tell(self, *, last: bool = False) -> None:
-        """Say once of layers that they are shared by the graph alone, or may be learned loss weights."""
-        doubtful = self._sharing.doubtful() if self._sharing is not None else []
-        if doubtful:
-            self._warn(
-                f"{', '.join(map(repr, doubtful))} may only weigh losses: so few numbers with so long a gradient often "
-                "do, and a compiled region hides what is done with them. They count as shared; if they are learned "
-                "weights, the cosines over all shared layers are mostly theirs: leave them out by shared="
-            )
-        names = self._sharing.untold(last=last) if self._sharing is not None else []
-        if names:
-            listed = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-            self._warn(
-                f"{listed}: shared by the graph alone, since only one task has had a gradient other than 0 there. Kept "
-                "in the file, and left out of every sum over shared layers until a second task has one"
-            )
+    def tell(self) -> None:
+        """No further row will come: say what is known of layers by now."""
+        if self._sharing is not None:
+            self._sharing.tell(last=True)
 
-    def _traced(self, losses: Sequence[Tensor], *, keep: bool = False) -> Trace:
-        """The graph of these losses; walked once where they are asked for again."""
-        if self._graph is not None:
-            known, graph = self._graph
-            if len(known) == len(losses) and all(a is b for a, b in zip(known, losses, strict=True)):
-                return graph
-        graph = trace(losses)
-        if keep:
-            self._graph = losses, graph
+    def _known_graph(self, losses: Sequence[Tensor]) -> Trace | None:
+        """The graph of these losses, where it was walked through already."""
+        if self._graph is None:
+            return None
+        known, graph = self._graph
+        return graph if len(known) == len(losses) and all(map(is_, known, losses)) else None
+
+    def _walk(self, losses: Sequence[Tensor]) -> Trace:
+        graph = self._known_graph(losses) or trace(losses)
+        self._graph = losses, graph
         return graph
 
     def let_go(self) -> None:
@@ -281,14 +248,14 @@ class TaskGradients:
             if self.kept_micro is not None and not aside:
                 self.kept_micro = []
             kept = None if aside else self.kept_micro
-            total = MicroSum(self._model, shared, tasks + (factors is not None), self._ranks, kept)
+            total = MicroSum(self.model, shared, tasks + (factors is not None), self.ranks, kept)
 
             def all_passes() -> None:
                 for one, share in zip(losses, shares, strict=True):
                     seen[:] = one
                     total.add(one if factors is None else [*one, joint_loss(one, factors)], share)
 
-            self._ranks.together(all_passes)
+            self.ranks.together(all_passes)
             gram, noise = total.result()
             if not aside:
                 self.shares = total.shares
@@ -306,16 +273,8 @@ class TaskGradients:
         self._hold_against_joint(held, shared, seen)
         return found
 
-    def explicit(
-        self,
-        shared: SharedLayers,
-        losses: Sequence[Tensor],
-        weights: Array | None = None,
-        *,
-        draw: Draw | None = None,
-        check: bool = False,
-    ) -> Array:
-        """The Gramians by passes of their own.
+    def explicit(self, shared: SharedLayers, losses: Sequence[Tensor], weights: Array | None = None) -> Array:
+        """The Gramians (L, T, T) by passes of their own.
 
         At the 1st, 2nd, 4th, 8th, ... row one pass more tells whether the tasks' gradients add up to the joint one.
 
@@ -323,48 +282,47 @@ class TaskGradients:
             shared: From :meth:`find`.
             losses: (T,).
             weights: (T,) in force; default 1 each.
-            draw: Of the row's sketches; default the next one.
-            check: Make that pass at this row, too.
         """
         self._as_a_whole()
-        tasks = len(losses)
-        if not shared.layers:
-            return np.zeros((0, tasks, tasks))
-        present = np.array([is_present(loss) for loss in losses])
-        factors = joint_weights(np.where(present, np.ones(tasks) if weights is None else weights, 0.0))
-        if self._sketching is not None and draw is None:
-            draw = self._sketching.next(shared)
+        step = self._step(shared, losses, np.ones(len(losses)) if weights is None else weights)
+        return self._by_passes(step, self._next_draw(shared))
 
-        held: list[JointDifference] = []
+    def _step(self, shared: SharedLayers, losses: Sequence[Tensor], weights: Array) -> Step:
+        weights = np.where([loss.requires_grad for loss in losses], weights, 0.0)  # an absent one has no graph
+        return Step(self.model, shared, losses, weights, self.ranks, self._known_graph(losses), self.kept)
+
+    def _next_draw(self, shared: SharedLayers) -> Draw | None:
+        return self._sketching.next(shared) if self._sketching is not None and shared.layers else None
+
+    def _by_passes(self, step: Step, draw: Draw | None, *, check: bool = False) -> Array:
+        """By a pass for every task, and one more that tells whether they add up, at rows that are checked closely."""
+        tasks = len(step.losses)
+        if not step.shared.layers:
+            return np.zeros((0, tasks, tasks))
+        way = partial(sketched, draw=draw) if draw is not None else by_blocks if self._memory == "low" else explicit
+        factors, held = joint_weights(step.weights), list[JointDifference]()
 
         def passes(closely: bool) -> Array:
             if not (closely or check):
-                return self._explicit(shared, losses, draw)
-            gram = self._explicit(shared, [*losses, joint_loss(losses, factors)], draw)
+                return way(step)
+            gram = way(replace(step, losses=[*step.losses, joint_loss(step.losses, factors)], graph=None))
             if self.kept is not None:
                 del self.kept[tasks:]
-            if self._ranks.parts is not None:
-                self._ranks.parts = self._ranks.parts[:, :tasks, :tasks]
+            if self.ranks.parts is not None:
+                self.ranks.parts = self.ranks.parts[:, :tasks, :tasks]
             held[:] = [joint_difference(gram, factors)]
             return gram[:, :tasks, :tasks]
 
-        gram = self.guard.passes(losses, passes)
-        self._hold_against_joint(held, shared, losses)
+        gram = self.guard.passes(step.losses, passes)
+        self._hold_against_joint(held, step.shared, step.losses)
         return gram
-
-    def _explicit(self, shared: SharedLayers, losses: Sequence[Tensor], draw: Draw | None) -> Array:
-        if draw is not None:
-            return measure_sketched(self._model, shared, losses, draw, self._ranks)
-        if self._memory == "low":
-            return measure_by_blocks(self._model, shared, losses, self._traced(losses), ranks=self._ranks)
-        return measure_explicitly(self._model, shared, losses, ranks=self._ranks, kept=self.kept)
 
     def _hold_against_joint(
         self, held: Sequence[JointDifference], shared: SharedLayers, losses: Sequence[Tensor]
     ) -> None:
         for found in held:
             exact = all(p.dtype in EXACT_TYPES for p in shared.parameters) and computed_exactly(
-                shared, self._traced(losses)
+                shared, self._known_graph(losses) or trace(losses)
             )
             names = [layer.name for layer in shared.layers]
             self.guard.hold_against_joint(found, EXACT if exact else COARSE, names, losses)
@@ -378,50 +336,52 @@ class TaskGradients:
             weights: (T,) in force.
         """
         self._as_a_whole()
-        guard, ranks = self.guard, self._ranks
-        if self._memory == "low" or self.last_gram is None or not self._trusted or guard.mark or not shared.layers:
-            return self.explicit(shared, losses, weights)
-        weights = np.where([is_present(loss) for loss in losses], weights, 0.0)
-        derived = task_to_derive(self.last_gram, weights, largest_cancellation(shared))
-        if derived is None or self._sharing is None or not self._sharing.proven(derived):
-            return self.explicit(shared, losses, weights)
-        graph = self._traced(losses)
-        may = may_be_derived(self._model, shared, graph) and self._as_at_first(shared, graph) and not guard.moves
-        if not ranks.all(may):
-            return self.explicit(shared, losses, weights)
-        draw = self._sketching.next(shared) if self._sketching is not None else None
-        by_passes = None
+        guard, step = self.guard, self._step(shared, losses, weights)
+        derived = self._to_derive(step)
+        draw = self._next_draw(shared)
+        if derived is None:
+            return self._by_passes(step, draw)
         # The first row of a session is looked at besides: its numbers are those that a run in one go would have.
         explicit = not (self._derived + 1) & self._derived or guard.scheduled()
-        if explicit or guard.will_look():
-            by_passes = self.explicit(shared, losses, weights, draw=draw, check=True)
-        model, kept = self._model, None if explicit else self.kept
-
-        def passes(_: bool) -> DerivedMeasurement:
-            if draw is not None:
-                return SketchedMeasurement(model, shared, losses, weights, derived, graph, draw, ranks)
-            return DerivedMeasurement(model, shared, losses, weights, derived, graph, ranks, kept)
-
-        if by_passes is None:
-            return guard.passes(losses, lambda closely: ranks.together(lambda: passes(closely)))
-        measurement = ranks.together(lambda: passes(True))
+        if guard.proven and not explicit:
+            return guard.passes(losses, lambda _: self.ranks.together(lambda: _derived(step, derived, draw)))
+        by_passes = self._by_passes(step, draw, check=True)
+        if explicit:
+            step = replace(step, kept=None)
+        measurement = self.ranks.together(lambda: _derived(step, derived, draw))
         measurement.by_passes, measurement.explicit = by_passes, explicit
         return measurement
 
+    def _to_derive(self, step: Step) -> int | None:
+        """The task that is to be derived from the joint backward; None: none can be, or nobody knows yet."""
+        if (
+            self._memory == "low"
+            or self.last_gram is None
+            or not self._trusted
+            or self.guard.mark
+            or not step.shared.layers
+        ):
+            return None
+        derived = task_to_derive(self.last_gram, step.weights, largest_cancellation(step.shared))
+        if derived is None or self._sharing is None or not self._sharing.proven(derived):
+            return None
+        may = may_be_derived(step) and self._as_at_first(step) and not self.guard.moves
+        return derived if self.ranks.all(may) else None
+
     def finish(
-        self, measurement: DerivedMeasurement, losses: Sequence[Tensor], moving: ParameterValues | None = None
+        self, measurement: DerivedMeasurement, losses: Sequence[Tensor], before: ParameterValues | None = None
     ) -> Array:
         """The Gramians once the joint backward has run, and kept the graph for a second look.
 
         Args:
             measurement: From :meth:`begin`.
             losses: As there.
-            moving: Tells whether the joint backward has moved the parameters: no pass can be made then.
+            before: Tells whether the joint backward has moved the parameters: no pass can be made then.
 
         Raises:
             NotMeasured: A pass would have to be made.
         """
-        shared, by_passes, parts = measurement.shared, measurement.by_passes, self._ranks.parts
+        shared, by_passes, parts = measurement.step.shared, measurement.by_passes, self.ranks.parts
         gram = measurement.result()
         if by_passes is not None:
             self._derived += 1
@@ -429,12 +389,12 @@ class TaskGradients:
                 self._compare(gram, by_passes, shared)
             if gram is not None and not measurement.explicit:
                 return gram
-            self._ranks.parts = parts
+            self.ranks.parts = parts
             return by_passes
         if gram is not None:
             self._derived += 1
             return gram
-        if not self._ranks.all(moving is None or not moving.moved()):
+        if not self.ranks.all(before is None or not before.moved()):
             raise NotMeasured(MOVED)
         return self.explicit(shared, losses)
 
@@ -451,11 +411,11 @@ class TaskGradients:
         if self.kept_micro is not None:
             self.kept_micro = []
 
-    def _as_at_first(self, shared: SharedLayers, graph: Trace) -> bool:
+    def _as_at_first(self, step: Step) -> bool:
         """Whether tasks reach what they did at first: of several processes with different paths none can be derived."""
-        return self._ranks.size == 1 or all(
-            any(graph.reaches(task, p) for p in layer.parameters) == there
-            for layer, reach in zip(shared.layers, shared.reach, strict=True)
+        return self.ranks.size == 1 or all(
+            any(step.traced.reached(task, layer.parameters)) == there
+            for layer, reach in zip(step.shared.layers, step.shared.reach, strict=True)
             for task, there in enumerate(reach)
         )
 
@@ -463,14 +423,10 @@ class TaskGradients:
         if self._sketching is not None:
             raise ProbeError(f"{why}, of which sketch= keeps {self._sketching.size.numbers} numbers: leave it out.")
 
-    def _warn_of_none(self) -> None:
-        assert self.shared is not None
-        assert self._sharing is not None
-        if self._sharing.all_seen and not (self.shared.layers or self._selection.nothing or self._selection.divided):
-            self._warn(
-                "no two tasks reach a parameter in common that is trained, so there is nothing to measure yet. Layers "
-                "are measured from the step on at which they are shared; gradprobe.doctor tells more"
-            )
+
+def _derived(step: Step, task: int, draw: Draw | None) -> DerivedMeasurement:
+    """The measurement whose last task the joint backward tells."""
+    return DerivedMeasurement(step, task) if draw is None else SketchedMeasurement(step, task, draw)
 
 
 SELF_CHECKED = 2
@@ -479,12 +435,12 @@ _SELF_CHECK_TOLERANCE = 1e-6
 
 
 def cosines_with_itself(
-    meter: TaskGradients, scale: LossScale, tasks: Sequence[str], losses: Sequence[Losses]
+    gradients: TaskGradients, scale: LossScale, tasks: Sequence[str], losses: Sequence[Losses]
 ) -> tuple[float, float]:
     """Cosines over all shared layers of a task with its own copy and with its negative, measured as tasks are.
 
     Args:
-        meter: Has found the shared layers.
+        gradients: Has found the shared layers.
         scale: Of the losses.
         tasks: Each is looked at.
         losses: (m,) of a few micro-batches.
@@ -492,11 +448,11 @@ def cosines_with_itself(
     Returns:
         Of all tasks the one that is farthest from +1, and the one farthest from -1. NaN where no task has a gradient.
     """
-    assert meter.shared is not None
+    assert gradients.shared is not None
     shares, found = [1 / len(losses)] * len(losses), []
     for task in tasks:
         three = [scale.all([one[task], one[task] * 1.0, -one[task]]) for one in losses]
-        gram, _ = meter.in_micro_batches(meter.shared, three, shares, 3, aside=True)
+        gram, _ = gradients.in_micro_batches(gradients.shared, three, shares, 3, aside=True)
         cosine = measures.cosine(np.nansum(gram, axis=0))
         if np.isfinite(cosine[0, 1]):
             found.append((float(cosine[0, 1]), float(cosine[0, 2])))
@@ -515,23 +471,3 @@ def self_check_fault(found: tuple[float, float]) -> str:
         "not +1 and -1. A second backward pass through one graph gives another gradient here (recomputed activations "
         "that draw anew, kernels that are not deterministic), so that no cosine of this run can be relied on"
     )
-
-
-class SharedParameters:
-    """Gives the parameters of the shared layers, as one list as long as these are the same; none before they are found.
-
-    Args:
-        meter: Finds them.
-    """
-
-    def __init__(self, meter: TaskGradients) -> None:
-        self._meter = meter
-        self._of: SharedLayers | None = None
-        self._parameters: Sequence[Tensor] = []
-
-    def __call__(self) -> Sequence[Tensor]:
-        """(P,), layer by layer."""
-        shared = self._meter.shared
-        if shared is not self._of:
-            self._of, self._parameters = shared, shared.parameters if shared is not None else []
-        return self._parameters

@@ -45,7 +45,7 @@ class Updates(Reader):
         self._row: UpdateRow | None = None
         self._limit = Limit()
 
-    def check(self, tasks: Sequence[str], meter: TaskGradients) -> None:
+    def check(self, tasks: Sequence[str], gradients: TaskGradients) -> None:
         """Whether it can belong to a probe.
 
         Raises:
@@ -53,7 +53,7 @@ class Updates(Reader):
         """
         if self._following is not None:
             raise ProbeError("these Updates belong to another probe; make them anew for each.")
-        meter.keep()
+        gradients.keep()
 
     def open(self, following: OptimizerWatch, model: nn.Module) -> None:
         self._following, self._model, self._drift = following, model, Drift(model)
