@@ -15,16 +15,16 @@ import gradprobe
 from gradprobe.errors import ProbeError
 from gradprobe.integrations.recording import Recording
 from gradprobe.integrations.ultralytics import GradprobeCallback
-from gradprobe.probes.probe_options import Common, Options, ProbeOptions
+from gradprobe.probes.probe_options import CommonKeywords, ProbeKeywords, ProbeOptions
 
 FIELDS = {field.name: field for field in dataclasses.fields(ProbeOptions)}
 OF_ATTACH = {"updates": False, "ledger": False, "sinks": (), "overwrite": False, "resume": False}
 
 
 def test_what_a_checker_is_told_is_the_table():
-    told = {name: each.__forward_arg__ for name, each in Options.__annotations__.items()}
+    told = {name: each.__forward_arg__ for name, each in ProbeKeywords.__annotations__.items()}
     assert told == {name: field.type for name, field in FIELDS.items()}
-    assert set(Options.__annotations__) - set(Common.__annotations__) == {"updates", "ledger"}
+    assert set(ProbeKeywords.__annotations__) - set(CommonKeywords.__annotations__) == {"updates", "ledger"}
 
 
 @pytest.mark.parametrize(("call", "own"), [(gradprobe.GradientProbe, {"sinks": ()}), (gradprobe.attach, OF_ATTACH)])

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradprobe.measures import Array
-from gradprobe.probes.calls import Call, Losses, Noise, is_present, joined
+from gradprobe.probes.calls import Call, Losses, Noise, is_present, joined, padded
 from gradprobe.probes.graph import is_leaf, reached, trace
 from gradprobe.probes.passes import Gradients, multiplied, wide
-from gradprobe.probes.shared_layers import SharedLayers, padded
+from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import FIRST_CALL, JOINED_WITHIN, MEASURED
 from gradprobe.statistics import noise_part
@@ -73,7 +73,7 @@ class Accumulation:
         self._waits = expected is not False
         self._expected = expected if gradients.keeps else False
         self._calls: list[Call] = []
-        self._uses: list[Uses | None] = []  # of each call, once it was asked for
+        self._uses: list[_Uses | None] = []  # of each call, once it was asked for
         self._means: list[Gradients] = []
         self._counts: list[int] = []  # (T,) how many calls each mean is of
         self._partial: list[Gradients] = []  # of the last call, where it lacks tasks
@@ -240,7 +240,7 @@ class Accumulation:
                 return place
         return None
 
-    def _used(self, losses: Losses) -> Uses:
+    def _used(self, losses: Losses) -> _Uses:
         there = [loss for loss in losses.values() if is_present(loss)]
         return uses_of(there, self._parameters())
 
@@ -347,12 +347,12 @@ def _lacks(parts: Array) -> NDArray[np.bool_]:
     return lacks
 
 
-Operation = tuple[int, str]
+_Operation = tuple[int, str]
 """Sequence number and kind of an operation; the number is its own as long as the forwards run in one thread."""
 
 
 @dataclass(frozen=True)
-class Uses:
+class _Uses:
     """What a call's losses were made by.
 
     Attributes:
@@ -361,19 +361,19 @@ class Uses:
         operations: All of them.
     """
 
-    losses: frozenset[Operation]
-    parameters: dict[int, frozenset[Operation]]
-    operations: frozenset[Operation]
+    losses: frozenset[_Operation]
+    parameters: dict[int, frozenset[_Operation]]
+    operations: frozenset[_Operation]
 
 
-def uses_of(losses: Iterable[Tensor], parameters: Collection[Tensor]) -> Uses:
+def uses_of(losses: Iterable[Tensor], parameters: Collection[Tensor]) -> _Uses:
     """Read off the graph.
 
     What is made of a parameter alone (a transposed or a shorter copy) may be kept for several forwards, so such
     operations are passed over.
     """
     roots, wanted = list(losses), {id(p) for p in parameters}
-    found: dict[int, set[Operation]] = {}
+    found: dict[int, set[_Operation]] = {}
     nodes = [node for node in trace(roots).nodes if not is_leaf(node)]
     for node in nodes:
         if len(node.next_functions) == 1:
@@ -384,10 +384,10 @@ def uses_of(losses: Iterable[Tensor], parameters: Collection[Tensor]) -> Uses:
                 found.setdefault(id(leaf), set()).add(_name(node))
     made = frozenset(_name(loss.grad_fn) for loss in roots if loss.grad_fn is not None)
     used = {leaf: frozenset(by) for leaf, by in found.items()}
-    return Uses(made, used, frozenset(map(_name, nodes)))
+    return _Uses(made, used, frozenset(map(_name, nodes)))
 
 
-def same_forward(one: Uses, other: Uses) -> bool:
+def same_forward(one: _Uses, other: _Uses) -> bool:
     """Whether ``one`` is of the forward that ``other`` is of.
 
     It is where all its losses are the other's, or where both use the parameters that they have in common by the same
@@ -413,5 +413,5 @@ def _leaf_below(node: Any) -> object:
     return None if node is None else node.variable
 
 
-def _name(node: Any) -> Operation:
+def _name(node: Any) -> _Operation:
     return node._sequence_nr(), type(node).__name__

@@ -18,7 +18,7 @@ from gradprobe.measures import Array
 from gradprobe.probes.clock import Stopwatch, whole
 from gradprobe.probes.gramian import scalars
 from gradprobe.probes.shared_layers import check_names
-from gradprobe.rows import MEASURED
+from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS, absent
 
 Weights = Mapping[str, "float | Tensor"]
 Losses = Mapping[str, Tensor]
@@ -53,7 +53,7 @@ def all_losses(tasks: Sequence[str], losses: GivenLosses) -> dict[str, Tensor]:
     Raises:
         ProbeError: A task is unknown, or a loss is no real scalar.
     """
-    check_mapping("losses", losses)
+    _check_mapping("losses", losses)
     unknown = [task for task in losses if task not in tasks]
     if unknown:
         raise ProbeError(
@@ -101,7 +101,7 @@ def loss_fault(loss: object) -> str:
     return fault
 
 
-def weight_values(
+def _weight_values(
     tasks: Sequence[str],
     weights: Weights | None,
     step: int,
@@ -120,7 +120,7 @@ def weight_values(
     """
     if weights is None:
         return np.ones(len(tasks))
-    check_mapping("weights", weights)
+    _check_mapping("weights", weights)
     given = {task: weight for task, weight in weights.items() if not (weight is None and task in absent)}
     missing = [task for task in tasks if task not in given and task not in absent]
     unknown = [task for task in weights if task not in tasks]
@@ -146,7 +146,7 @@ def _from_devices(weights: Weights, due: Callable[[], bool] | None) -> dict[str,
     return dict(zip(there, scalars(list(there.values())), strict=True))
 
 
-def check_mapping(what: str, given: object) -> None:
+def _check_mapping(what: str, given: object) -> None:
     """Raise where something is no mapping.
 
     Raises:
@@ -219,7 +219,7 @@ def shares_of(sizes: Sequence[int]) -> tuple[float, ...]:
     return tuple(size / sum(sizes) for size in sizes)
 
 
-def micro_batches(tasks: tuple[str, ...], losses: Sequence[GivenLosses], batch_size: BatchSize) -> MicroBatches:
+def _micro_batches(tasks: tuple[str, ...], losses: Sequence[GivenLosses], batch_size: BatchSize) -> MicroBatches:
     """What ``micro=`` and ``batch_size=`` of a probe's call mean.
 
     Args:
@@ -351,13 +351,13 @@ def handed_in(
     """
     asked: dict[str, Any] = {}
     if micro is not None:
-        parts = micro_batches(tasks, micro, batch_size)
+        parts = _micro_batches(tasks, micro, batch_size)
         trained = dict(parts.mean() if losses is None else all_losses(tasks, losses))
         given, samples = micro[0] if losses is None else losses, parts.batch_size
     elif losses is None:
         raise ProbeError("give losses= (task -> loss), or micro=, a list of them by micro-batch.")
     else:
-        check_mapping("losses", losses)
+        _check_mapping("losses", losses)
         asked = {task: loss for task, loss in losses.items() if callable(loss)}
         parts, given = None, losses
         trained = all_losses(tasks, {task: None if task in asked else loss for task, loss in losses.items()})
@@ -365,7 +365,7 @@ def handed_in(
             raise ProbeError(f"batch_size={batch_size!r}: a list goes with micro=; give the samples of the batch.")
         samples = whole("batch_size", batch_size, least=0)
     absent = {task for task, loss in trained.items() if not is_present(loss)}
-    values = weight_values(tasks, weights, step, due, absent)
+    values = _weight_values(tasks, weights, step, due, absent)
     return HandedIn(trained, values, samples, parts, asked, given, weights)
 
 
@@ -433,7 +433,7 @@ def joined(one: Call, other: Call, gram: Array | None) -> Call:
         values=np.where(one.present, one.values, other.values),
         weights=np.where(one.present, one.weights, other.weights),
         gram=gram,
-        status=status_of_calls([one, other]),
+        status=_status_of_calls([one, other]),
         watch=other.watch,
         batch_size=max(one.batch_size, other.batch_size),
         noise=other.noise and replace(other.noise, part=_either(parts)),
@@ -467,7 +467,7 @@ def as_one(calls: Sequence[Call], gram: Array | None, noise: Noise | None) -> Ca
         values=mean_values(calls),
         weights=latest_weights(calls),
         gram=gram,
-        status=status_of_calls(calls),
+        status=_status_of_calls(calls),
         batch_size=sum(call.batch_size for call in calls),
         noise=noise,
         present=np.any([call.present for call in calls], axis=0),
@@ -496,7 +496,35 @@ def latest_losses(calls: Sequence[Call]) -> Losses:
     return {**calls[-1].losses, **there}
 
 
-def status_of_calls(calls: Sequence[Call]) -> str:
+def _status_of_calls(calls: Sequence[Call]) -> str:
     """Why there is no measurement, where one call failed."""
     failed = [call for call in calls if call.gram is None]
     return next((call.status for call in failed or calls if call.status != MEASURED), MEASURED)
+
+
+def padded(values: Array, layers: int) -> Array:
+    """(L, ...) with NaN for layers that have joined at the end."""
+    if len(values) == layers:
+        return values
+    return np.concatenate([values, np.full((layers - len(values), *values.shape[1:]), np.nan)])
+
+
+def status_of(tasks: Sequence[str], losses: Array, gram: Array, there: NDArray[np.bool_]) -> str:
+    """The status of a row whose passes went through.
+
+    Args:
+        tasks: (T,) names.
+        losses: (T,) values.
+        gram: (L, T, T); infinite where a gradient is not finite, NaN where a task brought none.
+        there: (T,) bool: who takes part in the step.
+    """
+    if not np.isfinite(losses[there]).all():
+        return NONFINITE_LOSS
+    if np.isinf(gram).any():
+        return NONFINITE_GRADIENT
+    return MEASURED if there.all() else absent([t for t, here in zip(tasks, there, strict=True) if not here])
+
+
+def finite(values: Array) -> Array:
+    """What a row is handed on with: NaN in the place of what is not finite."""
+    return np.where(np.isfinite(values), values, np.nan)

@@ -47,7 +47,7 @@ class StepClock:
         in_step: Calls in the present step.
     """
 
-    def __init__(self, schedule: Schedule, accumulate: int = 1, now: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(self, schedule: _Schedule, accumulate: int = 1, now: Callable[[], float] = time.perf_counter) -> None:
         self.schedule, self.accumulate, self._now = schedule, whole("accumulate", accumulate), now
         self.steps: OptimizerSteps | None = None
         self.unannounced: UnannouncedSteps | None = None
@@ -157,7 +157,7 @@ class StepClock:
         self.in_step = 0
 
 
-class Schedule(Protocol):
+class _Schedule(Protocol):
     """Says when to measure. Under data parallelism one process's decides for all."""
 
     def due(self, step: int) -> bool:
@@ -170,7 +170,7 @@ class Schedule(Protocol):
         """A step is over; ``now`` in seconds of any clock."""
 
 
-class Every:
+class _Every:
     """Steps 0, k, 2 k, ..."""
 
     def __init__(self, steps: int) -> None:
@@ -241,7 +241,7 @@ class Budget:
 class FirstProcessDecides:
     """A schedule by time, of which the first process's counts for all."""
 
-    def __init__(self, own: Schedule, first_says: Callable[[bool], bool]) -> None:
+    def __init__(self, own: _Schedule, first_says: Callable[[bool], bool]) -> None:
         self._own, self._first_says = own, first_says
 
     def due(self, step: int) -> bool:
@@ -258,7 +258,7 @@ class FirstProcessDecides:
 class AlsoDue:
     """A schedule, and steps that somebody else wants besides."""
 
-    def __init__(self, own: Schedule, wants: Callable[[int], bool]) -> None:
+    def __init__(self, own: _Schedule, wants: Callable[[int], bool]) -> None:
         self._own, self._wants = own, wants
 
     def due(self, step: int) -> bool:
@@ -273,13 +273,13 @@ class AlsoDue:
         self._own.passed(now)
 
 
-def make_schedule(every: int | None, budget: float | None, *, default: int = 10) -> Schedule:
+def make_schedule(every: int | None, budget: float | None, *, default: int = 10) -> _Schedule:
     """The schedule that one of the two arguments asks for; every ``default``-th step where neither does.
 
     Raises:
         ProbeError: It is out of range.
     """
-    return Budget(budget) if budget is not None else Every(default if every is None else every)
+    return Budget(budget) if budget is not None else _Every(default if every is None else every)
 
 
 def whole(name: str, value: object, least: int = 1) -> int:
@@ -370,9 +370,9 @@ _WAITING = (
     "{calls:,} calls of the probe, and no optimizer has stepped on the shared parameters: rows are only measured at "
     "the next step. Pass the optimizer that trains them, or leave optimizer= out and count steps by calls"
 )
-STAGES = 3
+_STAGES = 3
 """Most changes within a step that are taken for a habit of its optimizer's, as the perturbation of SAM is."""
-PATIENCE = 1024
+_PATIENCE = 1024
 """After so many calls without a step something is said."""
 _FIRST_LOOK = 16
 """From so many calls of a step on its numbers are looked at now and then, though it is not measured."""
@@ -422,12 +422,12 @@ class UnannouncedSteps:
         now_and_then = calls >= _FIRST_LOOK and not calls & (calls - 1)
         closely = measured or now_and_then or (self._by_hand and self._points.silent)
         self._points.keep(closely=closely, numbers=self._clock.by_calls)
-        if calls == PATIENCE and not self._clock.by_calls:
+        if calls == _PATIENCE and not self._clock.by_calls:
             self._warn(_WAITING.format(calls=calls))
 
     def stepped(self) -> None:
         """An optimizer stepped."""
-        self._usual = min(max(self._usual, self._changes), STAGES)
+        self._usual = min(max(self._usual, self._changes), _STAGES)
         self._changes, self._by_hand = 0, False
 
     def _unannounced(self) -> None:

@@ -28,13 +28,13 @@ from torch.autograd.graph import GradientEdge
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import fetch, products
-from gradprobe.probes.graph import Node, Trace, is_leaf, several, trace
+from gradprobe.probes.graph import LossGraph, Node, is_leaf, several, trace
 from gradprobe.probes.guard import Guard
 from gradprobe.probes.passes import done
 from gradprobe.probes.shared_layers import by_module
 from gradprobe.probes.state import state_kept
 
-Origin = tuple[str, str, int]
+_Origin = tuple[str, str, int]
 """The layer that makes a feature, the type of the operation, and which of its outputs it is."""
 
 
@@ -56,7 +56,7 @@ class Feature:
     entries: Mapping[tuple[Node, int], int]
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> _Origin:
         """What tells it from others, without its graph."""
         return self.name.split("#")[0], type(self.node).__name__, self.output
 
@@ -66,7 +66,7 @@ class Feature:
         return sorted(set(self.entries.values()))
 
 
-def find_features(graph: Trace, names: Mapping[int, str]) -> list[Feature]:
+def find_features(graph: LossGraph, names: Mapping[int, str]) -> list[Feature]:
     """The features at which tasks part, in the order in which the forward made them.
 
     A task counts at a feature only if all of its paths into it are its own: where one leads through an operation
@@ -93,7 +93,7 @@ def find_features(graph: Trace, names: Mapping[int, str]) -> list[Feature]:
     return _distinct(found)
 
 
-def select(features: Sequence[Feature], wanted: Iterable[str] | None) -> list[Feature]:
+def _select(features: Sequence[Feature], wanted: Iterable[str] | None) -> list[Feature]:
     """Those made at or below the modules called ``wanted``; all where that is None.
 
     Raises:
@@ -147,7 +147,7 @@ def _distinct(features: list[Feature]) -> list[Feature]:
     return result
 
 
-def under_first_names(features: Sequence[Feature], first: Mapping[str, Origin]) -> list[Feature]:
+def _under_first_names(features: Sequence[Feature], first: Mapping[str, _Origin]) -> list[Feature]:
     """This step's features under the names of the first step's.
 
     Where a layer makes fewer or more of them than at first, order does not tell which is which. Then the operation and
@@ -159,7 +159,7 @@ def under_first_names(features: Sequence[Feature], first: Mapping[str, Origin]) 
     """
     count, count_first = Counter(f.origin[0] for f in features), Counter(layer for layer, *_ in first.values())
 
-    def key(origin: Origin) -> tuple[object, ...]:
+    def key(origin: _Origin) -> tuple[object, ...]:
         return origin[:1] if count[origin[0]] == count_first[origin[0]] else origin
 
     found = []
@@ -204,7 +204,7 @@ class JointFeatures:
         """The Gramians (F, T, T)."""
         if self._failure is not None:
             raise self._failure
-        return gramians(self._gradients, self._factors)
+        return _gramians(self._gradients, self._factors)
 
     def _hook(self, place: int, slot: int, task: int) -> Callable[[Any, Any], None]:
         def hook(down: Any, _: Any) -> None:
@@ -221,7 +221,7 @@ class JointFeatures:
         return hook
 
 
-def explicit_features(features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
+def _explicit_features(features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
     """The same by a pass through each head: for loops that make their own backward.
 
     Args:
@@ -240,10 +240,10 @@ def explicit_features(features: Sequence[Feature], losses: Sequence[Tensor], fac
         for place, gradient in zip(places, found, strict=True):
             if gradient is not None:
                 gradients[place][task] = gradient
-    return gramians(gradients, factors)
+    return _gramians(gradients, factors)
 
 
-def gramians(gradients: Sequence[Mapping[int, Tensor]], factors: Array) -> Array:
+def _gramians(gradients: Sequence[Mapping[int, Tensor]], factors: Array) -> Array:
     """Gramians of the gradients of the unweighted losses: (F, T, T); NaN where a task is missing or its factor is 0."""
     gram = np.full((len(gradients), len(factors), len(factors)), np.nan)
     found = []
@@ -276,7 +276,7 @@ class FeatureGradients:
         self._model, self._warn, self._guard = model, warn, guard or Guard(model, warn)
         self._wanted = [wanted] if isinstance(wanted, str) else None if wanted is None else list(wanted)
         self._owners: dict[int, str] = {}
-        self._first: dict[str, Origin] = {}  # of all features at the first step, wanted or not
+        self._first: dict[str, _Origin] = {}  # of all features at the first step, wanted or not
         self.names: tuple[str, ...] = ()
 
     def find(self, losses: Sequence[Tensor]) -> list[Feature]:
@@ -290,18 +290,18 @@ class FeatureGradients:
                 found = find_features(graph, owners)
         if not self.names:
             self._first = {f.name: f.origin for f in found}
-            found = select(found, self._wanted)
+            found = _select(found, self._wanted)
             self.names = tuple(f.name for f in found)
             if not found:
                 self._warn("no feature was found at which two tasks part, so none is recorded")
-        return [f for f in under_first_names(found, self._first) if f.name in self.names]
+        return [f for f in _under_first_names(found, self._first) if f.name in self.names]
 
     def explicit(self, features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
-        """(F, T, T) of this step's features by a pass through each head; see :func:`explicit_features`."""
+        """(F, T, T) of this step's features by a pass through each head; see :func:`_explicit_features`."""
 
         def passes(_: bool) -> Array:
             with state_kept(self._model):
-                return explicit_features(features, losses, factors)
+                return _explicit_features(features, losses, factors)
 
         return self._guard.passes(losses, passes, kind="features")
 

@@ -28,15 +28,6 @@ _COPIED = 1 << 23
 _LONG, _RUN, _TINY = 1 << 15, 256, 1e-28
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two tensors of one shape, as of real vectors, accumulated in float64.
-
-    Returns:
-        0-d, float64 (float32 on Apple's MPS, which has no float64), on the tensors' device.
-    """
-    return products([a, b])[0, 1]
-
-
 def products(gradients: Sequence[Tensor]) -> Tensor:
     """Inner products of every two of k tensors of one shape and any floating type, accumulated in float64.
 
@@ -243,6 +234,10 @@ def bring(sums: Sequence[GramianSum]) -> None:
         total.arrived([next(found) for _ in parts])
 
 
+# Each transfer from a device makes the host wait for all that was asked of the device before. So a measured row has
+# one: the products of its gradients, and along with them whatever else it stores, as the losses and the loss scale.
+
+
 class _Waiting(threading.local):
     """Tensors that are to go along with the next transfer of this thread, and their numbers once they have."""
 
@@ -300,7 +295,7 @@ def _bring(tensors: Sequence[Tensor]) -> list[Array]:
 
 
 class LossScale:
-    """What a ``GradScaler`` does to losses; nothing without one.
+    """What a ``GradScaler`` does to losses, which are measured scaled and stored unscaled; nothing without one.
 
     Args:
         scaler: The loop's own. It is asked for its scale and told nothing.

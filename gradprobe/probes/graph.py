@@ -19,7 +19,7 @@ _EXACT = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 @dataclass(frozen=True)
-class Trace:
+class LossGraph:
     """The graph below the losses of one step. It holds the graph alive: let go of it with the losses.
 
     Attributes:
@@ -66,7 +66,7 @@ def several(mask: int) -> bool:
     return mask & (mask - 1) != 0
 
 
-def trace(losses: Sequence[Tensor]) -> Trace:
+def trace(losses: Sequence[Tensor]) -> LossGraph:
     """Walk once, whatever the number of tasks.
 
     Args:
@@ -88,7 +88,7 @@ def trace(losses: Sequence[Tensor]) -> Trace:
         for child, _ in node.next_functions:
             if child is not None:
                 masks[child] |= mask
-    return Trace(tuple(nodes), masks, leaves)
+    return LossGraph(tuple(nodes), masks, leaves)
 
 
 def _children_first(roots: Sequence[Node]) -> list[Node]:
@@ -149,11 +149,19 @@ _LIVES_ON = {_SAVED + name for name in ("weight", "bias", "running_mean", "runni
 """What belongs to the model: letting go of it frees nothing."""
 
 
-def free_graph(graph: Trace) -> None:
-    """Let go of all activations that the graph holds. A later backward through it raises, as it does in torch."""
+def free_graph(graph: LossGraph) -> None:
+    """Let go of all activations that a graph holds, as ``backward()`` would have, once nothing more is made from it.
+
+    Torch frees what operations saved while a backward runs through them, and not afterwards: a graph that was kept
+    lives as long as the losses do, in most loops until the next forward has run, and two steps' activations are alive
+    together. But what an operation saved may be replaced at any time, by a pair of hooks. A later backward through the
+    graph raises, as it does in torch.
+    """
     for node in graph.nodes:
         kind: Any = type(node)
-        for name in _names(kind):
+        for name in _saved_names(kind):
+            if name in _LIVES_ON:
+                continue
             saved = getattr(node, name)
             for one in saved if isinstance(saved, tuple | list) else (saved,):
                 if one is not None:
@@ -161,16 +169,15 @@ def free_graph(graph: Trace) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _names(kind: Any) -> tuple[str, ...]:
-    return tuple(name for name in dir(kind) if name.startswith(_SAVED) and name not in _LIVES_ON)
+def _saved_names(kind: Any) -> tuple[str, ...]:
+    """The attributes of a type of operation that hold what it saved."""
+    return tuple(name for name in dir(kind) if name.startswith(_SAVED))
 
 
 def _empty(saved: Any) -> None:
     try:
         saved.register_hooks(_nothing, _refuse)
-    except (
-        RuntimeError
-    ):  # there is nothing, or a hook of somebody else's, who keeps what he likes, as a checkpoint does
+    except RuntimeError:  # there is nothing, or somebody else's hook, who keeps what he likes, as a checkpoint does
         return
 
 
@@ -183,9 +190,6 @@ def _refuse(_: None) -> NoReturn:
         "Trying to backward through the graph a second time: probe.backward has freed it, as backward() does. For "
         "another loss of the same forward, call its backward before, with retain_graph=True."
     )
-
-
-_SAVED = "_raw_saved_"
 
 
 def custom_operations(nodes: Iterable[Node]) -> list[str]:
@@ -229,12 +233,6 @@ def unpack_hooks(nodes: Iterable[Node]) -> list[str]:
     return list(found)
 
 
-@lru_cache(maxsize=1024)
-def _saved_names(kind: Any) -> tuple[str, ...]:
-    """The attributes of a type of operation that hold what it saved."""
-    return tuple(name for name in dir(kind) if name.startswith(_SAVED))
-
-
 def _plain(hook: Any) -> Any:
     return hook.func if isinstance(hook, partial) else hook
 
@@ -268,7 +266,7 @@ def some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
-def reentrant_checkpoints(graph: Trace) -> int:
+def reentrant_checkpoints(graph: LossGraph) -> int:
     """How many reentrant activation checkpoints there are: what is in one is in no graph before the backward runs."""
     return sum(type(node).__name__ == "CheckpointFunctionBackward" for node in graph.nodes)
 

@@ -24,7 +24,7 @@ from gradprobe.probes.graph import Node, custom_operations, hooked_names, some, 
 from gradprobe.probes.passes import done
 from gradprobe.probes.state import (
     ParameterValues,
-    Snapshot,
+    PassSnapshot,
     Touched,
     has_backward_hooks,
     has_parameter_hooks,
@@ -40,7 +40,7 @@ MOVED = "not measured: the optimizer stepped within the backward, before the der
 _UNTRIED = "not measured: hooks on saved tensors that no measured row had tried"
 OBSERVED = "beside"
 """The kind of what is looked at besides rows."""
-ELSEWHERE = "not measured: so it is in another process"
+_ELSEWHERE = "not measured: so it is in another process"
 
 
 class NotMeasured(Exception):  # noqa: N818 (nothing went wrong)
@@ -127,7 +127,7 @@ class Guard:
         hooks = unpack_hooks(nodes)
         why = self.stopped or (_UNTRIED if self.proven and not self._tried.issuperset(hooks) else "")
         if not self._ranks.all(not why):
-            raise NotMeasured(why or ELSEWHERE, self._words_of_untried(hooks) if why == _UNTRIED else "")
+            raise NotMeasured(why or _ELSEWHERE, self._words_of_untried(hooks) if why == _UNTRIED else "")
         looks = self.will_look(kind)
         self._rows[kind] += 1
         if not looks:
@@ -139,7 +139,7 @@ class Guard:
                 raise self._cause(error, losses, before) from error
         known = bool(losses)
         copies = not known or bool(hooks or custom_operations(nodes) or has_backward_hooks(self._model))
-        snapshot, before = Snapshot(self._model, nodes, copies=copies), done.count if self.proven else self._passes
+        snapshot, before = PassSnapshot(self._model, nodes, copies=copies), done.count if self.proven else self._passes
         result, touched, failure = self._looked_at(snapshot, measure)
         if not self._ranks.all(not self._may_be_hooks(touched)):
             self._hold_off(touched)
@@ -156,7 +156,7 @@ class Guard:
         return cast(T, result)
 
     def _looked_at(
-        self, snapshot: Snapshot, measure: Callable[[bool], T]
+        self, snapshot: PassSnapshot, measure: Callable[[bool], T]
     ) -> tuple[T | None, Touched, Exception | None]:
         """The result or the failure, and what was touched, which is put back."""
         result, failure = None, None
@@ -231,7 +231,7 @@ class Guard:
     def _refuse(self, touched: Touched, nodes: list[Node]) -> None:
         """Say what was touched; it is put back already."""
         if not touched:
-            raise NotMeasured(ELSEWHERE)
+            raise NotMeasured(_ELSEWHERE)
         what = self._words_of_touched(touched, custom_operations(nodes))
         if not self.proven:
             raise ProbeError(
@@ -299,11 +299,11 @@ class Guard:
             if found.largest <= tolerance:
                 self.mark = ""
             return
-        self.mark = NOT_THE_JOINT_ONE
+        self.mark = _NOT_THE_JOINT_ONE
         if not self._told:
             self._told = True
             self._warn(
-                words_of_difference(found, layers, custom_operations(_reachable(losses)), hooked_names(self._model))
+                _words_of_difference(found, layers, custom_operations(_reachable(losses)), hooked_names(self._model))
             )
 
 
@@ -322,7 +322,7 @@ def _reachable(losses: Sequence[Tensor]) -> list[Node]:
     return nodes
 
 
-NOT_THE_JOINT_ONE = "the tasks' gradients do not add up to the joint one"
+_NOT_THE_JOINT_ONE = "the tasks' gradients do not add up to the joint one"
 """Status of rows from the one on that has found it, until a later one finds that they do."""
 EXACT, COARSE = 1e-3, 5e-2
 """How far apart rounding may bring them, of the norms: in float32 and wider; and in half types, autocast or TF32."""
@@ -353,7 +353,10 @@ def joint_loss(losses: Sequence[Tensor], weights: Array) -> Tensor:
 
 @dataclass(frozen=True)
 class JointDifference:
-    """How far the joint gradient is from the weighted sum of the tasks'.
+    """How far the joint gradient is from the weighted sum of the tasks', of which every number is a part.
+
+    Backward passes are linear where every operation's backward is. One that clips, normalises, or adds a gradient of
+    its own (of an auxiliary loss, say) gives each task's pass something that is not that task's.
 
     Attributes:
         share: (L,) of each layer, relative to the root of the summed squares of the weighted gradients there, but
@@ -399,7 +402,7 @@ def joint_difference(gram: Array, weights: Array) -> JointDifference:
     return JointDifference(np.where(unknown, np.nan, share))
 
 
-def words_of_difference(
+def _words_of_difference(
     found: JointDifference, layers: Sequence[str], operations: Sequence[str], hooks: Sequence[str]
 ) -> str:
     """What a person should know of gradients that do not add up."""

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-Given = tuple[tuple[Any, ...], dict[str, Any]]
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a ``step()``."""
-OTHER = (
+_OTHER = (
     "the shared parameters are updated by {other}, which is not the optimizer that the probe was given: its steps are "
     "counted from here on, and its learning rate is stored. Where an optimizer is made anew, nothing needs to be done"
 )
@@ -133,7 +133,7 @@ class OptimizerSteps:
         self._apart[optimizer] = known
         return False
 
-    def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], named: dict[str, Any]) -> Given | None:
+    def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], named: dict[str, Any]) -> _Arguments | None:
         self._drop_broken()
         self._running.append((optimizer, _step_of(sys._getframe(1))))
         if len(self._running) > 1 or self._calling:
@@ -223,7 +223,7 @@ class OptimizerSteps:
             if not (mine & known or optimizer in self._others):
                 self._others.add(optimizer)
                 return False
-            self._warn(OTHER.format(other=type(optimizer).__name__))
+            self._warn(_OTHER.format(other=type(optimizer).__name__))
         if optimizer is not self.followed:
             self.followed = optimizer
             for followed_by in self.followed_by:
@@ -248,7 +248,7 @@ def _closure_of(args: Sequence[Any], named: Mapping[str, Any]) -> Callable[..., 
     return given if callable(given) and not isinstance(given, nn.Module) else None
 
 
-def _with_closure(args: tuple[Any, ...], named: Mapping[str, Any], closure: Callable[..., Any]) -> Given:
+def _with_closure(args: tuple[Any, ...], named: Mapping[str, Any], closure: Callable[..., Any]) -> _Arguments:
     """The same arguments with another closure."""
     if "closure" in named:
         return args, {**named, "closure": closure}
@@ -273,7 +273,7 @@ _SAMPLE = 1024
 
 
 class ParameterSample:
-    """Remembers where some parameters were.
+    """Remembers where some parameters were: two calls at different ones are no micro-batches of one step.
 
     An update counts up the version of the tensor that it writes to, but not through ``.data``: there the numbers
     themselves are compared, bit for bit, on a sample of each parameter.
@@ -327,7 +327,7 @@ class ParameterSample:
         self.keep(closely=self._closely, numbers=self._numbers is not None)
 
 
-def sample_numbers(parameters: Sequence[Tensor]) -> list[Tensor]:
+def _sample_numbers(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Some numbers of each parameter, as one tensor per device and type; where they are asked for, nobody waits."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in parameters:
@@ -352,6 +352,6 @@ def _same_but_for_nan(one: Tensor, other: Tensor) -> bool:
 def _sampled(parameters: Sequence[Tensor]) -> list[Tensor] | None:
     """None for tensors of a kind that cannot be sampled: the version counters must do."""
     try:
-        return sample_numbers(parameters)
+        return _sample_numbers(parameters)
     except (RuntimeError, NotImplementedError, TypeError):
         return None

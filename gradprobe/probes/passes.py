@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum, bring
-from gradprobe.probes.graph import Trace, trace
+from gradprobe.probes.graph import LossGraph, trace
 from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.probes.state import has_backward_hooks, state_kept
 from gradprobe.processes import OneProcess
@@ -75,11 +75,11 @@ class Step:
     losses: Sequence[Tensor]
     weights: Array
     ranks: OneProcess
-    graph: Trace | None = None
+    graph: LossGraph | None = None
     kept: list[Gradients] | None = None
 
     @cached_property
-    def traced(self) -> Trace:
+    def traced(self) -> LossGraph:
         """The graph of the losses."""
         return self.graph if self.graph is not None else trace(self.losses)
 
@@ -420,7 +420,7 @@ def may_be_derived(step: Step) -> bool:
     return not has_backward_hooks(step.model) and computed_exactly(step.shared, step.traced)
 
 
-def computed_exactly(shared: SharedLayers, graph: Trace) -> bool:
+def computed_exactly(shared: SharedLayers, graph: LossGraph) -> bool:
     """Whether nothing is computed in less than float32: no half type, no autocast, no TF32."""
     return graph.exact and not _rounds_products(any(p.device.type == "cuda" for p in shared.parameters))
 
@@ -457,6 +457,12 @@ def tolerance(shared: SharedLayers) -> float:
 
 class MicroSum:
     """Takes micro-batches one by one, and gives the Gramian of the batch and the noise part of it.
+
+    Each has a forward of its own; slices of one BatchNorm forward would not be independent. Every task gets one pass
+    per micro-batch: together they cost what one pass over the whole batch does. Alive at a time are T mean gradients
+    and the T of the present micro-batch.
+
+    Source: docs/run-file.md, ``gram_noise``; the estimate is :func:`gradprobe.statistics.noise_part`.
 
     Args:
         model: Whose buffers and random numbers are kept.

@@ -17,7 +17,7 @@ from gradprobe.probes.calls import BatchSize, GivenLosses, HandedIn, Losses, Wei
 from gradprobe.probes.clock import AlsoDue, FirstProcessDecides, StepClock, bare, make_schedule, whole
 from gradprobe.probes.feature_gradients import FeatureGradients
 from gradprobe.probes.gramian import LossScale
-from gradprobe.probes.probe_options import Options, ProbeOptions, refuse_unknown, shows_options
+from gradprobe.probes.probe_options import ProbeKeywords, ProbeOptions, refuse_unknown, shows_options
 from gradprobe.probes.recorder import Recorder
 from gradprobe.probes.reporter import Reporter
 from gradprobe.probes.shared_layers import Selection, SharedLayers
@@ -41,7 +41,7 @@ class GradientProbe:
         model: Any module whose tasks share parameters.
         tasks: Names, two or more.
         sinks: Who gets the rows.
-        options: The fields of :class:`gradprobe.probes.probe_options.ProbeOptions`, which says what each means.
+        options: The fields of :class:`gradprobe.probes.ProbeOptions`, which says what each means.
 
     Raises:
         ProbeError: Fewer than two tasks, a model that has a probe already, ``shared`` that names nothing, or an
@@ -58,7 +58,7 @@ class GradientProbe:
         _caller: FrameType | None = None,
         _open: Callable[[], Sink] | None = None,
         _divided: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[ProbeKeywords],
     ) -> None:
         refuse_unknown(GradientProbe, options)
         o = ProbeOptions(**options)
@@ -150,7 +150,7 @@ class GradientProbe:
             weights: Task -> weight in force; default 1 each. An absent task needs none.
             micro: The losses of each of m micro-batches that make up the batch, each with a forward of its own: the
                 noise of the measurement is known then (``gram_noise``). ``losses`` must be their mean, weighted by
-                their samples, which is what is trained: :func:`gradprobe.probes.calls.mean_losses`.
+                their samples, which is what is trained: :func:`gradprobe.probes.mean_losses`.
             batch_size: Samples, stored with the row; beside ``micro`` a list of the samples of each: without one, they
                 count as equally many.
 
@@ -358,6 +358,7 @@ class _Attached(Protocol):
         """Let go of the model."""
 
 
+# One probe at a time has a model, so that none measures another's passes.
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[_Attached]] = weakref.WeakKeyDictionary()
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gradprobe.probes.shared_layers import Groups, Shared
     from gradprobe.rows import Provenance
 
-MEMORY = ("normal", "low")
+_MEMORY = ("normal", "low")
 _GONE = {
     "products": "products= is gone: products are always made of the gradients, as products='direct' did. Leave it out"
 }
@@ -33,7 +33,7 @@ _GONE = {
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
-class Common(TypedDict, total=False):
+class CommonKeywords(TypedDict, total=False):
     """The types of what :class:`gradprobe.GradientProbe` and :func:`gradprobe.attach` both take."""
 
     every: int | None
@@ -52,7 +52,7 @@ class Common(TypedDict, total=False):
     provenance: Provenance | None
 
 
-class Options(Common, total=False):
+class ProbeKeywords(CommonKeywords, total=False):
     """The types of the options of a :class:`gradprobe.GradientProbe`."""
 
     updates: ObserverOption | None
@@ -113,8 +113,8 @@ class ProbeOptions:
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
-        if self.memory not in MEMORY:
-            raise ProbeError(f"memory={self.memory!r}: there are {' and '.join(map(repr, MEMORY))}.")
+        if self.memory not in _MEMORY:
+            raise ProbeError(f"memory={self.memory!r}: there are {' and '.join(map(repr, _MEMORY))}.")
         if self.every is not None and self.budget is not None:
             raise ProbeError(f"every={self.every} and budget={self.budget} exclude each other: give one of them.")
         if self.size is not None and not self.measured.parameters:

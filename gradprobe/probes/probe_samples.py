@@ -19,12 +19,12 @@ from gradprobe.probes.calls import Losses, all_losses, is_present
 from gradprobe.probes.clock import whole
 from gradprobe.probes.state import sow
 
-SPLITS = ("train", "val")
+_SPLITS = ("train", "val")
 _STREAM = 0x70726F6265
 """Keeps what is drawn apart from what else is drawn by the same seed."""
 
 
-class Samples(Protocol):
+class _Samples(Protocol):
     """A data set with a length, as torch's are."""
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class ProbeLoader:
 
     def __init__(
         self,
-        dataset: Samples,
+        dataset: _Samples,
         losses: Callable[[Any], Losses],
         *,
         batch_size: int,
@@ -76,8 +76,8 @@ class ProbeLoader:
         collate: Callable[[list[Any]], Any] | None = None,
         seed: int = 0,
     ) -> None:
-        if split not in SPLITS:
-            raise ProbeError(f"split={split!r}: there are {' and '.join(map(repr, SPLITS))}.")
+        if split not in _SPLITS:
+            raise ProbeError(f"split={split!r}: there are {' and '.join(map(repr, _SPLITS))}.")
         self.batch_size, self.every = whole("batch_size", batch_size), whole("every", every)
         self.batches = whole("batches", batches, least=2)
         self._samples = len(dataset)

@@ -11,7 +11,6 @@ from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -27,7 +26,10 @@ from gradprobe.probes.calls import (
     all_losses,
     as_one,
     check_mean,
+    finite,
     is_present,
+    padded,
+    status_of,
 )
 from gradprobe.probes.clock import StepClock, Stopwatch, UnannouncedSteps
 from gradprobe.probes.feature_gradients import Feature, FeatureGradients, GradientLevel, JointFeatures
@@ -38,20 +40,17 @@ from gradprobe.probes.optimizer_steps import OptimizerSteps, ParameterSample, le
 from gradprobe.probes.passes import DerivedMeasurement
 from gradprobe.probes.probe_samples import ProbeLoader, SeenLosses
 from gradprobe.probes.reporter import Reporter
-from gradprobe.probes.shared_layers import SharedLayers, padded
+from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.probes.state import undisturbed, walked_once
 from gradprobe.probes.task_gradients import SELF_CHECKED, TaskGradients, cosines_with_itself, self_check_fault
 from gradprobe.processes import OneProcess
 from gradprobe.rows import (
     MEASURED,
     NONFINITE_GRADIENT,
-    NONFINITE_LOSS,
     OVERFLOWED,
     FeatureRow,
-    Header,
     ProbeLoaderRow,
     Row,
-    absent,
 )
 from gradprobe.statistics import noise_part
 
@@ -489,19 +488,19 @@ class Recorder:
             if gram is None:
                 gram = np.full((len(header.layers), len(self.tasks), len(self.tasks)), np.nan)
             elif status == MEASURED:
-                gram = self._of_all_layers(self.scale.off(gram), header)
+                gram = padded(self.scale.off(gram), len(header.layers))
                 reach = self.gradients.counted(gram)
                 if self.gradients.grown and self.gradients.shared is not None:
                     self.report.grow(self.gradients.shared)
-                status = _status_of(self.tasks, values, gram, there)
+                status = status_of(self.tasks, values, gram, there)
                 status = OVERFLOWED if status == NONFINITE_GRADIENT and self.scale.there else status
                 status = self._marked(status)
-                gram = self.gradients.last_gram = _finite(gram)
+                gram = self.gradients.last_gram = finite(gram)
         if self.observer is not None:
             self.observer.measured(self._ordered(call.losses), call.weights, gram, status)
         if noise is not None:
             part = np.full_like(gram, np.nan) if noise.part is None else self.scale.off(noise.part)
-            part = _finite(self._of_all_layers(part, header))
+            part = finite(padded(part, len(header.layers)))
         self.report.row(
             Row(
                 step=call.step,
@@ -519,11 +518,6 @@ class Recorder:
                 reach=reach,
             )
         )
-
-    @staticmethod
-    def _of_all_layers(gram: Array, header: Header) -> Array:
-        """With NaN for layers that have joined since."""
-        return gram if len(gram) == len(header.layers) else padded(gram, len(header.layers))
 
     def _marked(self, status: str) -> str:
         """The status of a row of which all else is well; it may be that gradients do not add up."""
@@ -556,7 +550,7 @@ class Recorder:
             if found is not None:
                 gram, noise = (self.scale.off(part) for part in found)
             if status == MEASURED:
-                status = _status_of(self.tasks, loss, gram, there)
+                status = status_of(self.tasks, loss, gram, there)
             if found is not None and not self.self_checked:
                 self._check_self(all_losses(self.tasks, one) for one in self._losses_of(loader))
         batches = loader.batches * self.ranks.size
@@ -566,8 +560,8 @@ class Recorder:
                 epoch=self.epoch,
                 time=self.now(),
                 loss=loss,
-                gram=_finite(gram),
-                gram_noise=_finite(noise),
+                gram=finite(gram),
+                gram_noise=finite(noise),
                 micro_batches=batches,
                 batch_size=batches * loader.batch_size,
                 overhead=watch.seconds,
@@ -624,27 +618,6 @@ class Recorder:
 
 def _device(losses: Losses) -> torch.device:
     return next(iter(losses.values())).device
-
-
-def _status_of(tasks: Sequence[str], losses: Array, gram: Array, there: NDArray[np.bool_]) -> str:
-    """The status of a row whose passes went through.
-
-    Args:
-        tasks: (T,) names.
-        losses: (T,) values.
-        gram: (L, T, T); infinite where a gradient is not finite, NaN where a task brought none.
-        there: (T,) bool: who takes part in the step.
-    """
-    if not np.isfinite(losses[there]).all():
-        return NONFINITE_LOSS
-    if np.isinf(gram).any():
-        return NONFINITE_GRADIENT
-    return MEASURED if there.all() else absent([t for t, here in zip(tasks, there, strict=True) if not here])
-
-
-def _finite(values: Array) -> Array:
-    """What a row is handed on with: NaN in the place of what is not finite."""
-    return np.where(np.isfinite(values), values, np.nan)
 
 
 class Observer(Protocol):

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
-from gradprobe.measures import Array
 from gradprobe.probes.graph import reached
 from gradprobe.rows.limits import MAX_NAME
 
@@ -46,11 +44,6 @@ class SharedLayers:
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of all layers, layer by layer: the same list at every call."""
         return [p for layer in self.layers for p in layer.parameters]
-
-
-def padded(values: Array, layers: int) -> Array:
-    """(L, ...) with NaN for layers that have joined at the end."""
-    return np.concatenate([values, np.full((layers - len(values), *values.shape[1:]), np.nan)])
 
 
 def find_shared(
@@ -134,7 +127,7 @@ class Selection:
         self._model = model
         self.divided = divided
         names = {id(p): name for name, p in model.named_parameters()}
-        chosen = None if shared is None else choose(model, shared)
+        chosen = None if shared is None else _choose(model, shared)
         self._chosen = [names.get(id(p), p) for p in chosen] if chosen is not None else None
         self.nothing = nothing
         if nothing:
@@ -190,7 +183,7 @@ def _parameters(layer: str, given: object) -> list[nn.Parameter]:
     return members
 
 
-def choose(model: nn.Module, shared: Shared) -> list[nn.Parameter]:
+def _choose(model: nn.Module, shared: Shared) -> list[nn.Parameter]:
     """The parameters that ``shared`` names.
 
     Raises:

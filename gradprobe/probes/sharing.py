@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from gradprobe import measures
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes.graph import Node, Trace, is_leaf, reached, refuse, several
+from gradprobe.probes.graph import LossGraph, Node, is_leaf, reached, refuse, several
 from gradprobe.probes.shared_layers import Layer, Selection, SharedLayers
 from gradprobe.probes.state import parameters_of
 from gradprobe.processes import OneProcess
 
-Place = tuple[str, int]
+_Place = tuple[str, int]
 """A parameter by the name of its layer and its place among the layer's, which are the same in all processes."""
 _SURE = 2
 """Rows after which a layer on which no second task has had a gradient is said to be shared by the graph alone: layers
@@ -71,22 +71,22 @@ class Sharing:
     weights: tuple[str, ...] = ()
     joined: bool = False
     changed: bool = False
-    _found: dict[Place, _Found] = field(default_factory=dict)
+    _found: dict[_Place, _Found] = field(default_factory=dict)
     _known: dict[int, int] = field(default_factory=dict)  # id of a parameter -> tasks that are known to reach it
     _members: dict[str, set[int]] = field(default_factory=dict)  # layer, in the order of the file -> places
-    _binding: Binding | None = None
+    _binding: _Binding | None = None
 
     def __post_init__(self) -> None:
         self._effect: NDArray[np.bool_] = np.zeros((0, self.tasks), dtype=bool)
         self._by_graph = self._effect  # (L, T)
         self._rows: list[int] = []  # that were measured since each layer has joined
         self._told: set[str] = set()
-        self._hidden: set[Place] = set()  # that may be learned loss weights in a compiled region
+        self._hidden: set[_Place] = set()  # that may be learned loss weights in a compiled region
         self._doubtful: list[str] = []
 
     # ---- what the graphs show
 
-    def look(self, losses: Mapping[str, Tensor], graph: Trace) -> SharedLayers:
+    def look(self, losses: Mapping[str, Tensor], graph: LossGraph) -> SharedLayers:
         """The shared layers at this step, those of earlier ones among them, with parameters that were replaced.
 
         Args:
@@ -135,14 +135,14 @@ class Sharing:
         """Whether every task has reached something."""
         return all(any(found.tasks >> task & 1 for found in self._found.values()) for task in range(self.tasks))
 
-    def _learn(self, losses: Mapping[str, Tensor], graph: Trace, first: bool) -> bool:
+    def _learn(self, losses: Mapping[str, Tensor], graph: LossGraph, first: bool) -> bool:
         """Take in what this step's graphs show, in all processes; whether layers have changed."""
         groups = self.selection.groups()
         places = _places(groups)
         sizes = {id(p): p.numel() for members in groups.values() for p in members if id(p) in graph.leaves}
         weighing = loss_weights(graph, sizes) if self.selection.open else set()
         if self.selection.open:
-            self._hidden |= {places[leaf] for leaf in hidden_weights(graph, sizes, self.tasks)}
+            self._hidden |= {places[leaf] for leaf in _hidden_weights(graph, sizes, self.tasks)}
         uses = [reached(loss) for loss in losses.values()]
         own = {
             places[leaf]: _Found(mask, min(use[leaf] for use in uses if leaf in use), leaf in weighing)
@@ -162,7 +162,7 @@ class Sharing:
         self._build(groups)
         return first or before != self._members
 
-    def _joining(self, groups: Mapping[str, list[nn.Parameter]], places: Mapping[int, Place]) -> set[Place]:
+    def _joining(self, groups: Mapping[str, list[nn.Parameter]], places: Mapping[int, _Place]) -> set[_Place]:
         trained = {place for leaf, place in places.items() if groups[place[0]][place[1]].requires_grad}
         chosen = self.selection.chosen()
         if chosen is not None:
@@ -172,7 +172,7 @@ class Sharing:
         self.weights = tuple(self.selection.name(groups[layer][at]) for layer, at in sorted(weighing))
         return (shared - weighing) & trained
 
-    def _order(self, place: Place) -> int:
+    def _order(self, place: _Place) -> int:
         return self._found[place].order if place in self._found else 1 << 62
 
     def _build(self, groups: Mapping[str, list[nn.Parameter]]) -> None:
@@ -184,7 +184,7 @@ class Sharing:
             len(layers), self.tasks
         )
         self.shared = SharedLayers(layers, self._reach())
-        self._binding = Binding(self.model, self.shared)
+        self._binding = _Binding(self.model, self.shared)
         self._remember()
 
     def _remember(self) -> None:
@@ -311,16 +311,16 @@ class Sharing:
         self._build(groups)
 
 
-def _places(groups: Mapping[str, Iterable[nn.Parameter]]) -> dict[int, Place]:
+def _places(groups: Mapping[str, Iterable[nn.Parameter]]) -> dict[int, _Place]:
     """``id`` of a parameter -> where it stands; one of two groups (tied weights) counts in the first."""
-    places: dict[int, Place] = {}
+    places: dict[int, _Place] = {}
     for layer, members in groups.items():
         for at, parameter in enumerate(members):
             places.setdefault(id(parameter), (layer, at))
     return places
 
 
-class Binding:
+class _Binding:
     """Remembers the shared layers by the names of their parameters.
 
     ``load_state_dict(assign=True)``, and moving a model with torch's overwrite-on-conversion flag, put new
@@ -405,8 +405,13 @@ class _Below:
     plain: bool
 
 
-def loss_weights(graph: Trace, size: Mapping[int, int]) -> set[int]:
-    """The parameters that weigh losses and do nothing else.
+def loss_weights(graph: LossGraph, size: Mapping[int, int]) -> set[int]:
+    """Learned weights of losses inside a model: parameters on which no feature depends.
+
+    Every task's loss has a gradient on a log-variance or a softmax weight, often long and opposed, though no task
+    learns anything there of what the others learn: counted among the shared layers, it drowns the trunk. Such a
+    parameter is known by what is done with it, from the losses down: only sums, products and selections, up to where a
+    function of the parameter alone meets a loss, which is something that other parameters make.
 
     Args:
         graph: Of one step.
@@ -436,7 +441,7 @@ def loss_weights(graph: Trace, size: Mapping[int, int]) -> set[int]:
     return {leaf for leaf in met - used_otherwise if size.get(leaf, _FEW + 1) <= _FEW}
 
 
-def hidden_weights(graph: Trace, size: Mapping[int, int], most: int) -> set[int]:
+def _hidden_weights(graph: LossGraph, size: Mapping[int, int], most: int) -> set[int]:
     """``id`` of the parameters that may weigh losses within a compiled region, where it cannot be seen.
 
     Args:
@@ -448,7 +453,7 @@ def hidden_weights(graph: Trace, size: Mapping[int, int], most: int) -> set[int]
     return {leaf for leaf in leaves if 0 < size.get(leaf, 0) <= most}
 
 
-def _below(graph: Trace, size: Mapping[int, int]) -> dict[Node, _Below]:
+def _below(graph: LossGraph, size: Mapping[int, int]) -> dict[Node, _Below]:
     found: dict[Node, _Below] = {}
     for node in graph.nodes:  # each after what it was computed from
         if is_leaf(node):
@@ -462,7 +467,7 @@ def _below(graph: Trace, size: Mapping[int, int]) -> dict[Node, _Below]:
     return found
 
 
-def _tail(graph: Trace) -> tuple[set[Node], list[Node]]:
+def _tail(graph: LossGraph) -> tuple[set[Node], list[Node]]:
     """What lies between the losses and the first operation that does more than add, scale and arrange; and losses that
     are made by such an operation themselves.
     """

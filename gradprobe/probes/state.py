@@ -20,8 +20,8 @@ from torch.nn.parameter import is_lazy
 from gradprobe.probes.graph import Node, is_leaf
 from gradprobe.processes import reduction_kept
 
-SMALL = 1 << 16
-"""Plain tensors of a module with more numbers than this are not copied; see :func:`large_attributes`."""
+_SMALL = 1 << 16
+"""Plain tensors of a module with more numbers than this are not copied; see :func:`_large_attributes`."""
 _LONG = 10_000
 """Longer containers are data, and not copied."""
 _OWN = frozenset(vars(nn.Module()))
@@ -61,7 +61,7 @@ class _State:
         self._seen: set[int] = set()
         plain: list[Tensor] = []
         devices = set()
-        for module in modules_of(model):
+        for module in _modules_of(model):
             attributes = module.__dict__
             self._mappings.append((attributes, attributes.copy()))
             if module._buffers:
@@ -101,7 +101,7 @@ class _State:
                     if type(inner) not in _FIXED:
                         self._look(inner, plain)
         elif kind is Tensor:
-            if value.is_leaf and not value.requires_grad and value.numel() <= SMALL:
+            if value.is_leaf and not value.requires_grad and value.numel() <= _SMALL:
                 plain.append(value)
         elif isinstance(value, _GENERATORS):
             self._generators.append(_as_it_is(value))
@@ -127,7 +127,7 @@ class _State:
                 container.clear()
                 dict.update(container, before)
         if self._tensors:
-            put_back(self._tensors, self._before)
+            _put_back(self._tensors, self._before)
         for restore in self._generators:
             restore()
         python, legacy, on_cpu = self._random
@@ -172,7 +172,7 @@ def overlaps(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return False
 
 
-def put_back(tensors: list[Tensor], before: list[Tensor]) -> None:
+def _put_back(tensors: list[Tensor], before: list[Tensor]) -> None:
     """Write the values back; without a sign to graphs that saved the tensors, if these are made by ``.data``."""
     dense = all(t.layout == torch.strided for t in tensors)
     if dense:
@@ -182,7 +182,7 @@ def put_back(tensors: list[Tensor], before: list[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def large_attributes(model: nn.Module) -> dict[str, Tensor]:
+def _large_attributes(model: nn.Module) -> dict[str, Tensor]:
     """Name -> the plain tensors of modules that :func:`state_kept` does not copy, as they are large.
 
     Those with a graph are left out: they are activations, which nothing changes.
@@ -191,7 +191,7 @@ def large_attributes(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{attribute}" if name else attribute: value
         for name, module in model.named_modules()
         for attribute, value in module.__dict__.items()
-        if type(value) is Tensor and not value.requires_grad and value.numel() > SMALL and not value.is_inference()
+        if type(value) is Tensor and not value.requires_grad and value.numel() > _SMALL and not value.is_inference()
     }
 
 
@@ -217,7 +217,7 @@ def walked_once(model: nn.Module) -> Iterator[None]:
         _held.modules.pop(id(model), None)
 
 
-def modules_of(model: nn.Module) -> list[nn.Module]:
+def _modules_of(model: nn.Module) -> list[nn.Module]:
     """Each module once, the model first."""
     held = _held.modules.get(id(model))
     if held is None:
@@ -240,12 +240,12 @@ def _walked(model: nn.Module) -> list[nn.Module]:
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
     """Each parameter, a tied one as often as it is registered."""
-    return [p for m in modules_of(model) for p in m._parameters.values() if p is not None]
+    return [p for m in _modules_of(model) for p in m._parameters.values() if p is not None]
 
 
 def has_backward_hooks(model: nn.Module) -> bool:
     """Whether hooks on gradients, which every backward pass runs, are on any parameter or module."""
-    return has_parameter_hooks(model) or any(m._backward_hooks or m._backward_pre_hooks for m in modules_of(model))
+    return has_parameter_hooks(model) or any(m._backward_hooks or m._backward_pre_hooks for m in _modules_of(model))
 
 
 def has_parameter_hooks(model: nn.Module) -> bool:
@@ -277,7 +277,7 @@ class Touched:
         return bool(self.gradients or self.parameters or self.attributes)
 
 
-class Snapshot:
+class PassSnapshot:
     """The gradients and values of a model's parameters at one moment.
 
     Args:
@@ -292,7 +292,7 @@ class Snapshot:
         unnamed = {id(t): (f"an input of shape {tuple(t.shape)}", t) for t in others if id(t) not in named}
         self._gradients = [_Gradient(name, leaf) for name, leaf in [*named.values(), *unnamed.values()]]
         self._values = [(name, _Value(p, copy=copies)) for name, p in named.values()]
-        self._large = [(name, tensor, tensor._version) for name, tensor in large_attributes(model).items()]
+        self._large = [(name, tensor, tensor._version) for name, tensor in _large_attributes(model).items()]
 
     def back(self) -> Touched:
         """Put back what was touched, and say what it was."""
@@ -327,7 +327,7 @@ class _Value:
         self._version = None if tensor.is_inference() else tensor._version
         # Of a parameter without numbers yet, or one that another library made its own, the version alone is looked at.
         self._copy = tensor.detach().clone() if copy and type(tensor) in _PLAIN else None
-        self._fingerprint = fingerprint(tensor) if self._copy is None else None
+        self._fingerprint = _fingerprint(tensor) if self._copy is None else None
 
     def written(self) -> bool:
         return self._version is not None and self._tensor._version != self._version
@@ -335,7 +335,7 @@ class _Value:
     def moved(self) -> bool:
         if self._copy is not None:
             return not _same_bits(self._tensor, self._copy)
-        return self.written() or not _equal(self._fingerprint, fingerprint(self._tensor))
+        return self.written() or not _equal(self._fingerprint, _fingerprint(self._tensor))
 
     def back(self) -> bool:
         if self._copy is None:
@@ -368,18 +368,18 @@ class ParameterValues:
     def __init__(self, parameters: Sequence[Tensor], *, closely: bool) -> None:
         self._parameters = [p for p in parameters if not is_lazy(p)]
         self._versions = [p._version for p in self._parameters if not p.is_inference()]
-        self._prints = [fingerprint(p) for p in self._parameters] if closely else []
+        self._prints = [_fingerprint(p) for p in self._parameters] if closely else []
 
     def moved(self) -> bool:
         """Whether any is another than it was."""
         if [p._version for p in self._parameters if not p.is_inference()] != self._versions:
             return True
         return any(
-            not _equal(before, fingerprint(p)) for before, p in zip(self._prints, self._parameters, strict=False)
+            not _equal(before, _fingerprint(p)) for before, p in zip(self._prints, self._parameters, strict=False)
         )
 
 
-def fingerprint(tensor: Tensor) -> Tensor | None:
+def _fingerprint(tensor: Tensor) -> Tensor | None:
     """A sum over the bits of a tensor; another one where a number changed, whatever it changed by."""
     bits = _bits(tensor)
     return None if bits is None else bits.sum(dtype=torch.int64)
@@ -425,7 +425,7 @@ def sow(seed: int) -> None:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back what forwards of a training may change: buffers, modes, and the global random streams."""
-    modules = modules_of(model)
+    modules = _modules_of(model)
     modes, buffers = [m.training for m in modules], [dict(m._buffers) for m in modules]
     python, legacy = random.getstate(), np.random.get_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -19,7 +19,7 @@ from gradprobe.measures import Array
 from gradprobe.probes.blocks import by_blocks
 from gradprobe.probes.calls import Losses
 from gradprobe.probes.gramian import LossScale
-from gradprobe.probes.graph import Trace, refuse, trace
+from gradprobe.probes.graph import LossGraph, refuse, trace
 from gradprobe.probes.guard import (
     COARSE,
     EXACT,
@@ -95,7 +95,7 @@ class TaskGradients:
         self._sharing: Sharing | None = None
         self.shared: SharedLayers | None = None
         self.grown = False
-        self._graph: tuple[Sequence[Tensor], Trace] | None = None
+        self._graph: tuple[Sequence[Tensor], LossGraph] | None = None
         self._derived, self._trusted = 0, True  # rows with a derived task; whether these equal explicit ones
         self._state: Mapping[str, Any] | None = None
         self.last_gram: Array | None = None
@@ -191,14 +191,14 @@ class TaskGradients:
         if self._sharing is not None:
             self._sharing.tell(last=True)
 
-    def _known_graph(self, losses: Sequence[Tensor]) -> Trace | None:
+    def _known_graph(self, losses: Sequence[Tensor]) -> LossGraph | None:
         """The graph of these losses, where it was walked through already."""
         if self._graph is None:
             return None
         known, graph = self._graph
         return graph if len(known) == len(losses) and all(map(is_, known, losses)) else None
 
-    def _walk(self, losses: Sequence[Tensor]) -> Trace:
+    def _walk(self, losses: Sequence[Tensor]) -> LossGraph:
         graph = self._known_graph(losses) or trace(losses)
         self._graph = losses, graph
         return graph

@@ -33,7 +33,7 @@ from gradprobe.probes.doctor.model_checks import (
 )
 
 __all__ = ["Finding", "SEVERITIES", "doctor"]
-CHECKS = (
+_CHECKS = (
     faulty,
     compiled,
     behind_reentrant_checkpoints,
@@ -74,5 +74,5 @@ def doctor(model: nn.Module, losses: Mapping[str, Tensor]) -> list[Finding]:
         ...     print(finding)
     """
     patient = Patient.of(model, losses)
-    found = [finding for check in CHECKS for finding in check(patient)]
+    found = [finding for check in _CHECKS for finding in check(patient)]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradprobe.probes.calls import loss_fault
 from gradprobe.probes.feature_gradients import Feature, find_features
-from gradprobe.probes.graph import Node, Trace, is_leaf, trace
+from gradprobe.probes.graph import LossGraph, Node, is_leaf, trace
 from gradprobe.probes.shared_layers import by_module
 
 SEVERITIES = ("error", "warning", "note")
@@ -86,7 +86,7 @@ class Patient:
     model: nn.Module
     losses: Mapping[str, Tensor]
     faults: Mapping[str, str]
-    graph: Trace
+    graph: LossGraph
     features: list[Feature]
 
     @classmethod
