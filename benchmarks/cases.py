@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import gradprobe
-from gradprobe.probes.binding import Selection
+from gradprobe.probes.shared_layers import Selection
 
 Losses = Callable[[nn.Module], dict[str, Tensor]]
 

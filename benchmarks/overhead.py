@@ -38,7 +38,6 @@ def on_the_detector(rounds):
         "record, its passes alone": case.passes_alone("record"),
         "features at every step": case.probed("backward", level="features"),
         "record, memory low": case.probed("record", memory="low"),
-        "backward, det derived, ghost products": case.probed("backward", {"det": 1.0, "cls": 0.01}, products="ghost"),
     }
     times = in_turn(steps, rounds)
     targets = {
@@ -63,8 +62,6 @@ def on_the_classifier(rounds):
         "record, its passes alone": case.passes_alone("record"),
         "features at every step": case.probed("backward", level="features"),
         "backward, memory low": case.probed("backward", memory="low"),
-        "backward, ghost products": case.probed("backward", products="ghost"),
-        "record, ghost products": case.probed("record", products="ghost"),
     }
     times = in_turn(steps, rounds)
     targets = {"backward": 1.80, "record": 2.45, "features at every step": 1.02}
@@ -96,7 +93,7 @@ def ten(step):
 
 def by_tasks(rounds):
     print("\nResNet-18, 64 px, batch 16, growth with T: ratios to a bare step (of CPU); limit: (F + T B) / (F + B)")
-    print(f"{'T':>3} {'limit':>6} {'backward':>9} {'ghost':>9} {'record':>9} {'low':>9} {'features':>9}")
+    print(f"{'T':>3} {'limit':>6} {'backward':>9} {'record':>9} {'low':>9} {'features':>9}")
     for tasks in TASKS:
         case = classifier(tasks)
         forward = case.step(lambda losses: None)
@@ -105,13 +102,12 @@ def by_tasks(rounds):
             "forward": forward,
             "backward": case.probed("backward"),
             "record": case.probed("record"),
-            "ghost": case.probed("backward", products="ghost"),
             "low": case.probed("record", memory="low"),
             "features": case.probed("backward", level="features"),
         }
         found = ratios(in_turn(steps, max(3, rounds * 2 // tasks), warm=5))  # between the checked rows
         share = found["forward"][1]
-        cells = " ".join(f"{found[name][1]:9.2f}" for name in ("backward", "ghost", "record", "low", "features"))
+        cells = " ".join(f"{found[name][1]:9.2f}" for name in ("backward", "record", "low", "features"))
         print(f"{tasks:3} {share + tasks * (1 - share):6.2f} {cells}", flush=True)
         for step in steps.values():
             close(step)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from gradprobe.attachment import attach
     from gradprobe.errors import GradprobeError
     from gradprobe.probes.doctor import doctor
-    from gradprobe.probes.loader import ProbeLoader
     from gradprobe.probes.probe import GradientProbe
+    from gradprobe.probes.probe_samples import ProbeLoader
     from gradprobe.runfile import Run, RunWriter, open_run
     from gradprobe.updates import Ledger, Updates
 
@@ -25,7 +25,7 @@ _HOME = {
     "open_run": "gradprobe.runfile",
     "GradientProbe": "gradprobe.probes.probe",
     "GradprobeError": "gradprobe.errors",
-    "ProbeLoader": "gradprobe.probes.loader",
+    "ProbeLoader": "gradprobe.probes.probe_samples",
     "Run": "gradprobe.runfile",
     "RunWriter": "gradprobe.runfile",
     "Ledger": "gradprobe.updates",

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradprobe.probes.options import refuse_unknown, shows_options
 from gradprobe.probes.probe import GradientProbe
+from gradprobe.probes.probe_options import refuse_unknown, shows_options
 from gradprobe.provenance import environment
 from gradprobe.runfile import RunWriter
 from gradprobe.updates import Ledger, Updates
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack
 
-    from gradprobe.probes.options import Common
+    from gradprobe.probes.probe_options import CommonKeywords
     from gradprobe.rows import Sink
 
 
@@ -33,7 +33,7 @@ def attach(
     sinks: Sequence[Sink] = (),
     overwrite: bool = False,
     resume: bool = False,
-    **options: Unpack[Common],
+    **options: Unpack[CommonKeywords],
 ) -> GradientProbe:
     """Attach a probe to any multitask model.
 
@@ -49,7 +49,7 @@ def attach(
         resume: Go on with the run that is there: ``probe.load_state_dict(state)`` before the first step says from
             where, with a state that ``probe.state_dict()`` gave when the checkpoint was saved. Rows from that
             step on are cut. Where there is no run yet, a new one begins.
-        options: See :class:`gradprobe.probes.options.ProbeOptions`. ``provenance`` is stored beside versions and
+        options: See :class:`gradprobe.probes.ProbeOptions`. ``provenance`` is stored beside versions and
             machine.
 
     Returns:

@@ -14,7 +14,7 @@ from zoo import Collector
 from gradprobe import ProbeLoader
 from gradprobe.probes import GradientProbe
 
-MODES = ("record", "backward", "micro", "loader", "features", "low", "sketch", "ghost")
+MODES = ("record", "backward", "micro", "loader", "features", "low", "sketch")
 
 
 class Net(nn.Module):
@@ -79,7 +79,6 @@ def options(mode, model):
         "features": {"level": "features"},
         "low": {"memory": "low"},
         "sketch": {"sketch": 16},
-        "ghost": {"products": "ghost"},
     }.get(mode, {})
 
 
@@ -104,11 +103,11 @@ def train(
             micro = [losses_of(model, parts * step + i) for i in range(parts)]
             losses = {t: sum(one[t] for one in micro) / parts for t in micro[0]}
             with around():
-                if mode in ("backward", "low", "sketch", "ghost"):
+                if mode in ("backward", "low", "sketch"):
                     probe.backward(losses, weights)
                 elif mode:
                     probe.record(losses, weights, **({"micro": micro} if mode == "micro" else {}))
-                if mode not in ("backward", "low", "sketch", "ghost"):
+                if mode not in ("backward", "low", "sketch"):
                     sum(weights[t] * losses[t] for t in losses).backward()
             grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
             if optimizer is not None:

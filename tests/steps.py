@@ -10,7 +10,7 @@ from torch import nn
 from zoo import Collector, naive_gramian
 
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.graph import by_module, find_shared
+from gradprobe.probes.shared_layers import by_module, find_shared
 from gradprobe.statistics import noise_part
 
 TASKS = ("a", "b")

@@ -9,7 +9,7 @@ from test_probes import make
 from zoo import Collector, naive_gramian
 
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.graph import by_module, find_shared
+from gradprobe.probes.shared_layers import by_module, find_shared
 from gradprobe.rows import OVERFLOWED
 from gradprobe.statistics import noise_part
 
@@ -136,7 +136,7 @@ def test_what_fails_in_one_call_is_missing_in_the_row(monkeypatch):
     assert np.isnan(sink.rows[0].gram).all()
 
 
-@pytest.mark.parametrize("options", [{"memory": "low"}, {"products": "ghost"}])
+@pytest.mark.parametrize("options", [{"memory": "low"}])
 def test_where_gradients_are_not_kept_the_first_call_stands_for_the_step(options):
     case = make("mlp")
     expected = whole(case, [0])[0]

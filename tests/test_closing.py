@@ -251,8 +251,8 @@ def test_a_failure_of_the_probes_own_leaves_a_whole_file_and_no_hook(tmp_path, m
     def fails(*_, **__):
         raise RuntimeError("of the probe's own")
 
-    monkeypatch.setattr(probe._measuring.calls, "settle", fails)
-    monkeypatch.setattr(probe._measuring.report, "ask_after", fails)
+    monkeypatch.setattr(probe._recorder.accumulation, "settle", fails)
+    monkeypatch.setattr(probe._recorder.report, "ask_after", fails)
     with pytest.raises(RuntimeError, match="of the probe's own"):
         probe.close()
     with open_run(path) as run:

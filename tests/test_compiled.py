@@ -13,7 +13,7 @@ from zoo import Collector, batch, naive_gramian
 
 import gradprobe
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.graph import by_module, find_shared
+from gradprobe.probes.shared_layers import by_module, find_shared
 
 WEIGHTS = {"t0": 1.0, "t1": 0.3}
 COMPILER = pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="no C++ compiler")

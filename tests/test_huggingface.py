@@ -141,7 +141,7 @@ def test_what_is_measured_is_what_autograd_gives(train):
 
 
 def layers_of(net):
-    from gradprobe.probes.graph import Layer
+    from gradprobe.probes.shared_layers import Layer
 
     return [Layer("0", tuple(net.trunk[0].parameters())), Layer("1", tuple(net.trunk[1].parameters()))]
 

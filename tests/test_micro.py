@@ -15,7 +15,7 @@ from zoo import ZOO, Collector
 
 from gradprobe.errors import ProbeError
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.micro import mean_losses, shares_of
+from gradprobe.probes.calls import mean_losses, shares_of
 from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS
 
 TASKS = ("t0", "t1")
@@ -202,7 +202,7 @@ def test_one_micro_batch_is_measured_as_a_whole_and_its_noise_is_not_known():
 def test_gradients_are_kept_where_they_are_asked_for(micro):
     case = make("mlp")
     with GradientProbe(case.model, TASKS, every=1) as probe:
-        meter = probe._measuring.meter
+        meter = probe._recorder.gradients
         meter.keep(micro=micro)
         parts = forwards(case, 0, 3)
         probe.record(micro=parts, batch_size=[2, 1, 1])
@@ -224,9 +224,9 @@ def test_gradients_are_kept_where_they_are_asked_for(micro):
 
 def test_no_more_than_the_means_and_one_micro_batch_are_alive(monkeypatch):
     """Gradients of the micro-batch before are gone when the next one's are made."""
-    from gradprobe.probes import micro
+    from gradprobe.probes import passes
 
-    alive, most, real = weakref.WeakSet(), [], micro.pass_to
+    alive, most, real = weakref.WeakSet(), [], passes.pass_to
 
     def watched(*args):
         most.append(len(alive))
@@ -234,7 +234,7 @@ def test_no_more_than_the_means_and_one_micro_batch_are_alive(monkeypatch):
         alive.update(g for g in found if g is not None)
         return found
 
-    monkeypatch.setattr(micro, "pass_to", watched)
+    monkeypatch.setattr(passes, "pass_to", watched)
     case = make("mlp")
     with GradientProbe(case.model, TASKS, every=1) as probe:
         probe.record(micro=forwards(case, 0, 4))
@@ -290,12 +290,12 @@ def test_a_gradient_that_is_not_finite_leaves_no_noise_and_says_so():
 
 
 def test_a_failure_is_a_row_without_a_measurement(monkeypatch):
-    from gradprobe.probes import micro
+    from gradprobe.probes import passes
 
     case, sink = make("mlp"), Collector()
     with GradientProbe(case.model, TASKS, [sink], every=1) as probe:
         probe.record(micro=forwards(case, 0, 2))
-        monkeypatch.setattr(micro, "pass_to", lambda *_: 1 / 0)
+        monkeypatch.setattr(passes, "pass_to", lambda *_: 1 / 0)
         with pytest.warns(RuntimeWarning, match="measuring failed: ZeroDivisionError"):
             probe.backward(micro=forwards(case, 1, 2))
     assert sink.rows[1].status.startswith("measuring failed")
@@ -346,9 +346,7 @@ def test_a_wrong_call_says_what_to_do(how, what):
             getattr(probe, how)(**arguments)
 
 
-@pytest.mark.parametrize(
-    "options", [{"memory": "low"}, {"products": "ghost"}, {"level": "both"}, {"level": "features"}]
-)
+@pytest.mark.parametrize("options", [{"memory": "low"}, {"level": "both"}, {"level": "features"}])
 def test_what_does_not_go_with_micro_batches_is_refused(options):
     case = make("mlp")
     micro = [case.losses(0), case.losses(1)]

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch.utils import backend_registration
 
-from gradprobe.probes import transfer
+from gradprobe.probes import gramian
+from gradprobe.probes.clock import Stopwatch
 from gradprobe.probes.gramian import products, symmetric
-from gradprobe.probes.stopwatch import Stopwatch
 
 if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
     pytest.skip("this torch knows no devices made of Python", allow_module_level=True)
@@ -121,16 +121,16 @@ def test_the_time_that_a_device_took_is_read_from_its_marks(found):
 
 def test_scalars_are_numbers_whichever_way_they_come():
     scalars = [torch.tensor(2.0), torch.tensor(-3.5, dtype=torch.float64, requires_grad=True)]
-    transfer.take_along(scalars)
-    assert transfer.values(scalars) == [2.0, -3.5]
-    assert transfer.values([]) == []
-    assert [a.tolist() for a in transfer.fetch([torch.eye(2), torch.ones(1)])] == [[1, 0, 0, 1], [1]]
+    gramian.take_along(scalars)
+    assert gramian.scalars(scalars) == [2.0, -3.5]
+    assert gramian.scalars([]) == []
+    assert [a.tolist() for a in gramian.fetch([torch.eye(2), torch.ones(1)])] == [[1, 0, 0, 1], [1]]
 
 
 def test_what_goes_along_is_not_kept_alive():
     scalar = torch.tensor(1.0, device="meta")
-    transfer.take_along([scalar])
-    (held,) = transfer._waiting.tensors
+    gramian.take_along([scalar])
+    (held,) = gramian._waiting.tensors
     del scalar
     assert held() is None
 

@@ -15,7 +15,7 @@ from gradprobe import open_run
 from gradprobe.cli.app import run as command
 from gradprobe.errors import UsageError
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.graph import by_module, find_shared
+from gradprobe.probes.shared_layers import by_module, find_shared
 from gradprobe.rows import MEASURED, OVERFLOWED
 from gradprobe.trainers import loop
 from gradprobe.trainers.engine import make_engine
@@ -66,7 +66,7 @@ def test_products_of_half_gradients_do_not_round(kind):
 def test_a_bundled_training_computes_its_forward_in_the_half_type_and_its_losses_in_float32(precision, half):
     made = training.make("gradnorm", precision=precision)
     if made.engine.scaler is not None:  # begins so high that it overflows
-        made.engine.scaler = made.probe._measuring.scale._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        made.engine.scaler = made.probe._recorder.scale._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     batch = next(iter(training.batches(made, 1)))
     twin = copy.deepcopy(made.model).train()
     with torch.autocast("cpu", dtype=half):
@@ -89,7 +89,7 @@ def test_a_bundled_training_computes_its_forward_in_the_half_type_and_its_losses
 
 def test_a_training_whose_gradients_overflow_leaves_steps_out_and_says_so():
     made = training.make("gradnorm", precision="16-mixed")
-    made.engine.scaler = made.probe._measuring.scale._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    made.engine.scaler = made.probe._recorder.scale._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     made.model.train()
     before = [p.clone() for p in made.model.parameters()]
     weights = made.balancer.weights()
@@ -133,7 +133,7 @@ def test_surgery_gives_private_parameters_gradients_that_the_scaler_can_unscale(
     plain = training.run(training.make("pcgrad", optimizer="SGD", lr=0.1), 2)
     scaled = training.make("pcgrad", optimizer="SGD", lr=0.1)
     scaled.engine.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    scaled.probe._measuring.scale._scaler = scaled.engine.scaler
+    scaled.probe._recorder.scale._scaler = scaled.engine.scaler
     training.run(scaled, 2)
     for one, other in zip(plain.model.parameters(), scaled.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

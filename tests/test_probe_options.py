@@ -15,16 +15,16 @@ import gradprobe
 from gradprobe.errors import ProbeError
 from gradprobe.integrations.recording import Recording
 from gradprobe.integrations.ultralytics import GradprobeCallback
-from gradprobe.probes.options import Common, Options, ProbeOptions
+from gradprobe.probes.probe_options import CommonKeywords, ProbeKeywords, ProbeOptions
 
 FIELDS = {field.name: field for field in dataclasses.fields(ProbeOptions)}
 OF_ATTACH = {"updates": False, "ledger": False, "sinks": (), "overwrite": False, "resume": False}
 
 
 def test_what_a_checker_is_told_is_the_table():
-    told = {name: each.__forward_arg__ for name, each in Options.__annotations__.items()}
+    told = {name: each.__forward_arg__ for name, each in ProbeKeywords.__annotations__.items()}
     assert told == {name: field.type for name, field in FIELDS.items()}
-    assert set(Options.__annotations__) - set(Common.__annotations__) == {"updates", "ledger"}
+    assert set(ProbeKeywords.__annotations__) - set(CommonKeywords.__annotations__) == {"updates", "ledger"}
 
 
 @pytest.mark.parametrize(("call", "own"), [(gradprobe.GradientProbe, {"sinks": ()}), (gradprobe.attach, OF_ATTACH)])
@@ -55,13 +55,13 @@ def test_an_unknown_option_is_a_type_error_at_once_with_a_hint(call, name):
         call(evry=3)
     with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'zzz'$"):
         call(zzz=3)
+    with pytest.raises(TypeError, match=rf"^{name}\(\): products= is gone: .* Leave it out\.$"):
+        call(products="ghost")
 
 
 def test_what_excludes_each_other_is_said_by_the_table():
     with pytest.raises(ProbeError, match="exclude each other"):
         ProbeOptions(every=2, budget=0.1)
-    with pytest.raises(ProbeError, match="there are 'direct' and 'ghost'"):
-        ProbeOptions(products="none")
     assert ProbeOptions(level="features", sketch=None).about() == {
         "level": "features",
         "memory": "normal",

@@ -13,9 +13,9 @@ from zoo import ZOO, Collector, mlp, naive_gramian
 
 import gradprobe
 from gradprobe.errors import ProbeError
-from gradprobe.probes import GradientProbe, derived, passes
-from gradprobe.probes.gramian import GramianSum, dot
-from gradprobe.probes.graph import Layer
+from gradprobe.probes import GradientProbe, passes
+from gradprobe.probes.gramian import GramianSum, products
+from gradprobe.probes.shared_layers import Layer
 from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -136,27 +136,25 @@ def test_products_that_overflow_are_infinite_and_no_failure():
     layer = Layer("w", (torch.nn.Parameter(torch.zeros(2)),))
     total = GramianSum([layer], 2)
     total.add(0, [torch.full((2,), 1e200, dtype=torch.float64), torch.full((2,), -1e200, dtype=torch.float64)])
-    total.add_products(0, [0, 1], torch.full((2, 2), float("inf")))
     assert np.isinf(total.result()).all()
 
 
 def test_the_derived_task_is_the_one_that_cancels_least():
     gram = np.array([np.diag([1.0, 1e-4]), np.diag([1.0, 4.0])])
-    assert derived.task_to_derive(gram, np.array([1.0, 1.0]), 10) == 0
-    assert derived.task_to_derive(gram, np.array([1e-3, 1.0]), 10) == 1
-    assert derived.task_to_derive(gram, np.array([0.0, 1.0]), 10) == 1  # weight 0 leaves no trace
+    assert passes.task_to_derive(gram, np.array([1.0, 1.0]), 10) == 0
+    assert passes.task_to_derive(gram, np.array([1e-3, 1.0]), 10) == 1
+    assert passes.task_to_derive(gram, np.array([0.0, 1.0]), 10) == 1  # weight 0 leaves no trace
     absent = gram.copy()
     absent[:, 0, :] = absent[:, :, 0] = np.nan  # nor does it where the task reached nothing at the last row
-    assert derived.task_to_derive(absent, np.array([0.0, 1.0]), 10) == 1
+    assert passes.task_to_derive(absent, np.array([0.0, 1.0]), 10) == 1
     opposed = np.array([np.diag([1.0, 1e-12]), np.diag([1e-12, 1.0])])  # each drowns somewhere
-    assert derived.task_to_derive(opposed, np.array([1.0, 1.0]), 10) is None
+    assert passes.task_to_derive(opposed, np.array([1.0, 1.0]), 10) is None
 
 
 def test_one_explicit_pass_is_saved(monkeypatch):
     case, passes_made = make("mlp"), []
     real = passes.pass_to
-    for module in (passes, derived):
-        monkeypatch.setattr(module, "pass_to", lambda *a: passes_made.append(1) or real(*a))
+    monkeypatch.setattr(passes, "pass_to", lambda *a: passes_made.append(1) or real(*a))
     with GradientProbe(case.model, ("t0", "t1"), every=1) as probe:
         counts = []
         for step in range(4):
@@ -174,7 +172,7 @@ def test_a_remainder_that_lost_its_digits_is_measured_again():
     with GradientProbe(case.model, ("t0", "t1"), [sink], every=1) as probe:
         probe.backward(case.losses(0), {"t0": 1.0, "t1": 1.0})
         losses = case.losses(1)
-        meter = probe._measuring.meter
+        meter = probe._recorder.gradients
         meter.last_gram = meter.last_gram * np.diag([1.0, 1e20])  # makes it derive t1
         expected = naive_gramian(probe.shared.layers, losses)
         probe.backward(losses, {"t0": 1e6, "t1": 1e-2})
@@ -411,8 +409,7 @@ def test_a_failure_in_measuring_is_a_row_with_a_reason_and_no_exception(monkeypa
     with GradientProbe(case.model, ("t0", "t1"), [sink], every=1, optimizer=opt) as probe:
         probe.backward(case.losses(0))
         opt.step()
-        for module in (passes, derived):
-            monkeypatch.setattr(module, "pass_to", lambda *_: 1 / 0)
+        monkeypatch.setattr(passes, "pass_to", lambda *_: 1 / 0)
         case.model.zero_grad()
         with pytest.warns(RuntimeWarning, match="measuring failed: ZeroDivisionError"):
             probe.backward(case.losses(1))
@@ -554,9 +551,9 @@ def test_a_state_dict_goes_on_where_it_stopped():
 def test_long_products_keep_their_digits(size, bound):
     a, b = torch.randn(2, size, generator=torch.Generator().manual_seed(size)) + 1
     exact = (a.double() * b.double()).sum()
-    assert abs(dot(a, b) - exact) <= bound * a.double().norm() * b.double().norm()
+    assert abs(products([a, b])[0, 1] - exact) <= bound * a.double().norm() * b.double().norm()
 
 
 def test_half_precision_is_multiplied_in_float32():
     a = torch.full((4000,), 1.0, dtype=torch.bfloat16)
-    assert dot(a, a) == 4000
+    assert products([a, a])[0, 1] == 4000

@@ -17,9 +17,8 @@ from zoo import Collector, Heads
 
 from gradprobe.probes import GradientProbe, passes
 from gradprobe.probes.blocks import BLOCKS, cut
-from gradprobe.probes.clock import StepClock
-from gradprobe.probes.schedule import Budget
-from gradprobe.probes.trace import trace
+from gradprobe.probes.clock import Budget, StepClock
+from gradprobe.probes.graph import trace
 
 # ---- time
 
@@ -155,8 +154,8 @@ def test_the_products_made_within_the_joint_backward_are_counted(monkeypatch):
     with GradientProbe(case.model, ("t0", "t1"), [sink], every=1) as probe:
         for step in range(3):
             probe.backward(case.losses(step))
-        real = passes.Meeting.add
-        monkeypatch.setattr(passes.Meeting, "add", lambda *a: time.sleep(0.005) or real(*a))
+        real = passes.ArrivingGradients.add
+        monkeypatch.setattr(passes.ArrivingGradients, "add", lambda *a: time.sleep(0.005) or real(*a))
         probe.backward(case.losses(3))
     assert sink.rows[-1].overhead >= 4 * 0.005  # four shared parameters
 
@@ -246,7 +245,7 @@ def test_two_steps_activations_are_never_alive_together():
     bare = peak_bytes(lambda: three_steps_that_hold_their_losses(model, lambda losses: sum(losses.values()).backward()))
     with GradientProbe(model, ("t0", "t1"), every=1) as probe:
         three_steps_that_hold_their_losses(model, probe.backward)
-        assert probe._measuring.meter._derived == 2
+        assert probe._recorder.gradients._derived == 2
         probed = peak_bytes(lambda: three_steps_that_hold_their_losses(model, probe.backward))
     one = 2 * MIB  # a pass that keeps the graph has all activations and one's gradient, where another frees as it goes
     assert probed <= bare + 1.2 * one
@@ -260,7 +259,7 @@ def test_a_second_backward_raises_as_it_does_without_a_probe():
             probe.backward(losses)
             with pytest.raises(RuntimeError, match="backward through the graph a second time"):
                 losses["t0"].backward()
-    assert probe._measuring.meter._derived == 2
+    assert probe._recorder.gradients._derived == 2
 
 
 @pytest.mark.parametrize("use", ["record", "backward"])

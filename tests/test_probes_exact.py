@@ -12,7 +12,7 @@ from torch import nn
 from zoo import ZOO, Collector, naive_gramian
 
 from gradprobe import measures
-from gradprobe.probes import GradientProbe, derived, passes
+from gradprobe.probes import GradientProbe, passes
 from gradprobe.probes.gramian import products
 from gradprobe.rows import MEASURED
 
@@ -233,7 +233,7 @@ def test_what_is_rounded_or_changed_on_the_way_is_never_derived(obstacle, monkey
         case.model.trunk[2].register_full_backward_hook(lambda module, down, up: tuple(map(clamp, down)))
     else:
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    monkeypatch.setattr(derived, "pass_to", lambda *_: pytest.fail("derived all the same"))
+    monkeypatch.setattr(passes.DerivedMeasurement, "__init__", lambda *_: pytest.fail("derived all the same"))
     with GradientProbe(case.model, ("t0", "t1"), [sink], every=1) as probe:
         for step in range(3):
             probe.backward(losses(step), {"t0": 1.0, "t1": 0.3})
@@ -315,14 +315,14 @@ def test_many_tasks_with_weights_far_apart_are_derived_in_turn():
     """Over many steps the task that is derived changes with the weights, and every row stays exact."""
     case, sink, chosen = make("mlp", torch.float32, 4), Collector(), set()
     names = NAMES[:4]
-    real = derived.task_to_derive
+    real = passes.task_to_derive
 
     def choose(*arguments):
         chosen.add(real(*arguments))
         return real(*arguments)
 
     with pytest.MonkeyPatch.context() as patch, GradientProbe(case.model, names, [sink], every=1) as probe:
-        patch.setattr("gradprobe.probes.meter.task_to_derive", choose)
+        patch.setattr("gradprobe.probes.task_gradients.task_to_derive", choose)
         for step in range(8):
             losses = case.losses(step)
             expected = None if probe.shared is None else naive_gramian(probe.shared.layers, losses)

@@ -297,7 +297,7 @@ def test_nothing_is_left_behind(where, level, memory, monkeypatch):
     if where == "in the backward":
         own.remove()
     alive = ("tasks", "level", "optimizer", "epoch")  # beyond the probe, or no objects of their own
-    parts = {k: v for k, v in vars(probe._measuring).items() if k not in alive and v is not None and v is not False}
+    parts = {k: v for k, v in vars(probe._recorder).items() if k not in alive and v is not None and v is not False}
     references = [weakref.ref(x) for x in (probe, *parts.values(), losses["t0"])]
     del probe, parts, losses, outcome
     gc.collect()

@@ -15,8 +15,6 @@ from zoo import Collector
 
 import gradprobe
 from gradprobe import measures
-from gradprobe.errors import ProbeError
-from gradprobe.probes import GradientProbe
 from gradprobe.processes import ManyProcesses, OneProcess
 from gradprobe.rows import MEASURED, absent
 
@@ -207,16 +205,6 @@ def test_what_ddp_makes_of_the_graph_changes_neither_training_nor_numbers(flags,
         assert two.status == MEASURED
         for found, expected in zip(two.shared(None), one.shared(None), strict=True):
             assert found == pytest.approx(expected, rel=1e-7)
-
-
-def test_products_without_gradients_cannot_be_averaged(monkeypatch):
-    monkeypatch.setattr("gradprobe.probes.probe.replicas", lambda model, group: (model, TwoInName()))
-    with pytest.raises(ProbeError, match="products='ghost' under data parallelism"):
-        GradientProbe(two_ranks.make(torch.float32), TASKS, products="ghost")
-
-
-class TwoInName(OneProcess):
-    size = 2
 
 
 def test_gradient_surgery_of_two_processes_is_that_of_one_with_all_samples(results):

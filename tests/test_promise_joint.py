@@ -13,7 +13,7 @@ from torch import nn
 from zoo import ZOO, Collector
 
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.joint import apart, joint_weights
+from gradprobe.probes.guard import joint_difference, joint_weights
 
 MARK = "the tasks' gradients do not add up to the joint one"
 ROWS = [mode for mode in MODES if mode != "features"]
@@ -119,7 +119,7 @@ def test_a_difference_of_rounding_size_is_recorded_and_no_more_is_derived():
         for _ in range(12):
             z = model["trunk"](torch.randn(16, 3, 32, 32)).mean((2, 3))
             probe.backward({"a": model["a"](z).square().mean(), "b": model["b"](z).logsumexp(1).mean()})
-        trusted = probe._measuring.meter._trusted
+        trusted = probe._recorder.gradients._trusted
     assert [row.status for row in sink.rows] == ["measured"] * 12
     if not trusted:
         assert 1e-5 < sink.notes["probe.joint_difference.value"] < 1e-3
@@ -138,19 +138,19 @@ def test_the_difference_is_that_of_the_gradients():
     expected = np.linalg.norm(joint - np.einsum("t,tlp->lp", weights, tasks), axis=1) / np.sqrt(
         np.square(weights[:, None] * np.linalg.norm(tasks, axis=2)).sum(0)
     )
-    found = apart(gram, weights)
+    found = joint_difference(gram, weights)
     np.testing.assert_allclose(found.share, expected, atol=1e-7)
     assert found.worst(["first", "second"]).startswith("second (")
     gram[0, 1, 1] = np.inf
-    assert np.isnan(apart(gram, weights).share[0])
-    assert found.largest == pytest.approx(apart(gram, weights).largest)
+    assert np.isnan(joint_difference(gram, weights).share[0])
+    assert found.largest == pytest.approx(joint_difference(gram, weights).largest)
 
 
 def test_a_task_without_a_gradient_adds_nothing():
     gram = np.full((1, 3, 3), np.nan)
     gram[0][np.ix_([0, 2], [0, 2])] = [[4.0, 8.0], [8.0, 16.0]]
-    assert apart(gram, np.array([2.0, 7.0])).share == pytest.approx(0.0, abs=1e-7)
-    assert np.isnan(apart(np.full((0, 3, 3), np.nan), np.ones(2)).largest)
+    assert joint_difference(gram, np.array([2.0, 7.0])).share == pytest.approx(0.0, abs=1e-7)
+    assert np.isnan(joint_difference(np.full((0, 3, 3), np.nan), np.ones(2)).largest)
 
 
 def test_weights_that_sum_up_to_one_would_hide_what_is_added():
@@ -169,7 +169,7 @@ def test_the_summary_says_by_how_much_a_derived_gradient_differed(tmp_path):
     with gradprobe.attach(model, ("a", "b"), path, every=1) as probe:
         for step in range(3):
             probe.backward(model(batch(step)))
-        probe._measuring.meter._differs(1.4e-5)
+        probe._recorder.gradients._differs(1.4e-5)
     with gradprobe.open_run(path) as run:
         assert run.provenance["probe.level"] == "parameters"  # the rest of the provenance is still there
         summary = summarise(run)

@@ -41,7 +41,7 @@ def hooks_of(kind):
 
 
 @pytest.mark.parametrize("mode", ["record", "backward"])
-@pytest.mark.parametrize("options", [{}, {"memory": "low"}, {"sketch": 16}, {"products": "ghost"}, {"micro": 2}])
+@pytest.mark.parametrize("options", [{}, {"memory": "low"}, {"sketch": 16}, {"micro": 2}])
 def test_hooks_that_hand_out_once_are_refused_with_their_name(mode, options):
     model = Net()
     count = options.get("micro", 1)

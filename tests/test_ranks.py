@@ -17,7 +17,7 @@ from warm import Process
 from zoo import naive_gramian
 
 import gradprobe
-from gradprobe.probes.graph import by_module, find_shared
+from gradprobe.probes.shared_layers import by_module, find_shared
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 BOTH = pytest.mark.parametrize("size", [2, 3])

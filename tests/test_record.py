@@ -97,7 +97,7 @@ def test_the_weights_are_saved_and_load(recorded):
 
 def test_recorded_numbers_are_those_of_an_independent_float64_computation(recorded, data):
     """The first row, from the same batch and the same initial parameters, with a naive twin in float64."""
-    from gradprobe.probes.graph import by_module, find_shared
+    from gradprobe.probes.shared_layers import by_module, find_shared
     from gradprobe.trainers.data import load_data, make_loader
     from gradprobe.trainers.hyp import DetectionHyp
     from gradprobe.trainers.models.yolov5 import build_model

@@ -16,9 +16,9 @@ from zoo import ZOO, Collector, Heads, batch, naive_gramian
 import gradprobe
 from gradprobe import GradientProbe, measures
 from gradprobe.errors import ProbeError
-from gradprobe.probes import sketch as sketch_module
-from gradprobe.probes.graph import Layer
-from gradprobe.probes.sketch import POOL, Draw, Size, size_of
+from gradprobe.probes import sketch
+from gradprobe.probes.shared_layers import Layer
+from gradprobe.probes.sketch import POOL, Draw, SketchSize, sketch_size
 
 
 def layer_of(*shapes, dtype=torch.float32):
@@ -66,7 +66,7 @@ def test_inner_products_are_right_on_average_and_within_the_bound(kind):
     tensors = [[torch.from_numpy(v).float()] for v in (a, b)]
     found = []
     for row in range(draws):
-        u, v = sketched(tensors, Draw(Size(k), row, [layer]))
+        u, v = sketched(tensors, Draw(SketchSize(k), row, [layer]))
         found.append((u @ v, u @ u, u @ v / np.sqrt((u @ u) * (v @ v))))
     inner, square, cosine = np.array(found).T
     c = a @ b
@@ -84,7 +84,7 @@ def test_the_error_falls_with_the_root_of_k():
     tensors = [[torch.from_numpy(v).float()] for v in (a, b)]
     errors = {}
     for k in (64, 256, 1024, 4096):
-        products = [np.prod(sketched(tensors, Draw(Size(k), row, [layer])), axis=0).sum() for row in range(60)]
+        products = [np.prod(sketched(tensors, Draw(SketchSize(k), row, [layer])), axis=0).sum() for row in range(60)]
         errors[k] = np.sqrt(np.mean((np.array(products) - (a * b).sum()) ** 2)) * np.sqrt(k)
     assert all(0.7 < error < 1.4 for error in errors.values()), (n, errors)
 
@@ -96,30 +96,30 @@ def test_the_error_falls_with_the_root_of_k():
 @given(st.integers(1, 3000), st.sampled_from([16, 100, 512, 700]), st.integers(0, 2**16))
 def test_one_by_one_and_all_at_once_are_the_same(size, k, seed):
     gradient = [torch.randn(size, generator=torch.Generator().manual_seed(seed))]
-    draw = Draw(Size(k, seed), 3, [layer_of((size,))])
+    draw = Draw(SketchSize(k, seed), 3, [layer_of((size,))])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sketch_module, "_LOOPED", 1)
+        patch.setattr(sketch, "_LOOPED", 1)
         one = sketched([gradient], draw)
-        patch.setattr(sketch_module, "_LOOPED", 1 << 30)
-        patch.setattr(sketch_module, "_AT_ONCE", 3 * k)
+        patch.setattr(sketch, "_LOOPED", 1 << 30)
+        patch.setattr(sketch, "_AT_ONCE", 3 * k)
         np.testing.assert_allclose(sketched([gradient], draw), one, rtol=1e-6, atol=1e-6)
 
 
 def test_it_is_linear_and_a_function_of_seed_and_row_alone():
     layer = layer_of((40, 50), (50,))
     a, b = ([torch.randn(40, 50), torch.randn(50)] for _ in range(2))
-    draw = Draw(Size(64, 5), 2, [layer])
+    draw = Draw(SketchSize(64, 5), 2, [layer])
     u, v, both = sketched([a, b, [2 * x - 3 * y for x, y in zip(a, b, strict=True)]], draw)
     np.testing.assert_allclose(both, 2 * u - 3 * v, atol=1e-4)
-    np.testing.assert_array_equal(sketched([a], Draw(Size(64, 5), 2, [layer]))[0], u)
-    for other in (Draw(Size(64, 5), 3, [layer]), Draw(Size(64, 6), 2, [layer])):
+    np.testing.assert_array_equal(sketched([a], Draw(SketchSize(64, 5), 2, [layer]))[0], u)
+    for other in (Draw(SketchSize(64, 5), 3, [layer]), Draw(SketchSize(64, 6), 2, [layer])):
         assert not np.allclose(sketched([a], other)[0], u)
 
 
 def test_a_layer_of_at_most_k_numbers_is_kept_as_it_is():
     layer = layer_of((4, 3), (4,))
     gradient = [torch.randn(4, 3), torch.randn(4)]
-    (found,) = sketched([gradient], Draw(Size(16), 0, [layer]))
+    (found,) = sketched([gradient], Draw(SketchSize(16), 0, [layer]))
     np.testing.assert_array_equal(found, torch.cat([g.reshape(-1) for g in gradient]).double().numpy())
 
 
@@ -128,7 +128,7 @@ def test_other_types_are_sketched_as_the_real_numbers_that_they_are(dtype):
     gradient = torch.randn(600).to(dtype)
     layer = layer_of((600,), dtype=dtype)
     real = torch.view_as_real(gradient).reshape(-1) if dtype.is_complex else gradient.double()
-    draw, same = Draw(Size(64), 0, [layer]), Draw(Size(64), 0, [layer_of((real.numel(),))])
+    draw, same = Draw(SketchSize(64), 0, [layer]), Draw(SketchSize(64), 0, [layer_of((real.numel(),))])
     np.testing.assert_allclose(sketched([[gradient]], draw), sketched([[real]], same), rtol=1e-5, atol=1e-5)
 
 
@@ -328,19 +328,18 @@ def test_beside_the_joint_gradient_a_step_with_a_derived_task_takes_no_other():
 @pytest.mark.parametrize("wrong", [0, 8, -1, 2.5, "4096", (64,) * 3, (64, -1), True, ()])
 def test_a_size_that_cannot_be_meant_is_refused(wrong):
     with pytest.raises(ProbeError, match="such as 4096"):
-        size_of(wrong)
+        sketch_size(wrong)
 
 
 def test_a_size_may_have_a_seed():
-    assert size_of(None) is None
-    assert size_of(64) == Size(64, 0)
-    assert size_of((64, 3)) == size_of([64, 3]) == Size(64, 3)
+    assert sketch_size(None) is None
+    assert sketch_size(64) == SketchSize(64, 0)
+    assert sketch_size((64, 3)) == sketch_size([64, 3]) == SketchSize(64, 3)
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"products": "ghost"}, "products='ghost' exclude"),
         ({"level": "features"}, "leave it out, or level"),
     ],
 )

@@ -11,10 +11,11 @@ from steps import BATCH, TASKS, Net, naive
 from zoo import Collector
 
 from gradprobe.probes import GradientProbe, accumulation
-from gradprobe.probes.accumulation import Accumulation, Call, latest_losses, latest_weights, mean_values, multiplied
-from gradprobe.probes.forwards import same_forward, uses_of
-from gradprobe.probes.graph import by_module, find_shared
-from gradprobe.probes.stopwatch import Stopwatch
+from gradprobe.probes.accumulation import Accumulation, same_forward, uses_of
+from gradprobe.probes.calls import Call, latest_losses, latest_weights, mean_values
+from gradprobe.probes.clock import Stopwatch
+from gradprobe.probes.passes import multiplied
+from gradprobe.probes.shared_layers import by_module, find_shared
 from gradprobe.rows import JOINED_WITHIN, MEASURED
 
 
@@ -49,9 +50,8 @@ class Step:
             self.meter.kept[:] = gradients
             values = np.array([float(losses[t].detach()) if t in tasks else np.nan for t in TASKS])
             gram = multiplied(self.shared, gradients)
-            call = Call(
-                0, given, values, np.array(weights), gram, MEASURED, Stopwatch(torch.device("cpu")), BATCH, None, [1.0]
-            )
+            watch, present = Stopwatch(torch.device("cpu")), np.array([t in tasks for t in TASKS])
+            call = Call(0, given, values, np.array(weights), gram, MEASURED, watch, BATCH, None, [1.0], present)
             assert self.calls.takes(call, 1.0)
         for t in tasks:
             losses[t].backward(retain_graph=True)
@@ -75,7 +75,7 @@ def test_tasks_that_come_one_by_one_are_joined(batches, order, missing):
     assert all(step.call(one, [task], missing=missing) for one, task in every)
     calls, gram, noise = step.row()
     assert [call.batch_size for call in calls] == [BATCH] * batches
-    assert all(call.tasks.all() and set(latest_losses([call])) == set(TASKS) for call in calls)
+    assert all(call.present.all() and set(latest_losses([call])) == set(TASKS) for call in calls)
     np.testing.assert_allclose(gram, expected, rtol=1e-9)
     values = [[float(one[t].detach()) for t in TASKS] for one in losses]
     np.testing.assert_allclose(mean_values(calls), np.mean(values, axis=0), rtol=1e-12)

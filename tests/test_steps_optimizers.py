@@ -14,7 +14,7 @@ from zoo import Collector
 
 import gradprobe
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.moves import BY_HAND
+from gradprobe.probes.clock import BY_HAND
 
 
 def one_step(model, probe, optimizer, batch, use="record"):

@@ -10,7 +10,7 @@ import torch
 from steps import BATCH, Net, both, check, total
 from zoo import Collector
 
-from gradprobe.probes import GradientProbe, points
+from gradprobe.probes import GradientProbe, optimizer_steps
 from gradprobe.rows import FIRST_CALL, MEASURED
 
 
@@ -196,6 +196,6 @@ def test_a_step_that_the_loop_cannot_take_has_its_row_at_once():
 def test_parameters_of_a_training_that_has_diverged_do_not_move_by_themselves():
     """NaN is not equal to itself: two looks at the same point must not tell a step."""
     nan = torch.tensor([1.0, float("nan")])
-    assert points.same([nan], [nan.clone()])
-    assert not points.same([nan], [torch.tensor([2.0, float("nan")])])
-    assert not points.same([nan], [torch.tensor([1.0, 1.0])])
+    assert optimizer_steps.same_numbers([nan], [nan.clone()])
+    assert not optimizer_steps.same_numbers([nan], [torch.tensor([2.0, float("nan")])])
+    assert not optimizer_steps.same_numbers([nan], [torch.tensor([1.0, 1.0])])

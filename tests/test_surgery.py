@@ -14,7 +14,7 @@ from zoo import naive_gramian
 from gradprobe import measures
 from gradprobe.cli.app import run as command
 from gradprobe.errors import MissingExtraError, TrainingError
-from gradprobe.probes.graph import by_module, find_shared
+from gradprobe.probes.shared_layers import by_module, find_shared
 from gradprobe.trainers.surgery import Surgery
 from gradprobe.trainers.weightings import METHODS, Weighting
 

@@ -533,7 +533,6 @@ def test_weight_zero_has_no_part_in_the_update(tmp_path):
         ({"optimizer": False}, "pass optimizer= too"),
         ({"level": "features"}, "level='parameters' or 'both'"),
         ({"memory": "low"}, "leave memory='low'"),
-        ({"products": "ghost"}, "products='ghost' out"),
         ({"tasks": ("a", "weight decay")}, "cannot be called 'weight decay'"),
     ],
 )

@@ -172,20 +172,20 @@ def main(folder, rank):
 
 def failing(folder, rank, mine):
     """Measuring fails in the second process alone, in the passes and then in the hooks of the joint backward."""
-    from gradprobe.probes import derived, passes
+    from gradprobe.probes import passes
 
     model = DistributedDataParallel(make(torch.float32))
     rows = []
     with warnings.catch_warnings(record=True), gradprobe.attach(model, TASKS, folder / "failing.h5", every=1) as probe:
         for step in range(STEPS):
-            real = derived.pass_to, passes.MeetingOfRanks.add
+            real = passes.pass_to, passes.ArrivingGradientsOfProcesses.add
             if rank == 1 and step == 3:
-                derived.pass_to = lambda *_: 1 / 0
+                passes.pass_to = lambda *_: 1 / 0
             if rank == 1 and step == 4:
-                passes.MeetingOfRanks.add = lambda *_: 1 / 0
+                passes.ArrivingGradientsOfProcesses.add = lambda *_: 1 / 0
             probe.backward(losses(model, mine(batch(step, torch.float32))), WEIGHTS)
-            derived.pass_to, passes.MeetingOfRanks.add = real
-            rows.append(probe._measuring.meter.last_gram.copy())
+            passes.pass_to, passes.ArrivingGradientsOfProcesses.add = real
+            rows.append(probe._recorder.gradients.last_gram.copy())
     return [p.grad.clone() for p in model.parameters()]
 
 

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from gradprobe.attachment import attach
 from gradprobe.errors import UsageError, tell
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.options import refuse_unknown
 from gradprobe.probes.probe import ending
+from gradprobe.probes.probe_options import refuse_unknown
 from gradprobe.processes import everybody
 from gradprobe.rows import Sink
 

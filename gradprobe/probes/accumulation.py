@@ -12,7 +12,7 @@ Alive between two calls are T copies of the shared parameters, and as many more 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gradprobe.measures import Array
-from gradprobe.probes.checks import Losses, is_present
-from gradprobe.probes.forwards import Uses, same_forward, uses_of
-from gradprobe.probes.gramian import GramianSum
-from gradprobe.probes.graph import SharedLayers, padded, reached
-from gradprobe.probes.meter import Meter
-from gradprobe.probes.passes import Gradients
-from gradprobe.probes.stopwatch import Stopwatch
+from gradprobe.probes.calls import Call, Losses, Noise, is_present, joined, padded
+from gradprobe.probes.graph import is_leaf, reached, trace
+from gradprobe.probes.passes import Gradients, multiplied, wide
+from gradprobe.probes.shared_layers import SharedLayers
+from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import FIRST_CALL, JOINED_WITHIN, MEASURED
 from gradprobe.statistics import noise_part
 
@@ -36,70 +34,12 @@ _DROPS = 3
 """So often within a step what was measured is given up for the next call, in a loop whose ``.grad`` was never seen."""
 
 
-@dataclass(frozen=True)
-class Noise:
-    """What a measurement in micro-batches tells besides.
-
-    Attributes:
-        part: (L, T, T) of the Gramians, as the losses were scaled; None: not known.
-        batches: In how many it was measured.
-    """
-
-    part: Array | None
-    batches: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """What one call measured.
-
-    Attributes:
-        step: Of the training.
-        losses: Of this process; their graphs tell why a gradient is missing.
-        values: (T,) of this process.
-        weights: (T,) in force.
-        gram: (L, T, T), as the losses were scaled; None: it failed.
-        status: Why it failed.
-        watch: Has counted what it cost.
-        batch_size: Samples of this process.
-        noise: None: it was not measured in micro-batches.
-        shares: Of the micro-batches that the call itself was measured in; [1.0]: as a whole.
-        present: (T,) bool: whose gradients there are; None: all.
-    """
-
-    step: int
-    losses: Losses
-    values: Array
-    weights: Array
-    gram: Array | None
-    status: str
-    watch: Stopwatch
-    batch_size: int
-    noise: Noise | None
-    shares: Sequence[float]
-    present: NDArray[np.bool_] | None = None
-
-    @property
-    def tasks(self) -> NDArray[np.bool_]:
-        """(T,) whose gradients there are."""
-        return np.ones(len(self.values), dtype=bool) if self.present is None else self.present
-
-    @property
-    def parts(self) -> Array:
-        """(L, T, T) what :func:`noise_part` needs of the call's micro-batches: its inverse."""
-        assert self.gram is not None
-        squared = float(np.square(self.shares).sum())
-        if self.noise is None or self.noise.part is None or len(self.shares) == 1:
-            return self.gram * (squared if len(self.shares) > 1 else 1.0)
-        return self.noise.part * (1 - squared) + self.gram * squared
-
-
 class Accumulation:
     """Collects the calls of a step that is measured.
 
     Args:
         tasks: (T,) names.
-        meter: Makes the gradients.
+        gradients: Makes them.
         expected: Whether steps consist of several calls; None: the first step will tell.
         by_gradients: Whether it is told by ``.grad`` if a further call belongs to the step; if not, every call does
             until so many were made, unless ``.grad`` was there and is gone.
@@ -113,7 +53,7 @@ class Accumulation:
     def __init__(
         self,
         tasks: Sequence[str],
-        meter: Meter,
+        gradients: TaskGradients,
         expected: bool | None,
         by_gradients: bool,
         agree: Callable[[bool], bool],
@@ -122,12 +62,18 @@ class Accumulation:
         again: Callable[[], None] = lambda: None,
         guarded: Callable[[Callable[[], Any]], tuple[Any, str]] = lambda work: (work(), MEASURED),
     ) -> None:
-        self._tasks, self._meter, self._by_gradients, self._agree, self._emit = tasks, meter, by_gradients, agree, emit
+        self._tasks, self._source, self._by_gradients, self._agree, self._emit = (
+            tasks,
+            gradients,
+            by_gradients,
+            agree,
+            emit,
+        )
         self._loss_scale, self._again, self._guarded = loss_scale, again, guarded
         self._waits = expected is not False
-        self._expected = expected if meter.keeps else False
+        self._expected = expected if gradients.keeps else False
         self._calls: list[Call] = []
-        self._uses: list[Uses | None] = []  # of each call, once it was asked for
+        self._uses: list[_Uses | None] = []  # of each call, once it was asked for
         self._means: list[Gradients] = []
         self._counts: list[int] = []  # (T,) how many calls each mean is of
         self._partial: list[Gradients] = []  # of the last call, where it lacks tasks
@@ -142,7 +88,7 @@ class Accumulation:
         return self._expected is not False
 
     def stop(self) -> None:
-        """The first call stands for its step from here on: what is beside the probe looks at single calls."""
+        """The first call stands for its step from here on: an observer looks at single calls."""
         self._expected = self._waits = False
 
     def due(self, first: bool, due: bool, losses: Losses) -> bool:
@@ -176,7 +122,7 @@ class Accumulation:
             self._begin(self._expected is not False)
             return True
         several = self._expected is not False
-        self._expected = self._meter.keeps
+        self._expected = self._source.keeps
         if several:
             self._begin(True)
         elif self._expected:  # steps that grow, as in a warm-up: seen too late for this one
@@ -205,17 +151,15 @@ class Accumulation:
         return True
 
     def _take(self, call: Call) -> None:
-        gradients = list(self._meter.kept or []) if self._collecting else []
+        gradients = list(self._source.kept or []) if self._collecting else []
         self._follow_layers()
-        if call.present is None:
-            call = replace(call, present=np.array([is_present(call.losses.get(task)) for task in self._tasks]))
-        new = call.tasks if self._joined is None else call.tasks & ~self._calls[self._joined].tasks
+        new = call.present if self._joined is None else call.present & ~self._calls[self._joined].present
         if self._joined is not None:
             self._merge(self._joined, call, gradients)
         else:
             self._calls.append(call)
             self._uses.append(None)
-            self._partial = gradients if not call.tasks.all() else []
+            self._partial = gradients if not call.present.all() else []
         self._add(gradients, new)
 
     def finish(self, *_: object) -> None:
@@ -230,20 +174,20 @@ class Accumulation:
             self._expected = self._expected or False
             self._emit(calls, calls[0].gram, calls[0].noise)
             return
-        if any(call.gram is None for call in calls) or self._meter.shared is None:
+        if any(call.gram is None for call in calls) or self._source.shared is None:
             self._emit(calls, None, Noise(None, len(calls)))
             return
         found, status = self._guarded(lambda: self._mean_of(calls, means))
         if found is None:
             self._emit([*calls[:-1], replace(calls[-1], gram=None, status=status)], None, Noise(None, len(calls)))
             return
-        if self._meter.kept is not None:
-            self._meter.kept[:] = means
+        if self._source.kept is not None:
+            self._source.kept[:] = means
         self._emit(calls, *found)
 
     def _mean_of(self, calls: Sequence[Call], means: Sequence[Gradients]) -> tuple[Array, Noise]:
-        assert self._meter.shared is not None
-        gram = multiplied(self._meter.shared, means) if means else calls[-1].gram
+        assert self._source.shared is not None
+        gram = multiplied(self._source.shared, means) if means else calls[-1].gram
         assert gram is not None
         return gram, _noise_of(calls, gram)
 
@@ -256,7 +200,7 @@ class Accumulation:
 
     def _follow_layers(self) -> None:
         """Layers may have joined since the calls before: what they brought is put where it belongs now."""
-        shared, known = self._meter.shared, self._of
+        shared, known = self._source.shared, self._of
         if shared is not None and known is not None and self._calls and known.layers is not shared.layers:
             self._means = [_moved(own, known, shared) for own in self._means]
             self._partial = [_moved(own, known, shared) for own in self._partial]
@@ -267,13 +211,13 @@ class Accumulation:
 
     def _begin(self, collecting: bool) -> None:
         self._collecting = collecting
-        if collecting and self._meter.kept is None:
-            self._meter.kept, self._lent = [], True
+        if collecting and self._source.kept is None:
+            self._source.kept, self._lent = [], True
 
     def _give_back(self) -> None:
-        """The meter keeps gradients for others, or none."""
+        """Gradients are kept for others, or none."""
         if self._lent:
-            self._meter.kept, self._lent = None, False
+            self._source.kept, self._lent = None, False
         self._collecting = False
 
     def _forget(self) -> None:
@@ -296,21 +240,21 @@ class Accumulation:
                 return place
         return None
 
-    def _used(self, losses: Losses) -> Uses:
+    def _used(self, losses: Losses) -> _Uses:
         there = [loss for loss in losses.values() if is_present(loss)]
         return uses_of(there, self._parameters())
 
     def _parameters(self) -> Sequence[nn.Parameter]:
         """The shared ones; the model's where none is known to be shared yet, as of a call that lacks tasks."""
-        shared = self._meter.shared
-        return shared.parameters if shared is not None and shared.layers else self._meter.parameters
+        shared = self._source.shared
+        return shared.parameters if shared is not None and shared.layers else self._source.parameters
 
     def _join(self, place: int, losses: Losses) -> bool:
         """Whether a call of a forward that was measured brings tasks that were not."""
-        known = dict(zip(self._tasks, self._calls[place].tasks, strict=True))
+        known = dict(zip(self._tasks, self._calls[place].present, strict=True))
         if all(known.get(task, True) or not is_present(loss) for task, loss in losses.items()):
             return False
-        able, self._expected = self._expected is not False, self._meter.keeps
+        able, self._expected = self._expected is not False, self._source.keeps
         if able:
             self._joined = place
             self._begin(True)
@@ -320,15 +264,15 @@ class Accumulation:
         """A call brings further tasks of a forward that another began."""
         earlier = self._calls[place]
         last = place == len(self._calls) - 1
-        both = _first_known(self._partial, gradients, earlier.tasks) if last and self._partial and gradients else []
-        gram = multiplied(self._meter.shared, both) if both and self._meter.shared is not None else None
+        both = _first_known(self._partial, gradients, earlier.present) if last and self._partial and gradients else []
+        gram = multiplied(self._source.shared, both) if both and self._source.shared is not None else None
         if gram is None and earlier.gram is not None and call.gram is not None:  # their products are not known
             gram = np.where(np.isnan(earlier.gram), call.gram, earlier.gram)
         merged = joined(earlier, call, gram)
         self._calls[place] = merged
         self._uses[place] = None
         if last:
-            self._partial = both if not merged.tasks.all() else []
+            self._partial = both if not merged.present.all() else []
 
     def _add(self, gradients: Sequence[Gradients], new: NDArray[np.bool_]) -> None:
         """Take the gradients of some tasks, (T,) bool, into the means."""
@@ -369,51 +313,12 @@ def _widened(call: Call, layers: int) -> Call:
     return replace(call, gram=None if call.gram is None else padded(call.gram, layers), noise=noise)
 
 
-def joined(one: Call, other: Call, gram: Array | None) -> Call:
-    """Two calls of one forward as one, with the Gramian of both; its samples and its noise count once."""
-    parts = [call.noise.part for call in (one, other) if call.noise is not None and call.noise.part is not None]
-    other.watch.add(one.watch.seconds)
-    return replace(
-        other,
-        step=one.step,
-        losses={**other.losses, **{task: loss for task, loss in one.losses.items() if is_present(loss)}},
-        values=np.where(one.tasks, one.values, other.values),
-        weights=np.where(one.tasks, one.weights, other.weights),
-        gram=gram,
-        status=status_of_calls([one, other]),
-        watch=other.watch,
-        batch_size=max(one.batch_size, other.batch_size),
-        noise=other.noise and replace(other.noise, part=_either(parts)),
-        present=one.tasks | other.tasks,
-    )
-
-
-def _either(parts: Sequence[Array]) -> Array | None:
-    """Of two arrays, or one or none, what either knows."""
-    if len(parts) < 2:
-        return None
-    return np.where(np.isnan(parts[0]), parts[1], parts[0])
-
-
 def _mean(mean: Tensor | None, gradient: Tensor | None, count: int) -> Tensor | None:
     """The mean of ``count`` gradients and one more; None counts as 0. Not in place: the first may be another's."""
     if mean is None or gradient is None:
         there = mean if mean is not None else gradient
-        return None if there is None else _wide(there) * ((count if gradient is None else 1) / (count + 1))
-    return _wide(mean) * (count / (count + 1)) + _wide(gradient) / (count + 1)
-
-
-def _wide(gradient: Tensor) -> Tensor:
-    dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
-    return dense.float() if dense.dtype in (torch.float16, torch.bfloat16) else dense
-
-
-def multiplied(shared: SharedLayers, gradients: Sequence[Gradients]) -> Array:
-    """The Gramians (L, T, T) of all tasks' gradients."""
-    total = GramianSum(shared.layers, len(gradients))
-    for index in range(len(shared.parameters)):
-        total.add(index, [own[index] for own in gradients])
-    return total.result()
+        return None if there is None else wide(there) * ((count if gradient is None else 1) / (count + 1))
+    return wide(mean) * (count / (count + 1)) + wide(gradient) / (count + 1)
 
 
 def _noise_of(calls: Sequence[Call], gram: Array) -> Noise:
@@ -424,7 +329,7 @@ def _noise_of(calls: Sequence[Call], gram: Array) -> Noise:
     count = len(calls)
     parts = np.sum([_known(call.parts) for call in calls], axis=0) / count**2
     shares = [share / count for call in calls for share in call.shares]
-    there = np.all([call.tasks for call in calls], axis=0)
+    there = np.all([call.present for call in calls], axis=0)
     known = there[:, None] & there[None, :] & ~np.any([_lacks(call.parts) for call in calls], axis=0)
     with np.errstate(invalid="ignore"):  # of gradients that are not finite
         part = noise_part(gram, parts, shares)
@@ -442,29 +347,71 @@ def _lacks(parts: Array) -> NDArray[np.bool_]:
     return lacks
 
 
-def mean_values(calls: Sequence[Call]) -> Array:
-    """(T,) means of the losses over the calls in which each task is present; NaN where it is in none."""
-    there = np.array([call.tasks for call in calls])
-    total = np.where(there, [call.values for call in calls], 0.0).sum(axis=0)
-    means: Array = np.divide(total, there.sum(axis=0), out=np.full(total.shape, np.nan), where=there.any(axis=0))
-    return means
+_Operation = tuple[int, str]
+"""Sequence number and kind of an operation; the number is its own as long as the forwards run in one thread."""
 
 
-def latest_weights(calls: Sequence[Call]) -> Array:
-    """(T,) weights in force: of each task in the last call in which it is present."""
-    found = calls[-1].weights
-    for call in calls:
-        found = np.where(call.tasks, call.weights, found)
-    return found
+@dataclass(frozen=True)
+class _Uses:
+    """What a call's losses were made by.
+
+    Attributes:
+        losses: The operations that made the losses themselves.
+        parameters: ``id`` of a parameter -> the operations that joined it with something else, such as a layer's input.
+        operations: All of them.
+    """
+
+    losses: frozenset[_Operation]
+    parameters: dict[int, frozenset[_Operation]]
+    operations: frozenset[_Operation]
 
 
-def latest_losses(calls: Sequence[Call]) -> Losses:
-    """The latest losses of every task, where it takes part in a call."""
-    there = {task: loss for call in calls for task, loss in call.losses.items() if is_present(loss)}
-    return {**calls[-1].losses, **there}
+def uses_of(losses: Iterable[Tensor], parameters: Collection[Tensor]) -> _Uses:
+    """Read off the graph.
+
+    What is made of a parameter alone (a transposed or a shorter copy) may be kept for several forwards, so such
+    operations are passed over.
+    """
+    roots, wanted = list(losses), {id(p) for p in parameters}
+    found: dict[int, set[_Operation]] = {}
+    nodes = [node for node in trace(roots).nodes if not is_leaf(node)]
+    for node in nodes:
+        if len(node.next_functions) == 1:
+            continue
+        for child, _ in node.next_functions:
+            leaf = _leaf_below(child)
+            if id(leaf) in wanted:
+                found.setdefault(id(leaf), set()).add(_name(node))
+    made = frozenset(_name(loss.grad_fn) for loss in roots if loss.grad_fn is not None)
+    used = {leaf: frozenset(by) for leaf, by in found.items()}
+    return _Uses(made, used, frozenset(map(_name, nodes)))
 
 
-def status_of_calls(calls: Sequence[Call]) -> str:
-    """Why there is no measurement, where one call failed."""
-    failed = [call for call in calls if call.gram is None]
-    return next((call.status for call in failed or calls if call.status != MEASURED), MEASURED)
+def same_forward(one: _Uses, other: _Uses) -> bool:
+    """Whether ``one`` is of the forward that ``other`` is of.
+
+    It is where all its losses are the other's, or where both use the parameters that they have in common by the same
+    operations. One may use a parameter more often than the other, as heads at different depths do; where each has a
+    use of its own, the forward ran twice, whatever else they share (a penalty that was made once, say). Where no
+    parameter is visible in both (behind a reentrant checkpoint), any operation in common will do.
+    """
+    if one.losses and one.losses <= other.losses:
+        return True
+    common = one.parameters.keys() & other.parameters.keys()
+    pairs = [(one.parameters[p], other.parameters[p]) for p in common]
+    if not pairs:
+        return bool(one.operations & other.operations)
+    return all(own <= theirs or theirs <= own for own, theirs in pairs)
+
+
+def _leaf_below(node: Any) -> object:
+    """The leaf that a chain of operations on one tensor begins with; None: there is none."""
+    while node is not None and not is_leaf(node):
+        if len(node.next_functions) != 1:
+            return None
+        node = node.next_functions[0][0]
+    return None if node is None else node.variable
+
+
+def _name(node: Any) -> _Operation:
+    return node._sequence_nr(), type(node).__name__

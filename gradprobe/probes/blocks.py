@@ -24,25 +24,24 @@ from torch.autograd.graph import GradientEdge
 
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
-from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.passes import done
+from gradprobe.probes.graph import LossGraph, Node, is_leaf
+from gradprobe.probes.passes import Step, done
+from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.probes.state import state_kept
-from gradprobe.probes.trace import Node, Trace, is_leaf
 from gradprobe.processes import OneProcess
 
 _Edge = tuple[Node, int]
 """An operation, and which of its outputs the gradient is of."""
-
 BLOCKS = 8
 """Into so many parts of about equal numbers of parameters a model is cut, where its layers allow it."""
 
 
 @dataclass(frozen=True)
-class Block:
+class _Block:
     """A stretch of the graph.
 
     Attributes:
-        first, end: Its operations, by their place in ``Trace.nodes``.
+        first, end: Its operations, by their place in ``LossGraph.nodes``.
         leaves: Places of the shared parameters that it uses.
         complete: Those of them that no later block uses: their gradients are whole when this block is done.
         out: The edges that lead out of it, towards earlier operations.
@@ -55,7 +54,7 @@ class Block:
     out: tuple[_Edge, ...]
 
 
-def cut(graph: Trace, shared: SharedLayers, count: int = BLOCKS) -> list[Block]:
+def cut(graph: LossGraph, shared: SharedLayers, count: int = BLOCKS) -> list[_Block]:
     """Blocks from the losses down, cut where the least leads across.
 
     Args:
@@ -69,24 +68,17 @@ def cut(graph: Trace, shared: SharedLayers, count: int = BLOCKS) -> list[Block]:
     for end, first in pairwise(bounds):
         used = tuple(i for i, places in uses.items() if any(first <= at < end for at in places))
         complete = tuple(i for i in used if min(uses[i]) >= first)
-        blocks.append(Block(first, end, used, complete, _leading_out(graph, first, end)))
+        blocks.append(_Block(first, end, used, complete, _leading_out(graph, first, end)))
     return blocks
 
 
-def measure_by_blocks(
-    model: nn.Module,
-    shared: SharedLayers,
-    losses: Sequence[Tensor],
-    graph: Trace,
-    count: int = BLOCKS,
-    ranks: OneProcess | None = None,
-) -> Array:
+def by_blocks(step: Step, count: int = BLOCKS) -> Array:
     """The Gramians (L, T, T), with no more than T gradients of one block alive."""
-    ranks = ranks or OneProcess()
+    shared, losses, graph, ranks = step.shared, step.losses, step.traced, step.ranks
     position = {node: at for at, node in enumerate(graph.nodes)}
     total, own = GramianSum(shared.layers, len(losses)), GramianSum(shared.layers, len(losses))
     walks = [_Walk(loss, shared, position) for loss in losses]
-    with state_kept(model) as back:
+    with state_kept(step.model) as back:
         for block in cut(graph, shared, count):
             ranks.together(partial(_all_through, walks, block, back))
             _multiply(total, own, walks, block, shared.parameters, ranks)
@@ -99,7 +91,7 @@ def _multiply(
     total: GramianSum,
     own: GramianSum,
     walks: Sequence[_Walk],
-    block: Block,
+    block: _Block,
     parameters: Sequence[nn.Parameter],
     ranks: OneProcess,
 ) -> None:
@@ -116,7 +108,7 @@ def _multiply(
         total.add(index, [gradients[place] for gradients in found])
 
 
-def _all_through(walks: Sequence[_Walk], block: Block, back: Callable[[], None]) -> None:
+def _all_through(walks: Sequence[_Walk], block: _Block, back: Callable[[], None]) -> None:
     for walk in walks:
         walk.through(block)
         back()
@@ -133,7 +125,7 @@ class _Walk:
         if loss.grad_fn is not None:
             self._front[loss.grad_fn, loss.output_nr] = torch.ones_like(loss)
 
-    def through(self, block: Block) -> None:
+    def through(self, block: _Block) -> None:
         """Take the gradient from the upper edges of a block to its parameters and its lower edges."""
         starts = {e: self._front.pop(e) for e in list(self._front) if self._position[e[0]] >= block.first}
         leaves = [i for i in block.leaves if self._parameters[i].requires_grad]
@@ -175,7 +167,7 @@ def _stopping_at(nodes: set[Node]) -> Iterator[None]:
             handle.remove()
 
 
-def _uses(graph: Trace, shared: SharedLayers) -> dict[int, list[int]]:
+def _uses(graph: LossGraph, shared: SharedLayers) -> dict[int, list[int]]:
     """Place of a shared parameter -> places of the operations that use it."""
     index = {id(p): i for i, p in enumerate(shared.parameters)}
     uses: dict[int, list[int]] = {}
@@ -188,7 +180,7 @@ def _uses(graph: Trace, shared: SharedLayers) -> dict[int, list[int]]:
     return uses
 
 
-def _bounds(graph: Trace, shared: SharedLayers, uses: dict[int, list[int]], count: int) -> list[int]:
+def _bounds(graph: LossGraph, shared: SharedLayers, uses: dict[int, list[int]], count: int) -> list[int]:
     """Places at which blocks end and begin, from the losses down; the first is the end of the graph, the last 0."""
     parameters = shared.parameters
     goal = sum(parameters[i].numel() for i in uses) / count
@@ -204,7 +196,7 @@ def _bounds(graph: Trace, shared: SharedLayers, uses: dict[int, list[int]], coun
     return [*bounds, 0]
 
 
-def _width(graph: Trace) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _width(graph: LossGraph) -> np.ndarray[Any, np.dtype[np.int64]]:
     """(N + 1,) how many numbers' gradients lead across a cut just below each place."""
     change = np.zeros(len(graph.nodes) + 1, dtype=np.int64)
     position = {node: at for at, node in enumerate(graph.nodes)}
@@ -220,7 +212,7 @@ def _width(graph: Trace) -> np.ndarray[Any, np.dtype[np.int64]]:
     return np.cumsum(change)
 
 
-def _leading_out(graph: Trace, first: int, end: int) -> tuple[_Edge, ...]:
+def _leading_out(graph: LossGraph, first: int, end: int) -> tuple[_Edge, ...]:
     position = {node: at for at, node in enumerate(graph.nodes[:first])}
     found: dict[_Edge, None] = {}
     for node in graph.nodes[first:end]:

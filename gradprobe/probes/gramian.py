@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,31 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes.graph import Layer
-from gradprobe.probes.transfer import fetch
+from gradprobe.probes.shared_layers import Layer
 
 # Numbers converted to float64 at a time: they stay in the cache, and no whole copy is made. Above 10,000 numbers
 # numpy's OpenBLAS takes threads of its own, which spin on after their work: that cost as much as a whole training step.
 # A matrix product is quicker than single ones from about eight gradients on.
 _PIECE, _MANY = 1 << 13, 8
-
 # Numbers of all tasks in float64 at a time where gradients are multiplied on a GPU: 64 MiB.
 _COPIED = 1 << 23
-
 # Of long float32 gradients, products of 256 numbers at a time are summed in float32, which is three times as quick, and
 # these sums in float64: rounding errors are independent from sum to sum and average out, to below 3e-8 of the norms.
 # Numbers so small or large that float32 would not hold their squares are multiplied in float64 all the same.
 _LONG, _RUN, _TINY = 1 << 15, 256, 1e-28
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of two tensors of one shape, as of real vectors, accumulated in float64.
-
-    Returns:
-        0-d, float64 (float32 on Apple's MPS, which has no float64), on the tensors' device.
-    """
-    return products([a, b])[0, 1]
 
 
 def products(gradients: Sequence[Tensor]) -> Tensor:
@@ -159,15 +150,17 @@ class GramianSum:
     Args:
         layers: L of them.
         tasks: T, how many.
+
+    Attributes:
+        present: (L, T): which task brought a gradient to which layer.
     """
 
     def __init__(self, layers: Sequence[Layer], tasks: int) -> None:
         self._layers, self._tasks = layers, tasks
         self._owner = [index for index, layer in enumerate(layers) for _ in layer.parameters]
-        self._parts: list[tuple[int, list[int], Tensor, bool]] = []  # on other devices; whether they are final
+        self._parts: list[tuple[int, list[int], Tensor]] = []  # on other devices
         self._done: list[tuple[int, list[int], Array]] = []  # those that never were on another device
-        self._final: list[tuple[int, list[int], Array]] = []
-        self._present = np.zeros((len(layers), tasks), dtype=bool)
+        self.present: NDArray[np.bool_] = np.zeros((len(layers), tasks), dtype=bool)
 
     def add(self, index: int, gradients: Sequence[Tensor | None], *, factor: float = 1.0) -> None:
         """Add one parameter.
@@ -181,28 +174,14 @@ class GramianSum:
         if not there:
             return
         layer = self._owner[index]
-        self._present[layer, there] = True
+        self.present[layer, there] = True
         present = [g for g in gradients if g is not None]
         if present[0].is_cpu:
             found = _on_cpu([vector(g) for g in present])
             self._done.append((layer, there, found if factor == 1.0 else found * factor))
         else:
             part = products(present) if factor == 1.0 else products(present) * factor
-            self._parts.append((layer, there, part, False))
-
-    def add_products(self, index: int, tasks: Sequence[int], products: Tensor) -> None:
-        """Add one parameter whose products are known: (k, k) of the k tasks that reach it."""
-        layer = self._owner[index]
-        self._present[layer, list(tasks)] = True
-        if products.is_cpu:
-            self._final.append((layer, list(tasks), products.numpy()))
-        else:
-            self._parts.append((layer, list(tasks), products, True))
-
-    @property
-    def present(self) -> NDArray[np.bool_]:
-        """(L, T): which task brought a gradient to which layer."""
-        return self._present
+            self._parts.append((layer, there, part))
 
     def result(self, change: Array | None = None) -> Array:
         """The Gramians so far.
@@ -216,10 +195,8 @@ class GramianSum:
         """
         bring([self])
         gram = self._summed(self._done, change)
-        with np.errstate(invalid="ignore"):  # as above
-            gram += self._summed(self._final, None)
         gram[~np.isfinite(gram)] = np.inf
-        gram[~(self._present[:, :, None] & self._present[:, None, :])] = np.nan
+        gram[~(self.present[:, :, None] & self.present[:, None, :])] = np.nan
         return gram
 
     def _summed(self, blocks: Iterable[tuple[int, list[int], Array]], change: Array | None) -> Array:
@@ -240,12 +217,12 @@ class GramianSum:
     @property
     def waiting(self) -> list[Tensor]:
         """Products that are still on another device."""
-        return [part for _, _, part, _ in self._parts]
+        return [part for _, _, part in self._parts]
 
     def arrived(self, values: Sequence[Array]) -> None:
         """The numbers of :attr:`waiting`."""
-        for (layer, there, part, final), numbers in zip(self._parts, values, strict=True):
-            (self._final if final else self._done).append((layer, there, numbers.reshape(tuple(part.shape))))
+        for (layer, there, part), numbers in zip(self._parts, values, strict=True):
+            self._done.append((layer, there, numbers.reshape(tuple(part.shape))))
         self._parts = []
 
 
@@ -255,3 +232,119 @@ def bring(sums: Sequence[GramianSum]) -> None:
     found = iter(fetch([part for parts in waiting for part in parts]))
     for total, parts in zip(sums, waiting, strict=True):
         total.arrived([next(found) for _ in parts])
+
+
+# Each transfer from a device makes the host wait for all that was asked of the device before. So a measured row has
+# one: the products of its gradients, and along with them whatever else it stores, as the losses and the loss scale.
+
+
+class _Waiting(threading.local):
+    """Tensors that are to go along with the next transfer of this thread, and their numbers once they have."""
+
+    def __init__(self) -> None:
+        self.tensors: list[weakref.ref[Tensor]] = []
+        self.found: dict[int, Array] = {}
+
+
+_waiting = _Waiting()
+
+
+def take_along(tensors: Sequence[Tensor]) -> None:
+    """Have the next transfer bring these, too, in the place of what waits already. They are not kept alive."""
+    _waiting.tensors, _waiting.found = [weakref.ref(t) for t in tensors if not t.is_cpu], {}
+
+
+def fetch(tensors: Sequence[Tensor]) -> list[Array]:
+    """The numbers of some tensors, flat, in float64 (from float32 on Apple's MPS, which has no float64).
+
+    One transfer per device; nothing is copied of what lies on the CPU.
+    """
+    found: list[Array] = [np.zeros(0)] * len(tensors)
+    by_device: dict[torch.device, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if tensor.is_cpu:
+            found[place] = tensor.detach().reshape(-1).double().numpy()
+        else:
+            by_device.setdefault(tensor.device, []).append(place)
+    for device, places in by_device.items():
+        others = _along(device)
+        numbers = _bring([tensors[place] for place in places] + others)
+        for place, part in zip(places, numbers, strict=False):
+            found[place] = part
+        _waiting.found.update(zip(map(id, others), numbers[len(places) :], strict=True))
+    return found
+
+
+def scalars(tensors: Sequence[Tensor]) -> list[float]:
+    """Scalars as numbers: those that went along with a transfer, and the others by one of their own."""
+    missing = [t for t in tensors if not (id(t) in _waiting.found and any(ref() is t for ref in _waiting.tensors))]
+    fetched = dict(zip(map(id, missing), fetch(missing), strict=True))
+    return [float((fetched[id(t)] if id(t) in fetched else _waiting.found[id(t)])[0]) for t in tensors]
+
+
+def _along(device: torch.device) -> list[Tensor]:
+    alive = [tensor for ref in _waiting.tensors if (tensor := ref()) is not None]
+    return [t for t in alive if t.device == device and id(t) not in _waiting.found]
+
+
+def _bring(tensors: Sequence[Tensor]) -> list[Array]:
+    wide = torch.float32 if tensors[0].device.type == "mps" else torch.float64
+    flat = torch.cat([tensor.detach().reshape(-1).to(wide) for tensor in tensors])
+    numbers = flat.cpu().double().numpy()
+    return np.split(numbers, np.cumsum([tensor.numel() for tensor in tensors])[:-1])
+
+
+class LossScale:
+    """What a ``GradScaler`` does to losses, which are measured scaled and stored unscaled; nothing without one.
+
+    Args:
+        scaler: The loop's own. It is asked for its scale and told nothing.
+
+    Raises:
+        ProbeError: It has no scale.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        if scaler is not None and not (hasattr(scaler, "scale") and hasattr(scaler, "get_scale")):
+            raise ProbeError(f"scaler= is a {type(scaler).__name__}; pass the loop's torch.amp.GradScaler, or none.")
+        self._scaler = scaler
+        self.unread: list[Tensor] = []
+        """The factor of the losses that were last scaled together, where it is a tensor that nobody has read yet."""
+
+    def apply(self, loss: Tensor) -> Tensor:
+        """The loss as its backward is to be made."""
+        if self._scaler is None:
+            return loss
+        self.unread = []
+        scaled: Tensor = self._scaler.scale(loss)
+        return scaled
+
+    def all(self, losses: Sequence[Tensor], *, along: bool = False) -> list[Tensor]:
+        """Several losses, scaled; their values come over with the next transfer where they are to go along."""
+        scaled = [self.apply(loss) for loss in losses]
+        if self._scaler is not None and losses:  # asked by get_scale() it would make the host wait
+            self.unread = [self._scaler.scale(torch.ones((), device=losses[0].device))]
+        if along:
+            take_along([*losses, *self.unread])
+        return scaled
+
+    @property
+    def factor(self) -> float:
+        """By what losses are multiplied; right once one was."""
+        if self._scaler is None:
+            return 1.0
+        return scalars(self.unread)[0] if self.unread else float(self._scaler.get_scale())
+
+    @property
+    def now(self) -> float:
+        """By what the next loss would be multiplied. Asking makes the host wait for a GPU."""
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
+
+    @property
+    def there(self) -> bool:
+        """Whether losses are scaled, so that a gradient may overflow which is finite by itself."""
+        return self._scaler is not None and self.factor != 1.0
+
+    def off(self, gram: Array) -> Array:
+        """Gramians of scaled gradients as those of unscaled ones."""
+        return gram / self.factor**2

@@ -11,32 +11,36 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import GradprobeError, ProbeError
-from gradprobe.probes import custom, walk
-from gradprobe.probes.custom import some
-from gradprobe.probes.joint import MARK, Apart, words
-from gradprobe.probes.noted import Noted, Parameters, Touched
+from gradprobe.measures import Array
+from gradprobe.probes.graph import Node, custom_operations, hooked_names, some, unpack_hooks
 from gradprobe.probes.passes import done
-from gradprobe.probes.state import state_kept
-from gradprobe.probes.trace import Node
+from gradprobe.probes.state import (
+    ParameterValues,
+    PassSnapshot,
+    Touched,
+    has_backward_hooks,
+    has_parameter_hooks,
+    parameters_of,
+    state_kept,
+)
 from gradprobe.processes import OneProcess
-from gradprobe.rows import MEASURED
 
 T = TypeVar("T")
-
 _TOUCHES = "not measured: a backward pass writes into .grad or parameters by itself"
 _ONE_BACKWARD = "not measured: this forward allows one backward only"
 MOVED = "not measured: the optimizer stepped within the backward, before the derived gradient was known"
 _UNTRIED = "not measured: hooks on saved tensors that no measured row had tried"
-BESIDE = "beside"
+OBSERVED = "beside"
 """The kind of what is looked at besides rows."""
-
-ELSEWHERE = "not measured: so it is in another process"
+_ELSEWHERE = "not measured: so it is in another process"
 
 
 class NotMeasured(Exception):  # noqa: N818 (nothing went wrong)
@@ -60,6 +64,7 @@ class Guard:
         ranks: The processes that measure together.
 
     Attributes:
+        proven: Whether a row was looked at closely in this session, and nothing was touched.
         stopped: Why no more passes are made; empty: they are.
         mark: Status of rows whose gradients do not add up to the joint one; empty: they do, as far as is known.
         moves: Whether parameters move while the joint backward runs, so that none can be looked at after it.
@@ -68,7 +73,7 @@ class Guard:
     def __init__(self, model: nn.Module, warn: Callable[[str], None], ranks: OneProcess | None = None) -> None:
         self._model, self._warn, self._ranks = model, warn, ranks or OneProcess()
         self._rows: Counter[str] = Counter()
-        self._proven = self._off = self._said = self._told = False
+        self.proven = self._off = self._said = self._told = False
         self._tried: set[str] = set()
         self._passes = done.count  # before the first of this probe
         self.stopped = self.mark = ""
@@ -83,16 +88,12 @@ class Guard:
         self._rows = Counter(state["rows"])
         self.stopped, self.mark, self.moves = state["stopped"], state["mark"], state["moves"]
 
-    def marked(self, status: str) -> str:
-        """The status of a row of which all else is well."""
-        return self.mark or status if status == MEASURED else status
-
     def say_hooks(self) -> None:
         """Once: which hooks of the user's the passes run, too."""
-        if self._said or not _has_hooks(self._model):
+        if self._said or not has_backward_hooks(self._model):
             return
         self._said = True
-        names = custom.hooked(self._model)
+        names = hooked_names(self._model)
         self._warn(
             f"backward hooks of your own on {some(names)} run in every pass of the probe, too, so once per task at "
             "measured steps: what they change is measured changed, and what they count or collect is counted that much "
@@ -101,7 +102,7 @@ class Guard:
 
     def will_look(self, kind: str = "rows") -> bool:
         """Whether the next row of a kind will be looked at closely: the first of a session is, too."""
-        return not self._proven or self.scheduled(kind)
+        return not self.proven or self.scheduled(kind)
 
     def scheduled(self, kind: str = "rows") -> bool:
         """Whether it is the 1st, 2nd, 4th, 8th, ... of a run."""
@@ -123,10 +124,10 @@ class Guard:
         """
         self.say_hooks()
         nodes = _reachable(losses)
-        hooks = custom.unpack_hooks(nodes)
-        why = self.stopped or (_UNTRIED if self._proven and not self._tried.issuperset(hooks) else "")
+        hooks = unpack_hooks(nodes)
+        why = self.stopped or (_UNTRIED if self.proven and not self._tried.issuperset(hooks) else "")
         if not self._ranks.all(not why):
-            raise NotMeasured(why or ELSEWHERE, self._words_of_untried(hooks) if why == _UNTRIED else "")
+            raise NotMeasured(why or _ELSEWHERE, self._words_of_untried(hooks) if why == _UNTRIED else "")
         looks = self.will_look(kind)
         self._rows[kind] += 1
         if not looks:
@@ -137,35 +138,37 @@ class Guard:
             except Exception as error:
                 raise self._cause(error, losses, before) from error
         known = bool(losses)
-        copies = not known or bool(hooks or custom.operations(nodes) or _has_hooks(self._model))
-        noted, before = Noted(self._model, nodes, copies=copies), done.count if self._proven else self._passes
-        result, touched, failure = self._looked_at(noted, measure)
+        copies = not known or bool(hooks or custom_operations(nodes) or has_backward_hooks(self._model))
+        snapshot, before = PassSnapshot(self._model, nodes, copies=copies), done.count if self.proven else self._passes
+        result, touched, failure = self._looked_at(snapshot, measure)
         if not self._ranks.all(not self._may_be_hooks(touched)):
             self._hold_off(touched)
             if not known:
                 raise NotMeasured(_TOUCHES)
-            result, touched, failure = self._looked_at(noted, measure)
+            result, touched, failure = self._looked_at(snapshot, measure)
         if not self._ranks.all(not touched):
             self._refuse(touched, _reachable(losses))
         if failure is not None:
             raise self._cause(failure, losses, before) from failure
-        if kind != BESIDE:  # that goes through parts of the graph only
+        if kind != OBSERVED:  # that goes through parts of the graph only
             self._tried.update(hooks)
-            self._proven = True
+            self.proven = True
         return cast(T, result)
 
-    def _looked_at(self, noted: Noted, measure: Callable[[bool], T]) -> tuple[T | None, Touched, Exception | None]:
+    def _looked_at(
+        self, snapshot: PassSnapshot, measure: Callable[[bool], T]
+    ) -> tuple[T | None, Touched, Exception | None]:
         """The result or the failure, and what was touched, which is put back."""
         result, failure = None, None
         try:
             with self._hooks_off():
                 result = measure(True)
         except GradprobeError:
-            noted.back()
+            snapshot.back()
             raise
         except Exception as error:
             failure = error
-        return result, noted.back(), failure
+        return result, snapshot.back(), failure
 
     def _cause(self, error: Exception, losses: Sequence[Tensor], before: int) -> Exception:
         """What is to be raised for a failure: a forward that the first pass used up fails in the second.
@@ -177,8 +180,8 @@ class Guard:
         """
         if isinstance(error, GradprobeError) or done.count == before or not losses or self._goes_through(losses[0]):
             return error
-        why = self._words_of_one_backward(custom.unpack_hooks(_reachable(losses)), error)
-        if not self._proven:
+        why = self._words_of_one_backward(unpack_hooks(_reachable(losses)), error)
+        if not self.proven:
             return ProbeError(
                 why + " Nothing can be measured here, and the training's own backward would fail after it: make the "
                 "forward anew, without the probe, or without what allows one backward only."
@@ -189,7 +192,7 @@ class Guard:
 
     def _goes_through(self, loss: Tensor) -> bool:
         """Whether a pass through this graph, where one went through before, does again."""
-        wanted = [p for p in walk.parameters(self._model) if p.requires_grad]
+        wanted = [p for p in parameters_of(self._model) if p.requires_grad]
         try:
             with state_kept(self._model):
                 torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
@@ -198,7 +201,7 @@ class Guard:
         return True
 
     def _may_be_hooks(self, touched: Touched) -> bool:
-        return bool(touched.parameters) and not touched.lost and not self._off and _has_parameter_hooks(self._model)
+        return bool(touched.parameters) and not touched.lost and not self._off and has_parameter_hooks(self._model)
 
     def _hold_off(self, touched: Touched) -> None:
         self._off = True
@@ -212,7 +215,10 @@ class Guard:
     @contextmanager
     def _hooks_off(self) -> Iterator[None]:
         """Where the user's hooks on parameters move parameters, let none of them run."""
-        tables = [p._backward_hooks for p in walk.parameters(self._model) if self._off and p._backward_hooks]
+        if not self._off:
+            yield
+            return
+        tables = [p._backward_hooks for p in parameters_of(self._model) if p._backward_hooks]
         kept = [dict(table) for table in tables]
         for table in tables:
             table.clear()
@@ -225,9 +231,9 @@ class Guard:
     def _refuse(self, touched: Touched, nodes: list[Node]) -> None:
         """Say what was touched; it is put back already."""
         if not touched:
-            raise NotMeasured(ELSEWHERE)
-        what = self._words_of_touched(touched, custom.operations(nodes))
-        if not self._proven:
+            raise NotMeasured(_ELSEWHERE)
+        what = self._words_of_touched(touched, custom_operations(nodes))
+        if not self.proven:
             raise ProbeError(
                 f"{what} Replace it (torch.utils.checkpoint.checkpoint(..., use_reentrant=False) recomputes without), "
                 "or record level='features' with probe.backward, which makes no passes."
@@ -238,7 +244,7 @@ class Guard:
     def _words_of_touched(self, touched: Touched, operations: list[str]) -> str:
         wheres = {".grad": touched.gradients, "the values": touched.parameters, "the numbers": touched.attributes}
         what = "; ".join(f"{where} of {some(names)}" for where, names in wheres.items() if names)
-        hooks = custom.hooked(self._model)
+        hooks = hooked_names(self._model)
         cause = (
             f"Operations that are not torch's own may do it, by a backward within theirs: {some(operations)}."
             if operations
@@ -255,7 +261,7 @@ class Guard:
         )
 
     def _words_of_one_backward(self, hooks: list[str], error: Exception) -> str:
-        hooked = custom.hooked(self._model)
+        hooked = hooked_names(self._model)
         cause = (
             f"hooks on saved tensors hand each out once ({some(hooks)})"
             if hooks
@@ -278,45 +284,27 @@ class Guard:
 
     # ---- the joint gradient
 
-    @contextmanager
-    def moving(self, measured: bool) -> Iterator[Parameters | None]:
-        """Around the joint backward of a measured row: find out whether parameters move within it.
-
-        Yields:
-            What tells it at once.
-        """
-        if not measured:
-            yield None
-            return
-        closely = not self._rows["rows"] & (self._rows["rows"] - 1) or _may_step(self._model)
-        parameters = Parameters(list(walk.parameters(self._model)), closely=closely and not self.moves)
-        yield parameters
-        self.moves = self.moves or parameters.moved()
+    def before_backward(self) -> ParameterValues:
+        """What the parameters are before the joint backward of a measured row, which may move them."""
+        parameters = parameters_of(self._model)
+        may_step = any(getattr(p, "_post_accumulate_grad_hooks", None) for p in parameters)
+        closely = not self._rows["rows"] & (self._rows["rows"] - 1) or may_step
+        return ParameterValues(parameters, closely=closely and not self.moves)
 
     def hold_against_joint(
-        self, found: Apart, tolerance: float, layers: Sequence[str], losses: Sequence[Tensor]
+        self, found: JointDifference, tolerance: float, layers: Sequence[str], losses: Sequence[Tensor]
     ) -> None:
         """Mark rows from here on, or no more, by how far the tasks' gradients are from adding up to the joint one."""
         if not found.largest > tolerance:
             if found.largest <= tolerance:
                 self.mark = ""
             return
-        self.mark = MARK
+        self.mark = _NOT_THE_JOINT_ONE
         if not self._told:
             self._told = True
-            self._warn(words(found, layers, custom.operations(_reachable(losses)), custom.hooked(self._model)))
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    return _has_parameter_hooks(model) or any(m._backward_hooks or m._backward_pre_hooks for m in walk.modules(model))
-
-
-def _has_parameter_hooks(model: nn.Module) -> bool:
-    return any(p._backward_hooks for p in walk.parameters(model))
-
-
-def _may_step(model: nn.Module) -> bool:
-    return any(getattr(p, "_post_accumulate_grad_hooks", None) for p in walk.parameters(model))
+            self._warn(
+                _words_of_difference(found, layers, custom_operations(_reachable(losses)), hooked_names(self._model))
+            )
 
 
 def _reachable(losses: Sequence[Tensor]) -> list[Node]:
@@ -332,3 +320,100 @@ def _reachable(losses: Sequence[Tensor]) -> list[Node]:
                 seen.add(child)
                 stack.append(child)
     return nodes
+
+
+_NOT_THE_JOINT_ONE = "the tasks' gradients do not add up to the joint one"
+"""Status of rows from the one on that has found it, until a later one finds that they do."""
+EXACT, COARSE = 1e-3, 5e-2
+"""How far apart rounding may bring them, of the norms: in float32 and wider; and in half types, autocast or TF32."""
+_LEAST = 1e-2
+"""Of the norms over all layers. The gradient of a layer that is smaller than this part may be the remainder of large
+terms within it, rounding and nothing else: as of a bias in front of a BatchNorm."""
+
+
+def joint_weights(weights: Array) -> Array:
+    """(T,) with which to make a joint loss that tells whether something adds to gradients.
+
+    The weights in force, doubled where they sum up to about 1: what is added to each task's gradient and to the joint
+    one alike would not show then.
+
+    >>> joint_weights(np.array([0.5, 0.5])), joint_weights(np.array([1.0, 1.0]))
+    (array([1., 1.]), array([1., 1.]))
+    """
+    if not np.isfinite(weights).all() or not weights.any():
+        return np.ones_like(weights)
+    return weights * 2 if abs(weights.sum() - 1) < 0.25 else weights
+
+
+def joint_loss(losses: Sequence[Tensor], weights: Array) -> Tensor:
+    """The weighted sum of the losses that have a graph."""
+    terms = [loss * float(weight) for loss, weight in zip(losses, weights, strict=True) if loss.requires_grad]
+    return sum(terms[1:], start=terms[0]) if terms else losses[0]
+
+
+@dataclass(frozen=True)
+class JointDifference:
+    """How far the joint gradient is from the weighted sum of the tasks', of which every number is a part.
+
+    Backward passes are linear where every operation's backward is. One that clips, normalises, or adds a gradient of
+    its own (of an auxiliary loss, say) gives each task's pass something that is not that task's.
+
+    Attributes:
+        share: (L,) of each layer, relative to the root of the summed squares of the weighted gradients there, but
+            at least to a hundredth of that over all layers; NaN where a gradient is not finite.
+    """
+
+    share: Array
+
+    @property
+    def largest(self) -> float:
+        """Over the layers; NaN where nothing is known."""
+        known = self.share[~np.isnan(self.share)]
+        return float(known.max()) if len(known) else float("nan")
+
+    def worst(self, names: Sequence[str]) -> str:
+        """The layers where it is largest, in words."""
+        order = np.argsort(-np.nan_to_num(self.share))[:3]
+        return ", ".join(
+            f"{names[place]} ({self.share[place]:.0%})" for place in order if self.share[place] > self.largest / 100
+        )
+
+
+def joint_difference(gram: Array, weights: Array) -> JointDifference:
+    """From the Gramians of the tasks' gradients and the joint one, which is the last.
+
+    Args:
+        gram: (L, T + 1, T + 1). NaN where there is no gradient, which counts as 0; infinite where one is not finite.
+        weights: (T,) of the joint loss.
+    """
+    if not gram.size:
+        return JointDifference(np.zeros(0))
+    norms = np.diagonal(gram, axis1=-2, axis2=-1)
+    # A task without a gradient adds nothing; where one's is not finite, the joint one is not either.
+    unknown = np.isinf(norms).any(axis=-1) | (np.isnan(norms[:, -1]) & ~np.isnan(norms).all(axis=-1))
+    factors = np.append(-np.asarray(weights, dtype=np.float64), 1.0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        left = np.einsum("i,lij,j->l", factors, np.nan_to_num(gram), factors)
+        square = np.nansum(np.square(factors[:-1]) * np.maximum(norms[:, :-1], 0), axis=-1)
+        scale = np.sqrt(np.maximum(square, _LEAST**2 * np.sum(square[~unknown])))
+        # A gradient that the joint loss alone has is as large as itself.
+        scale = np.where(scale > 0, scale, np.sqrt(np.maximum(np.nan_to_num(norms[:, -1]), 0)))
+        share = np.sqrt(np.maximum(left, 0)) / np.where(scale > 0, scale, 1.0)
+    return JointDifference(np.where(unknown, np.nan, share))
+
+
+def _words_of_difference(
+    found: JointDifference, layers: Sequence[str], operations: Sequence[str], hooks: Sequence[str]
+) -> str:
+    """What a person should know of gradients that do not add up."""
+    causes = [f"operations that are not torch's own ({some(operations)})"] * bool(operations)
+    causes += [f"hooks on {some(hooks)}"] * bool(hooks)
+    unnamed = "hooks on tensors, a part that is recomputed and draws anew, or kernels that are not deterministic"
+    cause = " or ".join(causes) or unnamed
+    return (
+        f"the tasks' gradients do not add up to the joint one: they differ by {found.largest:.1%} of their norms, most "
+        f"in {found.worst(layers)}. Something in the backward clips, scales or adds gradients, as auxiliary losses of "
+        f"experts do: {cause} may. Each task's own pass gets it too, so norms and cosines of these layers are wrong by "
+        "about as much. Make what is added a loss of its own, a task or a term of one, or measure with it off; until a "
+        "later check finds that they add up, the rows' status says so"
+    )

@@ -1,21 +1,26 @@
-"""The autograd passes of a measurement by explicit gradients: one backward pass per task."""
+"""Backward passes of a measurement: one for every task, or for all but one, which is derived from the joint one."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from gradprobe.measures import Array
-from gradprobe.probes.ghost import Ghost, OutputGradients
-from gradprobe.probes.gramian import GramianSum
-from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.state import state_kept
+from gradprobe.probes.gramian import GramianSum, bring
+from gradprobe.probes.graph import LossGraph, trace
+from gradprobe.probes.shared_layers import SharedLayers
+from gradprobe.probes.state import has_backward_hooks, state_kept
 from gradprobe.processes import OneProcess
+from gradprobe.statistics import noise_part
 
 
 class _Done(threading.local):
@@ -24,38 +29,59 @@ class _Done(threading.local):
 
 done = _Done()
 """Counts the passes of this thread that went through."""
-
 Gradients = list["Tensor | None"]
 """One task's gradient on every shared parameter, in the order of ``SharedLayers.parameters``; None: no path."""
 
 
-def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter], outputs: OutputGradients, task: int) -> Gradients:
+def pass_to(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Gradients:
     """One task's own gradient, by a backward pass of its own that touches no ``.grad`` and keeps the graph.
 
     Args:
         loss: Of the task.
         parameters: Shared ones.
-        outputs: Takes the gradients at the outputs that stand for some of the weights, which are not made then.
-        task: Its place among the tasks.
     """
-    skipped = outputs.places
     # One may have been frozen since the layers were found.
-    wanted = [i for i, p in enumerate(parameters) if p.requires_grad and i not in skipped]
-    edges = outputs.edges
+    wanted = [i for i, p in enumerate(parameters) if p.requires_grad]
     result: Gradients = [None] * len(parameters)
-    if not (wanted or edges) or not loss.requires_grad:  # a task that is absent
+    if not wanted or not loss.requires_grad:  # a task that is absent
         return result
-    targets = (
-        [parameters[i] for i in wanted]
-        if not edges
-        else [*map(get_gradient_edge, map(parameters.__getitem__, wanted)), *edges]
-    )
-    found = torch.autograd.grad(loss, targets, retain_graph=True, allow_unused=True)
+    found = torch.autograd.grad(loss, [parameters[i] for i in wanted], retain_graph=True, allow_unused=True)
     done.count += 1
-    for index, gradient in zip(wanted, found, strict=False):
+    for index, gradient in zip(wanted, found, strict=True):
         result[index] = gradient
-    outputs.add(task, found[len(wanted) :])
     return result
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a way of measuring gets: the losses of one step, and where their gradients are wanted.
+
+    Every way is a function of a step that gives the Gramians (L, T, T): :func:`explicit`,
+    :func:`gradprobe.probes.blocks.by_blocks`, :func:`gradprobe.probes.sketch.sketched`. One that needs the joint
+    backward, too, is a :class:`DerivedMeasurement`.
+
+    Attributes:
+        model: Its state is kept over the passes.
+        shared: The layers.
+        losses: (T,) in the order of the tasks, as they are scaled.
+        weights: (T,) of the joint loss; 0: the task is absent. They matter where a task is derived.
+        ranks: The processes whose gradients are averaged.
+        graph: Of the losses; None: nobody has walked through it yet.
+        kept: Gets every task's gradients; None: none are kept.
+    """
+
+    model: nn.Module
+    shared: SharedLayers
+    losses: Sequence[Tensor]
+    weights: Array
+    ranks: OneProcess
+    graph: LossGraph | None = None
+    kept: list[Gradients] | None = None
+
+    @cached_property
+    def traced(self) -> LossGraph:
+        """The graph of the losses."""
+        return self.graph if self.graph is not None else trace(self.losses)
 
 
 class Listener:
@@ -65,7 +91,6 @@ class Listener:
         parameters: Those listened to.
         take: Called with the place of a parameter and its gradient. What it raises is kept in ``failure``: a hook
             that raises would end the user's backward.
-        skipped: Places that are not listened to.
         hollow: Put a tensor without storage of its own in the place of each gradient, so that a pass made for ``take``
             alone does not collect what nobody needs. Never for the user's own backward.
 
@@ -78,20 +103,14 @@ class Listener:
         parameters: Sequence[nn.Parameter],
         take: Callable[[int, Tensor], None],
         *,
-        skipped: Collection[int] = (),
         hollow: bool = False,
     ) -> None:
         self._parameters, self._take, self._hollow = parameters, take, hollow
-        self._skipped = skipped
         self.seconds = 0.0
         self.failure: Exception | None = None
 
     def __enter__(self) -> Listener:
-        self._handles = [
-            p.register_hook(self._hook(i))
-            for i, p in enumerate(self._parameters)
-            if p.requires_grad and i not in self._skipped
-        ]
+        self._handles = [p.register_hook(self._hook(i)) for i, p in enumerate(self._parameters) if p.requires_grad]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,7 +134,7 @@ class Listener:
         return hook
 
 
-class Meeting:
+class ArrivingGradients:
     """Brings one task's gradients, as they arrive, together with the others', which are there already.
 
     Each parameter's gradients are multiplied and freed at once, so that no more than T - 1 copies of the shared
@@ -165,13 +184,20 @@ class Meeting:
         for index in sorted(self._missing):
             self.add(index, None)
 
-    def end(self, change: Array | None = None) -> Array:
-        """Nothing more will come: the Gramians (L, T, T), of ``change @ gradients`` where that is given."""
+    def end(self, change: Array | None = None, failure: Exception | None = None) -> Array:
+        """Nothing more will come: the Gramians (L, T, T), of ``change @ gradients`` where that is given.
+
+        Args:
+            change: (T, T).
+            failure: Of what has listened in this process: raised.
+        """
+        if failure is not None:
+            raise failure
         self.complete()
         return self.sum.result(change)
 
 
-class MeetingOfRanks(Meeting):
+class ArrivingGradientsOfProcesses(ArrivingGradients):
     """The same for several processes: all gradients are kept, averaged over the processes, and then multiplied.
 
     The processes' batches are independent micro-batches, so that products of their own gradients tell the noise: see
@@ -198,10 +224,10 @@ class MeetingOfRanks(Meeting):
         self._last[index] = gradient.clone() if gradient is not None else None
         self._missing.discard(index)
 
-    def end(self, change: Array | None = None) -> Array:
-        """See :class:`Meeting`. Every process must get here, and gets the same."""
+    def end(self, change: Array | None = None, failure: Exception | None = None) -> Array:
+        """See :class:`ArrivingGradients`. Every process must get here, and gets the same."""
         tasks = [self.others[t] if t != self.last else self._last for t in range(len(self.others) + 1)]
-        self._ranks.spread(self._ranks.together(lambda: self._own(tasks, change)))
+        self._ranks.spread(self._ranks.together(lambda: self._own(tasks, change, failure)))
         for gradients in tasks:
             gradients[:] = self._ranks.average(gradients, self._parameters)
         for index in range(len(self._last)):
@@ -215,12 +241,11 @@ class MeetingOfRanks(Meeting):
                 ]
         return self.sum.result(change)
 
-    def _own(self, tasks: Sequence[Gradients], change: Array | None) -> Array:
+    def _own(self, tasks: Sequence[Gradients], change: Array | None, failure: Exception | None) -> Array:
         """Of this process's gradients."""
-        own = GramianSum(self._shared.layers, len(tasks))
-        for index in range(len(self._parameters)):
-            own.add(index, [gradients[index] for gradients in tasks])
-        return own.result(change)
+        if failure is not None:
+            raise failure
+        return multiplied(self._shared, tasks, change)
 
 
 def combined(factors: Array, gradients: Sequence[Tensor | None]) -> Tensor | None:
@@ -233,55 +258,291 @@ def combined(factors: Array, gradients: Sequence[Tensor | None]) -> Tensor | Non
     return total
 
 
-def meeting(
-    shared: SharedLayers,
-    others: dict[int, Gradients],
-    last: int,
-    ranks: OneProcess,
-    kept: list[Gradients] | None = None,
-) -> Meeting:
-    """The one that fits the number of processes."""
-    if ranks.size == 1:
-        return Meeting(shared, others, last, kept)
-    return MeetingOfRanks(shared, others, last, ranks, kept)
+def _arriving(step: Step, others: dict[int, Gradients], last: int) -> ArrivingGradients:
+    """What fits the number of processes."""
+    if step.ranks.size == 1:
+        return ArrivingGradients(step.shared, others, last, step.kept)
+    return ArrivingGradientsOfProcesses(step.shared, others, last, step.ranks, step.kept)
 
 
-def measure_explicitly(
-    model: nn.Module,
-    shared: SharedLayers,
-    losses: Sequence[Tensor],
-    ghosts: Sequence[Ghost] = (),
-    ranks: OneProcess | None = None,
-    kept: list[Gradients] | None = None,
-) -> Array:
-    """The Gramians (L, T, T) by one explicit pass per task; some weights' by their ghosts.
-
-    ``kept`` gets every task's gradients.
-    """
-    ranks = ranks or OneProcess()
-    return ranks.together(lambda: _passes(model, shared, losses, ghosts, ranks, kept)).end()
+def explicit(step: Step) -> Array:
+    """The Gramians (L, T, T) by one explicit pass per task."""
+    return step.ranks.together(lambda: _passes(step)).end()
 
 
-def _passes(
-    model: nn.Module,
-    shared: SharedLayers,
-    losses: Sequence[Tensor],
-    ghosts: Sequence[Ghost],
-    ranks: OneProcess,
-    kept: list[Gradients] | None,
-) -> Meeting:
-    parameters, last = shared.parameters, len(losses) - 1
-    outputs = OutputGradients(ghosts)
-    with state_kept(model) as back:
+def _passes(step: Step) -> ArrivingGradients:
+    parameters, last = step.shared.parameters, len(step.losses) - 1
+    with state_kept(step.model) as back:
         others = {}
         for task in range(last):
-            others[task] = pass_to(losses[task], parameters, outputs, task)
+            others[task] = pass_to(step.losses[task], parameters)
             back()
-        met = meeting(shared, others, last, ranks, kept)
-        with Listener(parameters, met.add, skipped=outputs.places, hollow=True) as listener:
-            pass_to(losses[last], parameters, outputs, last)
+        met = _arriving(step, others, last)
+        with Listener(parameters, met.add, hollow=True) as listener:
+            pass_to(step.losses[last], parameters)
         if listener.failure is not None:
             raise listener.failure
-        for place, tasks, products in outputs.products():
-            met.sum.add_products(place, tasks, products)
     return met
+
+
+EXACT_TYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_TOLERANCE = {
+    torch.float32: 1e-5,
+    torch.complex64: 1e-5,
+    torch.float64: 1e-10,
+    torch.complex128: 1e-10,
+}
+"""How far a derived gradient may be from the explicit one, relative to its length. Other types are never derived."""
+
+
+class DerivedMeasurement:
+    """T - 1 explicit passes, and the joint backward that training makes anyway.
+
+    ``joint = sum_k w_k g_k`` gives ``g_d = (joint - sum_{k != d} w_k g_k) / w_d`` without a pass of its own. Hooks on
+    the shared parameters see the joint gradient as it arrives, so no copy of it is kept. Under data parallelism
+    they see this process's own gradient, before it is averaged over the processes: what the explicit passes gave too.
+
+    Args:
+        step: Whose weights are finite, and not 0 for the derived task. Its graph says where that task has no path,
+            where a difference would be rounding, not 0.
+        derived: Which task to derive.
+
+    Attributes:
+        listener: To be entered while the joint backward runs.
+        by_passes: The same by explicit passes, where the two are to be compared; None: they are not.
+        explicit: Whether those are what the row is to have.
+    """
+
+    def __init__(self, step: Step, derived: int) -> None:
+        self.step, self.graph, self._derived, self._weights = step, step.traced, derived, step.weights
+        self.by_passes: Array | None = None
+        self.explicit = True
+        parameters = step.shared.parameters
+        # Of float32 gradients, products in float64 have digits enough to be subtracted instead of the gradients.
+        self._by_products = all(p.dtype in (torch.float32, torch.complex64) for p in parameters)
+        self._paths = self.graph.reached(derived, parameters)
+        others = {}
+        with state_kept(step.model) as back:
+            for task in (t for t in range(len(step.losses)) if t != derived):
+                others[task] = pass_to(step.losses[task], parameters)
+                back()
+        self._arriving = _arriving(step, others, derived)
+        self.listener = Listener(parameters, self._take)
+
+    def result(self) -> Array | None:
+        """The Gramians (L, T, T); None where the derived gradient cannot be trusted.
+
+        That is when it is not finite (the task's own gradient, or only another's, which an explicit pass must
+        tell apart) or the small remainder of large terms.
+        """
+        gram, present = self._gramians()
+        own = gram[:, self._derived, self._derived][present[:, self._derived]]
+        if not np.isfinite(own).all():
+            return None
+        worst = _cancellation(gram, self._weights)[self._derived]
+        return gram if worst <= largest_cancellation(self.step.shared) else None
+
+    def _gramians(self) -> tuple[Array, NDArray[np.bool_]]:
+        """(L, T, T), and (L, T): which task brought a gradient to which layer."""
+        change = self._difference() if self._by_products else None
+        return self._arriving.end(change, self.listener.failure), self._arriving.sum.present
+
+    def _take(self, index: int, joint: Tensor) -> None:
+        if not self._paths[index]:
+            self._arriving.add(index, None)
+        elif self._by_products:
+            own = None
+            if self._arriving.kept is not None and self.step.ranks.size == 1:
+                row = [*self._arriving.at(index)]
+                row[self._derived] = joint
+                own = combined(self._difference()[self._derived], row)
+            self._arriving.add(index, joint, own)
+        else:
+            rest = joint.to_dense() if joint.layout != torch.strided else joint.clone()
+            for task, own in enumerate(self._arriving.at(index)):
+                if own is not None:
+                    rest.sub_(own, alpha=float(self._weights[task]))
+            self._arriving.add(index, rest.div_(float(self._weights[self._derived])))
+
+    def _difference(self) -> Array:
+        """(T, T): makes of the others' gradients and the joint one, in the derived task's place, all tasks' own."""
+        change = np.eye(len(self._weights))
+        change[self._derived] = -self._weights / self._weights[self._derived]
+        change[self._derived, self._derived] = 1 / self._weights[self._derived]
+        return change
+
+
+def _cancellation(gram: Array, weights: Array) -> Array:
+    """How many times larger the terms are than the task's weighted gradient that is left of them: (..., T).
+
+    Deriving task d loses about so many times the rounding error. The worst layer counts. Infinite where the
+    task has weight 0 or an exactly zero gradient.
+    """
+    square = np.square(weights) * np.diagonal(gram, axis1=-2, axis2=-1)
+    largest = np.sqrt(np.nansum(np.maximum(square, 0), axis=-1, keepdims=True))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = largest / np.sqrt(square)
+    ratio = np.where(square <= 0, np.inf, ratio)  # below 0: a difference of which nothing is left
+    worst: Array = np.nanmax(np.where(np.isnan(square), 1.0, ratio), axis=-2, initial=1.0)
+    return np.where(weights == 0, np.inf, worst)  # also where the task reached no layer
+
+
+def largest_cancellation(shared: SharedLayers) -> float:
+    """How much cancellation the coarsest type of the shared parameters bears; 0: none of it is to be derived."""
+    types = {p.dtype for p in shared.parameters}
+    if not types or not types <= set(_TOLERANCE):
+        return 0.0
+    # A backward pass rounds each number a few times; 8 was enough for every model in the tests.
+    return min(_TOLERANCE[t] / (8 * torch.finfo(t).eps) for t in types)
+
+
+def task_to_derive(gram: Array, weights: Array, largest: float) -> int | None:
+    """The task whose worst layer cancels least, or None where every task needs a pass of its own.
+
+    Args:
+        gram: (L, T, T) of the last measured row.
+        weights: (T,) now in force.
+        largest: The cancellation that is borne, see :func:`largest_cancellation`.
+    """
+    if gram.shape[0] == 0:
+        return None
+    worst = _cancellation(gram, weights)
+    best = int(np.argmin(worst))
+    return best if worst[best] <= largest else None
+
+
+def may_be_derived(step: Step) -> bool:
+    """Whether the joint gradient is the weighted sum of the tasks' own up to rounding in the parameters' type.
+
+    It is not where a part is computed in a half type, under autocast, or in TF32 on a GPU; nor where a hook of the
+    user's stands in the way, which may clip or replace what it sees.
+    """
+    return not has_backward_hooks(step.model) and computed_exactly(step.shared, step.traced)
+
+
+def computed_exactly(shared: SharedLayers, graph: LossGraph) -> bool:
+    """Whether nothing is computed in less than float32: no half type, no autocast, no TF32."""
+    return graph.exact and not _rounds_products(any(p.device.type == "cuda" for p in shared.parameters))
+
+
+def _rounds_products(on_gpu: bool) -> bool:
+    """Whether float32 products are made of shortened numbers: TF32, or bfloat16 on a CPU."""
+    if torch.get_float32_matmul_precision() != "highest":
+        return True
+    try:
+        return on_gpu and bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # set through torch's newer switches, which the older one cannot express
+        return True
+
+
+def difference(derived: Array, by_passes: Array) -> float:
+    """The largest difference of two Gramians (L, T, T) of the same step, relative to the norms; inf: one lacks a task.
+
+    It tells what nothing else tells beforehand: an operation whose backward is not linear, such as one that clips, and
+    layers within which rounding is larger than their gradients' sizes let expect.
+    """
+    if (np.isnan(derived) != np.isnan(by_passes)).any():
+        return math.inf
+    norm = np.sqrt(np.diagonal(by_passes, axis1=-2, axis2=-1))
+    apart, scale = np.abs(derived - by_passes), norm[:, :, None] * norm[:, None, :]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(apart == 0, 0.0, apart / scale)
+    return float(np.nanmax(relative, initial=0.0))
+
+
+def tolerance(shared: SharedLayers) -> float:
+    """How far apart explicit gradients of the same step may be: of the coarsest type among the parameters."""
+    return max(_TOLERANCE.get(p.dtype, 1e-2) for p in shared.parameters)
+
+
+class MicroSum:
+    """Takes micro-batches one by one, and gives the Gramian of the batch and the noise part of it.
+
+    Each has a forward of its own; slices of one BatchNorm forward would not be independent. Every task gets one pass
+    per micro-batch: together they cost what one pass over the whole batch does. Alive at a time are T mean gradients
+    and the T of the present micro-batch.
+
+    Source: docs/run-file.md, ``gram_noise``; the estimate is :func:`gradprobe.statistics.noise_part`.
+
+    Args:
+        model: Whose buffers and random numbers are kept.
+        shared: The layers.
+        tasks: T, how many.
+        ranks: The processes whose gradients are averaged: each one's micro-batches count.
+        kept: Gets every micro-batch's T gradients; None: they are let go of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shared: SharedLayers,
+        tasks: int,
+        ranks: OneProcess | None = None,
+        kept: list[list[Gradients]] | None = None,
+    ) -> None:
+        self._model, self._shared, self._ranks, self._kept = model, shared, ranks or OneProcess(), kept
+        self._parts = GramianSum(shared.layers, tasks)
+        self.means: list[Gradients] = [[None] * len(shared.parameters) for _ in range(tasks)]
+        self.shares: list[float] = []
+
+    def add(self, losses: Sequence[Tensor], share: float) -> None:
+        """One micro-batch: (T,) losses, and the share of the batch that it is."""
+        found = self._passes(losses)
+        self.shares.append(share)
+        if self._kept is not None:
+            self._kept.append(found)
+        for index in range(len(self._shared.parameters)):
+            row = [gradients[index] for gradients in found]
+            self._parts.add(index, row, factor=share**2)
+            for mean, gradient in zip(self.means, row, strict=True):
+                mean[index] = _added(mean[index], gradient, share)
+            if self._kept is None:
+                for gradients in found:
+                    gradients[index] = None
+
+    def _passes(self, losses: Sequence[Tensor]) -> list[Gradients]:
+        parameters, found = self._shared.parameters, []
+        with state_kept(self._model) as back:
+            for loss in losses:
+                found.append(pass_to(loss, parameters))
+                back()
+        return found
+
+    def result(self) -> tuple[Array, Array]:
+        """The Gramians F and their noise parts D, (L, T, T) each; see :func:`noise_part`.
+
+        A layer that a task reaches in some of the micro-batches only counts as a gradient of 0 in the others. Every
+        process must get here, and gets the same; :attr:`means` and :attr:`shares` are those over all processes then.
+        """
+        for gradients in self.means:
+            gradients[:] = self._ranks.average(gradients, self._shared.parameters)
+        whole_batch = _sum_of(self._shared, self.means)
+        bring([whole_batch, self._parts])
+        gram = whole_batch.result()
+        parts = self._ranks.mean(np.nan_to_num(self._parts.result(), posinf=0.0, neginf=0.0)) / self._ranks.size
+        self.shares = self._ranks.shares(self.shares)
+        return gram, noise_part(gram, parts, self.shares)
+
+
+def _added(mean: Tensor | None, gradient: Tensor | None, share: float) -> Tensor | None:
+    if gradient is None:
+        return mean
+    return wide(gradient) * share if mean is None else mean.add_(wide(gradient), alpha=share)
+
+
+def wide(gradient: Tensor) -> Tensor:
+    """A gradient so that means of it can be made: dense, and of a half type in float32."""
+    dense = gradient.to_dense() if gradient.layout != torch.strided else gradient
+    return dense.float() if dense.dtype in (torch.float16, torch.bfloat16) else dense
+
+
+def multiplied(shared: SharedLayers, gradients: Sequence[Gradients], change: Array | None = None) -> Array:
+    """The Gramians (L, T, T) of all tasks' gradients, or of ``change @ gradients``."""
+    return _sum_of(shared, gradients).result(change)
+
+
+def _sum_of(shared: SharedLayers, gradients: Sequence[Gradients]) -> GramianSum:
+    total = GramianSum(shared.layers, len(gradients))
+    for index in range(len(shared.parameters)):
+        total.add(index, [own[index] for own in gradients])
+    return total

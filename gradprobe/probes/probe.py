@@ -3,44 +3,25 @@
 from __future__ import annotations
 
 import atexit
+import dis
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from gradprobe.errors import ProbeError, tell
-from gradprobe.probes.binding import Selection
-from gradprobe.probes.checks import (
-    Given,
-    Losses,
-    Weights,
-    all_losses,
-    check_mapping,
-    check_some,
-    is_present,
-    task_names,
-    weight_values,
-)
-from gradprobe.probes.clock import StepClock, bare
-from gradprobe.probes.feature_meter import FeatureMeter
-from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.loader import undisturbed
-from gradprobe.probes.measuring import Measuring
-from gradprobe.probes.meter import Meter
-from gradprobe.probes.micro import BatchSize, MicroBatches, check_mean, micro_batches
-from gradprobe.probes.on_loader import OnLoader
-from gradprobe.probes.options import Options, ProbeOptions, refuse_unknown, shows_options
-from gradprobe.probes.registry import claim, make_room, release
-from gradprobe.probes.report import Reporter
-from gradprobe.probes.scaling import LossScale
-from gradprobe.probes.schedule import AlsoDue, FirstProcessDecides, make_schedule, whole
+from gradprobe.probes.calls import BatchSize, GivenLosses, HandedIn, Losses, Weights, handed_in, task_names
+from gradprobe.probes.clock import AlsoDue, FirstProcessDecides, StepClock, bare, make_schedule, whole
+from gradprobe.probes.feature_gradients import FeatureGradients
+from gradprobe.probes.gramian import LossScale
+from gradprobe.probes.probe_options import ProbeKeywords, ProbeOptions, refuse_unknown, shows_options
+from gradprobe.probes.recorder import Recorder
+from gradprobe.probes.reporter import Reporter
+from gradprobe.probes.shared_layers import Selection, SharedLayers
+from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.processes import replicas
 from gradprobe.rows import Header, Sink
 
@@ -60,7 +41,7 @@ class GradientProbe:
         model: Any module whose tasks share parameters.
         tasks: Names, two or more.
         sinks: Who gets the rows.
-        options: The fields of :class:`gradprobe.probes.options.ProbeOptions`, which says what each means.
+        options: The fields of :class:`gradprobe.probes.ProbeOptions`, which says what each means.
 
     Raises:
         ProbeError: Fewer than two tasks, a model that has a probe already, ``shared`` that names nothing, or an
@@ -77,7 +58,7 @@ class GradientProbe:
         _caller: FrameType | None = None,
         _open: Callable[[], Sink] | None = None,
         _divided: bool = False,
-        **options: Unpack[Options],
+        **options: Unpack[ProbeKeywords],
     ) -> None:
         refuse_unknown(GradientProbe, options)
         o = ProbeOptions(**options)
@@ -89,9 +70,9 @@ class GradientProbe:
         if o.budget is not None and ranks.size > 1:
             schedule = FirstProcessDecides(schedule, ranks.first_says)
         readers = [reader for reader in (o.updates, o.ledger) if reader is not None]
-        beside = readers[0].together(readers) if readers else None
-        if beside is not None:
-            schedule = AlsoDue(schedule, beside.wants)
+        observer = readers[0].together(readers) if readers else None
+        if observer is not None:
+            schedule = AlsoDue(schedule, observer.wants)
         clock = StepClock(schedule, o.accumulate)
         scale = LossScale(o.scaler)
         selection = Selection(model, o.shared, o.layers, nothing=not chosen.parameters, divided=_divided)
@@ -103,41 +84,42 @@ class GradientProbe:
         def differs(value: float) -> None:
             report.annotate({"probe.joint_difference.step": clock.step, "probe.joint_difference.value": value})
 
-        meter = Meter(model, selection, o.memory, o.products, warn, ranks, o.size, differs)
-        if beside is not None:
-            beside.check(self.tasks, chosen, optimizer, meter)
+        gradients = TaskGradients(model, selection, o.memory, warn, ranks, o.size, differs)
+        if observer is not None:
+            observer.check(self.tasks, chosen, optimizer, gradients)
             how |= {reader.name: reader.about for reader in readers}
         if o.probe_loader is not None:
-            meter.check_micro()
+            gradients.check_micro()
             how["probe_loader"] = True
         # The last that can raise, so that what failed left nothing attached. The file is opened when the old probe of
         # the same variable, which may hold it, is closed.
-        make_room(model, _caller or sys._getframe(1))
+        _make_room(model, _caller or sys._getframe(1))
         sinks = [*((_open(),) if _open is not None else ()), *sinks] if ranks.first else []
         about = {} if o.probe_loader is None else {"probe_loader": o.probe_loader.about}
         report = Reporter(self.tasks, sinks, {**(o.provenance or {}), "probe": how, **about})
-        self._measuring = Measuring(
+        self._recorder = Recorder(
             tasks=self.tasks,
             level=chosen,
             clock=clock,
             report=report,
-            meter=meter,
-            features=FeatureMeter(model, o.features, warn, meter.guard),
+            gradients=gradients,
+            features=FeatureGradients(model, o.features, warn, gradients.guard),
             scale=scale,
             optimizer=optimizer,
             ranks=ranks,
-            loader=OnLoader(o.probe_loader, model) if o.probe_loader is not None else None,
+            loader=o.probe_loader,
         )
-        if beside is not None:
-            beside.open(self._measuring, model)
-            self._measuring.beside = beside
-            self._measuring.calls.stop()
+        if observer is not None:
+            observer.open(self._recorder, model)
+            self._recorder.observer = observer
+            if self._recorder.accumulation is not None:
+                self._recorder.accumulation.stop()
         self._model = model
-        claim(model, self)
-        meter.guard.say_hooks()
+        _claim(model, self)
+        gradients.guard.say_hooks()
         # A probe that is lost without being closed lets go of the optimizer, and completes the file that is its own.
         own = report if _open is not None else None
-        self._lost = weakref.finalize(self, _end_lost, self._measuring, own, "not closed")
+        self._lost = weakref.finalize(self, _end_lost, self._recorder, own, "not closed")
         self._lost.atexit = False
         if own is not None:  # by a hook of its own: h5py must still work then, and what registers last is called first
             atexit.register(self._lost)
@@ -146,10 +128,10 @@ class GradientProbe:
 
     def backward(
         self,
-        losses: Given | None = None,
+        losses: GivenLosses | None = None,
         weights: Weights | None = None,
         *,
-        micro: Sequence[Given] | None = None,
+        micro: Sequence[GivenLosses] | None = None,
         batch_size: BatchSize = 0,
     ) -> None:
         """The joint backward, and on due steps the measurement.
@@ -168,7 +150,7 @@ class GradientProbe:
             weights: Task -> weight in force; default 1 each. An absent task needs none.
             micro: The losses of each of m micro-batches that make up the batch, each with a forward of its own: the
                 noise of the measurement is known then (``gram_noise``). ``losses`` must be their mean, weighted by
-                their samples, which is what is trained: :func:`gradprobe.probes.micro.mean_losses`.
+                their samples, which is what is trained: :func:`gradprobe.probes.mean_losses`.
             batch_size: Samples, stored with the row; beside ``micro`` a list of the samples of each: without one, they
                 count as equally many.
 
@@ -176,46 +158,21 @@ class GradientProbe:
             ProbeError: A task is unknown, all are absent, a loss is no scalar, a weight is NaN, a shared parameter is
                 gone, or ``losses`` are not the mean of ``micro``.
         """
-        given, parts, batch_size = self._given(losses, micro, batch_size)
-        values = self._weights(given.losses, weights)
-        applied = weights if weights is not None else dict.fromkeys(self.tasks, 1.0)
-        check_some(given.losses, given.said)
-        total = sum(applied[task] * loss for task, loss in given.losses.items() if is_present(loss))
-        assert isinstance(total, Tensor)
-        total = self._measuring.scale.apply(total)
-        with self._measuring.call(given.losses) as due:
-            if due.loader:
-                self._measuring.on_loader()
-            if due.here and given.asked:
-                self._measuring.record(self._asked(given), values, due, batch_size)
-            elif due.here:
-                check_mean(given.losses, parts)
-                self._measuring.backward(given.losses, values, total, due, batch_size, parts)
-            if given.asked or not due.here:
-                total.backward()
+        self._recorder.backward(self._handed_in(losses, weights, micro, batch_size))
 
     def record(
         self,
-        losses: Given | None = None,
+        losses: GivenLosses | None = None,
         weights: Weights | None = None,
         *,
-        micro: Sequence[Given] | None = None,
+        micro: Sequence[GivenLosses] | None = None,
         batch_size: BatchSize = 0,
     ) -> None:
         """Measure on due steps and change nothing; the loop's own backward comes after.
 
         Arguments and errors as for :meth:`backward`. Features cost a pass through each head here.
         """
-        given, parts, batch_size = self._given(losses, micro, batch_size)
-        values = self._weights(given.losses, weights)
-        if self.header is None and not given.asked:
-            check_some(given.losses, given.said)
-        with self._measuring.call(given.losses) as due:
-            if due.loader:
-                self._measuring.on_loader()
-            if due.here:
-                check_mean(given.losses, parts)
-                self._measuring.record(self._asked(given), values, due, batch_size, parts)
+        self._recorder.record(self._handed_in(losses, weights, micro, batch_size))
 
     def note(self, losses: Losses, weights: Weights | None, status: str, *, batch_size: int = 0) -> None:
         """Instead of the two above, for a step that the loop cannot take, such as one with a NaN loss.
@@ -223,14 +180,13 @@ class GradientProbe:
         Hands on a row without a measurement: the losses, the weights, and the reason.
         """
         self._check_open()
-        losses, batch_size = all_losses(self.tasks, losses), whole("batch_size", batch_size, least=0)
-        self._measuring.note(losses, self._weights(losses, weights), status, batch_size)
-        self._measuring.called()
+        given = handed_in(self.tasks, losses, weights, None, batch_size, self.step, lambda: self.is_due)
+        self._recorder.note(given, status)
 
     def log_metrics(self, epoch: int, **values: float) -> None:
         """Hand on metrics of one epoch."""
         self._check_open()
-        self._measuring.report.epoch(epoch, values)
+        self._recorder.report.epoch(epoch, values)
 
     def flush(self) -> bool:
         """Make all rows so far safe. Call it before saving a state to resume from: rows must not be behind it.
@@ -240,23 +196,23 @@ class GradientProbe:
         Returns:
             Whether they are.
         """
-        return self._measuring.flush()
+        return self._recorder.flush()
 
     # ---- what is known
 
     @property
     def epoch(self) -> int:
         """The epoch that rows are stored with, from 0; set by the loop."""
-        return self._measuring.epoch
+        return self._recorder.epoch
 
     @epoch.setter
     def epoch(self, epoch: int) -> None:
-        self._measuring.epoch = whole("epoch", epoch, least=0)
+        self._recorder.epoch = whole("epoch", epoch, least=0)
 
     @property
     def step(self) -> int:
         """The present training step, from 0."""
-        return self._clock.step
+        return self._recorder.clock.step
 
     @property
     def share(self) -> float:
@@ -266,38 +222,38 @@ class GradientProbe:
         each process's losses by its share times the number of processes, so that all samples count alike. It matters
         to the estimate of the noise alone. 1 / processes where it was not set.
         """
-        return self._measuring.ranks.share
+        return self._recorder.ranks.share
 
     @share.setter
     def share(self, share: float) -> None:
-        self._measuring.ranks.share = share
+        self._recorder.ranks.share = share
 
     @property
     def is_due(self) -> bool:
         """Whether a call now would measure. For a loop that makes its losses apart for the probe alone."""
-        return bool(self._measuring.due_next())
+        return self._recorder.due_next()
 
     @property
     def overhead(self) -> float:
         """Seconds spent measuring so far."""
-        return self._measuring.report.overhead
+        return self._recorder.report.overhead
 
     @property
     def header(self) -> Header | None:
         """Names of the shared layers; None before the first measurement."""
-        return self._measuring.report.header
+        return self._recorder.report.header
 
     @property
     def features(self) -> tuple[str, ...]:
         """Names of the features at which the tasks part; empty before the first measurement, and without a level
         that measures there.
         """
-        return self._measuring.features.names
+        return self._recorder.features.names
 
     @property
     def shared(self) -> SharedLayers | None:
         """The shared layers with their parameters; None before the first measurement."""
-        return self._measuring.meter.shared
+        return self._recorder.gradients.shared
 
     def state_dict(self) -> dict[str, Any]:
         """What a later probe needs to go on as this one would have.
@@ -305,7 +261,7 @@ class GradientProbe:
         It flushes first: a checkpoint that is ahead of the file would leave a gap in the rows after a kill.
         """
         self.flush()
-        return self._measuring.state_dict()
+        return self._recorder.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the probe stopped that ``state`` came from; what the file holds beyond that is cut.
@@ -314,7 +270,7 @@ class GradientProbe:
             ProbeError: It is the state of something else.
         """
         self._check_open()
-        self._measuring.load_state_dict(state)
+        self._recorder.load_state_dict(state)
 
     # ---- the end
 
@@ -332,15 +288,15 @@ class GradientProbe:
     @property
     def trouble(self) -> str:
         """What of the file could not be written when the probe was closed, and what to do; empty: nothing."""
-        return self._measuring.report.trouble
+        return self._recorder.report.trouble
 
     def _close(self, end: str, *, raises: bool) -> None:
         if self._lost.detach() is None:
             return
         atexit.unregister(self._lost)
-        release(self._model, self)
+        _unclaim(self._model, self)
         try:
-            _end(self._measuring, self._measuring.report, end)
+            _end(self._recorder, self._recorder.report, end)
         except Exception as error:
             if raises:
                 raise
@@ -358,60 +314,18 @@ class GradientProbe:
         if not self._lost.alive:
             raise ProbeError("this probe was closed, and its file is complete; attach a new one to go on.")
 
-    def _given(
-        self, losses: Given | None, micro: Sequence[Given] | None, batch_size: BatchSize
-    ) -> tuple[_Given, MicroBatches | None, int]:
-        """The losses of the batch, those of its micro-batches, and the number of samples."""
+    def _handed_in(
+        self,
+        losses: GivenLosses | None,
+        weights: Weights | None,
+        micro: Sequence[GivenLosses] | None,
+        batch_size: BatchSize,
+    ) -> HandedIn:
         self._check_open()
-        if micro is None:
-            if losses is None:
-                raise ProbeError("give losses= (task -> loss), or micro=, a list of them by micro-batch.")
-            check_mapping("losses", losses)
-            asked = {task: loss for task, loss in losses.items() if callable(loss)}
-            trained = all_losses(self.tasks, {task: None if task in asked else losses[task] for task in losses})
-            if isinstance(batch_size, Sequence):
-                raise ProbeError(f"batch_size={batch_size!r}: a list goes with micro=; give the samples of the batch.")
-            return _Given(trained, losses, asked), None, whole("batch_size", batch_size, least=0)
-        self._measuring.check_micro()
-        parts = micro_batches(self.tasks, micro, batch_size)
-        if losses is None:
-            return _Given(parts.mean(), micro[0]), parts, parts.batch_size
-        return _Given(all_losses(self.tasks, losses), losses), parts, parts.batch_size
-
-    def _asked(self, given: _Given) -> Losses:
-        """The losses with those of tasks that are measured alone: their forwards are made here, and change nothing."""
-        if not given.asked:
-            return given.losses
-        made: dict[str, Any] = {}
-        with undisturbed(self._model):
-            for task, ask in given.asked.items():
-                with torch.enable_grad():
-                    made[task] = ask()
-        trained = {task: loss for task, loss in given.losses.items() if is_present(loss)}
-        return all_losses(self.tasks, trained | made)
-
-    def _weights(self, losses: Losses, weights: Weights | None) -> NDArray[np.float64]:
-        absent = {task for task, loss in losses.items() if not is_present(loss)}
-        return weight_values(self.tasks, weights, self.step, lambda: self.is_due, absent)
-
-    @property
-    def _clock(self) -> StepClock:
-        return self._measuring.clock
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What a call was given.
-
-    Attributes:
-        losses: Of every task; see :func:`gradprobe.probes.checks.all_losses`.
-        said: As they were handed in.
-        asked: Task -> what makes its loss, where it is measured and not trained.
-    """
-
-    losses: Losses
-    said: Given
-    asked: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+        if micro is not None:
+            self._recorder.check_micro()
+        step = self._recorder.clock.step
+        return handed_in(self.tasks, losses, weights, micro, batch_size, step, lambda: self.is_due)
 
 
 def ending(error: BaseException | None) -> str:
@@ -421,17 +335,78 @@ def ending(error: BaseException | None) -> str:
     return "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {type(error).__name__}"
 
 
-def _end(measuring: Measuring, report: Reporter | None, end: str) -> None:
+def _end(recorder: Recorder, report: Reporter | None, end: str) -> None:
     try:
-        measuring.close()
+        recorder.close()
     finally:
         if report is not None:
             report.close(end)
 
 
-def _end_lost(measuring: Measuring, report: Reporter | None, end: str) -> None:
+def _end_lost(recorder: Recorder, report: Reporter | None, end: str) -> None:
     """Of a probe that nobody has any more: nobody takes an exception either."""
     try:
-        _end(measuring, report, end)
+        _end(recorder, report, end)
     except Exception as error:
         tell(str(error))
+
+
+class _Attached(Protocol):
+    """What is registered here."""
+
+    def close(self, end: str = "finished") -> None:
+        """Let go of the model."""
+
+
+# One probe at a time has a model, so that none measures another's passes.
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[_Attached]] = weakref.WeakKeyDictionary()
+
+
+def _claim(model: nn.Module, probe: _Attached) -> None:
+    """Note that ``model`` has ``probe`` now."""
+    _attached[model] = weakref.ref(probe)
+
+
+def _unclaim(model: nn.Module, probe: _Attached) -> None:
+    """Note that ``probe`` has let go of ``model``."""
+    if _holder(model) is probe:
+        del _attached[model]
+
+
+def _make_room(model: nn.Module, caller: FrameType | None) -> None:
+    """Make sure that a new probe may attach.
+
+    A cell of a notebook that is run again says ``probe = attach(model, ...)`` while ``probe`` still is the old one.
+    The old one is closed then, since this very assignment is about to lose it. It is told from any other second
+    attachment by the instruction that follows the call in ``caller``: a store to the variable that holds the old one.
+
+    Raises:
+        ProbeError: The model has a probe that something else holds.
+    """
+    old = _holder(model)
+    if old is None:
+        return
+    if caller is not None and _about_to_be_assigned(caller) is old:
+        old.close("finished")
+        return
+    raise ProbeError(
+        f"this model ({type(model).__name__}) has a probe already, and two would measure each other. Close it first: "
+        "probe.close(), or use it in a `with` block. In a notebook, assign the new probe to the variable that holds "
+        "the old one."
+    )
+
+
+def _holder(model: nn.Module) -> _Attached | None:
+    reference = _attached.get(model)
+    return reference() if reference is not None else None
+
+
+def _about_to_be_assigned(frame: FrameType) -> Any:
+    """What the variable holds now to which the result of the running call goes; None where it goes elsewhere."""
+    following = (i for i in dis.get_instructions(frame.f_code) if i.offset > frame.f_lasti and i.opname != "CACHE")
+    store = next(following, None)
+    if store is None or store.opname not in ("STORE_NAME", "STORE_GLOBAL", "STORE_FAST"):
+        return None
+    if store.opname == "STORE_GLOBAL":
+        return frame.f_globals.get(store.argval)
+    return frame.f_locals.get(store.argval)

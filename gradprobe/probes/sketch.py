@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,22 +28,23 @@ from torch import Tensor
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes.gramian import vector
-from gradprobe.probes.graph import Layer
+from gradprobe.probes.gramian import GramianSum, vector
+from gradprobe.probes.passes import DerivedMeasurement, Listener, Step, pass_to
+from gradprobe.probes.shared_layers import Layer, SharedLayers
+from gradprobe.probes.state import state_kept
+from gradprobe.processes import OneProcess
 
 _SMALLEST = 16
 POOL = 8
 """Signs are stretches of one random sequence, so many times as long as a row: two rows seldom have the same."""
-
 _LOOPED = 512
 """On a CPU rows of at least so many numbers are added one by one, which needs no indices."""
-
 _AT_ONCE = 1 << 20
 """Numbers that are turned at a time elsewhere."""
 
 
 @dataclass(frozen=True)
-class Size:
+class SketchSize:
     """What ``sketch=`` asks for.
 
     Attributes:
@@ -54,7 +56,7 @@ class Size:
     seed: int = 0
 
 
-def size_of(sketch: int | Sequence[int] | None) -> Size | None:
+def sketch_size(sketch: int | Sequence[int] | None) -> SketchSize | None:
     """What a ``sketch=`` argument means: None, k, or k and a seed.
 
     Raises:
@@ -69,7 +71,7 @@ def size_of(sketch: int | Sequence[int] | None) -> Size | None:
             f"sketch={sketch!r}: give the numbers that are kept of each task's gradient on a layer, at least "
             f"{_SMALLEST}, such as 4096; or those and a seed, such as (4096, 1)."
         )
-    return Size(*given)
+    return SketchSize(*given)
 
 
 class Draw:
@@ -81,7 +83,7 @@ class Draw:
         layers: Whose gradients are sketched.
     """
 
-    def __init__(self, size: Size, row: int, layers: Sequence[Layer]) -> None:
+    def __init__(self, size: SketchSize, row: int, layers: Sequence[Layer]) -> None:
         self.numbers = size.numbers
         self._key = (size.seed, row)
         signs = np.random.default_rng((*self._key, 0)).integers(0, 2, (POOL + 1) * size.numbers)
@@ -176,3 +178,124 @@ def _numbers(parameter: Tensor) -> int:
 
 def _count(layer: Layer) -> int:
     return sum(map(_numbers, layer.parameters))
+
+
+class Sketching:
+    """A new draw for each measured row.
+
+    Args:
+        size: Of the sketches.
+
+    Attributes:
+        row: Of the next measurement.
+    """
+
+    def __init__(self, size: SketchSize) -> None:
+        self.size, self.row = size, 0
+
+    def next(self, shared: SharedLayers) -> Draw:
+        """The draw of the next row."""
+        self.row += 1
+        return Draw(self.size, self.row - 1, shared.layers)
+
+
+class _SketchSum:
+    """Takes task gradients one parameter at a time, in any order, and gives the Gramian of every layer.
+
+    Args:
+        shared: The layers.
+        tasks: T, how many.
+        draw: Of the row.
+    """
+
+    def __init__(self, shared: SharedLayers, tasks: int, draw: Draw) -> None:
+        self._draw, self._tasks, self._shared = draw, tasks, shared
+        self.sketches: list[list[Tensor | None]] = [[None] * len(shared.layers) for _ in range(tasks)]
+        """(T, L): None where a task has brought no gradient."""
+
+    def add(self, task: int, index: int, gradient: Tensor) -> None:
+        """A task's gradient on one parameter; nothing of it is kept."""
+        layer = self._draw.layer_of(index)
+        total = self.sketches[task][layer]
+        if total is None:
+            wide = torch.float32 if gradient.device.type == "mps" else torch.float64
+            total = torch.zeros(self._draw.lengths[layer], dtype=wide, device=gradient.device)
+            self.sketches[task][layer] = total
+        self._draw.add(total, index, gradient.to(total.device))
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """(L, T): which task brought a gradient to which layer."""
+        found = [[sketch is not None for sketch in sketches] for sketches in self.sketches]
+        return np.array(found, dtype=bool).reshape(self._tasks, len(self._shared.layers)).T
+
+    def result(self, ranks: OneProcess, change: Array | None = None) -> Array:
+        """The Gramians (L, T, T) of the averages over the processes; see :meth:`GramianSum.result`.
+
+        Every process must get here, and gets the same.
+        """
+        if ranks.size > 1:
+            like = [self._like(layer) for layer in range(len(self._shared.layers))]
+            self.sketches = [ranks.average(sketches, like) for sketches in self.sketches]
+        # One vector per layer stands for all of its parameters.
+        total = GramianSum([Layer(layer.name, layer.parameters[:1]) for layer in self._shared.layers], self._tasks)
+        for layer in range(len(self._shared.layers)):
+            total.add(layer, [sketches[layer] for sketches in self.sketches])
+        return total.result(change)
+
+    def _like(self, layer: int) -> Tensor:
+        """What another process's sketch looks like, where this one has none."""
+        there = next((s[layer] for s in self.sketches if s[layer] is not None), None)
+        if there is not None:
+            return there
+        device = self._shared.layers[layer].parameters[0].device
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        return torch.zeros(self._draw.lengths[layer], dtype=wide, device=device)
+
+
+def sketched(step: Step, draw: Draw) -> Array:
+    """The Gramians (L, T, T) of sketches, by one explicit pass per task."""
+    return step.ranks.together(lambda: _passes(step, draw, range(len(step.losses)))).result(step.ranks)
+
+
+def _passes(step: Step, draw: Draw, tasks: Sequence[int]) -> _SketchSum:
+    total, parameters = _SketchSum(step.shared, len(step.losses), draw), step.shared.parameters
+    with state_kept(step.model) as back:
+        for task in tasks:
+            with Listener(parameters, partial(total.add, task), hollow=True) as listener:
+                pass_to(step.losses[task], parameters)
+            if listener.failure is not None:
+                raise listener.failure
+            back()
+    return total
+
+
+class SketchedMeasurement(DerivedMeasurement):
+    """T - 1 streamed passes, and the joint backward that training makes anyway: sketches can be subtracted.
+
+    Args:
+        step, derived: As of :class:`DerivedMeasurement`.
+        draw: Of the row.
+    """
+
+    def __init__(self, step: Step, derived: int, draw: Draw) -> None:
+        self.step, self.graph, self.draw, self._derived, self._weights = step, step.traced, draw, derived, step.weights
+        self.by_passes, self.explicit = None, True
+        self._sum = _passes(step, draw, [task for task in range(len(step.losses)) if task != derived])
+        # A layer that the derived task reaches counts with all its parameters: of those that it does not reach, the
+        # joint gradient is the others', and nothing is left.
+        self._reached = [any(self.graph.reached(derived, layer.parameters)) for layer in step.shared.layers]
+        self.listener = Listener(step.shared.parameters, self._take)
+
+    def _gramians(self) -> tuple[Array, NDArray[np.bool_]]:
+        self.step.ranks.together(self._raise_failure)
+        gram = self._sum.result(self.step.ranks, self._difference())
+        return gram, self._sum.present
+
+    def _raise_failure(self) -> None:
+        if self.listener.failure is not None:
+            raise self.listener.failure
+
+    def _take(self, index: int, joint: Tensor) -> None:
+        if self._reached[self.draw.layer_of(index)]:
+            self._sum.add(self._derived, index, joint)

@@ -62,7 +62,8 @@ FEATURE_SIZE = field("feature_size", "feature", "<i8", "numbers that the feature
 class FeatureRow:
     """The task gradients at the features that the heads share, at one step.
 
-    A bound on what :class:`gradprobe.rows.Row` holds, and no measurement of it: see ``gradprobe.probes.features``.
+    A bound on what :class:`gradprobe.rows.Row` holds, and no measurement of it: see
+    ``gradprobe.probes.feature_gradients``.
 
     Attributes:
         step, epoch, time, overhead: As in :class:`gradprobe.rows.Row`.

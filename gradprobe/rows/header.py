@@ -17,7 +17,7 @@ Provenance = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class FeatureHeader:
-    """The features at which tasks part, see ``gradprobe.probes.features``.
+    """The features at which tasks part, see ``gradprobe.probes.feature_gradients``.
 
     Attributes:
         tasks: (T,) names.

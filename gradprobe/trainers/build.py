@@ -11,7 +11,7 @@ from torch import nn
 
 from gradprobe.errors import UsageError
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.loader import ProbeLoader
+from gradprobe.probes.probe_samples import ProbeLoader
 from gradprobe.processes import OneProcess
 from gradprobe.rows import Sink
 from gradprobe.trainers import checkpoint, loop, registry

@@ -243,9 +243,9 @@ _CHECKPOINT = fields(
                     {
                         "last_gram": some(several(several(anything))),
                         "derived": row(whole(), flag),
-                        "ghosts": row(flag, flag),
                     },
                     {
+                        "ghosts": row(flag, flag),  # of earlier versions
                         "sketched": whole(),
                         "guard": fields({"rows": table(whole()), "stopped": text, "mark": text, "moves": flag}),
                         "sharing": some(

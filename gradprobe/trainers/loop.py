@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gradprobe.errors import NonFiniteLossError
 from gradprobe.probes import GradientProbe
-from gradprobe.probes.micro import mean_losses, shares_of
+from gradprobe.probes.calls import mean_losses, shares_of
 from gradprobe.rows import NONFINITE_LOSS, TestClusters
 from gradprobe.trainers import checkpoint
 from gradprobe.trainers.balancer import Balancer, check_weights

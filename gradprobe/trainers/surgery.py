@@ -19,7 +19,8 @@ from gradprobe import measures
 from gradprobe.errors import TrainingError
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
-from gradprobe.probes.graph import SharedLayers, by_module, find_shared, reached
+from gradprobe.probes.graph import reached
+from gradprobe.probes.shared_layers import SharedLayers, by_module, find_shared
 from gradprobe.probes.state import state_kept
 from gradprobe.processes import everybody, replicas
 from gradprobe.trainers.balancer import Balancer, Setup, check_static, counted

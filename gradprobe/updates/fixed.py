@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes.loader import sow, undisturbed
 from gradprobe.probes.passes import Gradients
+from gradprobe.probes.state import sow, undisturbed
 from gradprobe.updates.detached import Held, Recorded
 from gradprobe.updates.heads import ByTask, Own, vector
 

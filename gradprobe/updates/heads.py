@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from gradprobe.ledger.terms import noise_products
 from gradprobe.ledger.update_parts import Rule, dot, own_factor, rules
 from gradprobe.measures import FIRST_STEPS_OF_ADAM, Array
-from gradprobe.probes import walk
-from gradprobe.probes.graph import SharedLayers, reached
+from gradprobe.probes import state
+from gradprobe.probes.graph import reached
 from gradprobe.probes.passes import done
+from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.probes.state import state_kept
 from gradprobe.updates.taking_apart import WHOLE, length, long, second_moment
 
@@ -72,7 +73,7 @@ def common_to_several(model: nn.Module, shared: SharedLayers, losses: Sequence[T
     """Whether tasks share parameters that are not among the layers that are measured."""
     inside = {id(p) for p in shared.parameters}
     uses = [reached(loss) for loss in losses]
-    return any(sum(id(p) in use for use in uses) > 1 for p in walk.parameters(model) if id(p) not in inside)
+    return any(sum(id(p) in use for use in uses) > 1 for p in state.parameters_of(model) if id(p) not in inside)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from gradprobe.errors import ProbeError
 from gradprobe.ledger.terms import correction, effects, noise_products, term
 from gradprobe.ledger.update_parts import rules
 from gradprobe.measures import Array
-from gradprobe.probes.checks import is_present
-from gradprobe.probes.meter import Meter
+from gradprobe.probes.calls import is_present
+from gradprobe.probes.clock import whole
 from gradprobe.probes.passes import Gradients
-from gradprobe.probes.schedule import whole
+from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import EARLIER_SOURCES, MEASURED, LedgerRow
 from gradprobe.updates import heads
 from gradprobe.updates.fixed import ProbeBatch, Valued, held, value
@@ -138,7 +138,7 @@ class Ledger(Reader):
 
     # ---- called by what follows the steps
 
-    def check(self, tasks: Sequence[str], meter: Meter) -> None:
+    def check(self, tasks: Sequence[str], gradients: TaskGradients) -> None:
         """Whether it can belong to a probe.
 
         Raises:
@@ -146,10 +146,10 @@ class Ledger(Reader):
         """
         if self._following is not None:
             raise ProbeError("this Ledger belongs to another probe; make one anew for each.")
-        if meter.ranks.size > 1:
+        if gradients.ranks.size > 1:
             raise ProbeError("ledger= under data parallelism: each process would value its own batch; leave it out.")
         self._tasks = tuple(tasks)
-        meter.keep(micro=self.ends == "batch")
+        gradients.keep(micro=self.ends == "batch")
 
     def open(self, following: OptimizerWatch, model: nn.Module) -> None:
         self._following, self._model = following, model

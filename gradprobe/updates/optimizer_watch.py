@@ -19,12 +19,12 @@ from torch.optim import Optimizer
 from gradprobe.errors import ProbeError
 from gradprobe.ledger.update_parts import why_not
 from gradprobe.measures import Array
-from gradprobe.probes.graph import Layer, SharedLayers
-from gradprobe.probes.level import Level
-from gradprobe.probes.measuring import Measuring
-from gradprobe.probes.meter import Meter
+from gradprobe.probes.clock import Stopwatch
+from gradprobe.probes.feature_gradients import GradientLevel
 from gradprobe.probes.passes import Gradients
-from gradprobe.probes.stopwatch import Stopwatch
+from gradprobe.probes.recorder import Recorder
+from gradprobe.probes.shared_layers import Layer, SharedLayers
+from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import EARLIER_SOURCES, MEASURED
 from gradprobe.updates.parameters import private
 from gradprobe.updates.taking_apart import WHOLE, Before, Kept, TakenApart, look_after, look_before
@@ -98,7 +98,7 @@ class Reader:
         """What is put beside a probe, for all of these."""
         return OptimizerWatch(readers)
 
-    def check(self, tasks: Sequence[str], meter: Meter) -> None:
+    def check(self, tasks: Sequence[str], gradients: TaskGradients) -> None:
         """Raise a ``ProbeError`` where it cannot belong to this probe."""
 
     def open(self, following: OptimizerWatch, model: nn.Module) -> None:
@@ -145,7 +145,7 @@ class OptimizerWatch:
 
     def __init__(self, readers: Sequence[Reader]) -> None:
         self.readers = tuple(readers)
-        self._measuring: Measuring | None = None
+        self._recorder: Recorder | None = None
         self._at: Measured | None = None
         self._failed: dict[str, str] = {}
         self._before: Before | None = None
@@ -159,7 +159,9 @@ class OptimizerWatch:
 
     # ---- called by the probe
 
-    def check(self, tasks: Sequence[str], level: Level, optimizer: Optimizer | None, meter: Meter) -> None:
+    def check(
+        self, tasks: Sequence[str], level: GradientLevel, optimizer: Optimizer | None, gradients: TaskGradients
+    ) -> None:
         """Whether it can belong to a probe.
 
         Raises:
@@ -173,14 +175,14 @@ class OptimizerWatch:
                 raise ProbeError(f"{name}= needs gradients on parameters: attach with level='parameters' or 'both'.")
             if clash := [source for source in EARLIER_SOURCES if source in tasks]:
                 raise ProbeError(f"{name}=: a task cannot be called {clash[0]!r}, as a part of an update is.")
-            reader.check(tasks, meter)
+            reader.check(tasks, gradients)
 
-    def open(self, measuring: Measuring, model: nn.Module) -> None:
-        assert measuring.optimizer is not None
-        self._measuring, self.model, self.optimizer = measuring, model, measuring.optimizer
+    def open(self, recorder: Recorder, model: nn.Module) -> None:
+        assert recorder.optimizer is not None
+        self._recorder, self.model, self.optimizer = recorder, model, recorder.optimizer
         for reader in self.readers:
             reader.open(self, model)
-        steps = measuring.clock.steps
+        steps = recorder.clock.steps
         assert steps is not None, "without an optimizer nothing is beside a probe"
         steps.followed_by.append(self._follow)
         steps.before.append(self._before_step)
@@ -219,7 +221,7 @@ class OptimizerWatch:
 
     def close(self) -> None:
         """The probe lets go of the training."""
-        if self._measuring is not None:
+        if self._recorder is not None:
             self._each(lambda reader: reader.close(), {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,7 +233,7 @@ class OptimizerWatch:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        device = self.now.meter.device
+        device = self.now.gradients.device
         self._skipped, self._passed = state["skipped"], state["passed"]
         self._kept = {tuple(places): [m.to(device) for m in moments] for places, moments in state["kept"]}
         for reader in self.readers:
@@ -242,15 +244,15 @@ class OptimizerWatch:
     # ---- what readers ask
 
     @property
-    def now(self) -> Measuring:
+    def now(self) -> Recorder:
         """The probe's parts."""
-        assert self._measuring is not None, "what is beside a probe is used by the probe that it was given to"
-        return self._measuring
+        assert self._recorder is not None, "what is beside a probe is used by the probe that it was given to"
+        return self._recorder
 
     @property
     def shared(self) -> SharedLayers:
         """The shared layers; none before they are found."""
-        return self.now.meter.shared or SharedLayers((), ())
+        return self.now.gradients.shared or SharedLayers((), ())
 
     def private(self, losses: Sequence[Tensor]) -> list[list[nn.Parameter]]:
         """(T): what each task alone reaches; looked for once."""
@@ -261,22 +263,22 @@ class OptimizerWatch:
     # ---- one step
 
     def _begun(self, losses: Sequence[Tensor], weights: Array, gram: Array, status: str) -> Measured:
-        measuring = self.now
-        meter, factor = measuring.meter, measuring.scale.factor
-        kept = meter.kept if status == MEASURED else None
-        micro = (meter.kept_micro or []) if status == MEASURED else []
+        recorder = self.now
+        source, factor = recorder.gradients, recorder.scale.factor
+        kept = source.kept if status == MEASURED else None
+        micro = (source.kept_micro or []) if status == MEASURED else []
         if kept:
-            meter.keep(micro=meter.kept_micro is not None)  # the lists are ours now
+            source.keep(micro=source.kept_micro is not None)  # the lists are ours now
         return Measured(
-            step=measuring.clock.step,
-            epoch=measuring.epoch,
-            time=measuring.now(),
+            step=recorder.clock.step,
+            epoch=recorder.epoch,
+            time=recorder.now(),
             status=status,
             weights=weights,
             gram=gram,
             gradients=_unscaled(kept, factor) if kept else None,
             micro=[_unscaled(tasks, factor) for tasks in micro],
-            shares=list(meter.shares),
+            shares=list(source.shares),
             private=self.private(losses) if status == MEASURED else self._private or [],
             skipped=self._skipped,
             failed=self._failed,
@@ -376,9 +378,9 @@ class OptimizerWatch:
 
     def _common(self, work: Callable[[], T]) -> tuple[T | None, str]:
         """What all readers need; a failure is a status."""
-        watch = Stopwatch(self.now.meter.device)
+        watch = Stopwatch(self.now.gradients.device)
         with watch.running():
-            found = self.now.report.guarded(self.now.clock.step, work)
+            found = self.now.guarded(work)
         self.readers[0].seconds += watch.seconds
         return found
 
@@ -387,9 +389,9 @@ class OptimizerWatch:
         for reader in self.readers:
             if reader.name in failed:
                 continue
-            watch = Stopwatch(self.now.meter.device)
+            watch = Stopwatch(self.now.gradients.device)
             with watch.running():
-                _, status = self.now.report.guarded(self.now.clock.step, partial(call, reader))
+                _, status = self.now.guarded(partial(call, reader))
             reader.seconds += watch.seconds
             if status != MEASURED:
                 failed[reader.name] = status

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gradprobe.probes import walk
-from gradprobe.probes.graph import SharedLayers, reached
+from gradprobe.probes import state
+from gradprobe.probes.graph import reached
+from gradprobe.probes.shared_layers import SharedLayers
 
 
 def private(model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor]) -> list[list[nn.Parameter]]:
@@ -21,7 +22,7 @@ def private(model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor]) ->
 
 def everything(model: nn.Module) -> list[nn.Parameter]:
     """Every parameter once."""
-    return list({id(p): p for p in walk.parameters(model)}.values())
+    return list({id(p): p for p in state.parameters_of(model)}.values())
 
 
 def squares(parameters: Sequence[Sequence[nn.Parameter]]) -> list[float]:

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from gradprobe.ledger.terms import products
 from gradprobe.ledger.update_parts import Moments, Rule, begin, first_moment, fit, own_factor, rules, take_apart
 from gradprobe.measures import Array
-from gradprobe.probes.graph import SharedLayers
 from gradprobe.probes.passes import Gradients, combined
+from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.rows import EARLIER_SOURCES
 
 Places = tuple[int, ...]

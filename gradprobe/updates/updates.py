@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from gradprobe.errors import ProbeError
-from gradprobe.probes.meter import Meter
+from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import EARLIER_SOURCES, UpdateRow
 from gradprobe.updates.clip import Limit, norms, scale_without
 from gradprobe.updates.drift import Drift
@@ -45,7 +45,7 @@ class Updates(Reader):
         self._row: UpdateRow | None = None
         self._limit = Limit()
 
-    def check(self, tasks: Sequence[str], meter: Meter) -> None:
+    def check(self, tasks: Sequence[str], gradients: TaskGradients) -> None:
         """Whether it can belong to a probe.
 
         Raises:
@@ -53,7 +53,7 @@ class Updates(Reader):
         """
         if self._following is not None:
             raise ProbeError("these Updates belong to another probe; make them anew for each.")
-        meter.keep()
+        gradients.keep()
 
     def open(self, following: OptimizerWatch, model: nn.Module) -> None:
         self._following, self._model, self._drift = following, model, Drift(model)

@@ -6,32 +6,54 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from gradprobe.probes.doctor import batchnorm, code, loss, model
 from gradprobe.probes.doctor.finding import SEVERITIES, Finding, Patient
+from gradprobe.probes.doctor.loss_checks import (
+    counted_twice,
+    faulty,
+    scaled,
+    shared_by_the_graph_alone,
+    sharing_nothing,
+    summed_over_the_batch,
+)
+from gradprobe.probes.doctor.model_checks import (
+    behind_reentrant_checkpoints,
+    compiled,
+    complex_parameters,
+    data_parallel,
+    in_two_forwards,
+    learned_weights,
+    over_a_divided_batch,
+    own_hooks,
+    saved_tensor_hooks,
+    sharded,
+    sparse_gradients,
+    steps_within_the_backward,
+    tied_weights,
+    with_custom_operations,
+)
 
 __all__ = ["Finding", "SEVERITIES", "doctor"]
-
-CHECKS = (
-    loss.faulty,
-    model.compiled,
-    model.reentrant_checkpoints,
-    model.sharded,
-    model.data_parallel,
-    loss.sharing_nothing,
-    loss.shared_by_the_graph_alone,
-    loss.counted_twice,
-    loss.scaled,
-    loss.summed_over_the_batch,
-    batchnorm.over_a_divided_batch,
-    batchnorm.in_two_forwards,
-    model.own_hooks,
-    code.saved_tensor_hooks,
-    code.custom_operations,
-    code.steps_within_the_backward,
-    code.learned_weights,
-    model.sparse_gradients,
-    model.complex_parameters,
-    model.tied_weights,
+_CHECKS = (
+    faulty,
+    compiled,
+    behind_reentrant_checkpoints,
+    sharded,
+    data_parallel,
+    sharing_nothing,
+    shared_by_the_graph_alone,
+    counted_twice,
+    scaled,
+    summed_over_the_batch,
+    over_a_divided_batch,
+    in_two_forwards,
+    own_hooks,
+    saved_tensor_hooks,
+    with_custom_operations,
+    steps_within_the_backward,
+    learned_weights,
+    sparse_gradients,
+    complex_parameters,
+    tied_weights,
 )
 
 
@@ -52,5 +74,5 @@ def doctor(model: nn.Module, losses: Mapping[str, Tensor]) -> list[Finding]:
         ...     print(finding)
     """
     patient = Patient.of(model, losses)
-    found = [finding for check in CHECKS for finding in check(patient)]
+    found = [finding for check in _CHECKS for finding in check(patient)]
     return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from gradprobe.probes.checks import loss_fault
-from gradprobe.probes.features import Feature, find_features
-from gradprobe.probes.graph import by_module
-from gradprobe.probes.trace import Node, Trace, is_leaf, trace
+from gradprobe.probes.calls import loss_fault
+from gradprobe.probes.feature_gradients import Feature, find_features
+from gradprobe.probes.graph import LossGraph, Node, is_leaf, trace
+from gradprobe.probes.shared_layers import by_module
 
 SEVERITIES = ("error", "warning", "note")
 """error: a measurement would fail or be wrong. warning: it is right, and something beside it is not, or it is easily
@@ -86,7 +86,7 @@ class Patient:
     model: nn.Module
     losses: Mapping[str, Tensor]
     faults: Mapping[str, str]
-    graph: Trace
+    graph: LossGraph
     features: list[Feature]
 
     @classmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.probes.graph import by_module, find_shared
+from gradprobe.probes.shared_layers import by_module, find_shared
 from gradprobe.trainers.models.yolov5 import YOLOv5WithClassification
 
 

@@ -14,14 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.errors import GradprobeError
-from gradprobe.measures import Array
-from gradprobe.probes.graph import SharedLayers
-from gradprobe.probes.guard import NotMeasured
+from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.rows import (
     FEATURES,
-    MEASURED,
-    NONFINITE_GRADIENT,
-    NONFINITE_LOSS,
     ROWS,
     TABLE_NAMES,
     AnyRow,
@@ -31,13 +26,12 @@ from gradprobe.rows import (
     Provenance,
     ResumableSink,
     Sink,
-    absent,
     takes,
 )
 from gradprobe.rows.layers import shortened
+from gradprobe.rows.table import Table
 
 T = TypeVar("T")
-
 _SOON = 10
 """Measured steps after which a task that took part in none is asked after."""
 
@@ -60,6 +54,7 @@ class Reporter:
 
     def __init__(self, tasks: Sequence[str], sinks: Sequence[Sink], provenance: Provenance | None) -> None:
         self._tasks, self._sinks, self._provenance = tuple(tasks), list(sinks), dict(provenance or {})
+        self._taking: dict[str, list[Sink]] = {}  # table -> who takes its rows
         self._warned: set[str] = set()
         self._closed, self._process = False, os.getpid()
         self._began_with = 0  # layers
@@ -113,9 +108,13 @@ class Reporter:
             return  # without a header not even the layers could be found; the warning is out
         self._last[row.table.name] = row.step
         self.overhead += row.overhead
-        for sink in self._sinks:
-            if takes(sink, row.table):
-                self._hand(sink, row.step, sink.write, row)
+        for sink in self._takers(row.table):
+            self._hand(sink, row.step, sink.write, row)
+
+    def _takers(self, table: Table) -> list[Sink]:
+        if table.name not in self._taking:
+            self._taking[table.name] = [sink for sink in self._sinks if takes(sink, table)]
+        return self._taking[table.name]
 
     @property
     def last_step(self) -> int:
@@ -188,21 +187,6 @@ class Reporter:
         if failed:
             raise next((error for error in failed if not isinstance(error, Exception)), failed[0])
 
-    def guarded(self, step: int, measure: Callable[[], T]) -> tuple[T | None, str]:
-        """The result of ``measure`` and the row's status; a failure is a status, not an exception."""
-        try:
-            return measure(), MEASURED
-        except GradprobeError:
-            raise  # a wrong call, or a file that cannot be written: for the user to see
-        except NotMeasured as why:
-            if why.said:
-                self.warn(step, why.said)
-            return None, str(why)
-        except Exception as error:
-            reason = f"measuring failed: {type(error).__name__}: {error}".splitlines()[0][:200]
-            self.warn(step, reason)
-            return None, reason
-
     def warn(self, step: int, reason: str) -> None:
         """Say it once, however often it happens."""
         if reason not in self._warned:
@@ -217,6 +201,7 @@ class Reporter:
             raise  # a file that cannot be written is for the user to see
         except Exception as error:
             self._sinks.remove(sink)
+            self._taking.clear()
             what = f"{type(sink).__name__} could not start and is left out: {type(error).__name__}: {error}"
             self.warn(max(self.last_step, 0), what)
 
@@ -237,24 +222,3 @@ class Reporter:
 
     def _failed(self, sink: Any, step: int, error: Exception) -> None:
         self.warn(step, f"{type(sink).__name__} failed: {type(error).__name__}: {error}")
-
-
-def status_of(tasks: Sequence[str], losses: Array, gram: Array, there: NDArray[np.bool_]) -> str:
-    """The status of a row whose passes went through.
-
-    Args:
-        tasks: (T,) names.
-        losses: (T,) values.
-        gram: (L, T, T); infinite where a gradient is not finite, NaN where a task brought none.
-        there: (T,) bool: who takes part in the step.
-    """
-    if not np.isfinite(losses[there]).all():
-        return NONFINITE_LOSS
-    if np.isinf(gram).any():
-        return NONFINITE_GRADIENT
-    return MEASURED if there.all() else absent([t for t, here in zip(tasks, there, strict=True) if not here])
-
-
-def finite(values: Array) -> Array:
-    """What a row is handed on with: NaN in the place of what is not finite."""
-    return np.where(np.isfinite(values), values, np.nan)

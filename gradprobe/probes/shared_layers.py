@@ -1,21 +1,97 @@
-"""Layers and their parameters by name, so that parameters that were replaced in mid-run are found again."""
+"""Layers, the shared ones among them, and what the user says of them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
-from gradprobe.probes import walk
-from gradprobe.probes.checks import check_names
-from gradprobe.probes.graph import Layer, SharedLayers, by_module, find_shared
+from gradprobe.probes.graph import reached
+from gradprobe.rows.limits import MAX_NAME
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Some parameters that are measured as one vector."""
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of numbers in it."""
+        return sum(p.numel() for p in self.parameters)
+
+
+@dataclass(frozen=True)
+class SharedLayers:
+    """The layers that two or more tasks reach, in the order in which the forward runs them.
+
+    Attributes:
+        layers: L of them.
+        reach: (L, T) bool, from the graph and never from values.
+    """
+
+    layers: tuple[Layer, ...]
+    reach: tuple[tuple[bool, ...], ...]
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of all layers, layer by layer: the same list at every call."""
+        return [p for layer in self.layers for p in layer.parameters]
+
+
+def find_shared(
+    groups: Mapping[str, Iterable[nn.Parameter]], losses: Mapping[str, Tensor], chosen: set[int] | None = None
+) -> SharedLayers:
+    """The shared layers of a model, found from the graphs of its tasks' losses.
+
+    Args:
+        groups: Layer name -> its parameters. A parameter in two groups (tied weights) counts in the first.
+        losses: Task name -> loss with its graph.
+        chosen: ``id`` of the parameters that may count; None: every one that two or more tasks reach.
+    """
+    uses = [reached(loss) for loss in losses.values()]
+    order: dict[str, int] = {}
+    layers: dict[str, Layer] = {}
+    taken: set[int] = set()
+    for name, parameters in groups.items():
+        members = [
+            p
+            for p in parameters
+            if p.requires_grad
+            and id(p) not in taken
+            and (id(p) in chosen if chosen is not None else sum(id(p) in use for use in uses) >= 2)
+        ]
+        if members:
+            taken.update(id(p) for p in members)
+            layers[name] = Layer(name, tuple(members))
+            order[name] = min((use[id(p)] for use in uses for p in members if id(p) in use), default=1 << 62)
+    names = sorted(layers, key=order.__getitem__)
+    reach = tuple(tuple(any(id(p) in use for p in layers[n].parameters) for use in uses) for n in names)
+    return SharedLayers(tuple(layers[n] for n in names), reach)
+
+
+def by_module(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Parameters by the module that owns them: ``{"model.0.conv": [weight, bias], ...}``.
+
+    Names are those of the module before it was compiled, so that runs can be laid side by side.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        plain = name.replace("_orig_mod.", "")
+        owner = plain.rpartition(".")[0] or plain
+        groups.setdefault(owner, []).append(parameter)
+    return groups
+
 
 Shared = Iterable["str | nn.Parameter"] | Callable[[str, nn.Parameter], bool]
 """What is shared, said by the user: module names, parameters, or a predicate of name and parameter."""
-
 Groups = Mapping[str, Iterable[nn.Parameter]]
 """Layer name -> its parameters."""
 
@@ -29,6 +105,10 @@ class Selection:
         layers: None: by the module that owns them.
         nothing: Choose no parameter at all.
         divided: The model is meant to share nothing, so that it is no mistake where it does not.
+
+    Attributes:
+        open: Whether any parameter counts that two tasks reach, not only chosen ones.
+        outside: ``id`` of parameters in layers that are not the model's.
 
     Raises:
         ProbeError: ``shared`` chooses nothing; ``layers`` has a name that a file cannot hold, something that is no
@@ -47,11 +127,13 @@ class Selection:
         self._model = model
         self.divided = divided
         names = {id(p): name for name, p in model.named_parameters()}
-        chosen = None if shared is None else choose(model, shared)
+        chosen = None if shared is None else _choose(model, shared)
         self._chosen = [names.get(id(p), p) for p in chosen] if chosen is not None else None
         self.nothing = nothing
         if nothing:
             self._chosen = []
+        self.open = self._chosen is None
+        self.outside: set[int] = set()
         self._layers = None
         if layers is not None:
             check_names("layers", layers)
@@ -62,11 +144,7 @@ class Selection:
                     f"layers={list(layers)} hold no parameter of this model ({type(model).__name__}, which has: "
                     f"{list(names.values())[:4]}, ...)."
                 )
-
-    @property
-    def open(self) -> bool:
-        """Whether any parameter counts that two tasks reach, not only chosen ones."""
-        return self._chosen is None
+            self.outside = {id(item) for found in self._layers.values() for item in found if not isinstance(item, str)}
 
     def chosen(self) -> set[int] | None:
         """``id`` of the parameters that may count, as they stand in the model now; None: all that tasks share."""
@@ -81,13 +159,6 @@ class Selection:
             return by_module(self._model)
         named = dict(self._model.named_parameters())
         return {layer: [_now(named, item) for item in members] for layer, members in self._layers.items()}
-
-    @property
-    def outside(self) -> set[int]:
-        """``id`` of parameters in layers that are not the model's."""
-        if self._layers is None:
-            return set()
-        return {id(item) for members in self._layers.values() for item in members if not isinstance(item, str)}
 
     def name(self, parameter: nn.Parameter) -> str:
         """What the model calls it."""
@@ -112,7 +183,7 @@ def _parameters(layer: str, given: object) -> list[nn.Parameter]:
     return members
 
 
-def choose(model: nn.Module, shared: Shared) -> list[nn.Parameter]:
+def _choose(model: nn.Module, shared: Shared) -> list[nn.Parameter]:
     """The parameters that ``shared`` names.
 
     Raises:
@@ -138,51 +209,24 @@ def _below(named: Mapping[str, nn.Parameter], item: str) -> list[nn.Parameter]:
     return found
 
 
-class Binding:
-    """Remembers the shared layers by the names of their parameters.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""All but tab and line feed; and halves of surrogate pairs, which UTF-8 does not have."""
 
-    ``load_state_dict(assign=True)``, and moving a model with torch's overwrite-on-conversion flag, put new
-    parameters into a model. A probe that held on to the old ones would go on measuring a model that nobody trains.
+
+def check_names(what: str, names: Iterable[object]) -> None:
+    """Raise for names with which no run file could be read again.
+
+    Args:
+        what: The argument that they are from.
+        names: Of tasks or layers.
+
+    Raises:
+        ProbeError: One is no text, empty, or has control characters; says which.
     """
-
-    def __init__(self, model: nn.Module, shared: SharedLayers) -> None:
-        self._model = model
-        names = {id(p): name for name, p in model.named_parameters()}
-        # None: a parameter from outside the model, which nothing can replace there.
-        self._names = [names.get(id(p)) for p in shared.parameters]
-
-    def replaced(self, shared: SharedLayers) -> list[str]:
-        """Names of the parameters that are others now than in ``shared``.
-
-        Raises:
-            ProbeError: A parameter is gone, or has another shape.
-        """
-        there = {id(p) for p in walk.parameters(self._model)}
-        if all(id(p) in there for p, name in zip(shared.parameters, self._names, strict=True) if name is not None):
-            return []
-        now = dict(self._model.named_parameters())
-        changed = []
-        for name, old in zip(self._names, shared.parameters, strict=True):
-            if name is None or now.get(name) is old:
-                continue
-            if name not in now:
-                raise ProbeError(
-                    f"the shared parameter {name!r} is no longer in the model. A probe keeps the layers that it began "
-                    "with: close it, and attach a new one to the changed model."
-                )
-            if now[name].shape != old.shape:
-                raise ProbeError(
-                    f"the shared parameter {name!r} had shape {tuple(old.shape)} and has {tuple(now[name].shape)} now. "
-                    "A probe keeps the layers that it began with: close it, and attach a new one."
-                )
-            changed.append(name)
-        return changed
-
-    def again(self, shared: SharedLayers) -> SharedLayers:
-        """The same layers with the parameters that stand in the model now."""
-        now = dict(self._model.named_parameters())
-        found = iter(
-            old if name is None else now[name] for name, old in zip(self._names, shared.parameters, strict=True)
-        )
-        layers = tuple(Layer(la.name, tuple(next(found) for _ in la.parameters)) for la in shared.layers)
-        return replace(shared, layers=layers)
+    for name in names:
+        if not isinstance(name, str) or not name or _CONTROL.search(name):
+            raise ProbeError(f"{what}: the name {name!r} must be text, not empty, and without control characters.")
+        if (size := len(name.encode())) > MAX_NAME - 16:
+            raise ProbeError(
+                f"{what}: the name {name[:40]!r}... has {size:,} bytes; at most {MAX_NAME - 16:,} are kept."
+            )

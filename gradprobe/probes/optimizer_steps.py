@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-Given = tuple[tuple[Any, ...], dict[str, Any]]
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a ``step()``."""
-
-OTHER = (
+_OTHER = (
     "the shared parameters are updated by {other}, which is not the optimizer that the probe was given: its steps are "
     "counted from here on, and its learning rate is stored. Where an optimizer is made anew, nothing needs to be done"
 )
 
 
-class Steps:
+class OptimizerSteps:
     """What the optimizers do between the calls of a probe.
 
     A step within another's ``step()`` belongs to it. Of several optimizers that step after one call the first one's
@@ -65,7 +64,7 @@ class Steps:
         self._apart: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
         self._leader = given  # whose step was counted last
         self._uncounted: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the leader's last step
-        self._beside: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the last step of the one followed
+        self._others: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # since the last step of the one followed
         self._running: list[tuple[Optimizer, FrameType | None]] = []  # steps within steps, the outermost first
         self._told = self._whole = self._own = False
         self._evaluating = 0
@@ -134,7 +133,7 @@ class Steps:
         self._apart[optimizer] = known
         return False
 
-    def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], named: dict[str, Any]) -> Given | None:
+    def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], named: dict[str, Any]) -> _Arguments | None:
         self._drop_broken()
         self._running.append((optimizer, _step_of(sys._getframe(1))))
         if len(self._running) > 1 or self._calling:
@@ -221,15 +220,15 @@ class Steps:
         """
         if not _kin(optimizer, self.followed):
             mine, known = ({id(p) for p in _parameters(o)} for o in (optimizer, self.followed))
-            if not (mine & known or optimizer in self._beside):
-                self._beside.add(optimizer)
+            if not (mine & known or optimizer in self._others):
+                self._others.add(optimizer)
                 return False
-            self._warn(OTHER.format(other=type(optimizer).__name__))
+            self._warn(_OTHER.format(other=type(optimizer).__name__))
         if optimizer is not self.followed:
             self.followed = optimizer
             for followed_by in self.followed_by:
                 followed_by(optimizer)
-        self._beside.clear()
+        self._others.clear()
         return True
 
 
@@ -249,7 +248,7 @@ def _closure_of(args: Sequence[Any], named: Mapping[str, Any]) -> Callable[..., 
     return given if callable(given) and not isinstance(given, nn.Module) else None
 
 
-def _with_closure(args: tuple[Any, ...], named: Mapping[str, Any], closure: Callable[..., Any]) -> Given:
+def _with_closure(args: tuple[Any, ...], named: Mapping[str, Any], closure: Callable[..., Any]) -> _Arguments:
     """The same arguments with another closure."""
     if "closure" in named:
         return args, {**named, "closure": closure}
@@ -265,3 +264,94 @@ def _step_of(frame: FrameType | None) -> FrameType | None:
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+_FEW = 4
+"""So many parameters are looked at in a call that is not measured: an optimizer's step moves nearly all."""
+_SAMPLE = 1024
+"""So many numbers of each parameter are compared where an update may leave no trace in a version counter."""
+
+
+class ParameterSample:
+    """Remembers where some parameters were: two calls at different ones are no micro-batches of one step.
+
+    An update counts up the version of the tensor that it writes to, but not through ``.data``: there the numbers
+    themselves are compared, bit for bit, on a sample of each parameter.
+
+    Args:
+        parameters: Gives those in question; they may be others from time to time.
+    """
+
+    def __init__(self, parameters: Callable[[], Sequence[Tensor]]) -> None:
+        self._parameters = parameters
+        self._of: Sequence[Tensor] = ()
+        self._versions: tuple[int, ...] | None = None
+        self._numbers: list[Tensor] | None = None
+        self._closely = False
+        self.silent = False
+        """Whether the last move that was found left the version counters as they were."""
+
+    def keep(self, *, closely: bool, numbers: bool = False) -> None:
+        """Remember where some of them are; closely: all, with their numbers, on their device.
+
+        Args:
+            closely: See there.
+            numbers: Of some, too.
+        """
+        of = self._parameters()
+        self._of = of if closely else of[:: max(1, len(of) // _FEW)]
+        self._versions = tuple([p._version for p in self._of])
+        self._numbers, self._closely = _sampled(self._of) if closely or numbers else None, closely
+
+    def moved(self) -> bool:
+        """Whether they are no longer where they were last remembered; False where nothing was.
+
+        A new version of the same numbers is no move: averaged weights were swapped in for an evaluation, say, and out
+        again. Where all versions are old the numbers are looked at, for which a device must be waited for, if they were
+        remembered closely.
+        """
+        if self._versions is None:
+            return False
+        versions = tuple([p._version for p in self._of])
+        written = versions != self._versions
+        now = _sampled(self._of) if written or self._closely else None
+        if self._numbers is None or now is None:
+            self.silent = False
+            return written
+        moved = not same_numbers(self._numbers, now)
+        self.silent, self._versions = moved and not written, versions
+        return moved
+
+    def again(self) -> None:
+        """Remember where they are now, as closely as the last time."""
+        self.keep(closely=self._closely, numbers=self._numbers is not None)
+
+
+def _sample_numbers(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Some numbers of each parameter, as one tensor per device and type; where they are asked for, nobody waits."""
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in parameters:
+        # In the order in which they lie in memory, as what is not contiguous (channels last) would be copied.
+        flat = p.detach().permute(sorted(range(p.dim()), key=p.stride, reverse=True)).reshape(-1)
+        found.setdefault((p.device, p.dtype), []).append(flat[:: max(1, flat.numel() // _SAMPLE)])
+    return [torch.cat(parts) for parts in found.values()]
+
+
+def same_numbers(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Whether two samples are the same numbers; NaN, of a training that has diverged, is the same as NaN."""
+    return len(one) == len(other) and all(
+        a.device == b.device and a.dtype == b.dtype and (torch.equal(a, b) or _same_but_for_nan(a, b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def _same_but_for_nan(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _sampled(parameters: Sequence[Tensor]) -> list[Tensor] | None:
+    """None for tensors of a kind that cannot be sampled: the version counters must do."""
+    try:
+        return _sample_numbers(parameters)
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradprobe.probes import custom
-from gradprobe.probes.custom import some
 from gradprobe.probes.doctor.finding import Finding, Patient
 from gradprobe.probes.gramian import vector
-from gradprobe.probes.graph import by_module
-from gradprobe.probes.limits import reentrant_checkpoints
+from gradprobe.probes.graph import Node, custom_operations, is_leaf, reentrant_checkpoints, several, some, unpack_hooks
+from gradprobe.probes.shared_layers import by_module
 from gradprobe.probes.state import state_kept
-from gradprobe.probes.trace import Node, is_leaf, several
 from gradprobe.processes import remember_wrapper
 
 
@@ -48,7 +45,7 @@ def sharing_nothing(patient: Patient) -> Iterator[Finding]:
 def shared_by_the_graph_alone(patient: Patient) -> Iterator[Finding]:
     """Losses out of one vector seem to reach each other's heads, with gradients of exactly 0."""
     remember_wrapper(patient.model, patient.graph.nodes)
-    if custom.operations(patient.graph.nodes) or custom.unpack_hooks(patient.graph.nodes):
+    if custom_operations(patient.graph.nodes) or unpack_hooks(patient.graph.nodes):
         return  # a pass might use up the forward, or change something
     layers = {
         layer: [p for p in members if several(patient.graph.leaves.get(id(p), 0))]
@@ -110,7 +107,7 @@ def scaled(patient: Patient) -> Iterator[Finding]:
     """A loss multiplied by a GradScaler's scale, or by the number of samples."""
     size = patient.batch_size
     for task, loss in patient.losses.items():
-        factors = {abs(term.whole) for term in terms(loss.grad_fn)}
+        factors = {abs(term.whole) for term in _terms(loss.grad_fn)}
         for factor in sorted(factors):
             if _is_scale(factor) or (size > 1 and _is_scale(factor / size)):
                 yield Finding(
@@ -136,7 +133,7 @@ def summed_over_the_batch(patient: Patient) -> Iterator[Finding]:
     """A loss that is a sum over the samples."""
     size = patient.batch_size
     for task, loss in patient.losses.items():
-        summed = [t for t in terms(loss.grad_fn) if t.summed[:1] == (size,) and not t.divided and abs(t.factor) >= 1]
+        summed = [t for t in _terms(loss.grad_fn) if t.summed[:1] == (size,) and not t.divided and abs(t.factor) >= 1]
         if size > 1 and summed:
             yield Finding(
                 "warning",
@@ -149,7 +146,7 @@ def summed_over_the_batch(patient: Patient) -> Iterator[Finding]:
 
 
 @dataclass(frozen=True)
-class Term:
+class _Term:
     """One of the terms that a loss is the sum of.
 
     Attributes:
@@ -169,9 +166,9 @@ _AS_IT_IS = {"View", "UnsafeView", "Reshape", "ReshapeAlias", "Squeeze", "Unsque
 _TERMS = {"Add", "Sub", "Neg", "Stack", "Cat"}
 
 
-def terms(root: Node | None) -> list[Term]:
+def _terms(root: Node | None) -> list[_Term]:
     """The terms of a loss, as far as they are made by sums and constants; what else it is made of is left alone."""
-    found: list[Term] = []
+    found: list[_Term] = []
     pending: list[tuple[Node | None, float, float | None, bool]] = [(root, 1.0, None, False)]
     while pending and len(found) < 100:
         node, factor, whole, divided = pending.pop()
@@ -191,7 +188,7 @@ def terms(root: Node | None) -> list[Term]:
             elif constant and slot == 0:
                 pending.append((child, factor / constant, whole, True))
         else:
-            found.append(Term(factor, factor if whole is None else whole, divided, _summed(node, kind, children)))
+            found.append(_Term(factor, factor if whole is None else whole, divided, _summed(node, kind, children)))
     return found
 
 

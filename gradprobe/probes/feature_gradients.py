@@ -22,17 +22,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
-from gradprobe.probes.gramian import products
+from gradprobe.probes.gramian import fetch, products
+from gradprobe.probes.graph import LossGraph, Node, is_leaf, several, trace
+from gradprobe.probes.guard import Guard
 from gradprobe.probes.passes import done
-from gradprobe.probes.trace import Node, Trace, is_leaf, several
-from gradprobe.probes.transfer import fetch
+from gradprobe.probes.shared_layers import by_module
+from gradprobe.probes.state import state_kept
 
-Origin = tuple[str, str, int]
+_Origin = tuple[str, str, int]
 """The layer that makes a feature, the type of the operation, and which of its outputs it is."""
 
 
@@ -54,7 +56,7 @@ class Feature:
     entries: Mapping[tuple[Node, int], int]
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> _Origin:
         """What tells it from others, without its graph."""
         return self.name.split("#")[0], type(self.node).__name__, self.output
 
@@ -64,7 +66,7 @@ class Feature:
         return sorted(set(self.entries.values()))
 
 
-def find_features(graph: Trace, names: Mapping[int, str]) -> list[Feature]:
+def find_features(graph: LossGraph, names: Mapping[int, str]) -> list[Feature]:
     """The features at which tasks part, in the order in which the forward made them.
 
     A task counts at a feature only if all of its paths into it are its own: where one leads through an operation
@@ -91,7 +93,7 @@ def find_features(graph: Trace, names: Mapping[int, str]) -> list[Feature]:
     return _distinct(found)
 
 
-def select(features: Sequence[Feature], wanted: Iterable[str] | None) -> list[Feature]:
+def _select(features: Sequence[Feature], wanted: Iterable[str] | None) -> list[Feature]:
     """Those made at or below the modules called ``wanted``; all where that is None.
 
     Raises:
@@ -145,7 +147,7 @@ def _distinct(features: list[Feature]) -> list[Feature]:
     return result
 
 
-def under_first_names(features: Sequence[Feature], first: Mapping[str, Origin]) -> list[Feature]:
+def _under_first_names(features: Sequence[Feature], first: Mapping[str, _Origin]) -> list[Feature]:
     """This step's features under the names of the first step's.
 
     Where a layer makes fewer or more of them than at first, order does not tell which is which. Then the operation and
@@ -157,7 +159,7 @@ def under_first_names(features: Sequence[Feature], first: Mapping[str, Origin]) 
     """
     count, count_first = Counter(f.origin[0] for f in features), Counter(layer for layer, *_ in first.values())
 
-    def key(origin: Origin) -> tuple[object, ...]:
+    def key(origin: _Origin) -> tuple[object, ...]:
         return origin[:1] if count[origin[0]] == count_first[origin[0]] else origin
 
     found = []
@@ -202,7 +204,7 @@ class JointFeatures:
         """The Gramians (F, T, T)."""
         if self._failure is not None:
             raise self._failure
-        return gramians(self._gradients, self._factors)
+        return _gramians(self._gradients, self._factors)
 
     def _hook(self, place: int, slot: int, task: int) -> Callable[[Any, Any], None]:
         def hook(down: Any, _: Any) -> None:
@@ -219,7 +221,7 @@ class JointFeatures:
         return hook
 
 
-def explicit_features(features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
+def _explicit_features(features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
     """The same by a pass through each head: for loops that make their own backward.
 
     Args:
@@ -238,10 +240,10 @@ def explicit_features(features: Sequence[Feature], losses: Sequence[Tensor], fac
         for place, gradient in zip(places, found, strict=True):
             if gradient is not None:
                 gradients[place][task] = gradient
-    return gramians(gradients, factors)
+    return _gramians(gradients, factors)
 
 
-def gramians(gradients: Sequence[Mapping[int, Tensor]], factors: Array) -> Array:
+def _gramians(gradients: Sequence[Mapping[int, Tensor]], factors: Array) -> Array:
     """Gramians of the gradients of the unweighted losses: (F, T, T); NaN where a task is missing or its factor is 0."""
     gram = np.full((len(gradients), len(factors), len(factors)), np.nan)
     found = []
@@ -253,3 +255,92 @@ def gramians(gradients: Sequence[Mapping[int, Tensor]], factors: Array) -> Array
         values = numbers.reshape(len(tasks), len(tasks)) / np.outer(factors[tasks], factors[tasks])
         gram[place][np.ix_(tasks, tasks)] = np.where(np.isfinite(values), values, np.nan)
     return gram
+
+
+class FeatureGradients:
+    """Knows the features at which the tasks part, and finds them again in each step's new graph.
+
+    Args:
+        model: Names the features by its modules.
+        wanted: Modules whose outputs count; None: all at which tasks part.
+        warn: Is told what the user should know.
+        guard: Stands around the passes; default one for these alone.
+
+    Attributes:
+        names: (F,) of the features; empty before any were found.
+    """
+
+    def __init__(
+        self, model: nn.Module, wanted: Iterable[str] | None, warn: Callable[[str], None], guard: Guard | None = None
+    ) -> None:
+        self._model, self._warn, self._guard = model, warn, guard or Guard(model, warn)
+        self._wanted = [wanted] if isinstance(wanted, str) else None if wanted is None else list(wanted)
+        self._owners: dict[int, str] = {}
+        self._first: dict[str, _Origin] = {}  # of all features at the first step, wanted or not
+        self.names: tuple[str, ...] = ()
+
+    def find(self, losses: Sequence[Tensor]) -> list[Feature]:
+        """This step's features, those that are known; at the first step all there are."""
+        graph = trace(losses)
+        found = find_features(graph, self._owners)
+        if not self._owners or not {f.name for f in found} <= set(self.names):  # at first, or parameters were replaced
+            owners = {id(p): layer for layer, members in by_module(self._model).items() for p in members}
+            if owners != self._owners:
+                self._owners = owners
+                found = find_features(graph, owners)
+        if not self.names:
+            self._first = {f.name: f.origin for f in found}
+            found = _select(found, self._wanted)
+            self.names = tuple(f.name for f in found)
+            if not found:
+                self._warn("no feature was found at which two tasks part, so none is recorded")
+        return [f for f in _under_first_names(found, self._first) if f.name in self.names]
+
+    def explicit(self, features: Sequence[Feature], losses: Sequence[Tensor], factors: Array) -> Array:
+        """(F, T, T) of this step's features by a pass through each head; see :func:`_explicit_features`."""
+
+        def passes(_: bool) -> Array:
+            with state_kept(self._model):
+                return _explicit_features(features, losses, factors)
+
+        return self._guard.passes(losses, passes, kind="features")
+
+    def arranged(self, features: Sequence[Feature], gram: Array) -> Array:
+        """Gramians of this step's features in the places of the names; NaN for one that this step lacks."""
+        full = np.full((len(self.names), *gram.shape[1:]), np.nan)
+        for feature, value in zip(features, gram, strict=True):
+            full[self.names.index(feature.name)] = value
+        return full
+
+
+@dataclass(frozen=True)
+class GradientLevel:
+    """What a probe measures.
+
+    Attributes:
+        parameters: Gradients on the shared parameters, at due steps.
+        features: Gradients at the shared features: at due steps, or at every step if parameters are measured too.
+        every: Steps between due ones where the user does not say.
+    """
+
+    parameters: bool
+    features: bool
+    every: int
+
+
+LEVELS = {
+    "parameters": GradientLevel(parameters=True, features=False, every=10),
+    "features": GradientLevel(parameters=False, features=True, every=1),
+    "both": GradientLevel(parameters=True, features=True, every=10),
+}
+
+
+def level_called(name: str) -> GradientLevel:
+    """The level of that name.
+
+    Raises:
+        ProbeError: There is none; says which there are.
+    """
+    if name not in LEVELS:
+        raise ProbeError(f"level={name!r}: there are {', '.join(map(repr, LEVELS))}.")
+    return LEVELS[name]

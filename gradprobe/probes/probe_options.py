@@ -12,26 +12,28 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from gradprobe.errors import ProbeError
-from gradprobe.probes.level import Level, level_called
-from gradprobe.probes.sketch import Size, size_of
+from gradprobe.probes.feature_gradients import GradientLevel, level_called
+from gradprobe.probes.sketch import SketchSize, sketch_size
 
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
-    from gradprobe.probes.beside import Joins
-    from gradprobe.probes.binding import Groups, Shared
-    from gradprobe.probes.loader import ProbeLoader
+    from gradprobe.probes.probe_samples import ProbeLoader
+    from gradprobe.probes.recorder import ObserverOption
+    from gradprobe.probes.shared_layers import Groups, Shared
     from gradprobe.rows import Provenance
 
-MEMORY = ("normal", "low")
-_PRODUCTS = ("direct", "ghost")
-
+_MEMORY = ("normal", "low")
+_GONE = {
+    "products": "products= is gone: products are always made of the gradients, as products='direct' did. Leave it out"
+}
+"""Options of earlier versions: what has become of each."""
 Call = TypeVar("Call", bound=Callable[..., Any])
 
 
-class Common(TypedDict, total=False):
+class CommonKeywords(TypedDict, total=False):
     """The types of what :class:`gradprobe.GradientProbe` and :func:`gradprobe.attach` both take."""
 
     every: int | None
@@ -44,18 +46,17 @@ class Common(TypedDict, total=False):
     level: str
     features: Iterable[str] | None
     memory: str
-    products: str
     sketch: int | tuple[int, int] | None
     process_group: ProcessGroup | None
     probe_loader: ProbeLoader | None
     provenance: Provenance | None
 
 
-class Options(Common, total=False):
+class ProbeKeywords(CommonKeywords, total=False):
     """The types of the options of a :class:`gradprobe.GradientProbe`."""
 
-    updates: Joins | None
-    ledger: Joins | None
+    updates: ObserverOption | None
+    ledger: ObserverOption | None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,19 +67,17 @@ class ProbeOptions:
         every: Measure at steps 0, every, 2 every, ...; default 10, and 1 at ``level="features"``.
         budget: Instead of ``every``: the share of the time that measuring may take, above 0 and below 1.
         optimizer: Where given, a training step is what its ``step()`` completes, or that of whichever optimizer updates
-            the shared parameters (:mod:`gradprobe.probes.stepping`), and rows carry its learning rate. The calls
+            the shared parameters (:mod:`gradprobe.probes.optimizer_steps`), and rows carry its learning rate. The calls
             between two steps, of gradient accumulation, make one row: see :mod:`gradprobe.probes.accumulation`.
         scaler: Of mixed precision. ``backward`` scales the loss by it; ``record`` takes unscaled losses. Gradients are
             measured scaled, so that they do not vanish in float16, and stored unscaled.
         accumulate: Without an optimizer: how many calls make one step; fewer do where the parameters have changed.
         shared: Overrides the search in the graph: module names, parameters, or a predicate of name and parameter.
         layers: How parameters are grouped: layer name -> parameters. Default: by the module that owns them.
-        level: "parameters"; "features": where the tasks part, nearly free, see :mod:`gradprobe.probes.features`;
+        level: "parameters"; "features": where the tasks part, nearly free (:mod:`gradprobe.probes.feature_gradients`);
             or "both": parameters at the due steps and features at every one.
         features: At which modules' outputs, by name; default: at all where tasks part.
         memory: "normal": at most T - 1 copies of the shared parameters, one pass saved; or "low": block by block.
-        products: "direct": of the gradients; "ghost": those of weights on few samples and positions without making
-            their gradients, see :mod:`gradprobe.probes.ghost`: cheaper, and as exact as float32 products.
         sketch: For large models: of each task's gradient on a layer only so many numbers are kept (4096, say), or so
             many and a seed, ``(4096, 1)``: a random linear sketch, drawn anew for each row. Gradients are sketched one
             by one as they arrive, so that never a whole one is alive. Cosines are right to about (1 - c^2)/sqrt(k) a
@@ -106,45 +105,39 @@ class ProbeOptions:
     level: str = "parameters"
     features: Iterable[str] | None = None
     memory: str = "normal"
-    products: str = "direct"
     sketch: int | tuple[int, int] | None = None
     process_group: ProcessGroup | None = None
-    updates: Joins | None = None
-    ledger: Joins | None = None
+    updates: ObserverOption | None = None
+    ledger: ObserverOption | None = None
     probe_loader: ProbeLoader | None = None
     provenance: Provenance | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("memory", MEMORY), ("products", _PRODUCTS)):
-            if getattr(self, name) not in choices:
-                raise ProbeError(f"{name}={getattr(self, name)!r}: there are {' and '.join(map(repr, choices))}.")
+        if self.memory not in _MEMORY:
+            raise ProbeError(f"memory={self.memory!r}: there are {' and '.join(map(repr, _MEMORY))}.")
         if self.every is not None and self.budget is not None:
             raise ProbeError(f"every={self.every} and budget={self.budget} exclude each other: give one of them.")
         if self.size is not None and not self.measured.parameters:
             raise ProbeError("sketch= is of gradients on parameters: leave it out, or level='features'.")
-        if self.size is not None and self.products == "ghost":
-            raise ProbeError("sketch= and products='ghost' exclude each other: a sketch is made of every gradient.")
-        if (self.memory, self.products) == ("low", "ghost"):
-            raise ProbeError("memory='low' and products='ghost' exclude each other: blocks make every gradient.")
         if self.probe_loader is not None and not self.measured.parameters:
             raise ProbeError("probe_loader= measures gradients on parameters: leave level='features' out.")
 
     @property
-    def measured(self) -> Level:
+    def measured(self) -> GradientLevel:
         """What :attr:`level` names."""
         return level_called(self.level)
 
     @property
-    def size(self) -> Size | None:
+    def size(self) -> SketchSize | None:
         """What :attr:`sketch` asks for; None: whole gradients."""
-        return size_of(self.sketch)
+        return sketch_size(self.sketch)
 
     def about(self) -> dict[str, Any]:
         """How is measured, as the file keeps it."""
         every = self.every if self.every is not None else self.measured.every
         often = {"every": every} if self.budget is None else {"budget": self.budget}
         drawn = {"sketch": self.size.numbers, "sketch_seed": self.size.seed} if self.size is not None else {}
-        return {"level": self.level, "memory": self.memory, "products": self.products, **often, **drawn}
+        return {"level": self.level, "memory": self.memory, "products": "direct", **often, **drawn}
 
 
 def shows_options(call: Call) -> Call:
@@ -175,6 +168,8 @@ def refuse_unknown(call: Callable[..., Any], given: Mapping[str, object], name: 
     known = inspect.signature(call).parameters
     for each in given:
         if each not in known:
+            if each in _GONE:
+                raise TypeError(f"{name or call.__name__}(): {_GONE[each]}.")
             near = get_close_matches(each, known, n=1)
             hint = f". Did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{name or call.__name__}() got an unexpected keyword argument {each!r}{hint}")

@@ -7,28 +7,24 @@ and that nothing is trained on, have no such bias. They are what claims rest on.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import nn
+from numpy.typing import NDArray
 
 from gradprobe.errors import ProbeError
-from gradprobe.probes import walk
-from gradprobe.probes.checks import Losses
-from gradprobe.probes.schedule import whole
-from gradprobe.probes.state import state_kept
+from gradprobe.measures import Array
+from gradprobe.probes.calls import Losses, all_losses, is_present
+from gradprobe.probes.clock import whole
+from gradprobe.probes.state import sow
 
-SPLITS = ("train", "val")
-
+_SPLITS = ("train", "val")
 _STREAM = 0x70726F6265
 """Keeps what is drawn apart from what else is drawn by the same seed."""
 
 
-class Samples(Protocol):
+class _Samples(Protocol):
     """A data set with a length, as torch's are."""
 
     def __len__(self) -> int:
@@ -70,7 +66,7 @@ class ProbeLoader:
 
     def __init__(
         self,
-        dataset: Samples,
+        dataset: _Samples,
         losses: Callable[[Any], Losses],
         *,
         batch_size: int,
@@ -80,8 +76,8 @@ class ProbeLoader:
         collate: Callable[[list[Any]], Any] | None = None,
         seed: int = 0,
     ) -> None:
-        if split not in SPLITS:
-            raise ProbeError(f"split={split!r}: there are {' and '.join(map(repr, SPLITS))}.")
+        if split not in _SPLITS:
+            raise ProbeError(f"split={split!r}: there are {' and '.join(map(repr, _SPLITS))}.")
         self.batch_size, self.every = whole("batch_size", batch_size), whole("every", every)
         self.batches = whole("batches", batches, least=2)
         self._samples = len(dataset)
@@ -133,30 +129,32 @@ class ProbeLoader:
         return default_collate(samples)
 
 
-def sow(seed: int) -> None:
-    """Begin the global random streams anew: of Python, numpy, and torch on the CPU and on GPUs."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    for generator in torch.cuda.default_generators if torch.cuda.is_initialized() else ():
-        generator.manual_seed(seed)
+class SeenLosses:
+    """The losses that went by."""
 
+    def __init__(self, tasks: Sequence[str]) -> None:
+        self._tasks = tuple(tasks)
+        self._values: list[list[float]] = []
+        self._there: list[list[bool]] = []
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back what forwards of a training may change: buffers, modes, and the global random streams."""
-    modules = walk.modules(model)
-    modes, buffers = [m.training for m in modules], [dict(m._buffers) for m in modules]
-    python, legacy = random.getstate(), np.random.get_state()
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        with state_kept(model):
-            yield
-    finally:
-        for module, mode, held in zip(modules, modes, buffers, strict=True):
-            module.training = mode
-            module._buffers.update(held)  # a forward may have put another tensor there
-        random.setstate(python)
-        np.random.set_state(legacy)
-        if on_gpus:
-            torch.cuda.set_rng_state_all(on_gpus)
+    def add(self, given: Losses) -> Losses:
+        losses = all_losses(self._tasks, given)
+        lacking = [task for task in self._tasks if task not in given]
+        if lacking:
+            raise ProbeError(f"losses of the probe loader lack {lacking}; give None for a task that a batch has not.")
+        self._values.append([float(losses[task].detach()) for task in self._tasks])
+        self._there.append([is_present(losses[task]) for task in self._tasks])
+        return losses
+
+    @property
+    def there(self) -> NDArray[np.bool_]:
+        """(T,) who took part in some micro-batch."""
+        return np.array([any(there) for there in zip(*self._there, strict=True)] or [False] * len(self._tasks))
+
+    def mean(self, count: int) -> Array:
+        """(T,) over the micro-batches in which a task takes part; NaN: in none, or fewer than ``count`` went by."""
+        if len(self._values) < count:
+            return np.full(len(self._tasks), np.nan)
+        there = np.array(self._there, dtype=bool)
+        total = np.where(there, self._values, 0.0).sum(axis=0)
+        return np.where(there.any(axis=0), total / np.maximum(there.sum(axis=0), 1), np.nan)
