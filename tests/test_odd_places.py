@@ -18,7 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from writing import write
 
 from gradprobe import attach, errors, open_run
-from gradprobe.runfile.check import check
+from gradprobe.runfile.integrity import check_run
 
 HERE, FDS = Path(__file__).parent, Path("/proc/self/fd")
 unix = pytest.mark.skipif(sys.platform == "win32", reason="limits of processes are those of Unix")
@@ -73,7 +73,7 @@ def test_workers_started_in_another_way_change_no_number(tmp_path, method):
     with open_run(tmp_path / "none.h5") as one, open_run(tmp_path / f"{method}.h5") as two:
         for name in ("step", "loss", "grad_norm", "cosine"):
             assert (one[name] == two[name]).all()
-    assert check(tmp_path / f"{method}.h5").whole
+    assert check_run(tmp_path / f"{method}.h5").whole
 
 
 @unix
@@ -87,7 +87,7 @@ def test_a_quota_ends_no_training_and_loses_no_row(tmp_path):
     assert "could not be put together ([Errno 27] File too large)" in done.stderr
     with open_run(tmp_path / "run.h5") as run:
         assert run["step"].tolist() == list(range(150))
-    assert check(tmp_path / "run.h5").whole
+    assert check_run(tmp_path / "run.h5").whole
 
 
 @unix
@@ -175,7 +175,7 @@ def test_without_locks_and_without_fsync_of_folders_a_run_is_recorded_whole_and_
     with open_run(tmp_path / "run.h5") as run:
         assert len(run) == 10
     writer.close()
-    assert check(tmp_path / "run.h5").whole
+    assert check_run(tmp_path / "run.h5").whole
     assert "this file system has no locks" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradprobe.audit.experiment import STAGES, Experiment
-from gradprobe.audit.snapshot import RandomState
+from gradprobe.audit.experiment import STAGES, Experiment, RandomState
 from gradprobe.errors import UsageError
 
 

@@ -117,7 +117,7 @@ class Flusher:
         """Whether the thread was started."""
         return self._thread is not None
 
-    def begun(self, header: Header) -> None:
+    def store_opened(self, header: Header) -> None:
         """The store has begun, or gone on."""
         self.header, self.rewound = header, None
         self._dropped_before = self._store.state.dropped

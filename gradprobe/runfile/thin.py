@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.runfile import schema
-from gradprobe.runfile.reaching import Gaps, Reaching
 from gradprobe.runfile.reader import Run
+from gradprobe.runfile.shared_layers import LayerGaps, ReachByEffect
 
 ROWS = 10_000
 """A run of up to so many rows is seen whole."""
@@ -47,12 +47,12 @@ class ThinRun(Run):
         return values[start::stride][:, layers] if schema.LAYER in found[1].axes else values[start::stride]
 
     @property
-    def seen(self) -> Reaching:
+    def seen(self) -> ReachByEffect:
         """Who reaches what in the whole run."""
         return self.whole.seen
 
     @property
-    def gaps(self) -> Gaps:
+    def gaps(self) -> LayerGaps:
         """What all rows of the run lack."""
         return self.whole.gaps
 
