@@ -15,13 +15,17 @@ from gradprobe.trainers.evaluation import (
     METRIC_NAMES,
     box_iou,
     detection_scores,
-    evaluate,
     recompute_batchnorm,
+    score,
     true_positives,
 )
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models import _import_yolov5
 from gradprobe.trainers.models.yolov5 import build_model
+
+
+def evaluate(model, loader):
+    return score(model, loader).metrics()
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_pieces_are_put_together_into_whole_chunks():
 def long_run(tmp_path, monkeypatch):
     """83 rows seen through every 9th: at most 10."""
     monkeypatch.setattr(thin, "ROWS", 10)
-    monkeypatch.setattr(thin, "FEWEST", 1)
+    monkeypatch.setattr(thin, "_FEWEST_ROWS", 1)
     return make_run(tmp_path / "long.h5", rows=83, tasks=("a", "b", "c"), bad_rows=[4])
 
 

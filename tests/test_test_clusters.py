@@ -95,7 +95,7 @@ def test_detection_and_classification_metrics_are_those_of_the_images_that_are_l
     """Against an evaluation of the other images alone."""
     from training import make
 
-    from gradprobe.trainers.evaluation import METRIC_NAMES, evaluate
+    from gradprobe.trainers.evaluation import METRIC_NAMES, score
 
     training = make("joint")
     scores = training.problem.score(training.model, training.test_loader, device="cpu")
@@ -103,7 +103,7 @@ def test_detection_and_classification_metrics_are_those_of_the_images_that_are_l
     training.probe.close()
     assert found.clusters == training.test_loader.dataset.names
     (whole,) = training.test_loader
-    others = evaluate(training.model, [whole.part(1, 8)])
+    others = score(training.model, [whole.part(1, 8)]).metrics()
     for name, value in zip(found.metrics, found.without[0], strict=True):
         expected = math.nan if name.startswith("loss") else others[name]
         assert value == pytest.approx(expected, nan_ok=True, abs=1e-6), name

@@ -16,7 +16,7 @@ from gradprobe.audit.doors import gradients_of
 from gradprobe.audit.experiment import experiment_from, random_state_kept
 from gradprobe.audit.pair import PairOutcome, Setting
 
-Pair = Callable[[Sequence[Door]], PairOutcome]
+_Pair = Callable[[Sequence[Door]], PairOutcome]
 """Runs the pair of arms with these doors held shut in both."""
 
 OPEN, SHUT, _UNTESTED = "open", "shut", "not tested"
@@ -76,7 +76,7 @@ def _better(found: PairOutcome, before: PairOutcome) -> bool:
     return found.kind == CLEAN or (found.kind == NUMERIC and before.kind not in (CLEAN, NUMERIC))
 
 
-def attribute(before: PairOutcome, doors: Sequence[Door], run: Pair) -> Attribution:
+def attribute(before: PairOutcome, doors: Sequence[Door], run: _Pair) -> Attribution:
     """Name the doors that explain a difference.
 
     Where there is no difference nothing is run. Else every door is held shut alone first; of those that take the
@@ -116,7 +116,7 @@ def evidence(outcome: PairOutcome) -> str:
 
 
 class _Search:
-    def __init__(self, before: PairOutcome, doors: Sequence[Door], run: Pair) -> None:
+    def __init__(self, before: PairOutcome, doors: Sequence[Door], run: _Pair) -> None:
         self._before, self._doors, self._run = before, list(doors), run
         self._known: dict[tuple[int | str, ...], PairOutcome] = {}
 
@@ -176,6 +176,8 @@ def _held(door: Door, way: int) -> Door:
     """The door as it is held shut in this way; one that knows no such way as always."""
     return replace(door, close=door.others[way - 1]) if 0 < way <= len(door.others) else door
 
+
+# ---- the weights that a step function really uses, measured from its gradients
 
 _TOLERANCE = 1e-4
 """Relative; products of float32 gradients in float64 agree to 1e-6."""

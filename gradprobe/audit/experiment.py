@@ -134,6 +134,9 @@ def check_task(experiment: Experiment, task: str) -> None:
         raise UsageError(f"--task {task!r} is the only task; there is no other that it could change.")
 
 
+# ---- everything that a training's next step depends on, taken down and put back
+
+
 @dataclass(frozen=True)
 class RandomState:
     """The global random streams of Python, numpy and torch (CPU and CUDA)."""

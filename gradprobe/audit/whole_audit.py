@@ -18,7 +18,7 @@ from gradprobe.errors import UsageError
 
 _DOSES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 
-Progress = Callable[[str], None]
+_Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class AuditOptions:
 
 
 @dataclass
-class Dose:
+class _Dose:
     """What other weights of the task do.
 
     Attributes:
@@ -73,7 +73,7 @@ class Audit:
     same_twice: PairOutcome
     outcome: PairOutcome
     attribution: Attribution | None = None
-    dose: Dose | None = None
+    dose: _Dose | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -104,7 +104,7 @@ class Audit:
 
 
 def audit(
-    make: Factory, task: str, options: AuditOptions | None = None, *, progress: Progress = lambda what: None
+    make: Factory, task: str, options: AuditOptions | None = None, *, progress: _Progress = lambda what: None
 ) -> Audit:
     """Whether a task still changes the others, and how.
 
@@ -149,7 +149,7 @@ def _notes(twice: PairOutcome) -> list[str]:
     ]
 
 
-def _doors_of(where: Setting, found: Audit, envelope: float, progress: Progress) -> Attribution:
+def _doors_of(where: Setting, found: Audit, envelope: float, progress: _Progress) -> Attribution:
     """Attribute the difference; above weight 0 what is left when the task's own gradient is kept out."""
     weight = found.options.weight
     intended = [DIRECT] if weight > 0 else []
@@ -184,7 +184,7 @@ def _own_gradient(where: Setting, found: Audit, without: PairOutcome, envelope: 
     return [direct, adam]
 
 
-def _doses(where: Setting, envelope: float, progress: Progress) -> Dose:
+def _doses(where: Setting, envelope: float, progress: _Progress) -> _Dose:
     """Run all of :data:`_DOSES`."""
     outcomes = []
     for weight in _DOSES:
@@ -192,7 +192,7 @@ def _doses(where: Setting, envelope: float, progress: Progress) -> Dose:
         outcomes.append(where.run(weight, envelope=envelope))
     displacement = [o.largest if o.kind not in (differences.CLEAN, differences.NUMERIC) else 0.0 for o in outcomes]
     kind, slope = differences.dose_kind(_DOSES, displacement)
-    return Dose(_DOSES, [o.largest for o in outcomes], [o.kind for o in outcomes], kind, slope)
+    return _Dose(_DOSES, [o.largest for o in outcomes], [o.kind for o in outcomes], kind, slope)
 
 
 AUDIT_COLUMNS = ("door", "state", "contribution", "left when shut", "evidence", "how to shut it")

@@ -18,7 +18,7 @@ from gradprobe.probes.probe import ending
 from gradprobe.processes import everybody
 from gradprobe.rows import Sink
 
-SAME = 1e-2
+_SAME = 1e-2
 """How far the weighted losses may add up to something else than the loss that is trained on, as a share of it:
 half-precision rounding is below, a forgotten weight is above."""
 
@@ -207,7 +207,7 @@ def _probe_state_at(state: Mapping[str, Any], step: int, epoch: int) -> dict[str
 
 def _compare(losses: Mapping[str, Tensor], weights: Mapping[str, float | Tensor] | None, total: float) -> None:
     summed = sum(float(loss.detach()) * (1.0 if weights is None else float(weights[t])) for t, loss in losses.items())
-    if abs(summed - total) > SAME * abs(total):
+    if abs(summed - total) > _SAME * abs(total):
         warnings.warn(
             f"gradprobe: the weighted losses of {list(losses)} add up to {summed:.6g}, but the loss that is trained "
             f"on is {total:.6g}. Weights that are missing, or a term that is no task, would explain it; pass "

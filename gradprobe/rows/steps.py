@@ -185,6 +185,8 @@ class Row:
         return by_several(np.asarray(reach)[: len(self.gram)]) if self.reach is None else np.asarray(self.reach)
 
 
+# ---- independent samples, which claims rest on
+
 PROBE_LOADER = Table(
     "probe_loader",
     "probe_loader",

@@ -356,6 +356,10 @@ def _write_epochs(file: h5py.File, epochs: Epochs) -> None:
         dataset.dims[0].label = schema.EPOCH
 
 
+# ---- sessions: the first, and one for every time the run was gone on with
+# Stored in the provenance as one JSON text per session. What the newest session was started with is the provenance
+# itself; an earlier session keeps only those entries that the next one replaced.
+
 _MOST_SESSIONS = 100
 """Sessions that are kept; of more, the first and the newest."""
 

@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows: the lock file is then only a mark
     fcntl = None  # type: ignore[assignment]
 
-log = logging.getLogger("gradprobe")
+_log = logging.getLogger("gradprobe")
 
 
 class Lock:
@@ -100,7 +100,7 @@ def _lock(descriptor: int, run: Path) -> None:
             "closed. Choose another file with --out, or stop that process, or close that probe."
         ) from None
     except OSError as error:  # some network file systems have no locks
-        log.warning("%s: this file system has no locks (%s); see that nothing else records into this run", run, error)
+        _log.warning("%s: this file system has no locks (%s); see that nothing else records into this run", run, error)
 
 
 def acquire(run: Path, folder: Path, disk: Disk) -> Lock:

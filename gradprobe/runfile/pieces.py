@@ -100,7 +100,7 @@ def part_paths(run: Path) -> list[Path]:
     return [place / part_name(s) for s in _counting(found)]
 
 
-log = logging.getLogger("gradprobe")
+_log = logging.getLogger("gradprobe")
 
 _Identity = tuple[int, int, int]
 

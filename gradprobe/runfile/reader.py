@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from gradprobe.statistics import Estimate
 
-log = logging.getLogger("gradprobe")
+_log = logging.getLogger("gradprobe")
 
 _Names = tuple[str, ...]
 
@@ -58,7 +58,7 @@ class Run:
             self.close()
             raise
         if not self.sealed:
-            log.warning(
+            _log.warning(
                 "%s: carries no sums: another program changed it after it was recorded, so that damage to its numbers "
                 "would not be noticed",
                 self.path,

@@ -228,7 +228,7 @@ def _better(
     return result
 
 
-SOURCES = {"probe_loader": schema.PROBE_LOADER, "training": schema.ROWS}
+_SOURCES = {"probe_loader": schema.PROBE_LOADER, "training": schema.ROWS}
 
 _HOW = {
     "probe_loader": "record with --probe-loader val, or give attach() a gradprobe.ProbeLoader",
@@ -242,9 +242,9 @@ def pooled_estimate(
     """Documented at :meth:`gradprobe.runfile.Run.estimate`."""
     from gradprobe.statistics import pooled
 
-    if source not in SOURCES:
-        raise RunFileError(f"{run.path}: no estimates from {source!r}; there are: {', '.join(SOURCES)}.")
-    table = SOURCES[source]
+    if source not in _SOURCES:
+        raise RunFileError(f"{run.path}: no estimates from {source!r}; there are: {', '.join(_SOURCES)}.")
+    table = _SOURCES[source]
     if table.path(schema.GRAM_NOISE.name) not in run:
         raise RunFileError(
             f"{run.path}: the noise of {source} rows was not measured, so nothing is told from it: {_HOW[source]}."

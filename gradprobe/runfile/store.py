@@ -33,7 +33,7 @@ from gradprobe.runfile.pieces import PartSpan, part_name, part_paths, part_span,
 from gradprobe.runfile.reader import Run
 from gradprobe.whole_files import Disk, replacing
 
-log = logging.getLogger("gradprobe")
+_log = logging.getLogger("gradprobe")
 
 _TIDY_AGAIN = 60.0
 """Seconds until parts are put together again where the disk had no room for that."""
@@ -88,7 +88,7 @@ class Store:
             header = _same_layers(self.path, header, old, any(old["step"] < step))
             if old.unknown:
                 what = ", ".join(old.unknown)
-                log.warning("%s: what this version does not know is left out from here on: %s", self.path, what)
+                _log.warning("%s: what this version does not know is left out from here on: %s", self.path, what)
             header = replace(header, features=_kept_features(old, step), held=_held(old, step))
             kept = {e: v for e, v in old.epochs_by_number().items() if e <= epoch}
             self._number = self.state.merged_through = old.last_part
@@ -178,7 +178,7 @@ class Store:
         try:
             self.merge(header, epochs)
         except OSError as error:
-            log.warning(
+            _log.warning(
                 "%s: complete, but in pieces: its rows stay in %s/ beside it, as they could not be put together "
                 "(%s). Every command reads it as it is; keep the folder with the file.",
                 self.path,
@@ -225,9 +225,9 @@ class Store:
             names = (self.path.with_name(f"{self.path.name}.other-{n}") for n in itertools.count(1))
             aside = next(name for name in names if not os.path.lexists(name))
             self.path.rename(aside)
-            log.warning("%s: was replaced while it was recorded; what was put there is %s now", self.path, aside.name)
+            _log.warning("%s: was replaced while it was recorded; what was put there is %s now", self.path, aside.name)
         else:
-            log.warning("%s: was removed while it was recorded, and is written anew", self.path)
+            _log.warning("%s: was removed while it was recorded, and is written anew", self.path)
         with (
             replacing(self.path, self._disk, self.folder) as descriptor,
             open(descriptor, "wb", closefd=False) as new,
@@ -254,7 +254,7 @@ class Store:
         self._parts = [p for p in self._parts if p not in gone]
         rows = sum(p.rows for p in gone)
         self._lost += rows
-        log.warning(
+        _log.warning(
             "%s: %d rows are lost: they were in %s/, from which somebody removed them while it was recorded. Recording "
             "goes on; leave that folder alone until the recording ends.",
             self.path,

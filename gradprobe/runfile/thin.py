@@ -18,7 +18,7 @@ ROWS = 10_000
 _BYTES = 64 << 20
 """Of gradient norms and cosines; where rows are large, fewer of them are looked at."""
 
-FEWEST = 1000
+_FEWEST_ROWS = 1000
 
 
 class ThinRun(Run):
@@ -91,7 +91,7 @@ def thin(run: Run) -> ThinRun:
         return run
     tasks = len(run.tasks)
     row = 4 * max(len(run.layers), 1) * (tasks + tasks * (tasks - 1) // 2)
-    limit = int(np.clip(_BYTES // max(row, 1), FEWEST, ROWS))
+    limit = int(np.clip(_BYTES // max(row, 1), _FEWEST_ROWS, ROWS))
     return ThinRun(run, max(1, -(-len(run) // limit)))
 
 

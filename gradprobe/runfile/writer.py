@@ -31,7 +31,7 @@ from gradprobe.runfile.pieces import part_paths
 from gradprobe.runfile.store import Store
 from gradprobe.whole_files import Disk, target, telling
 
-log = logging.getLogger("gradprobe")
+_log = logging.getLogger("gradprobe")
 
 
 class RunWriter:
@@ -129,7 +129,7 @@ class RunWriter:
             if not storable.is_step(row.step):  # without one it is no row
                 if not self._flusher.stepless:
                     step = storable.shown(row.step)
-                    log.warning("%s: a row is dropped, as every other of the kind: its step is %s", self.path, step)
+                    _log.warning("%s: a row is dropped, as every other of the kind: its step is %s", self.path, step)
                 self._flusher.stepless += 1
                 return
             known = self._flusher.header
@@ -194,7 +194,7 @@ class RunWriter:
         if self._foreign():
             return
         if wrong:
-            log.warning("%s: epoch %d: no number, stored as NaN: %s", self.path, epoch, storable.joined(wrong))
+            _log.warning("%s: epoch %d: no number, stored as NaN: %s", self.path, epoch, storable.joined(wrong))
         with self._flusher.lock:
             known = {name for each in self._flusher.epochs.values() for name in each}
             if len(known.union(named)) > MAX_METRICS:
@@ -348,7 +348,7 @@ class RunWriter:
         try:
             self._begin(nothing)
         except (OSError, RunFileError) as error:
-            log.warning("%s: stays as it was (%s)", self.path, error)
+            _log.warning("%s: stays as it was (%s)", self.path, error)
 
     # ---- the end
 
@@ -374,4 +374,4 @@ def _close_what_is_open() -> None:
         try:
             writer.close("failed: the program ended without closing it")
         except Exception as error:
-            log.warning("%s", error)
+            _log.warning("%s", error)

@@ -113,8 +113,8 @@ def fingerprint(model: nn.Module) -> str:
 
 # ---- what a checkpoint holds, looked at value by value before anything is made of it: the file may be a stranger's
 # What depends on the model (names and shapes of tensors, the state of a balancer) is compared with the training that
-# was built, by `loop.load_state`; everything else here. Names that older versions did not write may be missing; a name
-# that this version does not know is refused, since what it says would be lost.
+# was built, by `loop.load_training_state`; everything else here. Names that older versions did not write may be
+# missing; a name that this version does not know is refused, since what it says would be lost.
 
 _MOST = 2**53
 """Of a count: what float64 still tells from its neighbours."""

@@ -70,28 +70,7 @@ def model_kept(model: Any, loader: object = None) -> Iterator[None]:
 _Detections = dict[str, Tensor]
 
 METRIC_NAMES = tuple(metric.name for metric in YOLOV5.metrics)
-"""The keys of what `evaluate` returns, in order. The first eight are in [0, 1], higher is better."""
-
-
-def evaluate(model: Any, loader: Iterable[Batch], *, device: str | torch.device = "cpu") -> dict[str, float]:
-    """Every metric of `METRIC_NAMES` on all images of `loader`.
-
-    Parameters, gradients, buffers and random streams are untouched, and every module's mode is put back.
-
-    Args:
-        model: See :class:`gradprobe.trainers.models.yolov5.YOLOv5WithClassification`; already on `device`.
-        loader: Yields batches.
-        device: To which batches are moved.
-
-    Returns:
-        A value is NaN where it is undefined: detection metrics without a true box, AUROC with one image class
-        present, everything on an empty loader.
-        mAP is COCO's (101 points, at most 300 detections per image), over classes with a true box.
-        precision, recall and f1 are means over those classes at IoU 0.5 and the confidence that maximises f1.
-        macro_f1 is the mean over image classes present; auroc that of one class against the rest.
-        Losses are unweighted means over the images.
-    """
-    return score(model, loader, device=device).metrics()
+"""The keys of :meth:`ImageScores.metrics`, in order. The first eight are in [0, 1], higher is better."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +95,13 @@ class ImageScores:
     def metrics(self, keep: Sequence[int] | None = None) -> dict[str, float]:
         """Every metric of `METRIC_NAMES` over all images or some.
 
-        The losses are NaN over some: YOLOv5's is one of a batch, and not a mean over its images.
+        Returns:
+            A value is NaN where it is undefined: detection metrics without a true box, AUROC with one image class
+            present, everything without an image; and losses over some images: YOLOv5's is one of a batch.
+            mAP is COCO's (101 points, at most 300 detections per image), over classes with a true box.
+            precision, recall and f1 are means over those classes at IoU 0.5 and the confidence that maximises f1.
+            macro_f1 is the mean over image classes present; auroc that of one class against the rest.
+            Losses are unweighted means over the images.
         """
         chosen = range(len(self.found)) if keep is None else keep
         if not len(chosen):
@@ -133,7 +118,15 @@ class ImageScores:
 
 
 def score(model: Any, loader: Iterable[Batch], *, device: str | torch.device = "cpu") -> ImageScores:
-    """All that `evaluate` sums up, which see."""
+    """An evaluation of all images of `loader`.
+
+    Parameters, gradients, buffers and random streams are untouched, and every module's mode is put back.
+
+    Args:
+        model: See :class:`gradprobe.trainers.models.yolov5.YOLOv5WithClassification`; already on `device`.
+        loader: Yields batches.
+        device: To which batches are moved.
+    """
     names: list[str] = []
     found: list[_Detections] = []
     truth: list[_Detections] = []

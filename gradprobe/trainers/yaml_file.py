@@ -22,7 +22,7 @@ _LONGEST = 10_000
 """Characters of one value."""
 
 
-class YAMLLoader(yaml.SafeLoader):
+class _YAMLLoader(yaml.SafeLoader):
     """PyYAML's own, which stops at what is too much before it builds it.
 
     Aliases cost it nothing, but whoever prints, copies or merges what they stand for.
@@ -85,7 +85,7 @@ class YAMLLoader(yaml.SafeLoader):
         return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
-def read_text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """The text of a regular file, without a byte order mark.
 
     Raises:
@@ -101,7 +101,7 @@ def yaml_problem(error: Exception) -> tuple[int | None, str]:
     return None if mark is None else mark.line + 1, " ".join(str(problem).split()).rstrip(".")[:300]
 
 
-def compose(path: Path) -> tuple[YAMLLoader, Any]:
+def compose(path: Path) -> tuple[_YAMLLoader, Any]:
     """The one document of a file, as nodes, and the loader that can make values of them.
 
     Returns:
@@ -111,5 +111,5 @@ def compose(path: Path) -> tuple[YAMLLoader, Any]:
         OSError, UnicodeDecodeError: It cannot be read.
         yaml.YAMLError: It is no yaml, or more than is read.
     """
-    loader = YAMLLoader(read_text(path))
+    loader = _YAMLLoader(_read_text(path))
     return loader, loader.get_single_node()

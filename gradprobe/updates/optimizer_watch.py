@@ -29,7 +29,7 @@ from gradprobe.rows import EARLIER_SOURCES, MEASURED
 from gradprobe.updates.heads import private_parameters
 from gradprobe.updates.taking_apart import MOST_MISSING, KeptMoments, TakenApart, UpdateBefore, look_after, look_before
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 NO_GRADIENT = "the optimizer was given no gradient, so the step changed nothing"
 SEVERAL_CALLS = "the update came from several calls of the probe: accumulated, or after a step that was skipped"
@@ -374,7 +374,7 @@ class OptimizerWatch:
 
     # ---- guarded and timed
 
-    def _common(self, work: Callable[[], T]) -> tuple[T | None, str]:
+    def _common(self, work: Callable[[], _T]) -> tuple[_T | None, str]:
         """What all readers need; a failure is a status."""
         watch = Stopwatch(self.now.meter.device)
         with watch.running():

@@ -1,4 +1,9 @@
-"""The losses of one fixed probe batch, before and after a step, with nothing of the training changed by it."""
+"""The losses of one fixed probe batch, before and after a step, with nothing of the training changed by it.
+
+A loss may detach values, through which no gradient flows and which move all the same: YOLOv5's objectness is trained
+towards the overlap of the present boxes, detached. As the boxes get better that target moves, and the loss with it, by
+no part of any gradient. Held at what it was, the loss is what is really descended.
+"""
 
 from __future__ import annotations
 
@@ -70,9 +75,9 @@ class _DetachedReplay(TorchFunctionMode):
             return held.clone()
 
 
-Losses = Mapping[str, Tensor]
+_Losses = Mapping[str, Tensor]
 
-ProbeBatch = Callable[[], Losses | Iterable[Losses]]
+ProbeBatch = Callable[[], _Losses | Iterable[_Losses]]
 """Makes the losses of the fixed probe batch: of all of it, or one micro-batch after the other, equally large."""
 
 _SEED = 20_240_229
@@ -144,7 +149,7 @@ def losses_as_detached_before(
     return np.mean(found, axis=0) if before.fits else np.full(len(tasks), np.nan)
 
 
-def _micro_losses(batch: ProbeBatch, mode: TorchFunctionMode) -> Iterator[Losses]:
+def _micro_losses(batch: ProbeBatch, mode: TorchFunctionMode) -> Iterator[_Losses]:
     """The losses of each micro-batch, made under a mode that what is done with them is not under."""
     sow(_SEED)
     with mode:
@@ -158,7 +163,7 @@ def _micro_losses(batch: ProbeBatch, mode: TorchFunctionMode) -> Iterator[Losses
         yield losses
 
 
-def _values(tasks: Sequence[str], losses: Losses) -> list[float]:
+def _values(tasks: Sequence[str], losses: _Losses) -> list[float]:
     if lacking := [task for task in tasks if task not in losses]:
         raise ProbeError(f"ledger=: the probe batch gave no loss of {lacking}; it gave {list(losses)}.")
     return [float(losses[task].detach()) for task in tasks]

@@ -131,11 +131,11 @@ def check_data(
         ]
         for split in splits
     }
-    counts = {split: count(checked[split], config.box_names, names) for split in checked}
+    counts = {split: _count_split(checked[split], config.box_names, names) for split in checked}
     return CheckResult(config, names, checked, findings, counts, grouping, overlaps)
 
 
-def count(images: Iterable[CheckedImage], box_names: Sequence[str], image_names: Sequence[str]) -> SplitCounts:
+def _count_split(images: Iterable[CheckedImage], box_names: Sequence[str], image_names: Sequence[str]) -> SplitCounts:
     """Count the images, boxes and classes of a split."""
     counts = SplitCounts(boxes=dict.fromkeys(box_names, 0), image_classes=dict.fromkeys(image_names, 0))
     for image in images:

@@ -195,6 +195,10 @@ _Fail = Callable[[str, str], DataError]
 def _class_names(node: Any, key: str, fail: _Fail) -> tuple[str, ...] | None:
     """The names that a node of a composed YAML document lists; None where it is null.
 
+    They are taken as the text that stands in the file, which is what a csv file, or a person, means: YAML 1.1 reads
+    ``no`` as a truth value, ``12:30`` as a number of seconds, ``1_000`` and ``0x10`` as numbers, ``2024-01-01`` as a
+    date.
+
     Args:
         node: A list of names, or a map from 0, 1, 2, ... (in quotes or not, in any order) to names.
         key: Of data.yaml, for messages.
@@ -268,6 +272,8 @@ def _repeated_keys(node: Any, keys: tuple[str, ...]) -> Iterator[tuple[str, int,
         if key.value in keys and first.setdefault(key.value, line) != line:
             yield key.value, first[key.value], line
 
+
+# ---- paths as other people write them: with backslashes, one ``../`` too many, blanks at the end
 
 _DRIVE = re.compile(r"[A-Za-z]:|\\\\")
 _CONTROL = re.compile(r"[\x00-\x1f]")

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from gradprobe.errors import UsageError
-from gradprobe.probes.graph import by_module, find_shared
 from gradprobe.trainers.data.dataset import Batch
 from gradprobe.trainers.evaluation import model_kept
 from gradprobe.trainers.hyp import DetectionHyp
@@ -149,6 +148,8 @@ class YOLOv5WithClassification(nn.Module):
 
     def trunk_layers(self, imgsz: int) -> tuple[str, ...]:
         """The layers of the trunk that have parameters, in the order in which the forward runs them."""
+        from gradprobe.probes.graph import by_module, find_shared  # scipy, which changes the filters of warnings
+
         below = tuple(f"{block}." for block in self.trunk)
         groups = {name: parameters for name, parameters in by_module(self).items() if f"{name}.".startswith(below)}
         with model_kept(self):

@@ -62,7 +62,7 @@ class Kind:
 
 _HERE = "gradprobe.trainers.problems."
 
-NEEDED = ("load", "describe", "build_model", "loader", "example", "score", "fitness", "clusters")
+_NEEDED = ("load", "describe", "build_model", "loader", "example", "score", "fitness", "clusters")
 """What a :class:`Problem` does."""
 
 YOLOV5 = Kind(
@@ -135,7 +135,7 @@ def _own(data: str) -> Any:
     kind = getattr(found, "kind", None)
     if kind is None and callable(found) and not isinstance(found, type):
         return found
-    missing = [each for each in NEEDED if not callable(getattr(found, each, None))]
+    missing = [each for each in _NEEDED if not callable(getattr(found, each, None))]
     if not isinstance(kind, Kind) or missing:
         lacks = f"lacks {', '.join(missing)}" if missing else "has no kind, a gradprobe.trainers.problems.Kind"
         raise UsageError(f"--data {data}: is neither a function that returns a data set nor a problem: it {lacks}.")

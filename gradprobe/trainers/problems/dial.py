@@ -144,7 +144,7 @@ class DialModel(nn.Module):
 CLIPS, FRAMES = 24, 8
 """Of the test split; val has as many samples."""
 
-_THRESHOLD, SPREAD = 1.0, 0.3
+_THRESHOLD, _SPREAD = 1.0, 0.3
 """Mean and standard deviation of what an output has to pass."""
 
 _Array = NDArray[np.float64]
@@ -356,7 +356,7 @@ def _unit(vectors: _Array) -> _Array:
 
 
 def _thresholds(count: int, stream: np.random.Generator) -> _Array:
-    return _THRESHOLD + SPREAD * stream.standard_normal((count, 2))
+    return _THRESHOLD + _SPREAD * stream.standard_normal((count, 2))
 
 
 def _shared(draw: Any) -> _Array:
