@@ -83,7 +83,7 @@ def cost(folder: Path, arm: Arm, steps: int, words: list[str]) -> dict[str, floa
     from gradprobe.cli.live import Display
     from gradprobe.trainers import loop
     from gradprobe.trainers.build import build
-    from gradprobe.trainers.data import load_data
+    from gradprobe.trainers.data.loading import load_data
     from gradprobe.trainers.settings import Settings
 
     class Silent(Display):

@@ -25,7 +25,7 @@ from gradprobe.cli.live import Display
 from gradprobe.runfile import RunWriter
 from gradprobe.trainers import loop
 from gradprobe.trainers.build import build
-from gradprobe.trainers.data import load_data
+from gradprobe.trainers.data.loading import load_data
 from gradprobe.trainers.settings import Settings
 
 

@@ -13,8 +13,7 @@ import yaml
 from ultralytics import YOLO
 
 from gradprobe.integrations.ultralytics import GradprobeCallback
-from gradprobe.trainers.data.phantom import BOX_NAMES
-from gradprobe.trainers.data.phantom.writing import write_phantoms
+from gradprobe.trainers.data.phantom import BOX_NAMES, write_phantoms
 
 
 def write_data(folder: Path, n: int) -> Path:

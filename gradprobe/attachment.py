@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradprobe.environment import environment
 from gradprobe.probes.probe import GradientProbe
 from gradprobe.probes.probe_options import refuse_unknown, shows_options
-from gradprobe.provenance import environment
 from gradprobe.runfile import RunWriter
 from gradprobe.updates import Ledger, Updates
 

@@ -29,9 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from gradprobe.errors import ProbeError, TrainingError
 from gradprobe.measures import Array
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
-PATIENCE = timedelta(hours=2)
+_PATIENCE = timedelta(hours=2)
 """How long one process waits for another: the first evaluates alone, which may take its time."""
 
 
@@ -50,7 +50,7 @@ class OneProcess:
     share = 1.0
     """Of the step's samples: how much this process's losses count in the mean over all."""
 
-    def together(self, part: Callable[[], T]) -> T:
+    def together(self, part: Callable[[], _T]) -> _T:
         """Do this process's part; if it fails anywhere it fails everywhere, so that nobody waits for the others."""
         return part()
 
@@ -62,7 +62,7 @@ class OneProcess:
         """Whether it holds in some process."""
         return not self.all(not flag)
 
-    def gathered(self, own: T) -> list[T]:
+    def gathered(self, own: _T) -> list[_T]:
         """What each process has, in the order of the processes."""
         return [own]
 
@@ -149,7 +149,7 @@ class ManyProcesses(OneProcess):
         self.first = self.rank == 0
         self.share = 1 / self.size
 
-    def together(self, part: Callable[[], T]) -> T:
+    def together(self, part: Callable[[], _T]) -> _T:
         """See :class:`OneProcess`.
 
         Raises:
@@ -167,7 +167,7 @@ class ManyProcesses(OneProcess):
     def all(self, flag: bool) -> bool:
         return bool(self._reduced(torch.tensor([float(flag)]), dist.ReduceOp.MIN))
 
-    def gathered(self, own: T) -> list[T]:
+    def gathered(self, own: _T) -> list[_T]:
         """See :class:`OneProcess`; pickled, so for what is rarely asked."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, own, group=self._group)
@@ -274,7 +274,7 @@ def join(device: torch.device) -> OneProcess:
         return OneProcess()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     return ManyProcesses(dist.group.WORLD, device)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from gradprobe.cli.app import run as command
 from gradprobe.trainers import loop
-from gradprobe.trainers.checkpoint_schema import digest
+from gradprobe.trainers.checkpoint import digest
 from gradprobe.trainers.paths import Paths
 
 DIAL = ["--data", "dial:size=32", "--every", "1"]

@@ -13,9 +13,9 @@ import torch
 from audit_zoo import Training, factory
 from torch import nn
 
-from gradprobe.audit import Experiment, Options, audit, compare
+from gradprobe.audit import AuditOptions, Experiment, audit, differences
 from gradprobe.audit.attribution import attribute
-from gradprobe.audit.compare import Sighting
+from gradprobe.audit.differences import FirstDifference
 from gradprobe.audit.doors import DOORS as DOORS_TRIED
 from gradprobe.audit.pair import PairOutcome
 from gradprobe.audit.streams import OwnStreams
@@ -55,14 +55,14 @@ def names(found):
 def test_the_only_open_door_is_found_and_named(door):
     name, kind = DOORS[door]
     steps = 8 if door == "schedule" else 5  # before that the plateau of the loss is none
-    found = audit(factory(door), "cls", Options(steps=steps))
+    found = audit(factory(door), "cls", AuditOptions(steps=steps))
     assert found.same_twice.kind == "clean"
     assert found.outcome.kind == kind
     assert names(found) == {name}
     assert found.attribution.explained
     # Of a batch with other rows behind its own, sums over threads may be rounded otherwise.
     assert found.attribution.remainder in (("clean", "numeric") if door == "batch" else ("clean",))
-    assert found.outcome.sightings
+    assert found.outcome.first_differences
     assert name in found.sentence
 
 
@@ -91,7 +91,7 @@ def test_the_only_open_door_is_found_and_named(door):
 )
 def test_open_doors_are_all_named(pair):
     doors = pair.split()
-    found = audit(factory(*doors), "cls", Options(steps=5))
+    found = audit(factory(*doors), "cls", AuditOptions(steps=5))
     assert names(found) == {DOORS[door][0] for door in doors}
     assert not any(finding.restores for finding in found.attribution.findings)
     for finding in found.attribution.open:  # alone, each is a difference of its own
@@ -103,9 +103,13 @@ def test_of_two_doors_that_explain_alone_the_stage_tells(stage, named):
     """As on YOLOv5: in BatchNorm's evaluation mode its gradients are too small to be clipped, so both explain."""
 
     def outcome(kind):
-        seen = [Sighting(0, stage, "x", compare.distance(torch.ones(2), torch.zeros(2)))] if kind == "material" else []
+        seen = (
+            [FirstDifference(0, stage, "x", differences.distance(torch.ones(2), torch.zeros(2)))]
+            if kind == "material"
+            else []
+        )
         one = np.ones(1) if seen else np.zeros(1)
-        return PairOutcome(kind, 1, one, one, sightings=seen, acted=1)
+        return PairOutcome(kind, 1, one, one, first_differences=seen, acted=1)
 
     def run(shut):
         return outcome("clean" if {d.name for d in shut} & {"batch statistics", "clipping"} else "material")
@@ -195,7 +199,7 @@ def test_nothing_is_found_in_a_clean_training(seed):
 
         return Experiment(net, opt, batches, step, {"det": 1.0, "cls": 0.5}, schedule=schedule)
 
-    found = audit(make, "cls", Options(steps=12))
+    found = audit(make, "cls", AuditOptions(steps=12))
     assert found.clean
     assert found.outcome.steps == 12
     assert found.sentence.startswith("Clean: bitwise equal for 12 steps.")
@@ -229,7 +233,7 @@ def test_objects_end_as_they_began():
     np.random.seed(6)
     torch.manual_seed(7)
     backward, made = torch.autograd.backward, training.made
-    found = audit(lambda: experiment, "cls", Options(steps=4, dose=True))
+    found = audit(lambda: experiment, "cls", AuditOptions(steps=4, dose=True))
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
     assert found.outcome.kind == "material"
     assert training.made > made
@@ -273,7 +277,7 @@ def apart(optimizer):
 
 
 def test_a_tiny_weight_is_not_tiny_under_adam():
-    found = audit(apart(lambda p: torch.optim.Adam(p, lr=1e-2)), "cls", Options(steps=8, weight=1e-5, dose=True))
+    found = audit(apart(lambda p: torch.optim.Adam(p, lr=1e-2)), "cls", AuditOptions(steps=8, weight=1e-5, dose=True))
     assert {"direct", "adam"} == names(found)
     assert found.outcome.largest > 0.1
     assert found.dose.kind == "scale-free"
@@ -281,19 +285,19 @@ def test_a_tiny_weight_is_not_tiny_under_adam():
 
 
 def test_a_tiny_weight_is_tiny_under_gradient_descent():
-    found = audit(apart(lambda p: torch.optim.SGD(p, lr=0.1)), "cls", Options(steps=8, weight=1e-3, dose=True))
+    found = audit(apart(lambda p: torch.optim.SGD(p, lr=0.1)), "cls", AuditOptions(steps=8, weight=1e-3, dose=True))
     assert names(found) == {"direct"}
     assert found.dose.kind == "linear"
     assert found.dose.slope == pytest.approx(1, abs=0.1)
 
 
 def test_a_door_besides_the_tasks_own_gradient_is_named_at_weights_above_0():
-    found = audit(factory("dropout"), "cls", Options(steps=6, weight=0.1))
+    found = audit(factory("dropout"), "cls", AuditOptions(steps=6, weight=0.1))
     assert names(found) == {"random stream", "direct"}
 
 
 def test_a_structural_door_has_an_intercept():
-    assert audit(factory("mean"), "cls", Options(steps=6, dose=True, attribute=False)).dose.kind == "structural"
+    assert audit(factory("mean"), "cls", AuditOptions(steps=6, dose=True, attribute=False)).dose.kind == "structural"
 
 
 def test_other_combinations_of_gradients_are_told_from_weights():
@@ -319,13 +323,13 @@ def test_other_combinations_of_gradients_are_told_from_weights():
         experiment.step = step
         return experiment
 
-    found = audit(make, "cls", Options(steps=4))
+    found = audit(make, "cls", AuditOptions(steps=4))
     assert not found.clean
 
 
 def test_parameters_of_the_task_alone_are_no_finding():
     """Decay moves the classifier's own head where the loss is there at weight 0; the detector does not mind."""
-    found = audit(factory(optimizer="adam"), "cls", Options(steps=5))
+    found = audit(factory(optimizer="adam"), "cls", AuditOptions(steps=5))
     assert found.clean
 
 
@@ -350,7 +354,7 @@ def test_a_frozen_part_that_the_task_thaws_is_found():
 
         return Experiment(net, opt, [x], step, {"det": 1.0, "cls": 1.0})
 
-    found = audit(make, "cls", Options(steps=5))
+    found = audit(make, "cls", AuditOptions(steps=5))
     assert names(found) == {"zero gradient"}
 
 
@@ -369,7 +373,7 @@ def test_a_training_that_differs_from_itself_says_so():
         experiment.step = step
         return experiment
 
-    found = audit(make, "cls", Options(steps=4, attribute=False))
+    found = audit(make, "cls", AuditOptions(steps=4, attribute=False))
     assert found.same_twice.kind != "clean"
     assert "not bitwise equal" in found.notes[0]
 
@@ -385,7 +389,7 @@ def test_a_training_that_differs_from_itself_says_so():
 )
 def test_wrong_calls_say_what_to_do(make, task, options, said):
     with pytest.raises(UsageError, match=said):
-        audit(make, task, Options(**options))
+        audit(make, task, AuditOptions(**options))
 
 
 def test_a_step_that_hands_over_no_losses_is_refused():
@@ -395,14 +399,14 @@ def test_a_step_that_hands_over_no_losses_is_refused():
         return experiment
 
     with pytest.raises(UsageError, match=r"trace\.losses"):
-        audit(make, "cls", Options(steps=2))
+        audit(make, "cls", AuditOptions(steps=2))
 
 
 def test_rounding_is_what_does_not_grow():
     steps = np.arange(1, 31)
-    assert compare.only_rounding(2.0 * steps)
-    assert not compare.only_rounding(2.0 * 1.5**steps)
-    assert compare.only_rounding(np.full(30, 50.0), envelope=60.0)
+    assert differences.only_rounding(2.0 * steps)
+    assert not differences.only_rounding(2.0 * 1.5**steps)
+    assert differences.only_rounding(np.full(30, 50.0), envelope=60.0)
 
 
 @pytest.mark.parametrize(
@@ -417,4 +421,4 @@ def test_rounding_is_what_does_not_grow():
     ],
 )
 def test_the_kind_of_a_dose(displacement, kind):
-    assert compare.dose_kind((0, 1e-8, 1e-6, 1e-4, 1e-2, 1), displacement)[0] == kind
+    assert differences.dose_kind((0, 1e-8, 1e-6, 1e-4, 1e-2, 1), displacement)[0] == kind

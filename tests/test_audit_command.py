@@ -13,17 +13,16 @@ import torch
 import training
 from audit_zoo import factory
 
-from gradprobe.audit import Options, audit, in_force
+from gradprobe.audit import AuditOptions, attribution, audit, audit_section
 from gradprobe.audit.pair import setting
-from gradprobe.audit.report import section
 from gradprobe.cli.app import run
 from gradprobe.cli.audit import audit as audit_command
 from gradprobe.cli.record import record
 from gradprobe.errors import MissingExtraError, RunFileError, UsageError
 from gradprobe.plots import divergence
 from gradprobe.runfile import open_run
-from gradprobe.trainers import audited, registry
-from gradprobe.trainers.data import load_data
+from gradprobe.trainers import audited, balancer
+from gradprobe.trainers.data.loading import load_data
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import resolve
 
@@ -126,7 +125,7 @@ def test_wrong_usage(arguments, said, capsys):
 
 
 def test_the_section_of_a_report_names_door_and_remedy():
-    text = section(audit(mean_and_dropout, "cls", Options(steps=4)))
+    text = audit_section(audit(mean_and_dropout, "cls", AuditOptions(steps=4)))
     assert text.startswith("## Audit of cls")
     assert "| mean over tasks | open |" in text
     assert "sum the losses" in text
@@ -160,10 +159,10 @@ def test_joint_training_at_weight_0_is_clean(bundled, capsys):
 
 def test_gradnorm_raises_the_detectors_weight_where_the_classifiers_is_0(bundled):
     settings = resolve({"trainer": "gradnorm", "data": bundled[2], "imgsz": 32, "batch_size": 4})
-    make = audited.factory(settings, load_data(settings.data, imgsz=32, seed=0))
+    make = audited.experiment_factory(settings, load_data(settings.data, imgsz=32, seed=0))
     where = setting(make, "cls", 2)
     assert where.run(0.0).kind == "material"
-    name, said = in_force.named(where, 0.0)
+    name, said = attribution.name_weights_door(where, 0.0)
     assert name == "renormalised weights"
     assert "1.999 at weight 0, 1 at weight 1" in said
 
@@ -187,18 +186,18 @@ def test_the_bundled_trainers_doors(bundled, flags, opened, capsys):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_every_trainer_is_audited_or_refused_with_a_reason(trainer, bundled):
     values = {"data": bundled[2], "imgsz": 32, "batch_size": 4}
-    if trainer in audited.REFUSED:
+    if trainer in audited.NOT_AUDITABLE:
         with pytest.raises(UsageError, match=f"--trainer {trainer}: .*weight 0"):
-            audited.check(trainer)
+            audited.check_auditable(trainer)
         return
     settings = resolve(
         {"trainer": trainer, **values} | ({"double": ("model.9.cv1.conv",)} if trainer == "split" else {})
     )
     try:
-        registry.find(trainer).require(settings)
+        balancer.find_balancer(trainer).require(settings)
     except MissingExtraError as missing:
         pytest.skip(str(missing))
-    make = audited.factory(settings, load_data(settings.data, imgsz=32, seed=0))
+    make = audited.experiment_factory(settings, load_data(settings.data, imgsz=32, seed=0))
     outcome = setting(make, "cls", 1).run(1.0)
     # What sends no gradient of the classifier into the detector's layers changes nothing even at weight 1.
     assert (outcome.kind == "clean") == (trainer in ("dual", "detach"))
@@ -227,7 +226,7 @@ def test_what_is_audited_is_the_training_that_is_recorded(options):
     """Bit for bit, with a scaler and in micro-batches too."""
     recorded = training.run(training.make("joint", **options), 2)
     settings = resolve({"trainer": "joint", "imgsz": 64, "batch_size": 8, **options})
-    experiment = audited.factory(settings, training.phantoms())()
+    experiment = audited.experiment_factory(settings, training.phantoms())()
     batches = experiment.batches(("det", "cls"))
     for batch in itertools.islice(batches, 2):
         experiment.step(Untraced(), batch, experiment.weights)
@@ -240,7 +239,9 @@ def test_what_is_audited_is_the_training_that_is_recorded(options):
 
 def test_flags_of_record_reach_the_audited_training(bundled, monkeypatch):
     seen = []
-    monkeypatch.setattr(audited, "factory", lambda settings, *_: seen.append(settings) or (_ for _ in ()).throw(Stop))
+    monkeypatch.setattr(
+        audited, "experiment_factory", lambda settings, *_: seen.append(settings) or (_ for _ in ()).throw(Stop)
+    )
     flags = ["--epochs", "3", "--lrf", "0.5", "--task-weights", "det=1,cls=0.25", "--gradnorm-momentum", "0.5"]
     flags += ["--micro-batches", "2"]
     flags += ["--max-weight", "4", "--weight-sum", "3", "--gradnorm-layer", "model.9.cv2", "--preset", "report"]

@@ -19,9 +19,9 @@ from gradprobe.ledger.windows import window
 from gradprobe.plots.figure import make
 from gradprobe.report import gather, heat
 from gradprobe.rows import MISSING_GRADIENT, NONFINITE_GRADIENT, Header, ProbeLoaderRow, Row, absent
-from gradprobe.runfile import RunWriter, reaching, schema
-from gradprobe.runfile.check import check
-from gradprobe.runfile.export import export
+from gradprobe.runfile import RunWriter, schema, shared_layers
+from gradprobe.runfile.exports import export_run
+from gradprobe.runfile.integrity import check_run
 from gradprobe.runfile.repair import repair
 from gradprobe.runfile.thin import ThinRun
 from gradprobe.sinks.scalars import scalars
@@ -75,7 +75,7 @@ def test_old_files_are_read_by_effect(old):
         assert_true(thin, slice(None, None, 3))
         diagonal = np.sqrt(np.diagonal(shared_gram(run), axis1=1, axis2=2))
         np.testing.assert_allclose(diagonal, norm, rtol=1e-6)
-    assert check(old).whole
+    assert check_run(old).whole
 
 
 def test_names_of_what_the_graph_alone_shares_are_told(old):
@@ -121,7 +121,7 @@ def test_old_files_are_gone_on_with_and_repaired_right(old, tmp_path):
     writer.start(header)
     writer.write(Row(7, 0, 9.0, np.ones(2), np.ones(2), gram))
     writer.close()
-    assert check(old).whole
+    assert check_run(old).whole
     with open_run(old) as run:
         assert run.by_effect
         for over in (None, list(run.layers)):
@@ -143,7 +143,7 @@ def test_every_reader_of_an_old_file_goes_by_effect(old, tmp_path, capsys):
         own = np.square(norm)
         expected = (weight * own + weight[:, ::-1] * inner[:, None]) / own
         np.testing.assert_allclose(recorded.progress, expected, rtol=1e-5)
-        out = export(run, "csv", tmp_path / "csv")
+        out = export_run(run, "csv", tmp_path / "csv")
         lines = (out / "rows.csv").read_text().splitlines()
         column = lines[0].split(",").index("shared_cosine.a|b")
         np.testing.assert_allclose([float(line.split(",")[column]) for line in lines[1:]], cosine, atol=2e-7)
@@ -164,19 +164,19 @@ def test_every_reader_of_an_old_file_goes_by_effect(old, tmp_path, capsys):
 def test_rows_of_old_files_that_lack_a_layer_are_measured_in_every_table():
     names, stored = ("measured", MISSING_GRADIENT, NONFINITE_GRADIENT), np.array([0, 1, 2, 1], np.uint8)
     for table, expected in ((schema.ROWS, [0, 0, 2, 0]), (schema.PROBE_LOADER, [0, 0, 2, 0]), (schema.UPDATES, stored)):
-        np.testing.assert_array_equal(reaching.mended_status(names, table, stored), expected)
+        np.testing.assert_array_equal(shared_layers.mended_status(names, table, stored), expected)
 
 
 def test_only_rows_that_may_change_are_looked_at(monkeypatch):
     """Of a long file of an earlier version nearly all is read as it is stored."""
     looked: list[int] = []
-    known = reaching.mended
+    known = shared_layers.mended_rows
 
     def spy(found, names, table, block, place):
         looked.extend(place.tolist())
         return known(found, names, table, block, place)
 
-    monkeypatch.setattr(reaching, "mended", spy)
+    monkeypatch.setattr(shared_layers, "mended_rows", spy)
     with open_run(FIXTURES / "run-1.0.h5") as run:
         assert run["shared_cosine"].shape == (12, 3)
     assert looked == []
@@ -327,7 +327,7 @@ def lacking_tasks(tmp_path):
 
 
 def test_an_absent_task_is_in_no_median_and_no_sum(lacking_tasks):
-    assert check(lacking_tasks).whole
+    assert check_run(lacking_tasks).whole
     grads = np.stack([np.random.default_rng([5, step]).normal(size=(2, 3, 6)) for step in range(30)])
     gram = np.einsum("nlik,nljk->nij", grads, grads)
     gram[2::3, 2] = gram[2::3, :, 2] = np.nan

@@ -14,13 +14,13 @@ from run_factory import make_header, make_rows, make_run
 
 from gradprobe.cli.app import run as command
 from gradprobe.errors import RunFileError, UsageError
-from gradprobe.runfile import RunWriter, files, live, open_run, schema
-from gradprobe.runfile.check import check
+from gradprobe.runfile import RunWriter, files, lock, open_run, schema
+from gradprobe.runfile.integrity import check_run
 from gradprobe.runfile.repair import REPAIRED, repair
 
 
 def findings(path) -> str:
-    return "\n".join(f"{f.kind}: {f.file} {f.what}" for f in check(path).findings)
+    return "\n".join(f"{f.kind}: {f.file} {f.what}" for f in check_run(path).findings)
 
 
 def killed(path: Path, rows: int = 30, layers: int = 4, per_part: int = 10) -> Path:
@@ -66,7 +66,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 def test_a_whole_run_is_whole(tmp_path):
-    report = check(make_run(tmp_path / "run.h5", bad_rows=[4]))
+    report = check_run(make_run(tmp_path / "run.h5", bad_rows=[4]))
     assert report.whole
     assert report.findings == []
     assert (report.rows, report.files) == (60, ["run.h5"])
@@ -74,7 +74,7 @@ def test_a_whole_run_is_whole(tmp_path):
 
 def test_a_killed_run_is_incomplete_but_not_damaged(tmp_path):
     path = killed(tmp_path / "run.h5")
-    report = check(path)
+    report = check_run(path)
     assert [f.kind for f in report.findings] == ["incomplete"]
     assert "killed" in report.findings[0].what
     assert (report.rows, len(report.files)) == (30, 4)
@@ -101,7 +101,7 @@ def test_a_run_that_ended_is_whole_in_pieces_too_and_with_parts_that_are_merged_
     assert findings(tmp_path / "one.h5") == ""
     assert_same(path, tmp_path / "one.h5")
     parts(path)[-1].unlink()  # the part that says how it ended
-    assert not check(path).whole
+    assert not check_run(path).whole
     shutil.rmtree(tmp_path / "run.h5.parts")
     path.unlink()
     monkeypatch.setattr(files.Disk, "unlink", lambda *_: None)  # cut off behind the merge
@@ -111,13 +111,13 @@ def test_a_run_that_ended_is_whole_in_pieces_too_and_with_parts_that_are_merged_
     writer.start(make_header(4))
     writer.close()
     assert parts(path)
-    report = check(path)
+    report = check_run(path)
     assert report.whole
     assert report.rows == 30
     assert {f.what for f in report.findings} == {"is in the main file already; a kill came before it was removed"}
 
 
-@pytest.mark.skipif(not live.LOCKS.exists(), reason="needs Linux's list of locks")
+@pytest.mark.skipif(not lock.LOCKS.exists(), reason="needs Linux's list of locks")
 def test_a_run_that_is_being_recorded_says_so_and_is_not_repaired(tmp_path):
     path = tmp_path / "run.h5"
     writer = RunWriter(path)
@@ -126,7 +126,7 @@ def test_a_run_that_is_being_recorded_says_so_and_is_not_repaired(tmp_path):
     with pytest.raises(UsageError, match="repair it when that has ended"):
         repair(path, tmp_path / "saved.h5")
     writer.close()
-    assert check(path).whole
+    assert check_run(path).whole
 
 
 def test_every_byte_is_under_a_sum(tmp_path):
@@ -136,7 +136,7 @@ def test_every_byte_is_under_a_sum(tmp_path):
     for place in np.linspace(0, len(good) - 1, 150).astype(int):
         path.write_bytes(good)
         flip(path, place)
-        assert not check(path).whole, place
+        assert not check_run(path).whole, place
 
 
 def test_damage_is_told_by_bytes_and_by_what_cannot_be_read(tmp_path):
@@ -191,7 +191,7 @@ def test_hostile_files_are_findings_and_no_crash(tmp_path):
         path = tmp_path / name / "run.h5"
         path.parent.mkdir()
         hostile.CORPUS[name][0](path)
-        assert not check(path).whole
+        assert not check_run(path).whole
         with pytest.raises(RunFileError, match="nothing can be saved"):
             repair(path, tmp_path / name / "saved.h5")
 
@@ -206,7 +206,7 @@ def test_a_killed_run_becomes_one_whole_file(tmp_path):
     assert report.findings == []
     assert report.rows == 30
     assert_same(path, tmp_path / "saved.h5")
-    assert check(tmp_path / "saved.h5").whole
+    assert check_run(tmp_path / "saved.h5").whole
     with open_run(tmp_path / "saved.h5") as run:
         assert run.end == "failed: the recording was killed before its end"
         assert run.provenance["repair.of"] == "run.h5"
@@ -251,7 +251,7 @@ def test_numbers_that_are_lost_are_nan_and_their_rows_say_so(tmp_path):
         for name in set(right) - {"grad_norm", "status"}:
             np.testing.assert_array_equal(run[name], right[name], name)
     assert f"grad_norm could not be read in {lost.sum()} rows" in [f.what for f in report.findings]
-    assert check(tmp_path / "saved.h5").whole
+    assert check_run(tmp_path / "saved.h5").whole
 
 
 def test_rows_without_a_step_are_left_out(tmp_path):

@@ -24,7 +24,7 @@ from zoo import Collector, mlp
 import gradprobe
 from gradprobe import errors, open_run
 from gradprobe.cli import recording as command
-from gradprobe.integrations.recording import Recording
+from gradprobe.integrations.trainer_recording import Recording
 from gradprobe.probes import GradientProbe
 from gradprobe.runfile import RunWriter
 from gradprobe.runfile.files import Disk

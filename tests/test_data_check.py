@@ -15,10 +15,10 @@ from data_set_factory import COCO128, labels_of, make_set, write_image
 from PIL import Image
 
 from gradprobe.errors import DataError, UsageError
-from gradprobe.trainers.data.check import check_data
-from gradprobe.trainers.data.findings import errors, warnings
-from gradprobe.trainers.data.grouping import clip_of
-from gradprobe.trainers.data.pixels import UnreadableImage, decode
+from gradprobe.trainers.data.clusters import clip_of
+from gradprobe.trainers.data.data_check import check_data
+from gradprobe.trainers.data.images import UnreadableImage, decode
+from gradprobe.trainers.data.splits import errors, warnings
 
 with python_warnings.catch_warnings():
     # typer up to 0.25 imports names that click 8.5 deprecates.
@@ -250,7 +250,7 @@ def test_numbered_images_are_not_taken_for_a_clip(tmp_path: Path) -> None:
 
 
 def test_each_file_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradprobe.trainers.data import check
+    from gradprobe.trainers.data import data_check
 
     yaml = make_set(tmp_path)
     yaml.write_text(yaml.read_text().replace("val: images/val", "val: [images/train, images/val]"))
@@ -260,7 +260,7 @@ def test_each_file_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read.append(path)
         return decode(path)
 
-    monkeypatch.setattr(check, "decode", counting)
+    monkeypatch.setattr(data_check, "decode", counting)
     kept: list[Path] = []
     check_data(yaml, keep=lambda path, pixels: kept.append(path))
     assert len(read) == len(set(read)) == 6
@@ -380,7 +380,7 @@ def test_the_command_imports_nothing_heavy_and_checking_needs_no_torch(tmp_path:
     code = (
         "import sys, gradprobe.cli.data\n"
         "assert not {'numpy', 'torch', 'PIL', 'yaml', 'cv2'} & set(sys.modules)\n"
-        "from gradprobe.trainers.data.check import check_data\n"
+        "from gradprobe.trainers.data.data_check import check_data\n"
         "check_data(sys.argv[1])\n"
         "assert not {'torch', 'cv2'} & set(sys.modules)\n"
     )

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.data import load_data
-from gradprobe.trainers.data.check import check_data
-from gradprobe.trainers.data.grouping import parse
+from gradprobe.trainers.data.clusters import parse_grouping
+from gradprobe.trainers.data.data_check import check_data
+from gradprobe.trainers.data.loading import load_data
 from gradprobe.trainers.problems import problem_of
 from gradprobe.trainers.settings import resolve
 
@@ -158,7 +158,7 @@ def test_pictures_in_both_splits_are_in_the_totals(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_path_tells(rule: str, path: str, told: dict[str, str]) -> None:
-    assert dict(parse(rule).of(path)) == told
+    assert dict(parse_grouping(rule).of(path)) == told
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_what_a_path_tells(rule: str, path: str, told: dict[str, str]) -> None:
 )
 def test_what_is_no_rule_is_refused_at_once(rule: str, message: str) -> None:
     with pytest.raises(UsageError, match=rf"--group-by {rule!r}.*{message}".replace("(a", r"\(a").replace("^", r"\^")):
-        parse(rule)
+        parse_grouping(rule)
     with pytest.raises(UsageError, match=message):
         resolve({"group_by": rule})
 

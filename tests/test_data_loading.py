@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gradprobe.errors import DataError, UsageError
-from gradprobe.trainers.data import Batch, LoadedData, load_data, make_loader
-from gradprobe.trainers.data.dataset import ImageStore
-from gradprobe.trainers.data.letterbox import PADDING, letterbox, place, place_boxes
-from gradprobe.trainers.data.phantom.writing import write_phantoms
+from gradprobe.trainers.data.dataset import Batch, ImageStore, Loader
+from gradprobe.trainers.data.images import letterbox, place, place_boxes
+from gradprobe.trainers.data.loading import LoadedData, load_data
+from gradprobe.trainers.data.phantom import write_phantoms
 
 # --- letterbox -----------------------------------------------------------------------------------
 
@@ -56,8 +56,8 @@ def test_the_padding_is_grey_and_the_image_untouched_where_it_need_not_be_scaled
     square, placed = letterbox(image, 96)
     assert square.shape == (96, 96, 3)
     assert (square[18:78] == image).all()
-    assert (square[:18] == PADDING).all()
-    assert (square[78:] == PADDING).all()
+    assert (square[:18] == 114).all()
+    assert (square[78:] == 114).all()
     assert placed.top == 18
 
 
@@ -280,7 +280,7 @@ def test_counts_are_for_phantoms_and_positive(tmp_path: Path) -> None:
 
 
 def test_images_beyond_the_bound_are_read_anew_and_are_the_same(tmp_path: Path) -> None:
-    from gradprobe.trainers.data.check import check_data
+    from gradprobe.trainers.data.data_check import check_data
 
     yaml = make_set(tmp_path)
     plenty, none = ImageStore(64), ImageStore(64, limit=64 * 64 * 3 * 2)
@@ -303,7 +303,7 @@ def test_coco128_loads_without_its_two_images_that_have_no_class() -> None:
     assert (len(data.train), len(data.val), data.test) == (126, 126, None)
     assert len(data.box_names) == 80
     assert {message.split(": ")[1] for message in data.skipped} == {"000000000250.jpg", "000000000508.jpg"}
-    batch = next(iter(make_loader(data.train, 126, shuffle=False)))
+    batch = next(iter(Loader(data.train, 126, shuffle=False)))
     assert batch.boxes[:, 2:].min() >= 0
     assert batch.boxes[:, 2:].max() <= 1
     assert sorted(batch.labels.unique().tolist()) == [0, 1, 2, 3, 4]
@@ -313,7 +313,7 @@ def test_coco128_loads_without_its_two_images_that_have_no_class() -> None:
 
 
 def test_a_batch_has_its_shapes_types_and_ranges(phantoms: LoadedData) -> None:
-    loader = make_loader(phantoms.train, 4, shuffle=False)
+    loader = Loader(phantoms.train, 4, shuffle=False)
     batches = list(loader)
     assert len(loader) == len(batches) == 3
     assert [len(batch) for batch in batches] == [4, 4, 2]
@@ -336,12 +336,12 @@ def test_a_batch_of_background_has_no_boxes(tmp_path: Path) -> None:
     yaml = make_set(tmp_path)
     for label in (tmp_path / "labels" / "train").iterdir():
         label.write_text("")
-    batch = next(iter(make_loader(load_data(yaml, imgsz=32).train, 4)))
+    batch = next(iter(Loader(load_data(yaml, imgsz=32).train, 4)))
     assert batch.boxes.shape == (0, 6)
 
 
 def order(data: LoadedData, seed: int, epoch: int) -> list[str]:
-    loader = make_loader(data.train, 3, seed=seed)
+    loader = Loader(data.train, 3, seed=seed)
     loader.set_epoch(epoch)
     return [name for batch in loader for name in batch.names]
 
@@ -370,4 +370,4 @@ def test_the_global_random_generators_are_left_alone(phantoms: LoadedData) -> No
 
 def test_a_batch_size_below_one_is_refused(phantoms: LoadedData) -> None:
     with pytest.raises(UsageError, match="batch size is 0"):
-        make_loader(phantoms.train, 0)
+        Loader(phantoms.train, 0)

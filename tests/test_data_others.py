@@ -16,10 +16,10 @@ from data_set_factory import YAML, labels_of, make_set, write_image
 from PIL import Image
 
 from gradprobe.errors import DataError
-from gradprobe.trainers.data import load_data
-from gradprobe.trainers.data.check import CheckResult, check_data
-from gradprobe.trainers.data.config import read_config
-from gradprobe.trainers.data.findings import errors, warnings
+from gradprobe.trainers.data.data_check import CheckResult, check_data
+from gradprobe.trainers.data.data_yaml import read_config
+from gradprobe.trainers.data.loading import load_data
+from gradprobe.trainers.data.splits import errors, warnings
 
 END = "names: [AR, MR]\nimage_names: [x, y]\nimage_labels: classes.csv\n"
 
@@ -430,12 +430,12 @@ def test_landmarks_that_are_missing_are_no_coordinates(tmp_path: Path, absent: s
 
 @pytest.mark.parametrize("points", [[7], [4], [3, 4, 5, 6, 7, 8, 9, 12, 30], [5, 50]])
 def test_polygons_stay_polygons_also_where_some_could_be_boxes(tmp_path: Path, points: list[int]) -> None:
-    from gradprobe.trainers.data.landmarks import fits
+    from gradprobe.trainers.data.labels import could_hold_landmarks
 
     generator = np.random.default_rng(0)
     rows = ["".join(blob(generator, int(generator.choice(points))) for _ in range(30)) for _ in range(6)]
     numbers = [np.array(line.split(), dtype=float) for row in rows[:4] for line in row.splitlines()]
-    assert sum(fits(row.tolist()) for row in numbers) >= 10
+    assert sum(could_hold_landmarks(row.tolist()) for row in numbers) >= 10
     yaml = with_rows(tmp_path, *rows)
     found = np.array(boxes(yaml))
     xs, ys = [row[1::2] for row in numbers], [row[2::2] for row in numbers]
@@ -532,7 +532,7 @@ def test_a_jpeg_whose_data_end_early_is_an_error_even_with_an_end_mark(
 
 
 def test_whole_jpegs_are_not_suspected(tmp_path: Path) -> None:
-    from gradprobe.trainers.data.pixels import decode
+    from gradprobe.trainers.data.images import decode
 
     grey = io.BytesIO()
     Image.fromarray(np.full((40, 40, 3), 128, dtype=np.uint8)).save(grey, "JPEG")
@@ -579,7 +579,7 @@ def test_twelve_bits_in_sixteen_are_told_and_the_full_range_is_not(tmp_path: Pat
 def test_pixels_are_those_that_yolov5_reads(tmp_path: Path) -> None:
     """OpenCV, which it reads with, as oracle: turned, CMYK (rounded otherwise), bilevel, transparent, 16 bits."""
     cv2 = pytest.importorskip("cv2")
-    from gradprobe.trainers.data.pixels import decode
+    from gradprobe.trainers.data.images import decode
 
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     cases: list[tuple[Image.Image, str, dict[str, Any]]] = [

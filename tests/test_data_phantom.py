@@ -9,8 +9,7 @@ import pytest
 
 from gradprobe.errors import UsageError
 from gradprobe.trainers.data.phantom import BOX_NAMES, IMAGE_NAMES, SIZE, Phantom, draw_phantom
-from gradprobe.trainers.data.phantom.draws import Draws
-from gradprobe.trainers.data.phantom.geometry import draw_heart, draw_sector
+from gradprobe.trainers.data.phantom_scene import Draws, draw_heart, draw_sector
 
 VISIBLE = {"PSAX": {"AR", "PR", "TR"}, "PLAX": {"AR", "MR"}, "A4C": {"MR", "TR"}}
 

@@ -9,11 +9,10 @@ import pytest
 from data_set_factory import labels_of, make_set, write_image
 
 from gradprobe.errors import DataError
-from gradprobe.trainers.data.check import CheckResult, check_data
-from gradprobe.trainers.data.config import read_config
-from gradprobe.trainers.data.findings import errors
+from gradprobe.trainers.data.data_check import CheckResult, check_data
+from gradprobe.trainers.data.data_yaml import read_config
 from gradprobe.trainers.data.labels import parse_labels
-from gradprobe.trainers.data.splits import label_path
+from gradprobe.trainers.data.splits import errors, label_path
 
 NAMES = ("a", "b", "c", "d")
 

@@ -13,10 +13,9 @@ import torch
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
 from gradprobe.errors import UsageError
-from gradprobe.trainers.models.dial import BEND, REACH, TARGET, DialModel
 from gradprobe.trainers.problems import kind_of, problem_of
-from gradprobe.trainers.problems.dial import CLIPS, FRAMES, collate, make_data
-from gradprobe.trainers.problems.dial_spec import DialSpec, parse
+from gradprobe.trainers.problems.dial import BEND, CLIPS, FRAMES, REACH, TARGET, DialModel, collate_dial, make_dial_data
+from gradprobe.trainers.problems.dial_spec import DialSpec, parse_dial
 from gradprobe.trainers.settings import resolve
 
 
@@ -26,7 +25,7 @@ def record(*arguments):
 
 def gradients(model, split):
     """(2, P): the gradient of each task's loss over a whole split, by autograd."""
-    batch = collate([split[i] for i in range(len(split))])
+    batch = collate_dial([split[i] for i in range(len(split))])
     losses = model.losses(model(batch.images), batch)
     shared = list(model.blocks.parameters())
     return np.stack(
@@ -41,8 +40,8 @@ def gradients(model, split):
 
 
 def test_the_dials_are_read():
-    assert parse("dial") == DialSpec()
-    assert parse("dial: angle=60, seed=3").seed == 3
+    assert parse_dial("dial") == DialSpec()
+    assert parse_dial("dial: angle=60, seed=3").seed == 3
     assert kind_of("dial:angle=60").tasks == ("a", "b")
     assert kind_of("dial.yaml").tasks == kind_of("phantom").tasks == ("det", "cls")
 
@@ -82,7 +81,7 @@ def test_tasks_and_weights_go_by_the_data(tmp_path, capsys):
 @pytest.mark.parametrize("correlation", [0.0, 0.8, -1.0])
 def test_gradient_and_noise_of_the_training_data_are_those_dialled(angle, correlation):
     spec = f"dial:angle={angle},ratio=10,noise=3,correlation={correlation},size=64,layers=2,dim=8"
-    data = make_data(spec, seed=5)
+    data = make_dial_data(spec, seed=5)
     x = data.train.images.double().numpy()  # (N, 2, layers, dim)
     mean = x.mean(0)
     noise = (x - mean).reshape(len(x), 2, -1)
@@ -94,13 +93,13 @@ def test_gradient_and_noise_of_the_training_data_are_those_dialled(angle, correl
 
 
 def test_the_gradient_is_the_same_at_all_parameters_before_the_bend():
-    data = make_data("dial:angle=120,ratio=10,noise=1", seed=0)
+    data = make_dial_data("dial:angle=120,ratio=10,noise=1", seed=0)
     model = DialModel(3, 32, (10.0, 1.0), seed=0)
     first = gradients(model, data.train)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    batch = collate([data.train[i] for i in range(len(data.train))])
+    batch = collate_dial([data.train[i] for i in range(len(data.train))])
     assert all(float(output.detach().max()) < TARGET - BEND for output in model(batch.images).values())
     np.testing.assert_allclose(gradients(model, data.train), first, atol=1e-5)
     norm = np.linalg.norm(first, axis=1)
@@ -109,7 +108,7 @@ def test_the_gradient_is_the_same_at_all_parameters_before_the_bend():
 
 
 def test_behind_the_bend_the_gradient_shrinks_to_nothing_at_the_target():
-    data = make_data("dial:noise=0", seed=0)
+    data = make_dial_data("dial:noise=0", seed=0)
     model = DialModel(3, 32, (1.0, 1.0), seed=0)
     for gap, length in ((BEND, 1.0), (BEND / 2, 0.5), (0.0, 0.0)):
         with torch.no_grad():
@@ -120,13 +119,17 @@ def test_behind_the_bend_the_gradient_shrinks_to_nothing_at_the_target():
 
 
 def test_data_are_a_function_of_dials_and_seed():
-    one = make_data("dial", seed=1)
-    assert one.fingerprint == make_data("dial:angle=120", seed=1).fingerprint == make_data("dial:seed=1", 7).fingerprint
-    assert len({one.fingerprint, *(make_data(f"dial{d}", 1).fingerprint for d in (":ratio=2", ":seed=2"))}) == 3
+    one = make_dial_data("dial", seed=1)
+    assert (
+        one.fingerprint
+        == make_dial_data("dial:angle=120", seed=1).fingerprint
+        == make_dial_data("dial:seed=1", 7).fingerprint
+    )
+    assert len({one.fingerprint, *(make_dial_data(f"dial{d}", 1).fingerprint for d in (":ratio=2", ":seed=2"))}) == 3
 
 
 def test_the_test_split_is_made_of_clips_that_its_samples_resemble():
-    data = make_data("dial:noise=2", seed=0)
+    data = make_dial_data("dial:noise=2", seed=0)
     problem = problem_of(resolve({"data": "dial"}))
     clips = list(problem.clusters(data.test))
     assert len(set(clips)) == CLIPS
@@ -235,7 +238,7 @@ def test_a_part_of_a_batch_is_a_batch_of_those_samples(source):
     settings = resolve({"data": source, "imgsz": 32})
     problem = problem_of(settings)
     if source == "phantom":
-        from gradprobe.trainers.data import load_data
+        from gradprobe.trainers.data.loading import load_data
 
         data = load_data(source, imgsz=32, n_train=7, n_val=1)
     else:

@@ -15,7 +15,6 @@ from gradprobe.cli import interventions
 from gradprobe.cli.app import run as command
 from gradprobe.errors import UsageError
 from gradprobe.trainers import checkpoint
-from gradprobe.trainers.models import divided
 from gradprobe.trainers.settings import Settings, resolve
 
 
@@ -112,7 +111,7 @@ def test_a_layer_in_the_middle_is_doubled_and_those_around_it_stay_shared():
     found = touched(made.model, one_batch(made))
     common = {n.rpartition(".")[0] for n in found["det"] & found["cls"]}
     reference = training.make("joint").model
-    assert common == set(divided.trunk_layers(reference, 64)) - set(double)
+    assert common == set(reference.trunk_layers(64)) - set(double)
     copies = {n.rpartition(".")[0] for n in found["cls"] - found["det"]}
     assert copies == {n.replace("model", "image_trunk", 1) for n in double} | {"classifier"}
     assert sum(p.numel() for p in made.model.parameters()) == sum(p.numel() for p in reference.parameters()) + sum(

@@ -11,12 +11,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from gradprobe.errors import DataError, UsageError
-from gradprobe.trainers.detection_metrics import box_iou, detection_scores, true_positives
-from gradprobe.trainers.evaluate import METRICS, evaluate
+from gradprobe.trainers.evaluation import (
+    METRIC_NAMES,
+    box_iou,
+    detection_scores,
+    recompute_batchnorm,
+    score,
+    true_positives,
+)
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models import _import_yolov5
 from gradprobe.trainers.models.yolov5 import build_model
-from gradprobe.trainers.running_statistics import recompute_batchnorm
+
+
+def evaluate(model, loader):
+    return score(model, loader).metrics()
 
 
 @dataclass(frozen=True)
@@ -76,8 +85,8 @@ class Oracle(nn.Module):
 def test_a_perfect_model_scores_one_in_everything():
     batches = [random_batch(seed) for seed in range(4)]
     scores = evaluate(Oracle(batches), batches)
-    assert tuple(scores) == METRICS
-    assert [scores[name] for name in METRICS[:8]] == pytest.approx([1.0] * 8)
+    assert tuple(scores) == METRIC_NAMES
+    assert [scores[name] for name in METRIC_NAMES[:8]] == pytest.approx([1.0] * 8)
 
 
 def test_boxes_are_compared_in_pixels():

@@ -15,7 +15,7 @@ import pytest
 from warm import Process
 
 import gradprobe
-from gradprobe.trainers.data.phantom.writing import write_phantoms
+from gradprobe.trainers.data.phantom import write_phantoms
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs/integrations.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from run_factory import make_run, trunk_layers
 from gradprobe.cli.app import run as command
 from gradprobe.errors import MissingExtraError, RunFileError, UsageError
 from gradprobe.runfile import open_run, schema
-from gradprobe.runfile.export import FORMATS, export
+from gradprobe.runfile.exports import FORMATS, export_run
 
 ROWS, LAYER = 40, "model.9.cv1.conv"
 PROVENANCE = {"trainer": "joint", "argv": ["record", "--café"], "hyp": {"box": 0.05}, "resumed": True, "none": []}
@@ -158,7 +158,7 @@ def read_csv(path) -> list[dict[str, str]]:
 
 
 def test_csv_gives_the_same_numbers_again(run, tmp_path):
-    out = export(run, "csv", tmp_path / "tables")
+    out = export_run(run, "csv", tmp_path / "tables")
     rows = read_csv(out / "rows.csv")
     assert [int(r["step"]) for r in rows] == run["step"].tolist()
     for name in ("loss", "weight"):
@@ -180,7 +180,7 @@ def test_csv_gives_the_same_numbers_again(run, tmp_path):
 def test_csv_of_several_blocks_has_one_head(tmp_path):
     path = make_run(tmp_path / "long.h5", rows=5000, layers=1)
     with open_run(path) as run:
-        rows = read_csv(export(run, "csv", stride=3) / "rows.csv")
+        rows = read_csv(export_run(run, "csv", stride=3) / "rows.csv")
         layers = read_csv(tmp_path / "long-csv" / "layers.csv")
         assert [int(r["step"]) for r in rows] == run.read("step", stride=3).tolist()
         assert [int(r["step"]) for r in layers[::2]] == run.read("step", stride=3).tolist()
@@ -189,7 +189,7 @@ def test_csv_of_several_blocks_has_one_head(tmp_path):
 def test_parquet_is_what_pandas_reads(run, tmp_path):
     pytest.importorskip("pyarrow")
     pandas = pytest.importorskip("pandas")
-    out = export(run, "parquet", tmp_path / "tables")
+    out = export_run(run, "parquet", tmp_path / "tables")
     layers = pandas.read_parquet(out / "layers.parquet")
     np.testing.assert_array_equal(layers.grad_norm.to_numpy().reshape(run["grad_norm"].shape), run["grad_norm"])
     assert layers.grad_norm.dtype == np.float32
@@ -201,7 +201,7 @@ def test_parquet_is_what_pandas_reads(run, tmp_path):
 def test_netcdf_is_valid_and_opens_in_xarray(run, tmp_path):
     xarray = pytest.importorskip("xarray")
     pytest.importorskip("h5netcdf")
-    out = export(run, "netcdf", tmp_path / "run.nc")
+    out = export_run(run, "netcdf", tmp_path / "run.nc")
     with xarray.open_dataset(out) as data:
         xarray.testing.assert_equal(data.load(), run.to_xarray())
     if shutil.which("ncdump") is not None:
@@ -214,7 +214,7 @@ def test_tensorboard_shows_the_series(run, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    out = export(run, "tensorboard", tmp_path / "events")
+    out = export_run(run, "tensorboard", tmp_path / "events")
     events = EventAccumulator(str(out), size_guidance={"scalars": 0})
     events.Reload()
     loss = events.Scalars("loss/det")
@@ -236,7 +236,7 @@ def test_a_missing_package_gives_the_pip_line(run, tmp_path, monkeypatch, to, pa
             monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtraError, match=rf"needs the package '{package}'.*pip install 'gradprobe\[export\]'"):
-        export(run, to, tmp_path / "out")
+        export_run(run, to, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -244,18 +244,18 @@ def test_what_is_there_is_not_overwritten(run, tmp_path):
     (tmp_path / "out").write_text("mine")
     for to in FORMATS:
         with pytest.raises(UsageError, match=r"out exists; choose another place with --out"):
-            export(run, to, tmp_path / "out")
+            export_run(run, to, tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
     with pytest.raises(UsageError, match="there are: csv, parquet, netcdf, tensorboard"):
-        export(run, "xlsx", tmp_path / "other")
+        export_run(run, "xlsx", tmp_path / "other")
     with pytest.raises(UsageError, match="a stride of 0"):
-        export(run, "csv", tmp_path / "other", stride=0)
+        export_run(run, "csv", tmp_path / "other", stride=0)
 
 
 def test_a_failed_export_leaves_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("gradprobe.runfile.export._written", lambda column: 1 / 0)
+    monkeypatch.setattr("gradprobe.runfile.exports._written", lambda column: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        export(run, "csv", tmp_path / "out")
+        export_run(run, "csv", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

@@ -18,8 +18,8 @@ from gradprobe.errors import ProbeError, RunFileError
 from gradprobe.probes import GradientProbe
 from gradprobe.rows import FeatureHeader, FeatureRow, Header
 from gradprobe.runfile import RunWriter
-from gradprobe.runfile.check import check
-from gradprobe.runfile.export import export
+from gradprobe.runfile.exports import export_run
+from gradprobe.runfile.integrity import check_run
 from gradprobe.runfile.repair import repair
 from gradprobe.summary import sentences, summarise
 
@@ -399,8 +399,8 @@ def test_features_go_into_every_format(tmp_path):
         table = run.to_pandas("features/cosine")
         data = run.to_xarray()
         expected = run["features/cosine"]
-        folder = export(run, "csv", tmp_path / "csv")
-        export(run, "netcdf", tmp_path / "run.nc")
+        folder = export_run(run, "csv", tmp_path / "csv")
+        export_run(run, "netcdf", tmp_path / "run.nc")
     assert list(table) == ["step", "feature", "pair", "cosine"]
     assert table["step"].tolist() == [s for s in range(8) for _ in range(2)]
     assert table["feature"].tolist() == ["p4", "p5"] * 8
@@ -424,10 +424,10 @@ def test_damage_in_the_features_is_found_and_the_rest_saved(tmp_path):
     path.write_bytes(raw)
     with gradprobe.open_run(path) as run, pytest.raises(RunFileError, match="damaged"):
         run.features  # noqa: B018
-    assert any("features/cosine cannot be read" in finding.what for finding in check(path).findings)
+    assert any("features/cosine cannot be read" in finding.what for finding in check_run(path).findings)
     report = repair(path, tmp_path / "new.h5")
     assert any("features/cosine could not be read" in finding.what for finding in report.findings)
-    assert not [finding for finding in check(tmp_path / "new.h5").findings if finding.kind != "note"]
+    assert not [finding for finding in check_run(tmp_path / "new.h5").findings if finding.kind != "note"]
     with gradprobe.open_run(tmp_path / "new.h5") as run:
         assert run["features/step"].tolist() == list(range(5000))
         assert np.isnan(run["features/cosine"][5]).all()
@@ -445,7 +445,7 @@ def test_impossible_feature_rows_are_found(tmp_path):
     with h5py.File(path, "r+") as file:
         file["features/step"][2] = 1
         file["features/cosine"][1] = 7.0
-    words = [finding.what for finding in check(path).findings]
+    words = [finding.what for finding in check_run(path).findings]
     assert "features/step does not increase in 1 rows, first in row 2" in words
     assert "features/cosine is beyond -1 to 1 in 1 rows, first in row 1" in words
 

@@ -21,8 +21,8 @@ from gradprobe import open_run
 from gradprobe.errors import RunFileError
 from gradprobe.rows import GrowingSink, Header
 from gradprobe.runfile import RunWriter, schema, store
-from gradprobe.runfile.check import check
-from gradprobe.runfile.export import export
+from gradprobe.runfile.exports import export_run
+from gradprobe.runfile.integrity import check_run
 from gradprobe.runfile.repair import repair
 from gradprobe.runfile.thin import ThinRun
 from gradprobe.summary import sentences, summarise
@@ -73,13 +73,13 @@ def test_rows_before_lack_the_layers_that_join(tmp_path, flushed):
         assert (~missing).sum(axis=1).tolist() == COUNTS
         assert np.isnan(run["probe_loader/cosine"][0, 2:]).all()
         assert run["gram_noise"].shape == (len(COUNTS), len(LAYERS), 2, 2)
-    assert [finding.kind for finding in check(tmp_path / "run.h5").findings] == ["incomplete"]  # is being recorded
+    assert [finding.kind for finding in check_run(tmp_path / "run.h5").findings] == ["incomplete"]  # is being recorded
     writer.close()
     with open_run(tmp_path / "run.h5") as run:
         assert_read(run)
         assert run.joined == {"late.0": 6, "late.1": 11, "late.2": 11}
         assert run.lacking() == {}
-    assert check(tmp_path / "run.h5").whole
+    assert check_run(tmp_path / "run.h5").whole
 
 
 def test_one_layer_or_some_are_read_alike_from_parts_and_from_one_file(tmp_path):
@@ -142,7 +142,7 @@ def test_growth_at_any_row_reads_as_if_all_layers_had_been_there(tmp_path_factor
         if not whole and held < len(LAYERS):
             writer.grow(growing.header(len(LAYERS)))
         writer.close()
-        assert check(path).whole
+        assert check_run(path).whole
         files.append(path)
     with h5py.File(files[0]) as grown, h5py.File(files[1]) as whole:
         names: list[str] = []
@@ -183,7 +183,7 @@ def test_what_a_kill_leaves_is_read_gone_on_with_and_repaired(tmp_path, stop):
     writer.close()
     with open_run(path) as run:
         assert_read(run)
-    assert check(path).whole
+    assert check_run(path).whole
 
 
 def test_a_part_that_is_damaged_costs_its_own_rows_alone(tmp_path):
@@ -314,7 +314,7 @@ def test_every_export_takes_them(grown, tmp_path, kind):
     package = {"parquet": "pyarrow", "netcdf": "h5netcdf", "tensorboard": "tensorboard", "csv": "csv"}[kind]
     pytest.importorskip(package)
     with open_run(grown) as run:
-        out = export(run, kind, tmp_path / "out")
+        out = export_run(run, kind, tmp_path / "out")
         *_, shared_cosine = expected([*COUNTS, 5, 5], {20: (1,), 21: (1,)})
     if kind == "csv":
         lines = (out / "layers.csv").read_text().splitlines()

@@ -10,8 +10,8 @@ import zlib
 
 import pytest
 
-from gradprobe.trainers.data.pixels import UnreadableImage, decode
-from gradprobe.trainers.data.places import MAX_TEXT, read_text
+from gradprobe.trainers.data.data_yaml import MAX_TEXT, read_text
+from gradprobe.trainers.data.images import UnreadableImage, decode
 
 
 def png(path, width, height):
@@ -43,7 +43,7 @@ def test_a_label_file_of_a_gigabyte_is_refused_within_a_bound_of_memory(tmp_path
         file.truncate(1 << 30)  # a sparse file
     program = (
         "import resource, sys; from pathlib import Path\n"
-        "from gradprobe.trainers.data.places import read_text\n"
+        "from gradprobe.trainers.data.data_yaml import read_text\n"
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
         "try:\n    read_text(Path(sys.argv[1]))\nexcept OSError as error:\n    print(error)\n"
     )

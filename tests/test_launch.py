@@ -183,7 +183,7 @@ TWO = {"MASTER_ADDR": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RA
     ],
 )
 def test_how_many_processes(flags, environment, count):
-    assert engine.counted(resolve(flags), environment).processes == count
+    assert engine.with_processes(resolve(flags), environment).processes == count
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_how_many_processes(flags, environment, count):
 )
 def test_what_cannot_be_divided_is_refused(flags, environment, message):
     with pytest.raises(UsageError, match=message):
-        engine.counted(resolve(flags), environment)
+        engine.with_processes(resolve(flags), environment)
 
 
 def test_each_process_has_its_device():

@@ -15,7 +15,7 @@ import gradprobe
 from gradprobe.errors import ProbeError
 from gradprobe.ledger.windows import window
 from gradprobe.rows import absent
-from gradprobe.updates import ledger as module
+from gradprobe.updates import loss_ledger as module
 from gradprobe.updates.optimizer_watch import FOREIGN_GRADIENT, NO_GRADIENT
 from gradprobe.verdict import evidence
 
@@ -86,7 +86,7 @@ def test_rows_are_those_of_the_ordinary_loop(tmp_path, optimizer, ends):
         np.testing.assert_allclose(found[name][rows], twin.ledger[name], rtol=1e-5, atol=1e-9)
     told = statuses(tmp_path / "run.h5")
     assert told[:steps] == [module.YOUNG_ADAM] * young + ["measured"] * 5
-    assert told[steps] == (module.OPEN if ends == "batch" else "measured")
+    assert told[steps] == (module._NO_RIGHT_END if ends == "batch" else "measured")
 
 
 def test_bursts_have_their_rows_and_the_momentum_from_before(tmp_path):
@@ -400,7 +400,7 @@ def test_a_run_that_is_gone_on_with_has_every_row_but_the_one_before(tmp_path):
     found, _ = ledger_of(tmp_path / "run.h5")
     expected, _ = ledger_of(tmp_path / "whole.h5")
     assert found["step"].tolist() == expected["step"].tolist() == list(range(8))
-    assert statuses(tmp_path / "run.h5")[4] == module.OPEN  # closed before the next step was measured
+    assert statuses(tmp_path / "run.h5")[4] == module._NO_RIGHT_END  # closed before the next step was measured
     rows = [0, 1, 2, 3, 5, 6]
     np.testing.assert_allclose(found["term"][rows], expected["term"][rows], rtol=1e-5, atol=1e-9)
     assert whole is not None
@@ -494,5 +494,5 @@ def test_a_step_from_which_a_task_is_absent_is_a_row_that_says_so(tmp_path):
             optimizer.zero_grad()
     found = statuses(tmp_path / "run.h5")
     assert found[2] == absent([TASKS[1]])
-    assert found[1] == found[4] == module.OPEN  # what was to be the right end lacks a task
+    assert found[1] == found[4] == module._NO_RIGHT_END  # what was to be the right end lacks a task
     assert not any("failed" in status for status in found)

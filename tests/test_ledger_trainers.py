@@ -13,7 +13,7 @@ from gradprobe.ledger.windows import window
 from gradprobe.rows import LEDGER, MEASURED
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import TASKS, resolve
-from gradprobe.updates import ledger as module
+from gradprobe.updates import loss_ledger as module
 
 SMALL = {"optimizer": "SGD", "lr": 0.01, "ledger": True, "ledger_images": 16}
 
@@ -89,7 +89,7 @@ def test_terms_are_the_change_of_the_loss(trainer):
 
 def test_the_batches_own_gradients_can_value_the_updates():
     _, rows = recorded("joint", steps=4, ledger_ends="batch", micro_batches=4)
-    assert [row.status for row in rows] == [*[MEASURED] * 3, module.OPEN]
+    assert [row.status for row in rows] == [*[MEASURED] * 3, module._NO_RIGHT_END]
     assert np.isfinite(rows[0].correction).all()
     assert np.isnan(rows[-1].right).all()
 

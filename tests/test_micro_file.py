@@ -15,9 +15,9 @@ from zoo import mlp
 import gradprobe
 from gradprobe.errors import RunFileError
 from gradprobe.runfile import RunWriter, open_run
-from gradprobe.runfile.check import check
-from gradprobe.runfile.export import export
+from gradprobe.runfile.exports import export_run
 from gradprobe.runfile.files import seal
+from gradprobe.runfile.integrity import check_run
 from gradprobe.runfile.repair import repair
 from gradprobe.runfile.thin import ThinRun
 
@@ -61,7 +61,7 @@ def test_what_was_measured_is_read(tmp_path, without, parts):
         np.testing.assert_array_equal(run.read("gram_noise", start=-3), expected(without=without)[-3:])
         np.testing.assert_array_equal(run.gram_noise(stride=3), expected(without=without)[::3])
         np.testing.assert_array_equal(ThinRun(run, 3).gram_noise(), expected(without=without)[::3])
-    assert check(tmp_path / "run.h5").whole
+    assert check_run(tmp_path / "run.h5").whole
 
 
 @pytest.mark.parametrize("without", [(), range(20), range(20, 40)], ids=["all", "later", "first"])
@@ -98,7 +98,7 @@ def test_a_resumed_run_keeps_it(tmp_path, without):
     with open_run(tmp_path / "run.h5") as run:
         np.testing.assert_array_equal(run.gram_noise(), expected(without=without))
         assert len(run) == 40
-    assert check(tmp_path / "run.h5").whole
+    assert check_run(tmp_path / "run.h5").whole
 
 
 def test_axes_have_names_that_differ(tmp_path):
@@ -120,7 +120,7 @@ def test_axes_have_names_that_differ(tmp_path):
 def test_export_has_a_table_of_it(tmp_path):
     write(tmp_path / "run.h5", rows(4))
     with open_run(tmp_path / "run.h5") as run:
-        out = export(run, "csv")
+        out = export_run(run, "csv")
     with (out / "noise.csv").open() as file:
         table = list(csv.DictReader(file))
     assert len(table) == 4 * 27
@@ -170,7 +170,7 @@ def test_check_finds_what_cannot_be(tmp_path):
         file["micro_batches"][4] = -1
 
     damaged(tmp_path / "run.h5", change)
-    found = [finding.what for finding in check(tmp_path / "run.h5").findings]
+    found = [finding.what for finding in check_run(tmp_path / "run.h5").findings]
     assert found == [
         "gram_noise is infinite in 1 rows, first in row 3",
         "micro_batches is negative in 1 rows, first in row 4",
@@ -192,7 +192,7 @@ def test_repair_saves_it(tmp_path, without):
     with open_run(tmp_path / "repaired.h5") as run:
         np.testing.assert_array_equal(run.gram_noise(), expected(without=without))
         assert run["micro_batches"].tolist() == [1 if i in without else 4 for i in range(40)]
-    assert check(tmp_path / "repaired.h5").whole
+    assert check_run(tmp_path / "repaired.h5").whole
 
 
 def test_repair_leaves_a_hole_where_a_number_is_damaged(tmp_path):

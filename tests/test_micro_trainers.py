@@ -17,7 +17,7 @@ from gradprobe.cli.app import run as command
 from gradprobe.errors import UsageError
 from gradprobe.rows import MEASURED
 from gradprobe.trainers import loop
-from gradprobe.trainers.data.loader import micro_batches
+from gradprobe.trainers.data.dataset import micro_batches
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import resolve
 
@@ -54,7 +54,7 @@ def options(trainer):
 
 
 def available(trainer):
-    kind = importlib.import_module("gradprobe.trainers.registry").find(trainer)
+    kind = importlib.import_module("gradprobe.trainers.balancer").find_balancer(trainer)
     surgery = importlib.import_module("gradprobe.trainers.surgery").Surgery
     return not issubclass(kind, surgery) or importlib.util.find_spec("torchjd") is not None
 
@@ -138,7 +138,7 @@ def test_an_audit_takes_the_same_step():
     from gradprobe.trainers import audited
 
     settings = resolve({"trainer": "joint", "imgsz": 64, "batch_size": 8, "micro_batches": 4, "optimizer": "SGD"})
-    experiment = audited.factory(audited.forced(settings), training.phantoms())()
+    experiment = audited.experiment_factory(audited.audit_settings(settings), training.phantoms())()
 
     class Trace:
         def losses(self, losses):

@@ -24,7 +24,7 @@ from gradprobe import attach
 from gradprobe.errors import ProbeError, RunFileError
 from gradprobe.rows import FeatureHeader, FeatureRow, Header, TestClusters, limits
 from gradprobe.runfile import RunWriter, open_run
-from gradprobe.runfile.check import check
+from gradprobe.runfile.integrity import check_run
 from gradprobe.whole_files import Disk
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
@@ -136,7 +136,7 @@ def test_a_value_that_cannot_be_stored_costs_that_value(tmp_path, caplog, name, 
                 np.testing.assert_allclose(run[field][3], expected[3], rtol=1e-6)
         assert run.status_names == ("measured",)
         assert run.provenance[f"unstored.{name}"].startswith("1 rows, first: ")
-    report = check(path)
+    report = check_run(path)
     assert report.whole
     assert any(f"{name}: could not be stored in 1 rows" in finding.what for finding in report.findings)
 
@@ -187,7 +187,7 @@ def test_a_status_is_stored_as_it_can_be(tmp_path, status, stored):
         assert names[1].startswith(stored)
         assert len(names[1].encode()) <= limits.MAX_STATUS
         assert run.end.startswith("failed: ")
-    assert check(path).whole
+    assert check_run(path).whole
 
 
 def test_one_odd_row_among_many_leaves_the_sums_of_the_others_as_they_are(tmp_path):
@@ -217,7 +217,7 @@ def test_a_row_without_a_step_is_dropped_and_counted(tmp_path, caplog, step):
     assert "its step is" in told  # and nothing of a disk that is too slow
     with open_run(tmp_path / "run.h5") as run:
         assert run.rows_dropped == 2
-    assert any("they had no step" in finding.what for finding in check(tmp_path / "run.h5").findings)
+    assert any("they had no step" in finding.what for finding in check_run(tmp_path / "run.h5").findings)
 
 
 def test_a_failure_of_our_own_is_not_blamed_on_the_disk(tmp_path, caplog, monkeypatch):
@@ -274,7 +274,7 @@ def test_metrics_lose_a_value_and_not_an_epoch(tmp_path, caplog):
         by_value = {float(values[0]): name for name, values in run.epochs.items()}
         assert [by_value[float(n)] for n in (1, 2, 3, 4)] == ["half \ufffd", "nul\ufffd", "a.b", "5"]
         assert by_value[5.0].startswith("longlong")
-    assert check(path).whole
+    assert check_run(path).whole
 
 
 def test_metrics_whose_names_become_one_are_both_kept(tmp_path):
@@ -301,7 +301,7 @@ def open_writer(folder, **more):
     writer.close()
     with open_run(folder / "run.h5") as run:
         assert len(run) == 1
-    assert check(folder / "run.h5").whole
+    assert check_run(folder / "run.h5").whole
 
 
 # ---- what the reader refuses, the writer does not write
@@ -431,7 +431,7 @@ def test_what_a_run_says_of_itself_has_room_among_any_number_of_entries(tmp_path
     with open_run(tmp_path / "run.h5") as run:
         assert [session["first_step"] for session in run.sessions] == [0, 1]
         assert "unstored.batch_size" in run.provenance
-    assert check(tmp_path / "run.h5").whole
+    assert check_run(tmp_path / "run.h5").whole
 
 
 @pytest.mark.slow
@@ -491,7 +491,7 @@ def test_names_of_layers_are_stored_as_they_can_be_read(tmp_path, layers):
     with open_run(path) as run:
         assert len(run.layers) == 4
         assert run.layers[-1] == "late"
-    assert check(path).whole
+    assert check_run(path).whole
 
 
 def test_names_of_features_and_clusters_are_stored_as_they_can_be_read(tmp_path):
@@ -554,7 +554,7 @@ def test_many_statuses_and_a_long_end_can_be_read(tmp_path):
         assert len(run) == 300
         assert len(run.status_names) == limits.MAX_STATUSES + 1
         assert run.end.startswith("failed: xxx")
-    assert check(path).whole
+    assert check_run(path).whole
 
 
 # ---- dropped rows
@@ -575,7 +575,7 @@ def test_rows_that_are_dropped_are_told(tmp_path, caplog, monkeypatch):
     with open_run(path) as run:
         assert len(run) + run.rows_dropped == 40
         assert run.rows_dropped > 20
-    report = check(path)
+    report = check_run(path)
     assert report.whole
     assert any("rows were dropped" in finding.what for finding in report.findings)
 
@@ -602,7 +602,7 @@ def test_rows_that_fit_no_file_together_go_into_several(tmp_path):
     with open_run(path) as run:
         assert run["step"].tolist() == list(range(300))
         assert run.end == "finished"
-    assert check(path).whole
+    assert check_run(path).whole
 
 
 def test_large_rows_are_written_before_the_memory_for_them_is_full(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from warm import Process
 from writing import write
 
 from gradprobe import attach, errors, open_run
-from gradprobe.runfile.check import check
+from gradprobe.runfile.integrity import check_run
 
 HERE, FDS = Path(__file__).parent, Path("/proc/self/fd")
 unix = pytest.mark.skipif(sys.platform == "win32", reason="limits of processes are those of Unix")
@@ -77,7 +77,7 @@ def test_workers_started_in_another_way_change_no_number(tmp_path):
             with open_run(tmp_path / f"{method}.h5") as two:
                 for name in ("step", "loss", "grad_norm", "cosine"):
                     assert (one[name] == two[name]).all(), (method, name)
-            assert check(tmp_path / f"{method}.h5").whole
+            assert check_run(tmp_path / f"{method}.h5").whole
 
 
 @unix
@@ -91,7 +91,7 @@ def test_a_quota_ends_no_training_and_loses_no_row(tmp_path):
     assert "could not be put together ([Errno 27] File too large)" in stderr
     with open_run(tmp_path / "run.h5") as run:
         assert run["step"].tolist() == list(range(150))
-    assert check(tmp_path / "run.h5").whole
+    assert check_run(tmp_path / "run.h5").whole
 
 
 @unix
@@ -178,7 +178,7 @@ def test_without_locks_and_without_fsync_of_folders_a_run_is_recorded_whole_and_
     with open_run(tmp_path / "run.h5") as run:
         assert len(run) == 10
     writer.close()
-    assert check(tmp_path / "run.h5").whole
+    assert check_run(tmp_path / "run.h5").whole
     assert "this file system has no locks" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]
 

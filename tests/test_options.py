@@ -16,8 +16,8 @@ import typer
 import gradprobe
 from gradprobe.cli.app import app, run
 from gradprobe.errors import UsageError
-from gradprobe.trainers.options import PANELS, options
-from gradprobe.trainers.registry import unused
+from gradprobe.trainers.flags import PANELS, options
+from gradprobe.trainers.registry import unused_options
 from gradprobe.trainers.settings import Settings, resolve
 
 FLAGS = Path(__file__).parent / "fixtures" / "flags.tsv"
@@ -111,8 +111,8 @@ def test_a_flag_that_the_trainer_does_not_read_is_told(tmp_path, capsys):
     told = capsys.readouterr()
     assert "--gradnorm-alpha changes nothing here: joint does not use it; gradnorm would." in told.out + told.err
     assert "--lr changes nothing" not in told.out + told.err
-    assert unused("gradnorm", ["gradnorm_alpha", "lr"]) == []
-    assert unused("my_module:Mine", ["gradnorm_alpha"]) == []
+    assert unused_options("gradnorm", ["gradnorm_alpha", "lr"]) == []
+    assert unused_options("my_module:Mine", ["gradnorm_alpha"]) == []
     assert run(["audit", "--trainer", "joint", *DIAL[:2], "--task", "b", "--steps", "2", "--cagrad-c", "0.1"]) == 0
     assert "--cagrad-c changes nothing here" in capsys.readouterr().err
 

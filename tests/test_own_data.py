@@ -11,7 +11,7 @@ from gradprobe import open_run
 from gradprobe.cli.app import run as command
 from gradprobe.errors import DataError, UsageError
 from gradprobe.trainers import problems
-from gradprobe.trainers.data import given
+from gradprobe.trainers.data import loading
 
 MODULE = """
 import dataclasses
@@ -173,15 +173,15 @@ def test_a_sample_that_is_wrong_is_named(sample, message):
     good = ("good", IMAGE, [(0, 0.5, 0.5, 1, 1)], 1)
     found = {"box_names": ["b"], "image_names": ["x", "y"], "train": [good, sample], "val": [good]}
     with pytest.raises(DataError, match=message):
-        given.load(found, "mine", 32)
+        loading.load_samples(found, "mine", 32)
     with pytest.raises(DataError, match="returned no val"):
-        given.load({"box_names": [], "image_names": [], "train": []}, "mine", 32)
+        loading.load_samples({"box_names": [], "image_names": [], "train": []}, "mine", 32)
 
 
 def test_equal_samples_have_equal_fingerprints_whatever_their_names():
     def load(name, shade):
         image = np.full((4, 4, 3), shade, np.uint8)
         split = [(name, image, [], 0)]
-        return given.load({"box_names": ["b"], "image_names": ["x"], "train": split, "val": split}, name, 32)
+        return loading.load_samples({"box_names": ["b"], "image_names": ["x"], "train": split, "val": split}, name, 32)
 
     assert load("a", 1).fingerprint == load("b", 1).fingerprint != load("a", 2).fingerprint

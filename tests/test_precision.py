@@ -108,8 +108,8 @@ def test_a_training_whose_gradients_overflow_leaves_steps_out_and_says_so():
 def test_the_scale_is_resumed():
     made, other = (training.make("gradnorm", precision="16-mixed") for _ in range(2))
     made.engine.scaler.load_state_dict({**made.engine.scaler.state_dict(), "scale": 8.0})
-    state = loop.resumable(made)
-    loop.load_state(other, state)
+    state = loop.training_state(made)
+    loop.load_training_state(other, state)
     assert other.engine.loss_scale == 8.0
     for one in (made, other):
         one.probe.close()

@@ -17,9 +17,9 @@ import gradprobe
 from gradprobe.cli.app import run as command
 from gradprobe.errors import ProbeError
 from gradprobe.probes import passes
-from gradprobe.runfile.check import check
-from gradprobe.runfile.export import export
+from gradprobe.runfile.exports import export_run
 from gradprobe.runfile.files import seal
+from gradprobe.runfile.integrity import check_run
 from gradprobe.runfile.repair import repair
 
 TASKS = ("a", "b")
@@ -402,13 +402,13 @@ def test_a_training_that_goes_back_takes_its_rows_along(tmp_path):
     train(tmp_path / "run.h5", resume_at=4)
     with gradprobe.open_run(tmp_path / "run.h5") as run:
         assert run["probe_loader/step"].tolist() == [0, 2, 4]
-    assert check(tmp_path / "run.h5").whole
+    assert check_run(tmp_path / "run.h5").whole
 
 
 def test_other_formats_have_it(path, tmp_path):
     pytest.importorskip("pyarrow")
     with gradprobe.open_run(path) as run:
-        out = export(run, "csv", tmp_path / "csv")
+        out = export_run(run, "csv", tmp_path / "csv")
         data = run.to_xarray()
         frame = run.to_pandas("probe_loader/gram_noise")
         assert data["probe_loader.cosine"].dims == ("probe_loader.step", "layer", "pair")
@@ -441,7 +441,7 @@ def test_what_a_file_lacks_of_it_is_missing_and_told(path, tmp_path, name):
         for field, values in run.probe_loader.items():
             lost = name == f"probe_loader/{field}"
             np.testing.assert_array_equal(values, np.full_like(values, np.nan) if lost else whole.probe_loader[field])
-    told = [finding.what for finding in check(copy).findings]
+    told = [finding.what for finding in check_run(copy).findings]
     assert told == ([] if name == "other_task" else [f"has no {name}: read as missing"])
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import gradprobe
 from gradprobe.errors import ProbeError
-from gradprobe.integrations.recording import Recording
+from gradprobe.integrations.trainer_recording import Recording
 from gradprobe.integrations.ultralytics import GradprobeCallback
 from gradprobe.probes.probe_options import CommonKeywords, ProbeKeywords, ProbeOptions
 

@@ -20,7 +20,7 @@ from zoo import naive_gramian
 
 from gradprobe import measures, open_run
 from gradprobe.cli.app import run as command
-from gradprobe.runfile.check import check
+from gradprobe.runfile.integrity import check_run
 
 COCO = Path(__file__).parents[1].parent / "shared/data/coco128/data.yaml"
 SMALL = ["--imgsz", "64", "--batch-size", "8", "--bn-batches", "2", "--every", "1"]
@@ -98,12 +98,13 @@ def test_the_weights_are_saved_and_load(recorded):
 def test_recorded_numbers_are_those_of_an_independent_float64_computation(recorded, data):
     """The first row, from the same batch and the same initial parameters, with a naive twin in float64."""
     from gradprobe.probes.shared_layers import by_module, find_shared
-    from gradprobe.trainers.data import load_data, make_loader
+    from gradprobe.trainers.data.dataset import Loader
+    from gradprobe.trainers.data.loading import load_data
     from gradprobe.trainers.hyp import DetectionHyp
     from gradprobe.trainers.models.yolov5 import build_model
 
     loaded = load_data(data, imgsz=64, seed=0)
-    loader = make_loader(loaded.train, 8, seed=0, shuffle=True)
+    loader = Loader(loaded.train, 8, seed=0, shuffle=True)
     loader.set_epoch(0)
     batch = next(iter(loader))
     model = build_model(box_classes=4, image_classes=3, imgsz=64, hyp=DetectionHyp(), seed=0).double().train()
@@ -194,13 +195,14 @@ def test_a_killed_run_is_resumed_without_a_gap(recorded, data, tmp_path, sign_of
 def test_record_killed_at_random_and_resumed_until_it_is_done(recorded, data, tmp_path):
     """GRADPROBE_KILLS (300) kills, at any moment of any session, from the first import to the last merge."""
     from gradprobe.trainers import checkpoint
+    from gradprobe.trainers.paths import Paths
 
     rng, kills, run_number = random.Random(0), int(os.environ.get("GRADPROBE_KILLS", "300")), 0
     arguments = ["--data", data, *SMALL, "--trainer", "gradnorm", "--epochs", 2]
     while kills > 0:
         run_number += 1
         path = tmp_path / f"run{run_number}.h5"
-        saved = checkpoint.Paths(path).checkpoint
+        saved = Paths(path).checkpoint
         left_over: set[str] = set()
         while True:
             words = ["--resume", path.name] if path.exists() else [*arguments, "--out", path.name]
@@ -228,7 +230,9 @@ def test_record_killed_at_random_and_resumed_until_it_is_done(recorded, data, tm
                         saved.unlink()
                         left_over = {f"{path.name}.parts"}
                         break
-        assert check(path).whole  # what a kill between the last merge and the removal of its parts leaves is no harm
+        assert check_run(
+            path
+        ).whole  # what a kill between the last merge and the removal of its parts leaves is no harm
         assert_same(numbers(recorded), numbers(path))
         assert {p.name for p in tmp_path.glob(f"*run{run_number}*")} - left_over == {
             path.name,

@@ -8,7 +8,7 @@ from zoo import Collector, mlp
 
 import gradprobe
 from gradprobe.errors import UsageError
-from gradprobe.integrations.recording import Recording, batch_size_of
+from gradprobe.integrations.trainer_recording import Recording, batch_size_of
 from gradprobe.probes import GradientProbe
 
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from gradprobe import open_run, plots
 from gradprobe.errors import RunFileError
-from gradprobe.trainers.balancer import Setup
-from gradprobe.trainers.registry import TRAINERS, find
+from gradprobe.trainers.balancer import Setup, find_balancer
+from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import resolve
 
 TASKS = ("a", "b", "c")
@@ -64,7 +64,7 @@ class Training:
     """The loop of one trainer, two steps to an epoch."""
 
     def __init__(self, name, tasks=TASKS) -> None:
-        self.model, self.tasks, self.kind = Toy(), tasks, find(name)
+        self.model, self.tasks, self.kind = Toy(), tasks, find_balancer(name)
         asked = resolve({"trainer": name, "data": "dial", **NEEDED.get(name, {})})
         weights = {"a": 1.0, "b": 0.5, "c": 2.0}
         settings = dataclasses.replace(asked, task_weights=tuple(weights[task] for task in tasks))

@@ -16,8 +16,9 @@ from power import RecordingDisk, World, lay_out
 from writing import assert_rows, row, write
 
 from gradprobe import errors, open_run
-from gradprobe.runfile import RunWriter, files, parts
-from gradprobe.runfile.check import check as verify
+from gradprobe.runfile import RunWriter, files
+from gradprobe.runfile.integrity import check_run as verify
+from gradprobe.runfile.pieces import parts_folder
 
 FIRST, CUT, LAST = 22, 17, 27
 NEVER = {"flush_rows": 10**9, "flush_seconds": 1e9}
@@ -286,14 +287,14 @@ def test_parts_that_a_kill_left_beside_what_was_made_of_them_count_once(tmp_path
         assert writer.flush()
         with open_run(path) as run:
             np.testing.assert_array_equal(run["step"], np.arange(step + 1))
-    assert len(list(parts.folder(path).glob("*.h5"))) > 20
+    assert len(list(parts_folder(path).glob("*.h5"))) > 20
     writer.close()
 
 
 def test_a_stray_temporary_file_is_swept_up(tmp_path):
     path = tmp_path / "run.h5"
     write(path, range(4)).close()
-    parts.folder(path).mkdir()
-    (parts.folder(path) / ".run.h5.tmp").write_bytes(b"half a file")
+    parts_folder(path).mkdir()
+    (parts_folder(path) / ".run.h5.tmp").write_bytes(b"half a file")
     write(path, range(4, 6), rewind=(4, 0)).close()
     assert [p.name for p in tmp_path.iterdir()] == ["run.h5"]

@@ -17,9 +17,10 @@ from writing import FailingDisk, assert_rows, header, row, write
 
 from gradprobe import errors, open_run
 from gradprobe.cli.app import run as command
-from gradprobe.runfile import RunWriter, files, parts
+from gradprobe.runfile import RunWriter, files
 from gradprobe.runfile.flusher import Backlog, size
-from gradprobe.trainers import data
+from gradprobe.runfile.pieces import parts_folder
+from gradprobe.trainers.data import loading
 
 QUICK = {"flush_rows": 10**9, "flush_seconds": 0.02}
 
@@ -135,7 +136,7 @@ def test_without_room_to_put_parts_together_nothing_is_lost(tmp_path, monkeypatc
     write(path, [12], rewind=(12, 0)).close()
     with open_run(path) as run:
         assert_rows(run, range(13))
-    assert not parts.folder(path).exists()
+    assert not parts_folder(path).exists()
 
 
 def test_an_error_of_any_kind_stops_no_training_and_no_writing(tmp_path, monkeypatch, caplog):
@@ -334,8 +335,8 @@ def test_gradprobe_record_goes_on_where_its_weights_find_no_room(small_disk, mon
     """Rows fit, weights of 7 MB do not."""
     small = {"--data": "phantom", "--imgsz": 64, "--batch-size": 8, "--bn-batches": 1, "--epochs": 1, "--every": 5}
     arguments = [str(word) for pair in small.items() for word in pair]
-    few = functools.partial(data.load_data, n_train=24, n_val=8, n_test=8)
-    monkeypatch.setattr(data, "load_data", few)
+    few = functools.partial(loading.load_data, n_train=24, n_val=8, n_test=8)
+    monkeypatch.setattr(loading, "load_data", few)
     assert command(["record", *arguments, "--out", str(small_disk / "run.h5")]) == 0
     assert (
         "run.checkpoint.pt of epoch 1 not saved, is the disk full? ([Errno 28] No space left on device)"

@@ -14,7 +14,8 @@ from run_factory import make_run
 from writing import assert_rows, row, write
 
 from gradprobe import open_run, plots
-from gradprobe.runfile import RunWriter, content, files, parts, sessions, thin
+from gradprobe.runfile import RunWriter, content, files, pieces, thin
+from gradprobe.runfile.pieces import part_name, part_span, parts_due
 from gradprobe.summary import sentences, summarise
 
 
@@ -24,7 +25,7 @@ def test_parts_of_a_width_stay_few_and_a_row_is_rarely_written_again(fan, count)
     widths, moved = [], 0
     for _ in range(count):
         widths.append(1)
-        taken = parts.due(widths, fan)
+        taken = parts_due(widths, fan)
         if taken:
             moved += sum(widths[-taken:])
             widths[-taken:] = [sum(widths[-taken:])]
@@ -35,7 +36,7 @@ def test_parts_of_a_width_stay_few_and_a_row_is_rarely_written_again(fan, count)
     assert moved <= count * digits
 
 
-@pytest.mark.parametrize("module", [parts, sessions])
+@pytest.mark.parametrize("module", [pieces, content])
 def test_examples_in_docstrings(module):
     result = doctest.testmod(module)
     assert result.attempted
@@ -44,9 +45,9 @@ def test_examples_in_docstrings(module):
 
 def test_names_of_parts_lead_there_and_back():
     for span in ((1, 1), (7, 7), (1, 32), (10**8, 10**8 + 5)):
-        assert parts.span(Path(parts.name(span))) == span
+        assert part_span(Path(part_name(span))) == span
     for other in ("lock", "x.h5", "1-2-3.h5", "-1.h5", "00000001.h5.tmp", "\u0663.h5"):
-        assert parts.span(Path(other)) is None
+        assert part_span(Path(other)) is None
 
 
 def test_a_long_recording_writes_each_row_a_few_times_only(tmp_path, monkeypatch):
@@ -86,7 +87,7 @@ def test_pieces_are_put_together_into_whole_chunks():
 def long_run(tmp_path, monkeypatch):
     """83 rows seen through every 9th: at most 10."""
     monkeypatch.setattr(thin, "ROWS", 10)
-    monkeypatch.setattr(thin, "FEWEST", 1)
+    monkeypatch.setattr(thin, "_FEWEST_ROWS", 1)
     return make_run(tmp_path / "long.h5", rows=83, tasks=("a", "b", "c"), bad_rows=[4])
 
 

@@ -15,7 +15,7 @@ from writing import TASKS, assert_rows, header, row, write
 
 from gradprobe import attach, errors, open_run
 from gradprobe.rows import Header
-from gradprobe.runfile import RunWriter, sessions
+from gradprobe.runfile import RunWriter, content
 
 
 def test_going_on_cuts_the_rows_from_there(tmp_path):
@@ -134,10 +134,10 @@ def test_a_session_that_fails_to_begin_leaves_a_killed_run_as_it_was(tmp_path, o
 
 
 def test_very_many_sessions_keep_the_first_and_the_newest():
-    found = [sessions.session()]
+    found = [content.new_session()]
     for step in range(1, 300):
-        found = sessions.resumed(found, "", {}, {}, step)
-    assert len(found) == sessions.MOST
+        found = content.resumed_sessions(found, "", {}, {}, step)
+    assert len(found) == content._MOST_SESSIONS
     assert [s["first_step"] for s in found[:2]] == [0, 201]
     assert found[-1]["first_step"] == 299
 

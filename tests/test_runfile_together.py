@@ -8,8 +8,8 @@ from writing import assert_rows, row, write
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
-from gradprobe.runfile import parts
-from gradprobe.runfile.check import DAMAGED, check
+from gradprobe.runfile.integrity import DAMAGED, check_run
+from gradprobe.runfile.pieces import part_name, part_paths, part_span, parts_folder
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def killed(tmp_path):
     for step in range(31):
         writer.write(row(step))
         assert writer.flush()
-    spans = [parts.span(p) for p in parts.paths(path)]
+    spans = [part_span(p) for p in part_paths(path)]
     assert any(last > first for first, last in spans), spans  # else this test would look at nothing new
     writer._flusher.closing = True
     writer._flusher.stop()
@@ -52,16 +52,16 @@ def test_a_refresh_finds_rows_in_combined_parts(tmp_path):
 
 def test_combined_parts_are_checked_and_none_is_called_missing(killed):
     path, _ = killed
-    findings = check(path).findings
+    findings = check_run(path).findings
     assert not [f for f in findings if f.kind == DAMAGED], findings
 
 
 def test_a_part_missing_between_combined_ones_is_noticed(killed):
     path, spans = killed
     assert len(spans) >= 2
-    (parts.folder(path) / parts.name(spans[-2])).unlink()
+    (parts_folder(path) / part_name(spans[-2])).unlink()
     width = spans[-2][1] - spans[-2][0] + 1
-    assert any(f"{width} parts between are missing" in f.what for f in check(path).findings)
+    assert any(f"{width} parts between are missing" in f.what for f in check_run(path).findings)
 
 
 def test_combined_parts_are_repaired_into_one_file(killed, tmp_path, capsys):

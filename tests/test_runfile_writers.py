@@ -15,7 +15,8 @@ import pytest
 from writing import assert_rows, row, write
 
 from gradprobe import errors, open_run
-from gradprobe.runfile import RunWriter, parts
+from gradprobe.runfile import RunWriter
+from gradprobe.runfile.pieces import parts_folder
 
 pytest.importorskip("fcntl")
 
@@ -264,7 +265,7 @@ def test_a_program_that_ends_without_closing_has_a_complete_file(tmp_path):
     with open_run(path) as run:
         assert_rows(run, range(7))
         assert run.end == "failed: the program ended without closing it"
-    assert not parts.folder(path).exists()
+    assert not parts_folder(path).exists()
 
 
 @pytest.mark.slow

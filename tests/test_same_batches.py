@@ -11,7 +11,7 @@ from warm import Process
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
-from gradprobe.trainers.batch_order import UNKNOWN, BatchOrder
+from gradprobe.trainers.loop import UNKNOWN_ORDER, BatchOrder
 from gradprobe.trainers.problems import problem_of
 from gradprobe.trainers.settings import resolve
 
@@ -55,7 +55,7 @@ def test_the_chain_goes_on_from_a_state():
     second.load_state_dict(first.state_dict())
     second.add("cd")
     assert second.state_dict() == whole.state_dict()
-    second.load_state_dict(UNKNOWN)
+    second.load_state_dict(UNKNOWN_ORDER)
     second.add("cd")
     assert second.hash != whole.hash
 

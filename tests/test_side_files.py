@@ -112,8 +112,8 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("uuid.uuid4", lambda: type("None", (), {"hex": ""}))
-        plain = loop.resumable
-        patch.setattr(loop, "resumable", lambda t: {k: v for k, v in plain(t).items() if k not in ("id", "sum")})
+        plain = loop.training_state
+        patch.setattr(loop, "training_state", lambda t: {k: v for k, v in plain(t).items() if k not in ("id", "sum")})
         run = stop_in_epoch(monkeypatch, 2, tmp_path / "old.h5")
     assert "id" not in torch.load(Paths(run).checkpoint, weights_only=True)
     assert command(["record", "--resume", str(run)]) == 0

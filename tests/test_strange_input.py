@@ -101,7 +101,7 @@ def test_no_yaml_that_is_no_file_is_waited_for(kind, reader, tmp_path, monkeypat
 
 
 def test_a_list_of_22_000_names_is_read(tmp_path):
-    from gradprobe.trainers.data.config import read_config
+    from gradprobe.trainers.data.data_yaml import read_config
 
     names = "".join(f"  {i}: n{i:08} organism, being\n" for i in range(22_000))
     (tmp_path / "data.yaml").write_text(f"train: a\nval: b\nnames:\n{names}")

@@ -17,8 +17,8 @@ from gradprobe import open_run
 from gradprobe.cli.app import run as command
 from gradprobe.cli.studying import Asked, prepare, run
 from gradprobe.errors import UsageError
-from gradprobe.runfile import RunWriter, live
-from gradprobe.runfile.check import check
+from gradprobe.runfile import RunWriter, lock
+from gradprobe.runfile.integrity import check_run
 from gradprobe.study import folder, plan
 from gradprobe.study.agreement import SAME, differing
 from gradprobe.study.arms import make_arms, make_runs, parse_seeds
@@ -169,7 +169,7 @@ def test_every_run_is_there_and_whole(finished):
     assert {path.name for path in out.glob("*.h5")} == names
     assert len(launch.words) == 11
     for name in names:
-        assert check(out / name).whole, name
+        assert check_run(out / name).whole, name
         with open_run(out / name) as found:
             assert found.provenance["arm"] == name.rpartition("-s")[0]
 
@@ -295,8 +295,8 @@ def test_a_run_that_another_study_began_a_moment_before_is_waited_for(tmp_path, 
             ended = super().__call__(words, log)
             if len(self.words) == 1:
                 ended.code = 3
-                live.lock_path(path).parent.mkdir()
-                self.lock = live.lock_path(path).open("w")
+                lock.lock_path(path).parent.mkdir()
+                self.lock = lock.lock_path(path).open("w")
                 fcntl.flock(self.lock, fcntl.LOCK_EX)
             else:
                 self.lock.close()

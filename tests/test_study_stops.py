@@ -26,7 +26,7 @@ from gradprobe.cli.app import run as command
 from gradprobe.cli.studying import Asked, prepare, run
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.runfile import RunWriter
-from gradprobe.runfile.check import check
+from gradprobe.runfile.integrity import check_run
 from gradprobe.study import folder, plan, runner
 from gradprobe.study.agreement import differing
 from gradprobe.study.arms import make_arms, make_runs
@@ -82,7 +82,7 @@ def assert_whole(out, undisturbed):
     """Every run once, as it would have been; nothing beside."""
     assert sorted(path.stem for path in out.glob("*.h5")) == NAMES
     for name in NAMES:
-        assert check(out / f"{name}.h5").whole
+        assert check_run(out / f"{name}.h5").whole
         assert differing(out / f"{name}.h5", undisturbed / f"{name}.h5") == []
     results = json.loads((out / "results.json").read_text())
     assert [entry["file"] for entry in results["runs"]] == [f"{name}.h5" for name in NAMES]

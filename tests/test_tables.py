@@ -17,11 +17,11 @@ import pytest
 from gradprobe import measures
 from gradprobe.errors import RunFileError
 from gradprobe.rows import ROWS, TABLES, Row, Table
-from gradprobe.rows.table import common, field, status
+from gradprobe.rows.table import common_fields, field, status_field
 from gradprobe.runfile import RunWriter, open_run, schema
-from gradprobe.runfile.check import check
-from gradprobe.runfile.export import export
+from gradprobe.runfile.exports import export_run
 from gradprobe.runfile.files import seal
+from gradprobe.runfile.integrity import check_run
 from gradprobe.runfile.repair import repair
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -70,7 +70,7 @@ def test_every_table_of_version_1_0_is_read(path, table):
         if "gram_noise" in found:
             noise = [np.full((3, 2, 2), np.nan) if r.gram_noise is None else r.gram_noise for r in rows]
             np.testing.assert_allclose(found["gram_noise"], noise, rtol=1e-6)
-    assert check(path).whole
+    assert check_run(path).whole
 
 
 def test_tables_that_are_written_at_once_are_read(path):
@@ -158,8 +158,8 @@ def test_a_file_that_lacks_fields_is_exported_checked_and_repaired(tmp_path, tab
     with open_run(path) as run:
         assert_missing(run, table, fields)
         assert len(run.to_xarray()["step"]) == STEPS
-        export(run, "csv", tmp_path / "tables")
-    report = check(path)
+        export_run(run, "csv", tmp_path / "tables")
+    report = check_run(path)
     assert report.whole
     lacks = ", ".join(table.path(f.name) for f in fields if not f.optional)
     assert [f.what for f in report.findings] == [f"has no {lacks}: read as missing"] * bool(lacks)
@@ -210,7 +210,7 @@ def test_repair_keeps_an_audit(tmp_path):
         for name in set(run.audit) - {"about"}:
             np.testing.assert_array_equal(repaired.audit[name], run.audit[name])
         assert list(repaired["audit/json"]) == list(run["audit/json"])
-    assert check(tmp_path / "repaired.h5").whole
+    assert check_run(tmp_path / "repaired.h5").whole
 
 
 def test_summary_counts_the_time_of_all_tables(path):
@@ -274,9 +274,9 @@ def test_a_new_column_goes_through_everything_by_its_field_alone(tmp_path):
             assert np.isnan(run["flatness"][:, 3:]).all()
             assert run.to_xarray()["flatness"].dims == ("step", "layer", "task")
             assert "flatness" in run.to_pandas("flatness")
-            export(run, "csv", tmp_path / "tables")
+            export_run(run, "csv", tmp_path / "tables")
         assert (tmp_path / "tables" / "rows_flatness.csv").exists()
-        assert check(path).whole
+        assert check_run(path).whole
         repair(path, tmp_path / "repaired.h5")
         with open_run(tmp_path / "repaired.h5") as run:
             np.testing.assert_array_equal(run["flatness"][:, :3], [flat(step) for step in range(5)])
@@ -285,17 +285,17 @@ def test_a_new_column_goes_through_everything_by_its_field_alone(tmp_path):
     with open_run(path) as run:  # the version of before reads a file of the new one
         assert len(run) == 5
         assert "flatness" in run
-    assert check(path).whole
+    assert check_run(path).whole
 
 
 NEW = Table(
     "sharpness",
     "sharpness",
     (
-        *common("training step of the row"),
+        *common_fields("training step of the row"),
         field("largest", "step task", "<f8", "largest eigenvalue", least=0),
         field("overhead", "step", "<f4", "time spent"),
-        status("measured"),
+        status_field("measured"),
     ),
 )
 
@@ -328,12 +328,12 @@ def test_a_new_table_goes_through_everything_by_its_registration_alone(tmp_path,
         with open_run(path) as run:
             np.testing.assert_array_equal(run.table("sharpness")["largest"], [[s, 2 * s] for s in range(6)])
             assert "sharpness.largest" in run.to_xarray()
-            export(run, "csv", tmp_path / "tables")
+            export_run(run, "csv", tmp_path / "tables")
             from gradprobe.summary import summarise
 
             assert summarise(run)["overhead"]["seconds"] == pytest.approx(3.0)
         assert (tmp_path / "tables" / "sharpness.csv").exists()
-        assert check(path).whole
+        assert check_run(path).whole
         assert repair(path, tmp_path / "repaired.h5").findings == []
         resumed = RunWriter(path, resume=True)
         resumed.rewind(3, -1)

@@ -22,12 +22,13 @@ from zoo import mlp
 import gradprobe
 from gradprobe import errors, open_run, plots
 from gradprobe.cli.app import run as command
-from gradprobe.integrations.recording import Recording
+from gradprobe.integrations.trainer_recording import Recording
 from gradprobe.probes import GradientProbe
 from gradprobe.report import report
-from gradprobe.runfile import Run, RunWriter, audits, live, parts
-from gradprobe.runfile.check import check
-from gradprobe.runfile.export import export
+from gradprobe.runfile import Run, RunWriter, audits, lock
+from gradprobe.runfile.exports import export_run
+from gradprobe.runfile.integrity import check_run
+from gradprobe.runfile.pieces import parts_folder
 from gradprobe.runfile.repair import repair
 from gradprobe.study import plan
 from gradprobe.trainers import checkpoint
@@ -80,7 +81,7 @@ def fixed(path, source):
 
 def exported(path, source):
     with Run(source) as run:
-        export(run, "netcdf", path)
+        export_run(run, "netcdf", path)
 
 
 def repaired(path, source):
@@ -201,7 +202,7 @@ def test_a_link_is_written_through_and_stays(tmp_path, source, writer, there, ho
     assert real.read_bytes() != b"old"
     assert [p.name for p in store.iterdir()] == ["kept"]
     if writer in (record, audit):
-        assert check(out).whole
+        assert check_run(out).whole
 
 
 @pytest.mark.parametrize("writer", NEW, ids=lambda w: w.__name__)
@@ -218,7 +219,7 @@ def test_an_export_goes_where_a_link_leads(tmp_path, source):
     out, real = tmp_path / "csv", tmp_path / "elsewhere"
     out.symlink_to(real)
     with Run(source) as run:
-        export(run, "csv", out)
+        export_run(run, "csv", out)
     assert out.is_symlink()
     assert (real / "rows.csv").stat().st_size > 100
 
@@ -245,8 +246,8 @@ def test_a_run_under_two_names_has_one_folder_of_parts_and_one_lock(tmp_path):
             RunWriter(name, overwrite=True)
         with open_run(name) as run:
             assert_rows(run, range(5))
-            assert live.state(run) == "recording"
-        assert live.being_recorded(name)
+            assert lock.recording_state(run) == "recording"
+        assert lock.being_recorded(name)
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".parts")] == []
     writer.close()
     write(link, range(5, 8), rewind=(5, 0)).close()
@@ -263,7 +264,7 @@ def test_a_killed_run_is_gone_on_with_and_saved_by_its_link(tmp_path):
     writer = write(path, range(5), **QUICK)
     assert writer.flush()
     writer._lock.release()  # as a kill does
-    report_ = check(link)
+    report_ = check_run(link)
     assert report_.rows == 5
     assert not [f for f in report_.findings if f.kind == "damaged"]
     assert repair(link, tmp_path / "saved.h5").rows == 5
@@ -329,13 +330,13 @@ def test_a_planted_folder_of_parts_or_lock_is_refused(tmp_path):
     elsewhere.mkdir()
     (elsewhere / ".mine.tmp").write_text("keep me")
     (elsewhere / "lock").write_text("keep me")
-    parts.folder(path).symlink_to(elsewhere)
+    parts_folder(path).symlink_to(elsewhere)
     with pytest.raises(errors.RunFileError, match="symbolic link, which a folder of parts never is"):
         RunWriter(path)
     assert sorted(p.name for p in elsewhere.iterdir()) == [".mine.tmp", "lock"]
-    parts.folder(path).unlink()
-    parts.folder(path).mkdir()
-    (parts.folder(path) / "lock").symlink_to(tmp_path / "made by the lock")
+    parts_folder(path).unlink()
+    parts_folder(path).mkdir()
+    (parts_folder(path) / "lock").symlink_to(tmp_path / "made by the lock")
     with pytest.raises(errors.RunFileError, match="cannot be written here"):
         RunWriter(path)
     assert not (tmp_path / "made by the lock").exists()
@@ -384,13 +385,13 @@ def test_a_killed_export_is_swept_too(tmp_path, source):
     os.wait()
     assert len(list(tmp_path.iterdir())) == 1
     with Run(source) as run:
-        export(run, "csv", tmp_path / "csv")
+        export_run(run, "csv", tmp_path / "csv")
     assert [p.name for p in tmp_path.iterdir()] == ["csv"]
 
 
 def test_one_file_alone_renames_and_writes_whole_files():
     """But for the data set that is drawn into an empty folder, and for what is set aside unread."""
-    others = {"whole_files.py", "runfile/store.py", "trainers/data/phantom/writing.py"}
+    others = {"whole_files.py", "runfile/store.py", "trainers/data/phantom.py"}
     for path in modules():
         if path.relative_to(PACKAGE).as_posix() in others:
             continue
@@ -518,7 +519,7 @@ def test_a_file_that_came_after_the_writer_is_not_replaced(tmp_path):
     with pytest.raises(errors.RunFileError, match="this run exists"):
         writer.start(header())
     assert path.read_text() == "somebody else's"
-    assert not parts.folder(path).exists()
+    assert not parts_folder(path).exists()
 
 
 @pytest.mark.parametrize("what", ["folder", "lock"])
@@ -526,7 +527,7 @@ def test_a_folder_of_parts_that_is_removed_is_made_again(tmp_path, caplog, what)
     path = tmp_path / "run.h5"
     writer = write(path, range(4), **QUICK)
     assert writer.flush()
-    gone = parts.folder(path) if what == "folder" else parts.folder(path) / "lock"
+    gone = parts_folder(path) if what == "folder" else parts_folder(path) / "lock"
     shutil.rmtree(gone) if what == "folder" else gone.unlink()
     for step in range(4, 10):
         writer.write(row(step))
@@ -626,7 +627,7 @@ def test_a_run_that_another_process_took_over_is_left_to_it(tmp_path):
     path = tmp_path / "run.h5"
     writer = write(path, range(4), **QUICK)
     assert writer.flush()
-    shutil.rmtree(parts.folder(path))
+    shutil.rmtree(parts_folder(path))
     other = write(path, range(50, 55), overwrite=True, **QUICK)
     assert other.flush()
     writer.write(row(4))
@@ -648,7 +649,7 @@ def test_a_probe_goes_on_where_its_folder_of_parts_is_removed(tmp_path):
             probe.backward(case.losses(step))
             if step == 2:
                 assert probe.flush()
-                shutil.rmtree(parts.folder(path))
+                shutil.rmtree(parts_folder(path))
         assert probe.flush()
     with open_run(path) as run:
         assert run["step"].tolist() == [3, 4, 5]
@@ -720,10 +721,10 @@ def test_a_run_is_read_by_the_longest_name_there_is(tmp_path):
     longest = (tmp_path / "run.h5").rename(tmp_path / ("n" * 252 + ".h5"))
     with open_run(longest) as run:
         assert len(run)
-    assert check(longest).whole
+    assert check_run(longest).whole
     with pytest.raises(errors.RunFileError, match="no such file"):
         open_run(tmp_path / ("n" * 300))
-    for make in (lambda out: repair(longest, out), lambda out: export(open_run(longest), "csv", out)):
+    for make in (lambda out: repair(longest, out), lambda out: export_run(open_run(longest), "csv", out)):
         with pytest.raises(errors.RunFileError, match="cannot be written here"):
             make(tmp_path / ("m" * 300))
     with pytest.raises(errors.RunFileError, match="cannot be written here"):

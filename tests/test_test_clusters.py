@@ -14,11 +14,11 @@ from gradprobe.cli.app import run as command
 from gradprobe.errors import RunFileError
 from gradprobe.rows import TestClusters
 from gradprobe.runfile import RunWriter, open_run
-from gradprobe.runfile.check import check
-from gradprobe.runfile.export import export
+from gradprobe.runfile.exports import export_run
 from gradprobe.runfile.files import seal
+from gradprobe.runfile.integrity import check_run
 from gradprobe.runfile.repair import repair
-from gradprobe.trainers.jackknife import FEWEST, IMAGES, MOST, leave_out
+from gradprobe.trainers.evaluation import FEWEST_GROUPS, MOST_GROUPS, MOST_IMAGES, leave_out
 
 FOUND = TestClusters(
     ("patient001", "größe\x1b"), np.array([3, 1]), ("mAP50", "accuracy"), np.array([[0.5, math.nan], [0.25, 1.0]])
@@ -80,7 +80,7 @@ def test_its_standard_error_is_that_of_clusters_and_not_of_images():
     assert error > 2 * values.std(ddof=1) / math.sqrt(100)
 
 
-@pytest.mark.parametrize(("images", "groups"), [(96, MOST), (500, 20), (IMAGES, FEWEST), (30, 30)])
+@pytest.mark.parametrize(("images", "groups"), [(96, MOST_GROUPS), (500, 20), (MOST_IMAGES, FEWEST_GROUPS), (30, 30)])
 def test_what_it_costs_is_bounded(images, groups):
     scores = Mean(map(str, range(images)), np.arange(images))
     found = leave_out(scores, scores.names)
@@ -95,7 +95,7 @@ def test_detection_and_classification_metrics_are_those_of_the_images_that_are_l
     """Against an evaluation of the other images alone."""
     from training import make
 
-    from gradprobe.trainers.evaluate import METRICS, evaluate
+    from gradprobe.trainers.evaluation import METRIC_NAMES, score
 
     training = make("joint")
     scores = training.problem.score(training.model, training.test_loader, device="cpu")
@@ -103,11 +103,11 @@ def test_detection_and_classification_metrics_are_those_of_the_images_that_are_l
     training.probe.close()
     assert found.clusters == training.test_loader.dataset.names
     (whole,) = training.test_loader
-    others = evaluate(training.model, [whole.part(1, 8)])
+    others = score(training.model, [whole.part(1, 8)]).metrics()
     for name, value in zip(found.metrics, found.without[0], strict=True):
         expected = math.nan if name.startswith("loss") else others[name]
         assert value == pytest.approx(expected, nan_ok=True, abs=1e-6), name
-    assert found.metrics == METRICS
+    assert found.metrics == METRIC_NAMES
 
 
 # ---- stored
@@ -120,19 +120,19 @@ def test_they_come_back(run):
         assert found.test_clusters["metric"].tolist() == ["mAP50", "accuracy"]
         np.testing.assert_array_equal(found.test_clusters["without"], FOUND.without)
         np.testing.assert_array_equal(found.to_xarray()["test.without"], FOUND.without)
-    assert check(run).whole
+    assert check_run(run).whole
 
 
 def test_a_run_without_them_has_none(tmp_path):
     path = written(tmp_path / "none.h5", None)
     with open_run(path) as found:
         assert found.test_clusters == {}
-    assert check(path).whole
+    assert check_run(path).whole
 
 
 def test_they_are_exported(run, tmp_path):
     with open_run(run) as found:
-        out = export(found, "csv", tmp_path / "csv")
+        out = export_run(found, "csv", tmp_path / "csv")
     with (out / "test_clusters.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [
@@ -145,7 +145,7 @@ def test_they_are_exported(run, tmp_path):
 def test_they_are_repaired(run, tmp_path):
     with h5py.File(run, "r+"):  # cuts the sums off
         pass
-    assert not check(run).whole
+    assert not check_run(run).whole
     repair(run, tmp_path / "repaired.h5")
     with open_run(tmp_path / "repaired.h5") as found:
         np.testing.assert_array_equal(found.test_clusters["without"], FOUND.without)
@@ -158,7 +158,7 @@ def test_what_cannot_be_is_found(tmp_path):
         file["test/without"][0, 0] = math.inf
     with path.open("rb+") as raw:
         seal(raw)
-    found = [finding.what for finding in check(path).findings]
+    found = [finding.what for finding in check_run(path).findings]
     assert found == ["test/size is below 1", "test/without is infinite"]
 
 
@@ -199,4 +199,4 @@ def test_a_recording_of_clips_leaves_each_out(tmp_path):
         # equal clusters: the mean of the means without each is the mean
         np.testing.assert_allclose(found["without"].mean(0), list(full.values()), rtol=1e-9)
         assert found["without"][:, 2:].std(0).min() > 0
-    assert check(out).whole
+    assert check_run(out).whole

@@ -17,12 +17,12 @@ from gradprobe import open_run
 from gradprobe.cli.app import run as command
 from gradprobe.errors import TrainingError, UsageError
 from gradprobe.trainers import registry
-from gradprobe.trainers.balancer import Balancer, check_weights
+from gradprobe.trainers.balancer import Balancer, check_weights, find_balancer
 from gradprobe.trainers.dwa import DWA
 from gradprobe.trainers.joint import Joint
 from gradprobe.trainers.rlw import RLW
 from gradprobe.trainers.uncertainty import Uncertainty
-from gradprobe.trainers.weightings import STATEFUL
+from gradprobe.trainers.weightings import STATEFUL_METHODS
 
 OPTIONS = {
     "single": {"task": "cls"},
@@ -61,7 +61,10 @@ def test_some_steps_on_the_phantom_lower_a_loss(trainer, steps, joint):
     "trainer",
     [
         "gradnorm",  # the state of each alone: test_registries.py
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ["uncertainty", "dwa", "rlw", "pcgrad", *STATEFUL]),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ["uncertainty", "dwa", "rlw", "pcgrad", *STATEFUL_METHODS]
+        ),
     ],
 )
 def test_a_training_goes_on_from_its_state_as_if_it_had_not_stopped(trainer):
@@ -92,7 +95,7 @@ def test_all_arms_of_a_seed_copy_one_reference_model():
 
 def test_every_trainer_names_a_class_and_says_what_it_costs():
     for name, trainer in registry.TRAINERS.items():
-        assert issubclass(registry.find(name), Balancer)
+        assert issubclass(find_balancer(name), Balancer)
         assert trainer.what
         assert trainer.cost
 

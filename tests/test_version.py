@@ -12,8 +12,8 @@ import pytest
 
 from gradprobe.errors import RunFileError
 from gradprobe.runfile import open_run, schema
-from gradprobe.runfile.check import check
 from gradprobe.runfile.files import BLOCK, seal
+from gradprobe.runfile.integrity import check_run
 from gradprobe.runfile.repair import repair
 
 FIXTURE = Path(__file__).parent / "fixtures" / "run-1.0.h5"
@@ -90,7 +90,7 @@ def test_words_of_version_1_0_are_read(path):
             "resumed": 0,
             "sources": [],
         }
-    assert check(path).whole
+    assert check_run(path).whole
 
 
 def test_the_current_writer_makes_what_the_kept_file_holds(tmp_path):
@@ -128,7 +128,7 @@ def test_a_later_minor_version_is_read_with_what_it_adds(copy, tmp_path):
         np.testing.assert_array_equal(run["loss"], np.array([4.0, 2.0, 1.0]) / 2.0 ** np.arange(12)[:, None])
         assert run["later_noise"].shape == (12, 4, 3, 3)
         assert run["later/clip/scale"].shape == (12, 5)
-    assert check(copy).whole
+    assert check_run(copy).whole
     report = repair(copy, tmp_path / "saved.h5")
     assert [(f.kind, f.what) for f in report.findings] == [
         ("note", "what this version does not know is left out: later, later_noise")

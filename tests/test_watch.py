@@ -17,10 +17,11 @@ from run_factory import make_header, make_rows, make_run
 
 from gradprobe.cli.app import run as command
 from gradprobe.cli.watch import line, render
-from gradprobe.runfile import Run, RunWriter, files, live, open_run, pieces
+from gradprobe.runfile import Run, RunWriter, files, lock, open_run
+from gradprobe.runfile.pieces import Piece
 from gradprobe.summary.latest import latest
 
-needs_locks = pytest.mark.skipif(not live.LOCKS.exists(), reason="needs Linux's list of locks")
+needs_locks = pytest.mark.skipif(not lock.LOCKS.exists(), reason="needs Linux's list of locks")
 
 
 def writing(path, rows=30, layers=4, tasks=("det", "cls"), **options):
@@ -111,10 +112,8 @@ def test_a_second_look_opens_only_what_is_new(tmp_path, monkeypatch):
         assert run.refresh()
         assert len(run) == 10
         opened: list[Path] = []
-        real = pieces.Piece.__init__
-        monkeypatch.setattr(
-            pieces.Piece, "__init__", lambda self, path, **o: (opened.append(path), real(self, path, **o))[1]
-        )
+        real = Piece.__init__
+        monkeypatch.setattr(Piece, "__init__", lambda self, path, **o: (opened.append(path), real(self, path, **o))[1])
         assert not run.refresh()
         assert opened == []
         writer.write(rows[10])
@@ -132,22 +131,22 @@ def test_a_second_look_opens_only_what_is_new(tmp_path, monkeypatch):
 @needs_locks
 def test_whether_somebody_records(tmp_path):
     path = tmp_path / "run.h5"
-    assert live.being_recorded(path) is False
+    assert lock.being_recorded(path) is False
     writer = writing(path)
     with open_run(path) as run:
-        assert live.state(run) == "recording"
+        assert lock.recording_state(run) == "recording"
     writer._closing = True  # as a kill leaves it: no end, no lock
     writer._lock.release()
     with open_run(path) as run:
-        assert live.state(run) == "stopped"
+        assert lock.recording_state(run) == "stopped"
 
 
 def test_where_the_system_does_not_tell_it_says_so(tmp_path, monkeypatch):
     path = tmp_path / "run.h5"
     writer = writing(path)
-    monkeypatch.setattr(live, "LOCKS", tmp_path / "none")
+    monkeypatch.setattr(lock, "LOCKS", tmp_path / "none")
     with open_run(path) as run:
-        assert live.state(run) == "unknown"
+        assert lock.recording_state(run) == "unknown"
     writer.close()
 
 
@@ -159,7 +158,7 @@ def test_looking_keeps_no_writer_out(tmp_path):
     with open_run(path) as run:
         latest(run)
         second = RunWriter(path, resume=True)
-        assert live.being_recorded(path)
+        assert lock.being_recorded(path)
         second.close()
 
 

@@ -10,7 +10,7 @@ from zoo import Collector
 
 from gradprobe.trainers import loop
 from gradprobe.trainers.build import build
-from gradprobe.trainers.data import load_data
+from gradprobe.trainers.data.loading import load_data
 from gradprobe.trainers.settings import resolve
 
 BATCHES = 4  # of one epoch

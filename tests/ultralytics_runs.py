@@ -19,8 +19,7 @@ from trainings import Fails  # noqa: E402
 from ultralytics import YOLO  # noqa: E402
 
 from gradprobe.integrations.ultralytics import GradprobeCallback  # noqa: E402
-from gradprobe.trainers.data.phantom import BOX_NAMES  # noqa: E402
-from gradprobe.trainers.data.phantom.writing import write_phantoms  # noqa: E402
+from gradprobe.trainers.data.phantom import BOX_NAMES, write_phantoms  # noqa: E402
 
 
 def write_data(name: str, polygons: bool = False) -> str:

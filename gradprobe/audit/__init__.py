@@ -4,8 +4,8 @@ Two trainings from one snapshot, one with the task and one without it, in lockst
 Where they part, doors are held shut one by one and together until they do not.
 """
 
-from gradprobe.audit.audit import Audit, Options, audit
-from gradprobe.audit.compare import CLASSES
+from gradprobe.audit.differences import CLASSES
 from gradprobe.audit.experiment import Experiment, Trace
+from gradprobe.audit.whole_audit import Audit, AuditOptions, audit, audit_section
 
-__all__ = ["CLASSES", "Audit", "Experiment", "Options", "Trace", "audit"]
+__all__ = ["CLASSES", "Audit", "Experiment", "AuditOptions", "Trace", "audit", "audit_section"]

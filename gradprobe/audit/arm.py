@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradprobe.audit.experiment import STAGES, Experiment
-from gradprobe.audit.snapshot import RandomState
+from gradprobe.audit.experiment import STAGES, Experiment, RandomState
 from gradprobe.errors import UsageError
 
 
@@ -79,14 +78,14 @@ def leaves(batch: Any, path: str = "batch") -> Iterator[tuple[str, Tensor]]:
         yield path, torch.tensor(batch)
 
 
-def copied(tensors: Mapping[str, Tensor | None]) -> _Traced:
+def _copied(tensors: Mapping[str, Tensor | None]) -> _Traced:
     """Copies that later steps do not change."""
     return {name: None if t is None else t.detach().clone() for name, t in tensors.items()}
 
 
-def gradients(model: nn.Module) -> _Traced:
+def _gradients(model: nn.Module) -> _Traced:
     """Copies of ``.grad``."""
-    return copied({name: p.grad for name, p in model.named_parameters()})
+    return _copied({name: p.grad for name, p in model.named_parameters()})
 
 
 def _random_states() -> _Traced:
@@ -217,7 +216,7 @@ class LockstepArm:
                 batch = closing.batch(self, batch)
             self.record.batch = batch
             self.first_batch = batch if self.index == 0 else self.first_batch
-            self.record.stages["data"] = copied(dict(leaves(batch)))
+            self.record.stages["data"] = _copied(dict(leaves(batch)))
             stack.enter_context(self._watched())
             self.experiment.step(self, batch, dict(self.weights))
             for closing in self.closings:
@@ -238,7 +237,7 @@ class LockstepArm:
         forward = self.record.stages["forward"]
         for task, loss in losses.items():
             forward.setdefault(f"loss of {task}", loss.detach().clone())
-        forward.update(copied(dict(self.experiment.model.named_buffers())))
+        forward.update(_copied(dict(self.experiment.model.named_buffers())))
         forward.update(_random_states())
         result = dict(losses)
         for closing in self.closings:
@@ -280,13 +279,13 @@ class LockstepArm:
     def _gradients_made(self) -> None:
         for closing in self.closings:
             closing.after_backward(self)
-        self.record.stages["backward"] = gradients(self.experiment.model)
+        self.record.stages["backward"] = _gradients(self.experiment.model)
 
     def _unscale(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(original)
         def unscale(optimizer: Optimizer) -> None:
             original(optimizer)
-            self.record.stages["backward"] = gradients(self.experiment.model)
+            self.record.stages["backward"] = _gradients(self.experiment.model)
 
         return unscale
 
@@ -299,7 +298,7 @@ class LockstepArm:
                 self._gradients_made()
             for closing in self.closings:
                 closing.before_optimizer(self, optimizer)
-            self.record.stages["clip"] = gradients(self.experiment.model)
+            self.record.stages["clip"] = _gradients(self.experiment.model)
             self.record.rates.append([numbers(group) for group in optimizer.param_groups])
 
             def taken() -> Any:
@@ -332,7 +331,7 @@ class LockstepArm:
             "optimizer steps": torch.tensor(self.record.optimizer_steps),
             "scale": torch.tensor(experiment.scale),
         }
-        stages["optimizer"] = copied(experiment.tensors())
+        stages["optimizer"] = _copied(experiment.tensors())
         stages["schedule"] = {
             f"lr of group {i}.{k}": torch.tensor(float(group["lr"]), dtype=torch.float64)
             for i, optimizer in enumerate(experiment.optimizers)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from gradprobe.audit.arm import Door
-from gradprobe.audit.compare import CLEAN, NUMERIC
-from gradprobe.audit.pair import PairOutcome
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
 
-Pair = Callable[[Sequence[Door]], PairOutcome]
+from gradprobe.audit.arm import Closing, Door, LockstepArm
+from gradprobe.audit.differences import CLEAN, NUMERIC
+from gradprobe.audit.doors import gradients_of
+from gradprobe.audit.experiment import experiment_from, random_state_kept
+from gradprobe.audit.pair import PairOutcome, Setting
+
+_Pair = Callable[[Sequence[Door]], PairOutcome]
 """Runs the pair of arms with these doors held shut in both."""
 
 OPEN, SHUT, _UNTESTED = "open", "shut", "not tested"
@@ -28,7 +34,7 @@ class DoorFinding:
         closed: The displacement that is left when this door alone is held shut.
         restores: Whether holding it shut alone takes the difference away.
         curve: The displacement after each step behind ``contribution``.
-        name, evidence: In words; see :mod:`gradprobe.audit.in_force` for doors that are named more closely.
+        name, evidence: In words; see :mod:`gradprobe.audit.attribution` for doors that are named more closely.
     """
 
     door: Door
@@ -70,7 +76,7 @@ def _better(found: PairOutcome, before: PairOutcome) -> bool:
     return found.kind == CLEAN or (found.kind == NUMERIC and before.kind not in (CLEAN, NUMERIC))
 
 
-def attribute(before: PairOutcome, doors: Sequence[Door], run: Pair) -> Attribution:
+def attribute(before: PairOutcome, doors: Sequence[Door], run: _Pair) -> Attribution:
     """Name the doors that explain a difference.
 
     Where there is no difference nothing is run. Else every door is held shut alone first; of those that take the
@@ -102,13 +108,15 @@ def attribute(before: PairOutcome, doors: Sequence[Door], run: Pair) -> Attribut
 
 def evidence(outcome: PairOutcome) -> str:
     """Where a difference shows first."""
-    first = str(outcome.sightings[0]) if outcome.sightings else outcome.error or "no stage that is traced"
+    first = (
+        str(outcome.first_differences[0]) if outcome.first_differences else outcome.error or "no stage that is traced"
+    )
     skipped = f"; {outcome.skipped} optimizer steps in one arm alone" if outcome.skipped else ""
     return first + skipped
 
 
 class _Search:
-    def __init__(self, before: PairOutcome, doors: Sequence[Door], run: Pair) -> None:
+    def __init__(self, before: PairOutcome, doors: Sequence[Door], run: _Pair) -> None:
         self._before, self._doors, self._run = before, list(doors), run
         self._known: dict[tuple[int | str, ...], PairOutcome] = {}
 
@@ -160,10 +168,136 @@ class _Search:
 
     def _out_of_place(self, door: Door) -> bool:
         """Whether the first difference is in a stage in which this door does not show."""
-        first = self._before.sightings[:1]
+        first = self._before.first_differences[:1]
         return bool(first) and first[0].stage not in door.stages
 
 
 def _held(door: Door, way: int) -> Door:
     """The door as it is held shut in this way; one that knows no such way as always."""
     return replace(door, close=door.others[way - 1]) if 0 < way <= len(door.others) else door
+
+
+# ---- the weights that a step function really uses, measured from its gradients
+
+_TOLERANCE = 1e-4
+"""Relative; products of float32 gradients in float64 agree to 1e-6."""
+
+
+@dataclass(frozen=True)
+class _InForce:
+    """Weights in force in one step.
+
+    Attributes:
+        given: Task -> the weight that the step function was given.
+        used: Task -> the factor of the task's gradient in ``.grad``, by least squares; NaN: it has no gradient.
+        residual: The part of ``.grad`` that is no combination of the tasks' gradients, relative to it.
+    """
+
+    given: Mapping[str, float]
+    used: Mapping[str, float]
+    residual: float
+
+
+class _Watch(Closing):
+    def __init__(self) -> None:
+        self.found: _InForce | None = None
+        self._tasks: dict[str, dict[str, Tensor]] = {}
+
+    def losses(self, arm: LockstepArm, losses: dict[str, Tensor]) -> dict[str, Tensor]:
+        named = dict(arm.experiment.model.named_parameters())
+        for task, loss in losses.items():
+            summed = self._tasks.setdefault(task, {})
+            for name, gradient in gradients_of(loss, named).items():
+                summed[name] = summed[name] + gradient if name in summed else gradient
+        return losses
+
+    def after_backward(self, arm: LockstepArm) -> None:
+        tasks = list(self._tasks)
+        names = sorted({name for task in tasks for name in self._tasks[task]})
+        parameters = dict(arm.experiment.model.named_parameters())
+        columns = [_flat([self._tasks[t].get(n, torch.zeros_like(parameters[n])) for n in names]) for t in tasks]
+        made_ = [parameters[n].grad for n in names]
+        target = _flat([torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, made_, strict=True)])
+        target = target / arm.experiment.scale
+        self.found = _InForce(dict(arm.weights), *_solved(tasks, columns, target))
+
+    def before_optimizer(self, arm: LockstepArm, optimizer: Optimizer) -> None:
+        raise _StepSeen
+
+
+class _StepSeen(BaseException):
+    """The step need not be finished."""
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().double().reshape(-1) for t in tensors]) if tensors else torch.zeros(0).double()
+
+
+def _solved(tasks: list[str], columns: list[Tensor], target: Tensor) -> tuple[dict[str, float], float]:
+    basis = torch.stack(columns, dim=1)
+    length = basis.norm(dim=0)
+    known = [i for i in range(len(tasks)) if 0 < float(length[i]) < math.inf]
+    used = dict.fromkeys(tasks, math.nan)
+    if not known or not bool(target.isfinite().all()):
+        return used, math.nan
+    unit = basis[:, known] / length[known]
+    found = torch.linalg.lstsq(unit, target[:, None], driver="gelsd").solution[:, 0]
+    for i, factor in zip(known, found, strict=True):
+        used[tasks[i]] = float(factor / length[i])
+    norm = float(target.norm())
+    return used, float((unit @ found - target).norm()) / norm if norm else 0.0
+
+
+def _weights_in_force(setting: Setting, weight: float | None) -> _InForce | None:
+    """What the first step uses; None where it takes no backward, or its gradients are not finite.
+
+    Args:
+        setting: Of the audit.
+        weight: Of the task; None: it is absent.
+    """
+    with random_state_kept():
+        experiment = experiment_from(setting.make)
+        setting.snapshot.put_back(experiment)
+        weights = {
+            t: (weight if t == setting.task else w)
+            for t, w in experiment.weights.items()
+            if t != setting.task or weight is not None
+        }
+        watch = _Watch()
+        try:
+            LockstepArm(experiment, {t: float(w or 0.0) for t, w in weights.items()}, setting.task, [watch]).advance()
+        except _StepSeen:
+            pass
+        finally:
+            setting.snapshot.put_back(experiment)
+        return watch.found
+
+
+_RENORMALISED, _MEAN, _OTHER = "renormalised weights", "mean over tasks", "weights"
+
+
+def name_weights_door(setting: Setting, weight: float) -> tuple[str, str]:
+    """What the door ``weights`` is, more closely: by the factors that the other tasks get at three weights of the task.
+
+    Returns:
+        A name, and the evidence in words.
+    """
+    doses = (weight, weight + 1.0, weight + 3.0)
+    found = [_weights_in_force(setting, w) for w in (None, *doses)]
+    if any(f is None or not f.residual < _TOLERANCE for f in found):
+        worst = max((f.residual for f in found if f is not None), default=math.nan)
+        return _OTHER, f"{worst:.2g} of the gradient is no combination of the tasks' gradients"
+    alone, *factors = [_mean_factor(f, setting.task) for f in found if f is not None]
+    said = ", ".join(f"{factor:.4g} at weight {w:g}" for w, factor in zip(doses, factors, strict=True))
+    evidence = f"the others' weights are multiplied by {alone:.4g} without the task, and with it by {said}"
+    if max(factors) - min(factors) > _TOLERANCE * max(factors):
+        others = sum(w for t, w in (found[0].given if found[0] else {}).items())
+        sums = [factor * (others + w) for w, factor in zip(doses, factors, strict=True)]
+        constant = max(sums) - min(sums) < 0.05 * max(sums)
+        return _RENORMALISED, evidence + (f"; the weights always sum to {sums[-1]:.4g}" if constant else "")
+    return (_MEAN if abs(factors[0] - alone) > _TOLERANCE * alone else _OTHER), evidence
+
+
+def _mean_factor(found: _InForce, task: str) -> float:
+    ratios = [u / found.given[t] for t, u in found.used.items() if t != task and found.given[t] and not math.isnan(u)]
+    return sum(ratios) / len(ratios) if ratios else math.nan

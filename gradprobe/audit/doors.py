@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradprobe.audit.arm import Closing, Door, LockstepArm, leaves, numbers
-from gradprobe.audit.compare import equal
+from gradprobe.audit.differences import bitwise_equal
 from gradprobe.audit.streams import own_streams
 
 # ---- gradients, between the losses and the optimizer
@@ -29,7 +29,7 @@ class _Unclipped(Closing):
         made = arm.record.stages["backward"]
         for name, parameter in arm.experiment.model.named_parameters():
             gradient = made.get(name)
-            if gradient is not None and parameter.grad is not None and not equal(gradient, parameter.grad):
+            if gradient is not None and parameter.grad is not None and not bitwise_equal(gradient, parameter.grad):
                 parameter.grad.copy_(gradient)
                 self.acted += 1
 
@@ -68,7 +68,7 @@ class _PlainSum(Closing):
         for name, parameter in arm.experiment.model.named_parameters():
             start, made = self._start[name], self._sum.get(name)
             wanted = start if made is None else made if start is None else start + made
-            if not equal(parameter.grad, wanted):
+            if not bitwise_equal(parameter.grad, wanted):
                 self.acted += 1
                 parameter.grad = None if wanted is None else wanted.clone()
 
@@ -106,7 +106,7 @@ WEIGHTS = Door(
     stages=("backward", "clip"),
     intrusive=True,
 )
-"""Its finding is named more closely by :mod:`gradprobe.audit.in_force`."""
+"""Its finding is named more closely by :mod:`gradprobe.audit.attribution`."""
 
 
 # ---- random streams: dropout, augmentation and shuffling
@@ -289,7 +289,7 @@ class _Batch(Closing):
             return batch
         replayed = _merged(batch, arm.reference.batch)
         own, other = dict(leaves(batch)), dict(leaves(replayed))
-        self.acted += own.keys() != other.keys() or not all(equal(own[k], other[k]) for k in own)
+        self.acted += own.keys() != other.keys() or not all(bitwise_equal(own[k], other[k]) for k in own)
         return replayed
 
 

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradprobe.audit import compare
+from gradprobe.audit import differences
 from gradprobe.audit.arm import Door, LockstepArm, patched
-from gradprobe.audit.compare import History, Sighting, equal, kind
-from gradprobe.audit.experiment import Experiment, Factory, check_task, made
-from gradprobe.audit.snapshot import Snapshot, random_state_kept
+from gradprobe.audit.differences import FirstDifference, History, bitwise_equal, difference_class
+from gradprobe.audit.experiment import Experiment, Factory, Snapshot, check_task, experiment_from, random_state_kept
 
 _SEED = 20_200_119
 """Evaluations draw what they draw from this seed, so that two of them can be compared."""
@@ -54,7 +53,9 @@ def _relevant(turns: _Turns, reached: set[str], differing: set[str], known: dict
                     without.experiment.tensors()[name].copy_(theirs[name])
             changed = Snapshot.taken(without.experiment)
             try:
-                return any(not equal(_number(before[key]), _number(v)) for key, v in _losses(without, changed).items())
+                return any(
+                    not bitwise_equal(_number(before[key]), _number(v)) for key, v in _losses(without, changed).items()
+                )
             finally:
                 here.put_back(without.experiment)
 
@@ -152,8 +153,8 @@ class PairOutcome:
         steps: Steps made in lockstep; fewer than asked for where an arm stopped or was no longer finite.
         displacement: (steps,) Euclidean distance of the other tasks' parameters, relative to how far they came in all
             these steps without the task; 0: bitwise equal; NaN: not finite; inf: they did not move.
-        ulp: (steps,) the same in units of rounding, see :func:`gradprobe.audit.compare.ulps`.
-        sightings: The first difference of every stage, in order of time.
+        ulp: (steps,) the same in units of rounding, see :func:`gradprobe.audit.differences.ulps`.
+        first_differences: The first difference of every stage, in order of time.
         effect: Mode -> name -> (without, with): the other tasks' losses and metrics after the last step.
         skipped: Optimizer steps that one arm made and the other did not.
         acted: How often the closings changed something, in both arms.
@@ -162,9 +163,9 @@ class PairOutcome:
 
     kind: str
     steps: int
-    displacement: compare.Array
-    ulp: compare.Array
-    sightings: list[Sighting] = field(default_factory=list)
+    displacement: differences._Array
+    ulp: differences._Array
+    first_differences: list[FirstDifference] = field(default_factory=list)
     effect: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
     skipped: int = 0
     acted: int = 0
@@ -214,12 +215,12 @@ class Setting:
         Args:
             weight: Of the task in the second arm; None: both arms are without it (the same twice).
             doors: Held shut in both.
-            envelope: See :func:`gradprobe.audit.compare.only_rounding`.
+            envelope: See :func:`gradprobe.audit.differences.only_rounding`.
             evaluate: Whether to look at losses and metrics after the last step.
             each: Is told the number of steps done.
         """
         with random_state_kept():
-            first, second = made(self.make), made(self.make)
+            first, second = experiment_from(self.make), experiment_from(self.make)
             others = {t: w for t, w in first.weights.items() if t != self.task}
             present = others if weight is None else {t: others.get(t, weight) for t in first.weights}
             arms = tuple(
@@ -259,20 +260,20 @@ class Setting:
         without, _ = turns.arms
         matter = _relevant(turns, history.reached, history.differing, self.matters)
         gap, size, moved = history.table(matter)
-        ulp = compare.ulps(gap, size, moved, history.eps)
+        ulp = differences.ulps(gap, size, moved, history.eps)
         displacement = history.displacement(matter)
         outcome = PairOutcome(
-            kind=kind(history, matter, ulp, envelope),
+            kind=difference_class(history, matter, ulp, envelope),
             steps=history.steps,
             displacement=displacement,
             ulp=ulp,
-            sightings=history.first(matter, without.weights),
+            first_differences=history.first(matter, without.weights),
             skipped=history.skipped,
             acted=sum(c.acted for arm in turns.arms for c in arm.closings),
             error=error,
         )
         if error:
-            outcome.kind = compare.NON_FINITE if history.nonfinite else compare.MATERIAL
+            outcome.kind = differences.NON_FINITE if history.nonfinite else differences.MATERIAL
         if evaluate:
             outcome.effect = _evaluated(turns)
         return outcome
@@ -309,6 +310,6 @@ def setting(make: Factory, task: str, steps: int) -> Setting:
     Raises:
         UsageError: There is no such task, or the factory returns no experiment.
     """
-    experiment = made(make)
+    experiment = experiment_from(make)
     check_task(experiment, task)
     return Setting(make, Snapshot.taken(experiment), task, steps)

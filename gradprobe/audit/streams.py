@@ -51,10 +51,10 @@ class OwnStreams(TorchDispatchMode):
     def _seed(self) -> int:
         place = (self._step, *self._modules, *_lines())
         self._seen[place] += 1
-        return seed(*place, self._seen[place])
+        return _seed(*place, self._seen[place])
 
 
-def seed(*parts: Any) -> int:
+def _seed(*parts: Any) -> int:
     """A number for a random generator that is a function of the parts alone.
 
     >>> seed(1, "a") == seed(1, "a"), seed(1, "a") == seed(2, "a")
@@ -107,7 +107,7 @@ def _modules_watched(model: nn.Module, running: list[str]) -> Iterator[None]:
 def own_streams(model: nn.Module, step: int) -> Iterator[OwnStreams]:
     """Streams of their own for torch; Python's and numpy's global streams begin each step at a number of the step's."""
     running: list[str] = []
-    random.seed(seed("python", step))
-    np.random.seed(seed("numpy", step) % 2**32)
+    random.seed(_seed("python", step))
+    np.random.seed(_seed("numpy", step) % 2**32)
     with _modules_watched(model, running), OwnStreams(step, running) as mode:
         yield mode

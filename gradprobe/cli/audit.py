@@ -54,9 +54,9 @@ def audit(
     """
     import json
 
-    from gradprobe.audit import CLASSES, Options
+    from gradprobe.audit import CLASSES, AuditOptions
     from gradprobe.audit import audit as examine
-    from gradprobe.audit.report import plain
+    from gradprobe.audit.whole_audit import audit_as_plain
     from gradprobe.cli.recording import Request
     from gradprobe.errors import UsageError
     from gradprobe.named_code import named_function
@@ -74,10 +74,10 @@ def audit(
         _check_format(figure)
         figure = _place(figure, "--figure")
     make = named_function(target) if target else _bundled(request)
-    found = examine(make, task, Options(steps=steps, weight=weight, dose=dose), progress=_progress())
+    found = examine(make, task, AuditOptions(steps=steps, weight=weight, dose=dose), progress=_progress())
     written = _written(found, figure, out)
     if as_json:
-        print(json.dumps(plain(found), indent=2))
+        print(json.dumps(audit_as_plain(found), indent=2))
     else:
         _show(found, written)
     reached = CLASSES.index(found.outcome.kind) >= CLASSES.index(fail_on) if fail_on else False
@@ -131,12 +131,12 @@ def _bundled(request: Request) -> Any:
     from gradprobe.trainers.problems import problem_of
 
     trainer = request.flags["trainer"] or (None if request.preset else "joint")
-    audited.check(trainer)
+    audited.check_auditable(trainer)
     plan = make_plan(dataclasses.replace(request, flags={**request.flags, "trainer": trainer}))
     for note in plan.notes:
         stderr().print(f"note: {note}")
-    settings = audited.forced(plan.settings)
-    return audited.factory(settings, problem_of(settings).load(settings), plan.hyp)
+    settings = audited.audit_settings(plan.settings)
+    return audited.experiment_factory(settings, problem_of(settings).load(settings), plan.hyp)
 
 
 def _progress() -> Any:
@@ -153,28 +153,28 @@ def _written(found: Audit, figure: Path | None, out: Path | None) -> list[Path]:
 
         written += divergence.write(found.curves(), found.sentence, figure)
     if out is not None:
-        from gradprobe.audit.report import plain
-        from gradprobe.provenance import argv, environment
+        from gradprobe.audit.whole_audit import audit_as_plain
+        from gradprobe.environment import argv, environment
         from gradprobe.runfile import audits
 
         about = {"trainer": "audit", "argv": argv(), **environment()}
-        written.append(audits.write(out, plain(found), about))
+        written.append(audits.write(out, audit_as_plain(found), about))
     return written
 
 
 def _show(found: Audit, written: list[Path]) -> None:
     from rich.table import Table
 
-    from gradprobe.audit.report import COLUMNS, lines, rows
+    from gradprobe.audit.whole_audit import AUDIT_COLUMNS, audit_lines, audit_rows
     from gradprobe.cli.console import stdout
 
     console = stdout()
     table = Table()
-    for column in COLUMNS:
+    for column in AUDIT_COLUMNS:
         table.add_column(column, overflow="fold")  # in a narrow terminal, names of tensors are broken and not cut
-    for row in rows(found):
+    for row in audit_rows(found):
         table.add_row(*row, style="bold" if row[1] == "open" else None)
     if found.attribution is not None:
         console.print(table)
-    for text in (*lines(found), *map(str, written)):
+    for text in (*audit_lines(found), *map(str, written)):
         console.print(text, soft_wrap=True)

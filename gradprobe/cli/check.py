@@ -11,7 +11,7 @@ import typer
 from gradprobe.foreign import quoted
 
 if TYPE_CHECKING:
-    from gradprobe.runfile.check import CheckReport
+    from gradprobe.runfile.integrity import CheckReport
 
 
 def check(
@@ -30,7 +30,7 @@ def check(
     """
     import json
 
-    from gradprobe.runfile.check import check as verify
+    from gradprobe.runfile.integrity import check_run as verify
 
     checked = verify(file)
     report = checked if repair is None else _repaired(file, repair)

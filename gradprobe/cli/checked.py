@@ -11,7 +11,7 @@ import click
 from typer.core import TyperCommand
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.options import PANELS
+from gradprobe.trainers.flags import PANELS
 from gradprobe.trainers.settings import LONGEST
 
 _PATHS = ("data", "cfg", "weights", "name")

@@ -13,8 +13,8 @@ from rich.text import Text
 from gradprobe.cli.console import stderr, stdout
 
 if TYPE_CHECKING:
-    from gradprobe.trainers.data.check import CheckResult
-    from gradprobe.trainers.data.leakage import Overlap
+    from gradprobe.trainers.data.clusters import Overlap
+    from gradprobe.trainers.data.data_check import CheckResult
 
 MOST = 10
 """Findings of a kind that are listed unless all are asked for."""
@@ -29,7 +29,7 @@ def make(
     seed: Annotated[int, typer.Option("--seed", help="Which phantoms; the same on every machine.")] = 0,
 ) -> None:
     """Write colour-Doppler phantoms as a data set in YOLO format."""
-    from gradprobe.trainers.data.phantom.writing import split_sizes, write_phantoms
+    from gradprobe.trainers.data.phantom import split_sizes, write_phantoms
 
     with stderr().status(f"drawing {n} phantoms"):
         yaml = write_phantoms(folder, n, seed)
@@ -55,8 +55,8 @@ def check(
     ] = "auto",
 ) -> None:
     """List what is wrong with a data set; exit 1 if anything keeps it from being trained on."""
-    from gradprobe.trainers.data.check import check_data
-    from gradprobe.trainers.data.findings import errors
+    from gradprobe.trainers.data.data_check import check_data
+    from gradprobe.trainers.data.splits import errors
 
     with stderr().status(Text(f"checking {file.name}")):
         result = check_data(file, group_by=group_by)
@@ -69,7 +69,7 @@ def check(
 
 
 def _as_dict(result: CheckResult) -> dict[str, object]:
-    from gradprobe.trainers.data.findings import errors, warnings
+    from gradprobe.trainers.data.splits import errors, warnings
 
     example, told, count = _example(result)
     return {
@@ -106,7 +106,7 @@ def _overlap(overlap: Overlap) -> dict[str, object]:
 
 
 def _print(result: CheckResult, most: int | None) -> None:
-    from gradprobe.trainers.data.findings import condensed, errors, warnings
+    from gradprobe.trainers.data.splits import condensed, errors, warnings
 
     console = stdout(soft_wrap=True)
     console.print(_table(result))

@@ -22,7 +22,7 @@ def export(
     Example: gradprobe export conflict.h5 --to csv
     """
     from gradprobe.runfile import Run
-    from gradprobe.runfile.export import export as write
+    from gradprobe.runfile.exports import export_run as write
 
     with Run(file) as run:
         written = write(run, to, out, stride=stride)

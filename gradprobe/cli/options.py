@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 from typer import Option
 
-from gradprobe.trainers.options import PANELS, flag, options
+from gradprobe.trainers.flags import PANELS, flag, options
 from gradprobe.trainers.settings import PRESETS, Settings
 
 Command = TypeVar("Command", bound=Callable[..., int])

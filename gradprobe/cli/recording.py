@@ -19,9 +19,9 @@ from gradprobe.cli.interventions import read_source
 from gradprobe.cli.launch import launch
 from gradprobe.cli.live import Display, make_display
 from gradprobe.cli.silent import Silent
+from gradprobe.environment import argv, environment
 from gradprobe.errors import DataError, RunFileError, UsageError
 from gradprobe.foreign import quoted
-from gradprobe.provenance import argv, environment
 from gradprobe.runfile import RunWriter, open_run
 from gradprobe.trainers.paths import Paths
 from gradprobe.trainers.problems import allow, is_own, kind_of
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gradprobe.processes import OneProcess
     from gradprobe.rows import Sink
     from gradprobe.trainers.hyp import DetectionHyp, HypFile
-    from gradprobe.trainers.loop import Outcome
+    from gradprobe.trainers.loop import TrainingOutcome
     from gradprobe.trainers.problems import Data
 
 
@@ -87,13 +87,13 @@ def record_run(request: Request) -> int:
     # On two busy cores, threads that spin while they wait make a step seven times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from gradprobe.processes import is_first, started
-    from gradprobe.trainers.engine import check_there
+    from gradprobe.trainers.engine import check_gpus
 
     plan = make_plan(request)
     if plan.state is None:
         _check_side_files(plan)
     if plan.settings.processes > started():
-        check_there(plan.settings.device)
+        check_gpus(plan.settings.device)
         return launch(request.arguments, plan.settings.processes)
     if is_first():
         _record(plan, make_display(plan.settings))
@@ -127,9 +127,10 @@ def _record(plan: Plan, display: Display) -> None:
 
 def make_plan(request: Request) -> Plan:
     """What the flags ask for; what can be told wrong without data and model is found here."""
-    from gradprobe.trainers import registry
-    from gradprobe.trainers.engine import counted
+    from gradprobe.trainers.balancer import find_balancer
+    from gradprobe.trainers.engine import with_processes
     from gradprobe.trainers.hyp import DetectionHyp, read_hyp
+    from gradprobe.trainers.registry import unused_options
 
     if request.resume is not None:
         return _plan_to_resume(request)
@@ -138,8 +139,8 @@ def make_plan(request: Request) -> Plan:
     if settings.trainer == "gradnorm-static" and request.flags.get("task_weights") is not None:
         raise UsageError("gradnorm-static takes its weights from --from; leave out --task-weights.")
     settings = dataclasses.replace(settings, **read_source(request.source, settings))
-    settings = counted(settings)
-    registry.find(settings.trainer).require(settings)
+    settings = with_processes(settings)
+    find_balancer(settings.trainer).require(settings)
     return Plan(
         settings=settings,
         hyp=file.loss if file else DetectionHyp(),
@@ -150,7 +151,7 @@ def make_plan(request: Request) -> Plan:
         study=_read_plan(request.plan) if request.plan is not None else {},
         arm=request.arm,
         id=uuid.uuid4().hex,
-        notes=tuple(registry.unused(settings.trainer, _given(request))),
+        notes=tuple(unused_options(settings.trainer, _given(request))),
     )
 
 
@@ -197,7 +198,7 @@ def _output_path(request: Request) -> Path:
 def _plan_to_resume(request: Request) -> Plan:
     from gradprobe.processes import started
     from gradprobe.trainers import checkpoint
-    from gradprobe.trainers.engine import counted
+    from gradprobe.trainers.engine import with_processes
     from gradprobe.trainers.hyp import DetectionHyp
 
     assert request.resume is not None
@@ -243,7 +244,7 @@ def _plan_to_resume(request: Request) -> Plan:
             f"{os.cpu_count()} cores. Start them with torchrun."
         )
     return Plan(
-        settings=counted(settings),
+        settings=with_processes(settings),
         hyp=DetectionHyp(**state["hyp"]),
         ignored_hyp=tuple(state["ignored_hyp"]),
         out=request.resume,
@@ -300,7 +301,7 @@ def _is_first(path: Path) -> bool:
         return False
 
 
-def train(plan: Plan, writer: RunWriter | None, display: Display) -> Outcome:
+def train(plan: Plan, writer: RunWriter | None, display: Display) -> TrainingOutcome:
     """Build the training and run it to its end.
 
     Args:
@@ -309,8 +310,7 @@ def train(plan: Plan, writer: RunWriter | None, display: Display) -> Outcome:
         display: Is told how far it is.
     """
     from gradprobe.processes import join
-    from gradprobe.trainers.build import check_device
-    from gradprobe.trainers.engine import own_device
+    from gradprobe.trainers.engine import check_device, own_device
 
     processes = join(check_device(own_device(plan.settings.device)))
     with processes.losing_none():
@@ -319,7 +319,7 @@ def train(plan: Plan, writer: RunWriter | None, display: Display) -> Outcome:
     return outcome
 
 
-def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: OneProcess) -> Outcome:
+def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: OneProcess) -> TrainingOutcome:
     from gradprobe.trainers import loop
     from gradprobe.trainers.build import build
     from gradprobe.trainers.problems import problem_of
@@ -364,10 +364,10 @@ def _train(plan: Plan, writer: RunWriter | None, display: Display, processes: On
     }
     if plan.state is not None:
         _check_same_data(plan, data)
-        loop.load_state(training, plan.state)
+        loop.load_training_state(training, plan.state)
     else:
         # Weights change only after the file has begun, but BatchNorm and the balancer before: hence a copy.
-        begun.state = copy.deepcopy(loop.resumable(training))
+        begun.state = copy.deepcopy(loop.training_state(training))
     display.begin(settings.epochs, len(training.train_loader), training.probe.step)
     return loop.run(training)
 

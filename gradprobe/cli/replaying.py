@@ -13,7 +13,7 @@ from gradprobe.errors import RunFileError, UsageError
 from gradprobe.measures import Array
 from gradprobe.runfile import Run
 from gradprobe.trainers.settings import Settings
-from gradprobe.trainers.weightings import METHODS, STATEFUL, Weighting
+from gradprobe.trainers.weightings import METHODS, STATEFUL_METHODS, Weighting
 from gradprobe.verdict.replay import Method, Replayed, effect, replay
 
 
@@ -49,11 +49,11 @@ def check(names: list[str]) -> None:
     Raises:
         UsageError: One cannot.
     """
-    known = [name for name in METHODS if name not in STATEFUL] + ["gradnorm"]
+    known = [name for name in METHODS if name not in STATEFUL_METHODS] + ["gradnorm"]
     if not names:
         raise UsageError(f"--method names none (there are: {', '.join(known)}).")
     for name in names:
-        if name in STATEFUL:
+        if name in STATEFUL_METHODS:
             raise UsageError(
                 f"--method {name}: its weights depend on all steps before, not only on the recorded ones; "
                 f"record it live: --trainer {name}"

@@ -193,10 +193,10 @@ def _parsed(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _check_trainers(settings: Any) -> None:
-    from gradprobe.trainers import registry
+    from gradprobe.trainers.balancer import find_balancer
 
     for each in settings:
-        registry.find(each.trainer).require(each)
+        find_balancer(each.trainer).require(each)
 
 
 def _plan(

@@ -39,11 +39,11 @@ def watch(
 
     Example: gradprobe watch conflict.h5
     """
-    from gradprobe.runfile import live
+    from gradprobe.runfile import lock
 
     with _opened(file, 0.0 if once else wait) as run:
         last = _follow(run, once, as_json, interval)
-    if not once and last["state"] == live.STOPPED:
+    if not once and last["state"] == lock.STOPPED:
         print(
             f"gradprobe: {file}: the recording process is gone and did not end its run; {last['rows']} rows are there. "
             f"Go on with it: gradprobe record --resume {quoted(file)}, or attach(..., resume=True)",
@@ -55,14 +55,14 @@ def watch(
 def _opened(file: Path, wait: float) -> Run:
     """The run; waited for while it is not there, and as long as a process prepares to record it."""
     from gradprobe.errors import RunFileError
-    from gradprobe.runfile import Run, live
+    from gradprobe.runfile import Run, lock
 
     until, told = time.monotonic() + wait, False
     while True:
         try:
             return Run(file)
         except RunFileError:
-            preparing = wait > 0 and live.being_recorded(file) is True
+            preparing = wait > 0 and lock.being_recorded(file) is True
             if file.exists() or (not preparing and time.monotonic() >= until):
                 raise
         if not told:
@@ -94,20 +94,20 @@ def _until_end(run: Run, once: bool, interval: float, show: Show, always: bool =
     Returns:
         What was seen last.
     """
-    from gradprobe.runfile import live
+    from gradprobe.runfile import lock
     from gradprobe.summary.latest import latest
 
     shown: tuple[Any, ...] | None = None
     while True:
         seen = latest(run)
-        if seen["state"] == live.STOPPED:  # or it ended since the file was opened: its lock goes last, so look again
+        if seen["state"] == lock.STOPPED:  # or it ended since the file was opened: its lock goes last, so look again
             _refresh(run, interval)
             seen = latest(run)
         mark = (seen["rows"], seen["step"], seen["state"], seen["metrics"])
         if mark != shown or always:
             show(seen)
             shown = mark
-        if once or seen["state"] in (live.ENDED, live.STOPPED):
+        if once or seen["state"] in (lock.ENDED, lock.STOPPED):
             return seen
         time.sleep(interval)
         _refresh(run, interval)

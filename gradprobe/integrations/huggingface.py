@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import MissingExtraError, UsageError
-from gradprobe.integrations.recording import Recording, batch_size_of
+from gradprobe.integrations.trainer_recording import Recording, batch_size_of
 from gradprobe.rows import Sink
 
 try:
@@ -140,9 +140,9 @@ class GradprobeCallback(TrainerCallback):  # type: ignore[misc]
     def _listen(self, model: nn.Module) -> None:
         if self._handle is not None:
             self._handle.remove()
-        self._handle = None if self._losses is None else model.register_forward_hook(self._heard, with_kwargs=True)
+        self._handle = None if self._losses is None else model.register_forward_hook(self._on_forward, with_kwargs=True)
 
-    def _heard(self, model: nn.Module, args: Any, inputs: Mapping[str, Any], outputs: Any) -> None:
+    def _on_forward(self, model: nn.Module, args: Any, inputs: Mapping[str, Any], outputs: Any) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
         assert self._losses is not None

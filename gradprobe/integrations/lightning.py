@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gradprobe.errors import MissingExtraError, UsageError
-from gradprobe.integrations.recording import Recording, batch_size_of
+from gradprobe.integrations.trainer_recording import Recording, batch_size_of
 from gradprobe.rows import Sink
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.integrations.recording import Recording
+from gradprobe.integrations.trainer_recording import Recording
 from gradprobe.rows import Sink
 
 _READS = {"box": "boxes", "cls": "scores", "dfl": "boxes", "l1": "boxes"}
@@ -80,7 +80,7 @@ class GradprobeCallback:
         model = _bare(trainer.model)
         if getattr(model, "criterion", None) is None:
             model.criterion = model.init_criterion()
-        model.criterion = _HeardCriterion(model.criterion, self._heard)
+        model.criterion = _WatchedCriterion(model.criterion, self._on_loss)
 
     def on_train_epoch_start(self, trainer: Any) -> None:
         """Rows carry the epoch."""
@@ -103,7 +103,7 @@ class GradprobeCallback:
     def teardown(self, trainer: Any) -> None:
         """Close the file; called while an exception passes through, too."""
         model = _bare(trainer.model)
-        if isinstance(getattr(model, "criterion", None), _HeardCriterion):
+        if isinstance(getattr(model, "criterion", None), _WatchedCriterion):
             model.criterion = model.criterion.criterion
         self._trainer = None
         error = sys.exc_info()[1]
@@ -114,7 +114,7 @@ class GradprobeCallback:
 
     # ---- measuring
 
-    def _heard(self, criterion: Any, predictions: _Predictions, batch: Mapping[str, Any], loss: Tensor) -> None:
+    def _on_loss(self, criterion: Any, predictions: _Predictions, batch: Mapping[str, Any], loss: Tensor) -> None:
         names = [name.removesuffix("_loss") for name in _names(self._trainer, criterion, loss)]
         apart = set(names) <= set(_READS) and _holds(predictions, set(_READS.values()))
         gains = _gains(self._trainer.args, names) if apart else dict.fromkeys(names, 1.0)
@@ -147,16 +147,16 @@ class GradprobeCallback:
         )
 
 
-class _HeardCriterion:
+class _WatchedCriterion:
     """The model's criterion, which tells of every call that training makes."""
 
-    def __init__(self, criterion: Any, heard: Callable[[Any, _Predictions, Mapping[str, Any], Tensor], None]) -> None:
-        self.criterion, self._heard = criterion, heard
+    def __init__(self, criterion: Any, on_loss: Callable[[Any, _Predictions, Mapping[str, Any], Tensor], None]) -> None:
+        self.criterion, self._on_loss = criterion, on_loss
 
     def __call__(self, predictions: _Predictions, batch: Mapping[str, Any]) -> Any:
         result = self.criterion(predictions, batch)
         if torch.is_grad_enabled():
-            self._heard(self.criterion, predictions, batch, result[0])
+            self._on_loss(self.criterion, predictions, batch, result[0])
         return result
 
     def __getattr__(self, name: str) -> Any:

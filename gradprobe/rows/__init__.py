@@ -5,11 +5,11 @@ torch nor h5py, so that none of the three needs the others.
 """
 
 from gradprobe.rows.features import FEATURE_SIZE, FEATURES, FeatureRow
-from gradprobe.rows.header import FeatureHeader, Header, Provenance, TestClusters
+from gradprobe.rows.header import FeatureHeader, GrowingSink, Header, Provenance, ResumableSink, Sink, TestClusters
 from gradprobe.rows.ledger import LEDGER, LedgerRow
-from gradprobe.rows.probe_loader import PROBE_LOADER, ProbeLoaderRow
-from gradprobe.rows.sinks import GrowingSink, ResumableSink, Sink, takes
-from gradprobe.rows.status import (
+from gradprobe.rows.steps import GRAM_NOISE, PROBE_LOADER, ROWS, ProbeLoaderRow, Row
+from gradprobe.rows.table import (
+    EARLIER_SOURCES,
     FIRST_CALL,
     JOINED_WITHIN,
     MEASURED,
@@ -18,11 +18,13 @@ from gradprobe.rows.status import (
     NONFINITE_LOSS,
     OVERFLOWED,
     UNKNOWN_GRADIENT,
+    Field,
+    Table,
     absent,
     says_absent,
+    sources,
+    takes,
 )
-from gradprobe.rows.steps import GRAM_NOISE, ROWS, Row
-from gradprobe.rows.table import EARLIER_SOURCES, Field, Table, sources
 from gradprobe.rows.updates import UPDATES, UpdateRow
 
 TABLES = (ROWS, FEATURES, UPDATES, LEDGER, PROBE_LOADER)

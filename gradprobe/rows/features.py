@@ -9,10 +9,20 @@ from typing import ClassVar
 from gradprobe import measures
 from gradprobe.measures import Array
 from gradprobe.rows.layers import stacked
-from gradprobe.rows.table import COSINE, FEATURE, LENGTH, MEASURED_BEFORE, Batch, Table, common, field, overhead
+from gradprobe.rows.table import (
+    COSINE,
+    FEATURE,
+    LENGTH,
+    MEASURED_BEFORE,
+    RowBatch,
+    Table,
+    common_fields,
+    field,
+    overhead_field,
+)
 
 
-class Features(Batch):
+class _Features(RowBatch):
     """Feature rows."""
 
     @cached_property
@@ -27,7 +37,7 @@ FEATURES = Table(
     "features",
     "features",
     (
-        *common(MEASURED_BEFORE),
+        *common_fields(MEASURED_BEFORE),
         field(
             "grad_norm",
             "step feature task",
@@ -49,9 +59,9 @@ FEATURES = Table(
             export="feature_cosines",
             **COSINE,
         ),
-        overhead(),
+        overhead_field(),
     ),
-    Features,
+    _Features,
     names=(FEATURE,),
 )
 

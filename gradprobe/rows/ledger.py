@@ -6,14 +6,22 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gradprobe.measures import Array
-from gradprobe.rows.status import MEASURED
-from gradprobe.rows.table import SOURCE, WHOSE_UPDATE, Table, common, field, overhead, status
+from gradprobe.rows.table import (
+    MEASURED,
+    SOURCE,
+    WHOSE_UPDATE,
+    Table,
+    common_fields,
+    field,
+    overhead_field,
+    status_field,
+)
 
 LEDGER = Table(
     "ledger",
     "ledger",
     (
-        *common(WHOSE_UPDATE),
+        *common_fields(WHOSE_UPDATE),
         field("burst", "step", "<i4", "of which burst of neighbouring steps the row is, from 0"),
         field(
             "term",
@@ -75,8 +83,8 @@ LEDGER = Table(
             "loss",
             finite=True,
         ),
-        overhead("on"),
-        status("the row counts"),
+        overhead_field("on"),
+        status_field("the row counts"),
     ),
     names=(SOURCE,),
 )

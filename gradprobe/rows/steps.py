@@ -1,8 +1,8 @@
-"""The rows of measured steps: per task losses, weights and gradients."""
+"""The rows of measured steps, per task losses, weights and gradients; and those of independent samples."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -12,11 +12,22 @@ from numpy.typing import NDArray
 from gradprobe import measures
 from gradprobe.measures import Array, by_several, over_layers
 from gradprobe.rows.layers import widened
-from gradprobe.rows.status import MEASURED, UNKNOWN_GRADIENT
-from gradprobe.rows.table import COSINE, LENGTH, MEASURED_BEFORE, Batch, Table, common, field, overhead, status
+from gradprobe.rows.table import (
+    COSINE,
+    LENGTH,
+    MEASURED,
+    MEASURED_BEFORE,
+    UNKNOWN_GRADIENT,
+    RowBatch,
+    Table,
+    common_fields,
+    field,
+    overhead_field,
+    status_field,
+)
 
 
-class Steps(Batch):
+class _Steps(RowBatch):
     """Rows of measured steps."""
 
     @cached_property
@@ -42,7 +53,7 @@ class Steps(Batch):
         return counts
 
 
-GRAD_NORM = field(
+_GRAD_NORM = field(
     "grad_norm",
     "step layer task",
     "<f4",
@@ -52,7 +63,7 @@ GRAD_NORM = field(
     export="layers",
     **LENGTH,
 )
-LAYER_COSINE = field(
+_LAYER_COSINE = field(
     "cosine",
     "step layer pair",
     "<f4",
@@ -73,7 +84,7 @@ GRAM_NOISE = field(
     optional=True,
     export="noise",
 )
-MICRO_BATCHES = field(
+_MICRO_BATCHES = field(
     "micro_batches",
     "step",
     "<i4",
@@ -86,11 +97,11 @@ ROWS = Table(
     "rows",
     "",
     (
-        *common(MEASURED_BEFORE),
+        *common_fields(MEASURED_BEFORE),
         field("loss", "step task", "<f4", "unweighted loss; NaN: it was NaN"),
         field("weight", "step task", "<f4", "weight in force at this step"),
-        GRAD_NORM,
-        LAYER_COSINE,
+        _GRAD_NORM,
+        _LAYER_COSINE,
         field(
             "shared_grad_norm",
             "step task",
@@ -109,13 +120,13 @@ ROWS = Table(
             **COSINE,
         ),
         field("lr", "step", "<f8", "learning rate of the optimizer's first group; NaN: unknown"),
-        overhead(),
+        overhead_field(),
         field("batch_size", "step", "<i4", "samples in the batch; 0: unknown"),
-        status("measured", ""),
+        status_field("measured", ""),
         GRAM_NOISE,
-        MICRO_BATCHES,
+        _MICRO_BATCHES,
     ),
-    Steps,
+    _Steps,
 )
 """One row per measured step, at the root of the file."""
 
@@ -163,7 +174,7 @@ class Row:
     @property
     def brings(self) -> tuple[str, ...]:
         """What the file has from this row on."""
-        return () if self.gram_noise is None else (GRAM_NOISE.name, MICRO_BATCHES.name)
+        return () if self.gram_noise is None else (GRAM_NOISE.name, _MICRO_BATCHES.name)
 
     def shared(self, reach: NDArray[np.bool_]) -> tuple[Array, Array]:
         """Norms (T,) and pair cosines (P,) over all shared layers together; ``reach`` of the header, (L, T)."""
@@ -172,3 +183,49 @@ class Row:
     def counts(self, reach: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Whose gradient counts on which of the layers that the row has; ``reach`` of the header, (L, T)."""
         return by_several(np.asarray(reach)[: len(self.gram)]) if self.reach is None else np.asarray(self.reach)
+
+
+# ---- independent samples, which claims rest on
+
+PROBE_LOADER = Table(
+    "probe_loader",
+    "probe_loader",
+    (
+        *common_fields(MEASURED_BEFORE),
+        field("loss", "step task", "<f4", "unweighted loss, mean over the samples; NaN: it was NaN"),
+        replace(_GRAD_NORM, export="probe_loader_layers"),
+        replace(_LAYER_COSINE, export="probe_loader_cosines"),
+        replace(GRAM_NOISE, export="probe_loader_noise", optional=False),
+        replace(_MICRO_BATCHES, optional=False),
+        field("batch_size", "step", "<i4", "samples of all micro-batches together, drawn with replacement"),
+        overhead_field(),
+        status_field("measured"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class ProbeLoaderRow:
+    """One measurement on independent samples, with the parameters as they are at a step.
+
+    Attributes:
+        step, epoch, time, overhead, status: As in :class:`gradprobe.rows.Row`.
+        loss: (T,) unweighted, means over the samples.
+        gram, gram_noise: (L, T, T), as in :class:`gradprobe.rows.Row`.
+        micro_batches, batch_size: In how many it was measured, and of how many samples together.
+    """
+
+    table: ClassVar[Table] = PROBE_LOADER
+    by_layer: ClassVar = ("gram", "gram_noise")
+    brings: ClassVar = (PROBE_LOADER.name,)
+
+    step: int
+    epoch: int
+    time: float
+    loss: Array
+    gram: Array
+    gram_noise: Array
+    micro_batches: int
+    batch_size: int
+    overhead: float = 0.0
+    status: str = MEASURED

@@ -21,6 +21,39 @@ from gradprobe.rows.layers import stacked
 if TYPE_CHECKING:
     from gradprobe.rows.header import Header
 
+# ---- statuses: why a row holds less than a measurement
+
+MEASURED = "measured"
+NONFINITE_GRADIENT = "a task's gradient is not finite"
+FIRST_CALL = "only the first of this step's calls was measured: the steps before had a single one"
+JOINED_WITHIN = "layers joined between this step's calls: what earlier ones brought there is missing"
+OVERFLOWED = "a gradient overflowed under the loss scale: the step is left out"
+NONFINITE_LOSS = "a task's loss is not finite"
+MISSING_GRADIENT = "a task does not reach a layer that it reached at first"
+"""Of files of earlier versions: such a row is measured now, over the layers that it has."""
+
+UNKNOWN_GRADIENT = (NONFINITE_GRADIENT, OVERFLOWED, NONFINITE_LOSS)
+"""In rows of such a status NaN may be a gradient that is not finite; in others it says that there is none."""
+
+_ABSENT = "absent at this step: "
+
+
+def absent(tasks: Sequence[str]) -> str:
+    """The status of a row of a step from which some tasks are absent: what they share with others is not measured.
+
+    >>> absent(["cls"])
+    'absent at this step: cls'
+    """
+    return f"{_ABSENT}{', '.join(tasks)}"
+
+
+def says_absent(status: str) -> bool:
+    """Whether a status is one of :func:`absent`."""
+    return status.startswith(_ABSENT)
+
+
+# ---- axes and fields
+
 STEP, LAYER, TASK, PAIR, EPOCH, FEATURE, SOURCE = "step", "layer", "task", "pair", "epoch", "feature", "source"
 OTHER_TASK = "other_task"
 """The second of two task axes: tools that select by name need another one for it."""
@@ -29,7 +62,7 @@ TEXT = np.dtype(object)
 """The type of a field that holds text."""
 
 
-class Batch:
+class RowBatch:
     """Rows of one table on their way into a file. A table with values that do not stand in its rows has one of its own.
 
     Args:
@@ -77,7 +110,7 @@ class Field:
         dtype: As it is stored; :data:`TEXT`: text.
         meaning: In words, with what 0 and NaN mean.
         units: Empty: none.
-        of: The values (n, ...) of a :class:`Batch`; None: the attribute of that name.
+        of: The values (n, ...) of a :class:`RowBatch`; None: the attribute of that name.
         missing: What stands for it where a file lacks it, or a value could not be stored.
         least, most: The range that is possible, ends included.
         finite: Infinity is impossible.
@@ -148,7 +181,7 @@ class Table:
     name: str
     group: str
     fields: tuple[Field, ...]
-    batch: type[Batch] = Batch
+    batch: type[RowBatch] = RowBatch
     names: tuple[str, ...] = ()
 
     @property
@@ -210,7 +243,7 @@ def sources(tasks: Sequence[str]) -> list[str]:
     return [*tasks, *EARLIER_SOURCES]
 
 
-def common(step: str) -> tuple[Field, Field, Field]:
+def common_fields(step: str) -> tuple[Field, Field, Field]:
     """Where in the training a row is. ``step``: what the step of a row is."""
     return (
         field("step", "step", "<i8", step),
@@ -223,12 +256,12 @@ MEASURED_BEFORE = "training step of the row, from 0; measured before the step's 
 WHOSE_UPDATE = "training step whose update this is, from 0"
 
 
-def overhead(of: str = "measuring") -> Field:
+def overhead_field(of: str = "measuring") -> Field:
     """What a row cost."""
     return field("overhead", "step", "<f4", f"time spent {of} this row", "s", least=0, finite=True)
 
 
-def status(zero: str, where: str = " of /status") -> Field:
+def status_field(zero: str, where: str = " of /status") -> Field:
     """The status of a row. ``zero``: what 0 says of it."""
     meaning = f"0: {zero}; else an index into the attribute status_names{where}"
     return field("status", "step", "|u1", meaning, of=lambda batch: batch.status)
@@ -239,3 +272,9 @@ COSINE: Mapping[str, Any] = {"least": -1, "most": 1}
 
 LENGTH: Mapping[str, Any] = {"least": 0, "finite": True}
 """The range of a norm."""
+
+
+def takes(sink: Any, table: Table) -> bool:
+    """Whether a sink takes the rows of a table."""
+    named = getattr(sink, "tables", ())  # of a stand-in that answers to any name, it may be anything
+    return not table.group or (isinstance(named, (tuple, list, set, frozenset)) and table.name in named)

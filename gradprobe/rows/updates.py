@@ -12,23 +12,23 @@ from numpy.typing import NDArray
 from gradprobe import measures
 from gradprobe.measures import Array
 from gradprobe.rows.layers import stacked
-from gradprobe.rows.status import MEASURED
 from gradprobe.rows.table import (
     COSINE,
     EARLIER_SOURCES,
     LENGTH,
+    MEASURED,
     SOURCE,
     WHOSE_UPDATE,
-    Batch,
+    RowBatch,
     Table,
-    common,
+    common_fields,
     field,
-    overhead,
-    status,
+    overhead_field,
+    status_field,
 )
 
 
-class Updates(Batch):
+class _Updates(RowBatch):
     """Rows on updates, by S sources: the tasks, then :data:`EARLIER_SOURCES`."""
 
     @cached_property
@@ -80,7 +80,7 @@ UPDATES = Table(
     "updates",
     "update",
     (
-        *common(WHOSE_UPDATE),
+        *common_fields(WHOSE_UPDATE),
         field(
             "joint_norm",
             "step",
@@ -174,10 +174,10 @@ UPDATES = Table(
             "loss",
             export="update_effects",
         ),
-        overhead(),
-        status("taken apart"),
+        overhead_field(),
+        status_field("taken apart"),
     ),
-    Updates,
+    _Updates,
     names=(SOURCE,),
 )
 

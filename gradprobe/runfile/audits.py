@@ -30,7 +30,7 @@ def write(path: Path, audit: Mapping[str, Any], provenance: Mapping[str, Any] | 
 
     Args:
         path: Of the file; an audit that is there is replaced.
-        audit: As :func:`gradprobe.audit.report.plain` returns it; all of it is kept as JSON besides.
+        audit: As :func:`gradprobe.audit.whole_audit.audit_as_plain` returns it; all of it is kept as JSON besides.
         provenance: Where it comes from.
 
     Raises:

@@ -82,7 +82,7 @@ class Backlog:
         self._waiting = deque(kept)
 
 
-log = logging.getLogger("gradprobe")
+_log = logging.getLogger("gradprobe")
 
 
 class Flusher:
@@ -117,7 +117,7 @@ class Flusher:
         """Whether the thread was started."""
         return self._thread is not None
 
-    def begun(self, header: Header) -> None:
+    def store_opened(self, header: Header) -> None:
         """The store has begun, or gone on."""
         self.header, self.rewound = header, None
         self._dropped_before = self._store.state.dropped
@@ -181,7 +181,7 @@ class Flusher:
             self._answer(refused=ticket)
             return False
         if self._warned:
-            log.warning("%s: recording again", self._store.path)
+            _log.warning("%s: recording again", self._store.path)
             self._warned = False
         self._answer(answered=ticket)
         with self.lock:
@@ -202,7 +202,7 @@ class Flusher:
         if not self._warned:
             what = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             again = "there is space again" if isinstance(error, OSError) else "that is over (the disk is not to blame)"
-            log.warning(
+            _log.warning(
                 "%s: cannot be written now (%s); training goes on, rows are kept in memory and written when %s",
                 self._store.path,
                 what,
@@ -265,7 +265,7 @@ class Flusher:
         """Say of values that could not be stored, and of rows that were dropped, when it happens first."""
         for place, (_, first) in self._store.state.unstored.items():
             if place not in before:
-                log.warning(
+                _log.warning(
                     "%s: %s: a value that cannot be stored is left out, and said to be missing: %s",
                     self._store.path,
                     place,
@@ -273,7 +273,7 @@ class Flusher:
                 )
         if self.backlog.dropped and not self._told_of_drops:
             self._told_of_drops = True
-            log.warning(
+            _log.warning(
                 "%s: %d rows were dropped so far: they came faster than they could be written, and more of them than "
                 "the %d MB of memory for rows that wait. Measure fewer steps (every=), or fewer layers.",
                 self._store.path,

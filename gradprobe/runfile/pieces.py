@@ -1,12 +1,12 @@
-"""The files that make up a run, each opened once and checked before it is used."""
+"""The files of a run, the main one and its parts beside it: how parts are named, and which of them count."""
 
 from __future__ import annotations
 
 import atexit
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,90 @@ import numpy as np
 from gradprobe.errors import RunFileError
 from gradprobe.rows.layers import begins_with
 from gradprobe.rows.table import lengths
-from gradprobe.runfile import parts, schema, untrusted
+from gradprobe.runfile import schema, untrusted
 from gradprobe.runfile.files import SummedFile
 from gradprobe.runfile.untrusted import RefusedError, attribute, printable
-from gradprobe.whole_files import there
+from gradprobe.whole_files import followed, there
 
-log = logging.getLogger("gradprobe")
+PartSpan = tuple[int, int]
+"""First and last number that a part stands for: (7, 7), or (1, 32) for one put together from 32."""
+
+
+def parts_folder(run: Path) -> Path:
+    """Where the parts of a run lie: beside the file itself, where ``run`` is a symbolic link to it."""
+    with suppress(OSError):  # where links lead nowhere, who opens the run says so
+        run = followed(run)
+    return run.parent / (run.name + schema.PARTS_SUFFIX)
+
+
+def part_name(span: PartSpan) -> str:
+    """The file name of a part.
+
+    >>> name((7, 7)), name((1, 32))
+    ('00000007.h5', '00000001-00000032.h5')
+    """
+    first, last = span
+    return f"{first:08d}.h5" if first == last else f"{first:08d}-{last:08d}.h5"
+
+
+def part_span(path: Path) -> PartSpan | None:
+    """What a part stands for; None for any other file.
+
+    >>> span(Path("00000001-00000032.h5")), span(Path("00000007.h5")), span(Path("x.h5"))
+    ((1, 32), (7, 7), None)
+    """
+    first, dash, last = path.stem.partition("-")
+    numbers = [first, last] if dash else [first]
+    if path.suffix != ".h5" or not all(n.isascii() and n.isdecimal() for n in numbers):
+        return None
+    return int(numbers[0]), int(numbers[-1])
+
+
+def _counting(spans: Iterable[PartSpan], merged_through: int = 0) -> list[PartSpan]:
+    """The parts whose rows are in no other: those above ``merged_through`` that no wider part contains.
+
+    A kill between putting parts together and removing them leaves both.
+
+    >>> _counting([(1, 1), (2, 2), (1, 2), (3, 3)]), _counting([(1, 2), (3, 3)], merged_through=2)
+    ([(1, 2), (3, 3)], [(3, 3)])
+    """
+    kept: list[PartSpan] = []
+    for first, last in sorted(spans, key=lambda s: (s[0], -s[1])):
+        if first > merged_through and not (kept and last <= kept[-1][1]):
+            kept.append((first, last))
+    return kept
+
+
+def parts_due(widths: Sequence[int], fan: int) -> int:
+    """How many of the last parts are to be put together now; 0: none.
+
+    Parts are put together as digits carry in a number of base ``fan``, so that there are never more than
+    ``fan`` of one width, and a row is written again no more often than that number has digits.
+
+    Args:
+        widths: How many numbers each part stands for, in order.
+        fan: How many of a width make one of the next.
+
+    >>> due([1, 1, 1], 4), due([4, 1, 1, 1, 1], 4), due([4, 4, 4, 1, 1, 1, 1], 4)
+    (0, 4, 7)
+    """
+    taken, width = 0, 1
+    while True:
+        rest = widths[: len(widths) - taken]
+        same = next((i for i, w in enumerate(reversed(rest)) if w != width), len(rest))
+        if same + (taken > 0) < fan:
+            return taken
+        taken, width = taken + same, width * fan
+
+
+def part_paths(run: Path) -> list[Path]:
+    """The parts that lie beside ``run``, in order, without those that a wider one contains."""
+    place = parts_folder(run)
+    found = [s for s in map(part_span, place.glob("*.h5")) if s is not None] if there(place) else []
+    return [place / part_name(s) for s in _counting(found)]
+
+
+_log = logging.getLogger("gradprobe")
 
 _Identity = tuple[int, int, int]
 
@@ -49,9 +127,9 @@ class Piece:
 
     def __init__(self, path: Path, *, part: bool = False, lenient: bool = False) -> None:
         self.path = path
-        self.span = span_of(path) if part else (0, 0)
+        self.span = require_span(path) if part else (0, 0)
         try:
-            self.identity = identity(path)
+            self.identity = _identity(path)
             self.raw = SummedFile(path, follow=not part, lenient=lenient)
         except FileNotFoundError:
             raise
@@ -234,15 +312,15 @@ def _texts(values: Sequence[Any]) -> Any:
     return np.array([printable(str(text)) for text in values], dtype=object)
 
 
-def span_of(part: Path) -> parts.Span:
+def require_span(part: Path) -> PartSpan:
     """First and last number that a part stands for, from its name."""
-    span = parts.span(part)
+    span = part_span(part)
     if span is None:
         raise RunFileError(f"{part}: is not named as a part of a run is (00000007.h5, or 00000001-00000032.h5).")
     return span
 
 
-def identity(path: Path) -> _Identity:
+def _identity(path: Path) -> _Identity:
     """The same for two looks at one file that was not replaced between them."""
     found = path.stat()
     return found.st_dev, found.st_ino, found.st_mtime_ns
@@ -271,19 +349,19 @@ def open_pieces(path: Path, known: Sequence[Piece] = ()) -> list[Piece]:
 
 
 def _collect(path: Path, stands: dict[_Identity, Piece], taken: list[Piece]) -> None:
-    found = parts.paths(path)  # listed first: what is merged meanwhile is in the main file then, and skipped
+    found = part_paths(path)  # listed first: what is merged meanwhile is in the main file then, and skipped
     if there(path):
         taken.append(_take(path, stands, part=False))
     elif not found:
         raise RunFileError(f"{path}: no such file.")
     merged = taken[0].merged_through if taken else 0
     for part in found:
-        if span_of(part)[0] > merged:
+        if require_span(part)[0] > merged:
             taken.append(_take(part, stands, part=True))
 
 
 def _take(path: Path, stands: dict[_Identity, Piece], *, part: bool) -> Piece:
-    return stands.get(identity(path)) or Piece(path, part=part)
+    return stands.get(_identity(path)) or Piece(path, part=part)
 
 
 def _check_same_run(pieces: list[Piece], stands: dict[_Identity, Piece]) -> None:

@@ -16,7 +16,7 @@ from gradprobe import measures
 from gradprobe.errors import RunFileError
 from gradprobe.rows import sources
 from gradprobe.rows.table import names_along
-from gradprobe.runfile import audits, estimates, frames, reaching, schema, sessions, untrusted
+from gradprobe.runfile import audits, content, frames, schema, shared_layers, untrusted
 from gradprobe.runfile.pieces import Piece, open_pieces
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from gradprobe.statistics import Estimate
 
-log = logging.getLogger("gradprobe")
+_log = logging.getLogger("gradprobe")
 
 _Names = tuple[str, ...]
 
@@ -58,7 +58,7 @@ class Run:
             self.close()
             raise
         if not self.sealed:
-            log.warning(
+            _log.warning(
                 "%s: carries no sums: another program changed it after it was recorded, so that damage to its numbers "
                 "would not be noticed",
                 self.path,
@@ -74,8 +74,8 @@ class Run:
             self.layer_size: NDArray[np.int64] = last["layer_size"][()]
             self._stored_reach: NDArray[np.bool_] = last["reach"][()].astype(bool)
         self.by_effect = all(piece.by_effect for piece in self._files)
-        self._seen: reaching.Reaching | None = None
-        self._gaps: reaching.Gaps | None = None
+        self._seen: shared_layers.ReachByEffect | None = None
+        self._gaps: shared_layers.LayerGaps | None = None
         self.provenance: dict[str, Any] = last.provenance
         self.status_names: _Names = last.status_names
         self.end: str = last.end
@@ -104,21 +104,21 @@ class Run:
     # ---- who reaches what
 
     @property
-    def seen(self) -> reaching.Reaching:
+    def seen(self) -> shared_layers.ReachByEffect:
         """Who reaches what, and from which row on: the first rows are read for it."""
         if self._seen is None:
-            self._seen = reaching.look(self._norms(), self._stored_reach)
+            self._seen = shared_layers.first_seen(self._norms(), self._stored_reach)
         return self._seen
 
     @property
-    def gaps(self) -> reaching.Gaps:
+    def gaps(self) -> shared_layers.LayerGaps:
         """What rows lack: all norms are read for it."""
         if self._gaps is None:
-            self._gaps = reaching.gaps(self._norms(), self.seen.first, self["status"])
+            self._gaps = shared_layers.find_gaps(self._norms(), self.seen.first, self["status"])
         return self._gaps
 
-    def _norms(self) -> reaching.Norms:
-        return reaching.norms_of(self.pieces(schema.ROWS), len(self.layers))
+    def _norms(self) -> shared_layers.NormBlocks:
+        return shared_layers.norms_of(self.pieces(schema.ROWS), len(self.layers))
 
     @property
     def reach(self) -> NDArray[np.bool_]:
@@ -162,9 +162,9 @@ class Run:
         norms, status = (self.read(table.path(name), stride=stride) for name in ("grad_norm", "status"))
         if table is not schema.ROWS:
             seen = np.broadcast_to(self.reach, norms.shape)
-            return reaching.counts_of(seen, self.status_names, norms, status)
+            return shared_layers.counts_of(seen, self.status_names, norms, status)
         place = self.places(np.arange(len(norms)) * stride)
-        return reaching.counts(self.seen, self.status_names, place, norms, status)
+        return shared_layers.counts_at(self.seen, self.status_names, place, norms, status)
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where rows are in the file."""
@@ -190,14 +190,14 @@ class Run:
         return max(piece.identity[2] for piece in self._files) * 1e-9
 
     @property
-    def sessions(self) -> list[sessions.Session]:
-        """How often the run was gone on with: see :mod:`gradprobe.runfile.sessions`.
+    def sessions(self) -> list[content.Session]:
+        """How often the run was gone on with: see :mod:`gradprobe.runfile.content`.
 
         Raises:
             RunFileError: The file says it otherwise than docs/run-file.md.
         """
         try:
-            return sessions.load(self.provenance.get("sessions", []))
+            return content.load_sessions(self.provenance.get("sessions", []))
         except ValueError as error:
             raise RunFileError(f"{self.path}: {error}.") from error
 
@@ -275,17 +275,23 @@ class Run:
         """Some rows of a file, whose first row is at ``place`` of the table."""
         found: NDArray[Any] = piece.column(table, field, rows, layers, among=len(self.layers))
         if not self.by_effect and field.name == "status":
-            return reaching.mended_status(self.status_names, table, found)
-        if self.by_effect or table not in reaching.SUMS or field.name not in reaching.SUMS[table][2:]:
+            return shared_layers.mended_status(self.status_names, table, found)
+        if (
+            self.by_effect
+            or table not in shared_layers.SHARED_SUMS
+            or field.name not in shared_layers.SHARED_SUMS[table][2:]
+        ):
             return found
-        needed = [table[name] for name in (*reaching.SUMS[table], "status")]
+        needed = [table[name] for name in (*shared_layers.SHARED_SUMS[table], "status")]
         wanted = np.arange(piece.count(table))[rows]
-        changed = wanted[: np.searchsorted(place + wanted, reaching.settled(self.seen, self.status_names, table))]
+        changed = wanted[
+            : np.searchsorted(place + wanted, shared_layers.first_settled(self.seen, self.status_names, table))
+        ]
         for begin in range(0, len(changed), schema.CHUNK_ROWS):
             some = changed[begin : begin + schema.CHUNK_ROWS]
             here = slice(int(some[0]), int(some[-1]) + 1, rows.step)
             block = {f.name: piece.column(table, f, here, among=len(self.layers)) for f in needed}
-            better = reaching.mended(self.seen, self.status_names, table, block, place + some)
+            better = shared_layers.mended_rows(self.seen, self.status_names, table, block, place + some)
             found[begin : begin + schema.CHUNK_ROWS] = better[field.name]
         return found
 
@@ -319,7 +325,7 @@ class Run:
                     block = {f.name: piece.column(table, f, here, among=len(self.layers)) for f in fields}
                 if not self.by_effect:
                     place = done + np.arange(start, stop, stride)
-                    block = reaching.mended(self.seen, self.status_names, table, block, place)
+                    block = shared_layers.mended_rows(self.seen, self.status_names, table, block, place)
                 yield block
             done += max(length, 0)
 
@@ -377,7 +383,7 @@ class Run:
 
         Source: docs/run-file.md, and :func:`gradprobe.statistics.pooled`.
         """
-        return estimates.estimate(self, group, window, source)
+        return shared_layers.pooled_estimate(self, group, window, source)
 
     def layer_indices(self, group: str | Sequence[str] | None = None) -> NDArray[np.intp]:
         """Which layers belong to a group.

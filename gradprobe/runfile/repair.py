@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.rows import FeatureHeader, Header, TestClusters
-from gradprobe.runfile import audits, content, live, parts, schema
-from gradprobe.runfile.check import BLOCK, DAMAGED, NOTE, CheckReport, open_readable
+from gradprobe.runfile import audits, content, lock, schema
 from gradprobe.runfile.files import write_whole
-from gradprobe.runfile.pieces import Piece
+from gradprobe.runfile.integrity import BLOCK, DAMAGED, NOTE, CheckReport, open_readable
+from gradprobe.runfile.pieces import Piece, parts_folder
 from gradprobe.whole_files import Disk, target, telling
 
 _Box = tuple[slice, ...]
@@ -111,9 +111,9 @@ def repair(path: Path, out: Path) -> CheckReport:
         UsageError: ``out`` exists, or the run is being recorded.
         RunFileError: Nothing can be read, or ``out`` cannot be written.
     """
-    if os.path.lexists(out) or os.path.lexists(parts.folder(out)):
+    if os.path.lexists(out) or os.path.lexists(parts_folder(out)):
         raise UsageError(f"{out} exists, or parts of it do; choose another place with --repair.")
-    if live.being_recorded(path):
+    if lock.being_recorded(path):
         raise UsageError(f"{path} is being recorded; repair it when that has ended.")
     report = CheckReport()
     pieces = open_readable(path, report, lenient=True)

@@ -61,7 +61,7 @@ def _words(value: object) -> str:
         return f"{type(value).__name__} without text ({type(error).__name__})"
 
 
-def names(given: Sequence[object], paired: bool = False) -> tuple[str, ...]:
+def _names(given: Sequence[object], paired: bool = False) -> tuple[str, ...]:
     """Names along an axis, as a reader takes them: printable, not empty, not too long, none twice.
 
     Args:
@@ -104,8 +104,8 @@ def header(given: Header) -> Header:
         raise ValueError(f"{len(given.tasks):,} tasks have {pairs:,} pairs; a run file holds {MAX_NAMES:,}.")
     found = given.features
     if found is not None:
-        found = FeatureHeader(names(found.tasks), names(found.features), found.feature_size)
-    kept = replace(given, tasks=names(given.tasks, paired=True), layers=names(given.layers), features=found)
+        found = FeatureHeader(_names(found.tasks), _names(found.features), found.feature_size)
+    kept = replace(given, tasks=_names(given.tasks, paired=True), layers=_names(given.layers), features=found)
     if any("|" in task for task in kept.tasks) and len(set(names_along(PAIR, kept))) < pairs:
         raise ValueError(f"of the tasks {list(kept.tasks)[:6]} two pairs have one name; leave '|' out of theirs.")
     return kept
@@ -129,7 +129,7 @@ def clusters(given: TestClusters) -> TestClusters:
     )
     if odd or (size < 1).any() or any(not isinstance(value, float) for value in wrong.values()):
         raise ValueError("a cluster without images, or sizes or values that are no numbers.")
-    return replace(given, clusters=names(given.clusters), metrics=names(given.metrics), size=size, without=without)
+    return replace(given, clusters=_names(given.clusters), metrics=_names(given.metrics), size=size, without=without)
 
 
 # ---- provenance

@@ -26,13 +26,14 @@ import numpy as np
 from gradprobe.errors import RunFileError
 from gradprobe.rows import FeatureHeader, Header
 from gradprobe.rows.layers import begins_with
-from gradprobe.runfile import content, parts, schema, sessions, storable
+from gradprobe.runfile import content, schema, storable
 from gradprobe.runfile.files import write_whole
-from gradprobe.runfile.live import Lock
+from gradprobe.runfile.lock import Lock
+from gradprobe.runfile.pieces import PartSpan, part_name, part_paths, part_span, parts_due, parts_folder
 from gradprobe.runfile.reader import Run
 from gradprobe.whole_files import Disk, replacing
 
-log = logging.getLogger("gradprobe")
+_log = logging.getLogger("gradprobe")
 
 _TIDY_AGAIN = 60.0
 """Seconds until parts are put together again where the disk had no room for that."""
@@ -40,7 +41,7 @@ _TIDY_AGAIN = 60.0
 
 @dataclass(frozen=True)
 class _Part:
-    span: parts.Span
+    span: PartSpan
     rows: int  # of all tables together
 
 
@@ -54,12 +55,12 @@ class Store:
     """
 
     def __init__(self, path: Path, disk: Disk, fan: int) -> None:
-        self.path, self.folder, self._disk, self._fan = path, parts.folder(path), disk, fan
+        self.path, self.folder, self._disk, self._fan = path, parts_folder(path), disk, fan
         self.lock: Lock | None = None
         self._held = -1  # a descriptor of the main file as we wrote it last, whatever becomes of its name
         self._lost = 0  # rows of parts that were removed by somebody else
         self.state = content.State()
-        self.sessions: list[sessions.Session] = [sessions.session()]
+        self.sessions: list[content.Session] = [content.new_session()]
         self._parts: list[_Part] = []
         self._number = self._merged_rows = 0
         self._tidy_at = 0.0
@@ -72,7 +73,7 @@ class Store:
         self._write_main(header, {}, {}, self.state)
         self._remove_parts()
 
-    def go_on(self, header: Header, step: int, epoch: int) -> tuple[Header, dict[int, dict[str, float]]]:
+    def resume(self, header: Header, step: int, epoch: int) -> tuple[Header, dict[int, dict[str, float]]]:
         """Cut what was recorded from ``step`` on, in one rename, and go on behind the rest.
 
         Args:
@@ -87,7 +88,7 @@ class Store:
             header = _same_layers(self.path, header, old, any(old["step"] < step))
             if old.unknown:
                 what = ", ".join(old.unknown)
-                log.warning("%s: what this version does not know is left out from here on: %s", self.path, what)
+                _log.warning("%s: what this version does not know is left out from here on: %s", self.path, what)
             header = replace(header, features=_kept_features(old, step), held=_held(old, step))
             kept = {e: v for e, v in old.epochs_by_number().items() if e <= epoch}
             self._number = self.state.merged_through = old.last_part
@@ -96,8 +97,8 @@ class Store:
             self.state.remember(old.provenance)
             flat = storable.provenance(header.provenance)
             before = {k: v for k, v in old.provenance.items() if k != "sessions"}
-            self.sessions = sessions.resumed(old.sessions, old.end, before, flat, step)
-            files = [p for p in (self.path, *parts.paths(self.path)) if p.exists()]
+            self.sessions = content.resumed_sessions(old.sessions, old.end, before, flat, step)
+            files = [p for p in (self.path, *part_paths(self.path)) if p.exists()]
             files = [p for p in files if p == self.path or _above(p, _merged_through(self.path))]
             self._cut(header, kept, step, files, None if old.by_effect else old)
         return header, kept
@@ -116,7 +117,7 @@ class Store:
         """
         number = self._number + 1
         stretches = {group: content.Stretch(len(block[schema.STEP]), [block]) for group, block in rows.items()}
-        self._write(self.folder / parts.name((number, number)), header, epochs, self.state, stretches)
+        self._write(self.folder / part_name((number, number)), header, epochs, self.state, stretches)
         self._number = number
         self._parts.append(_Part((number, number), _count(stretches)))
 
@@ -124,7 +125,7 @@ class Store:
         """Put parts together if there are many; where there is no room for that, they stay as they are."""
         if time.monotonic() < self._tidy_at:
             return
-        taken = parts.due([last - first + 1 for first, last in (p.span for p in self._parts)], self._fan)
+        taken = parts_due([last - first + 1 for first, last in (p.span for p in self._parts)], self._fan)
         if not taken or self._miss():
             return
         try:
@@ -162,10 +163,10 @@ class Store:
     def _compact(self, header: Header, epochs: content.Epochs, taken: int) -> None:
         """Put the last ``taken`` parts into one."""
         last = self._parts[-taken:]
-        files = [self.folder / parts.name(p.span) for p in last]
+        files = [self.folder / part_name(p.span) for p in last]
         self._check_room(files)
         one = _Part((last[0].span[0], last[-1].span[1]), sum(p.rows for p in last))
-        self._write(self.folder / parts.name(one.span), header, epochs, self.state, _stored(files, header))
+        self._write(self.folder / part_name(one.span), header, epochs, self.state, _stored(files, header))
         self._parts[-taken:] = [one]
         for file in files:
             self._disk.unlink(file)
@@ -177,7 +178,7 @@ class Store:
         try:
             self.merge(header, epochs)
         except OSError as error:
-            log.warning(
+            _log.warning(
                 "%s: complete, but in pieces: its rows stay in %s/ beside it, as they could not be put together "
                 "(%s). Every command reads it as it is; keep the folder with the file.",
                 self.path,
@@ -191,7 +192,7 @@ class Store:
             with suppress(IsADirectoryError, PermissionError):  # a folder is not of our making
                 self._disk.unlink(stray)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Nothing more comes. Remove the folder of parts, unless there are some."""
         if self._held >= 0:
             os.close(self._held)
@@ -224,9 +225,9 @@ class Store:
             names = (self.path.with_name(f"{self.path.name}.other-{n}") for n in itertools.count(1))
             aside = next(name for name in names if not os.path.lexists(name))
             self.path.rename(aside)
-            log.warning("%s: was replaced while it was recorded; what was put there is %s now", self.path, aside.name)
+            _log.warning("%s: was replaced while it was recorded; what was put there is %s now", self.path, aside.name)
         else:
-            log.warning("%s: was removed while it was recorded, and is written anew", self.path)
+            _log.warning("%s: was removed while it was recorded, and is written anew", self.path)
         with (
             replacing(self.path, self._disk, self.folder) as descriptor,
             open(descriptor, "wb", closefd=False) as new,
@@ -247,13 +248,13 @@ class Store:
 
     def _miss(self) -> bool:
         """Whether parts were removed by somebody else; their rows are counted as dropped, and it is said."""
-        gone = [p for p in self._parts if not (self.folder / parts.name(p.span)).exists()]
+        gone = [p for p in self._parts if not (self.folder / part_name(p.span)).exists()]
         if not gone:
             return False
         self._parts = [p for p in self._parts if p not in gone]
         rows = sum(p.rows for p in gone)
         self._lost += rows
-        log.warning(
+        _log.warning(
             "%s: %d rows are lost: they were in %s/, from which somebody removed them while it was recorded. Recording "
             "goes on; leave that folder alone until the recording ends.",
             self.path,
@@ -270,28 +271,28 @@ class Store:
         state: content.State,
         rows: content.Content,
     ) -> None:
-        provenance = {**header.provenance, "sessions": sessions.dump(self._sessions(state.end))}
+        provenance = {**header.provenance, "sessions": content.dump_sessions(self._sessions(state.end))}
         described = replace(header, provenance=provenance)
         self._own()
         state = replace(state, dropped=state.dropped + self._lost)
         write_whole(path, lambda file: content.fill(file, described, state, rows, epochs), self._disk, self.folder)
 
-    def _sessions(self, end: str) -> list[sessions.Session]:
+    def _sessions(self, end: str) -> list[content.Session]:
         return [*self.sessions[:-1], {**self.sessions[-1], "end": end}]
 
     def _files(self) -> list[Path]:
         self._own()
         self._miss()
         main = [self.path] if self._merged_rows else []
-        return [*main, *(self.folder / parts.name(p.span) for p in self._parts)]
+        return [*main, *(self.folder / part_name(p.span) for p in self._parts)]
 
-    def _spans(self) -> list[parts.Span]:
-        return [s for s in map(parts.span, self.folder.glob("*.h5")) if s is not None]
+    def _spans(self) -> list[PartSpan]:
+        return [s for s in map(part_span, self.folder.glob("*.h5")) if s is not None]
 
     def _remove_parts(self) -> None:
         # In order: a reader that listed some of them then misses the first, and looks again.
         for span in sorted(self._spans()):
-            self._disk.unlink(self.folder / parts.name(span))
+            self._disk.unlink(self.folder / part_name(span))
 
     def _check_room(self, files: Sequence[Path]) -> None:
         """Do not fill the disk to find out that it is full."""
@@ -399,7 +400,7 @@ def _merged_through(path: Path) -> int:
 
 
 def _above(part: Path, merged_through: int) -> bool:
-    span = parts.span(part)
+    span = part_span(part)
     return span is not None and span[0] > merged_through
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.runfile import schema
-from gradprobe.runfile.reaching import Gaps, Reaching
 from gradprobe.runfile.reader import Run
+from gradprobe.runfile.shared_layers import LayerGaps, ReachByEffect
 
 ROWS = 10_000
 """A run of up to so many rows is seen whole."""
@@ -18,7 +18,7 @@ ROWS = 10_000
 _BYTES = 64 << 20
 """Of gradient norms and cosines; where rows are large, fewer of them are looked at."""
 
-FEWEST = 1000
+_FEWEST_ROWS = 1000
 
 
 class ThinRun(Run):
@@ -47,12 +47,12 @@ class ThinRun(Run):
         return values[start::stride][:, layers] if schema.LAYER in found[1].axes else values[start::stride]
 
     @property
-    def seen(self) -> Reaching:
+    def seen(self) -> ReachByEffect:
         """Who reaches what in the whole run."""
         return self.whole.seen
 
     @property
-    def gaps(self) -> Gaps:
+    def gaps(self) -> LayerGaps:
         """What all rows of the run lack."""
         return self.whole.gaps
 
@@ -91,7 +91,7 @@ def thin(run: Run) -> ThinRun:
         return run
     tasks = len(run.tasks)
     row = 4 * max(len(run.layers), 1) * (tasks + tasks * (tasks - 1) // 2)
-    limit = int(np.clip(_BYTES // max(row, 1), FEWEST, ROWS))
+    limit = int(np.clip(_BYTES // max(row, 1), _FEWEST_ROWS, ROWS))
     return ThinRun(run, max(1, -(-len(run) // limit)))
 
 

@@ -24,13 +24,14 @@ from gradprobe.errors import RunFileError, tell
 from gradprobe.rows import TABLE_NAMES, AnyRow, Header, TestClusters
 from gradprobe.rows.layers import moved
 from gradprobe.rows.limits import MAX_METRICS
-from gradprobe.runfile import content, parts, schema, storable
+from gradprobe.runfile import content, schema, storable
 from gradprobe.runfile.flusher import Flusher
-from gradprobe.runfile.live import Lock, acquire
+from gradprobe.runfile.lock import Lock, acquire
+from gradprobe.runfile.pieces import part_paths
 from gradprobe.runfile.store import Store
 from gradprobe.whole_files import Disk, target, telling
 
-log = logging.getLogger("gradprobe")
+_log = logging.getLogger("gradprobe")
 
 
 class RunWriter:
@@ -128,7 +129,7 @@ class RunWriter:
             if not storable.is_step(row.step):  # without one it is no row
                 if not self._flusher.stepless:
                     step = storable.shown(row.step)
-                    log.warning("%s: a row is dropped, as every other of the kind: its step is %s", self.path, step)
+                    _log.warning("%s: a row is dropped, as every other of the kind: its step is %s", self.path, step)
                 self._flusher.stepless += 1
                 return
             known = self._flusher.header
@@ -193,7 +194,7 @@ class RunWriter:
         if self._foreign():
             return
         if wrong:
-            log.warning("%s: epoch %d: no number, stored as NaN: %s", self.path, epoch, storable.joined(wrong))
+            _log.warning("%s: epoch %d: no number, stored as NaN: %s", self.path, epoch, storable.joined(wrong))
         with self._flusher.lock:
             known = {name for each in self._flusher.epochs.values() for name in each}
             if len(known.union(named)) > MAX_METRICS:
@@ -302,7 +303,7 @@ class RunWriter:
         with telling(self.path):
             self._store.lock = lock = acquire(self.path, self._store.folder, self._disk)
         if self._exists() and not may_exist:
-            self._store.let_go()
+            self._store.release()
             lock.release()
             raise self._there()
         self._store.sweep()
@@ -315,7 +316,7 @@ class RunWriter:
         )
 
     def _exists(self) -> bool:
-        return self.path.exists() or bool(parts.paths(self.path))
+        return self.path.exists() or bool(part_paths(self.path))
 
     def _begin(self, header: Header) -> None:
         if self._resume and self._exists():
@@ -324,7 +325,7 @@ class RunWriter:
                     f"{self.path}: to go on with this run, the probe must know from which step: call "
                     "probe.load_state_dict(state) before the first step, or replace the run with overwrite=True."
                 )
-            header, kept = self._store.go_on(header, *self._flusher.rewound)
+            header, kept = self._store.resume(header, *self._flusher.rewound)
             self._flusher.epochs = {
                 e: {**kept.get(e, {}), **self._flusher.epochs.get(e, {})} for e in {*kept, *self._flusher.epochs}
             }
@@ -337,7 +338,7 @@ class RunWriter:
             raise self._there()
         else:
             self._store.begin(header)
-        self._flusher.begun(header)
+        self._flusher.store_opened(header)
 
     def _adopt(self) -> None:
         """Closed before anything was measured in this session: the run that is there ends all the same."""
@@ -347,7 +348,7 @@ class RunWriter:
         try:
             self._begin(nothing)
         except (OSError, RunFileError) as error:
-            log.warning("%s: stays as it was (%s)", self.path, error)
+            _log.warning("%s: stays as it was (%s)", self.path, error)
 
     # ---- the end
 
@@ -355,7 +356,7 @@ class RunWriter:
         """Let go of the run, and of the folder if nothing is in it."""
         self._flusher.closing = True
         _open.discard(self)
-        self._store.let_go()
+        self._store.release()
         self._lock.release()
 
     def _foreign(self) -> bool:
@@ -373,4 +374,4 @@ def _close_what_is_open() -> None:
         try:
             writer.close("failed: the program ended without closing it")
         except Exception as error:
-            log.warning("%s", error)
+            _log.warning("%s", error)

@@ -1,4 +1,4 @@
-"""The numbers of a row that a logger of scalars gets."""
+"""The numbers of a row that a logger of scalars gets, and what the sinks of scalars have in common."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from gradprobe import measures
 from gradprobe.measures import Array
-from gradprobe.rows import FeatureRow, Header, Row
+from gradprobe.rows import FEATURES, FeatureRow, Header, Provenance, Row
 
 GROUPS = ("loss", "weight", "shared_grad_norm", "shared_cosine", "feature_grad_norm", "feature_cosine")
 """What the names of a row's scalars begin with."""
@@ -48,3 +48,21 @@ def _of_features(header: Header, row: FeatureRow) -> dict[str, float]:
 
 def _named(group: str, names: Iterable[str], values: Array) -> dict[str, float]:
     return {f"{group}/{name}": float(value) for name, value in zip(names, values, strict=True)}
+
+
+class ScalarSink:
+    """A sink that knows the header of the rows to come."""
+
+    tables = (FEATURES.name,)
+    _header: Header
+
+    def start(self, header: Header) -> None:
+        """Rows follow."""
+        self._header = header
+
+    def grow(self, header: Header) -> None:
+        """Rows of more layers, or of features, follow."""
+        self._header = header
+
+    def annotate(self, values: Provenance) -> None:
+        """Not handed on: what a run file says of data and machine stays there."""

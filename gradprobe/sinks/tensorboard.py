@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from gradprobe.errors import MissingExtraError
-from gradprobe.rows import FEATURES, FeatureRow, Header, Provenance, Row
-from gradprobe.sinks.scalars import scalars
+from gradprobe.rows import FeatureRow, Row
+from gradprobe.sinks.scalars import ScalarSink, scalars
 
 _PREFIX = "gradprobe"
 
 
-class TensorBoardSink:
+class TensorBoardSink(ScalarSink):
     """Puts every row into TensorBoard under ``gradprobe/``, at its training step; metrics at their epoch.
 
     >>> attach(model, tasks, "conflict.h5", sinks=[TensorBoardSink("runs/1")])  # doctest: +SKIP
@@ -25,32 +25,17 @@ class TensorBoardSink:
         MissingExtraError: The package tensorboard is not installed.
     """
 
-    tables = (FEATURES.name,)
-
     def __init__(self, to: str | Path | Any) -> None:
         self._ours = isinstance(to, str | Path)
         self._writer: Any = _summary_writer(to) if isinstance(to, str | Path) else to
-        self._header: Header | None = None
-
-    def start(self, header: Header) -> None:
-        """Rows follow."""
-        self._header = header
-
-    def grow(self, header: Header) -> None:
-        """Rows of more layers, or of features, follow."""
-        self._header = header
 
     def write(self, row: Row | FeatureRow) -> None:
         """Queue the row's scalars; a thread of TensorBoard's writes them."""
-        assert self._header is not None
         self._add(scalars(self._header, row), row.step)
 
     def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Queue metrics."""
         self._add({f"epoch/{name}": value for name, value in values.items()}, epoch)
-
-    def annotate(self, values: Provenance) -> None:
-        """Not shown: it is in the run file."""
 
     def flush(self) -> bool:
         """Write what is queued."""

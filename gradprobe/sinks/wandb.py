@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradprobe.errors import MissingExtraError
-from gradprobe.rows import FEATURES, FeatureRow, Header, Provenance, Row
-from gradprobe.sinks.scalars import GROUPS, scalars
+from gradprobe.rows import FeatureRow, Row
+from gradprobe.sinks.scalars import GROUPS, ScalarSink, scalars
 
 _PREFIX = "gradprobe"
 
 
-class WandbSink:
+class WandbSink(ScalarSink):
     """Logs every row under ``gradprobe/``, over ``gradprobe/step``; metrics over ``gradprobe/epoch``.
 
     These axes are the sink's own, so that a run which logs other things at other steps takes it beside them.
@@ -27,36 +27,21 @@ class WandbSink:
         MissingExtraError: The package wandb is not installed.
     """
 
-    tables = (FEATURES.name,)
-
     def __init__(self, run: Any = None, **init: Any) -> None:
         self._ours = run is None
         self._run = _begin(init) if run is None else run
-        self._header: Header | None = None
         for axis, groups in (("step", GROUPS), ("epoch", ("epoch",))):
             self._run.define_metric(f"{_PREFIX}/{axis}", hidden=True)
             for group in groups:  # one by one: PREFIX/* would draw the metrics of epochs over steps, too
                 self._run.define_metric(f"{_PREFIX}/{group}/*", step_metric=f"{_PREFIX}/{axis}")
 
-    def start(self, header: Header) -> None:
-        """Rows follow."""
-        self._header = header
-
-    def grow(self, header: Header) -> None:
-        """Rows of more layers, or of features, follow."""
-        self._header = header
-
     def write(self, row: Row | FeatureRow) -> None:
         """Hand the row's scalars to wandb, which sends them in the background."""
-        assert self._header is not None
         self._log("step", row.step, scalars(self._header, row), "")
 
     def write_epoch(self, epoch: int, values: Mapping[str, float]) -> None:
         """Hand on metrics."""
         self._log("epoch", epoch, values, "epoch/")
-
-    def annotate(self, values: Provenance) -> None:
-        """Not sent: what a run file says of data and machine stays here."""
 
     def flush(self) -> bool:
         """Nothing to wait for: wandb keeps on disk what it was given until it is sent."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradprobe.errors import RunFileError
-from gradprobe.runfile import Run, live, storable
+from gradprobe.runfile import Run, lock, storable
 from gradprobe.runfile.untrusted import printable
 from gradprobe.study.arms import Planned
 from gradprobe.trainers.paths import Paths
@@ -50,11 +50,11 @@ class Folder:
 
     def state(self, planned: Planned) -> str:
         """How far a run is, see :func:`state`; a process that has only begun to start locks no more than its log."""
-        return RECORDING if live.holders(self.log(planned)) else state(self.run(planned))
+        return RECORDING if lock.holders(self.log(planned)) else state(self.run(planned))
 
     def recorders(self, planned: Planned) -> list[int]:
         """The processes that record a run, as far as the system tells."""
-        return live.holders(live.lock_path(self.run(planned))) or live.holders(self.log(planned)) or []
+        return lock.holders(lock.lock_path(self.run(planned))) or lock.holders(self.log(planned)) or []
 
 
 def state(path: Path) -> str:
@@ -63,7 +63,7 @@ def state(path: Path) -> str:
     ``absent``; ``recording`` (another process is at it); ``finished``; ``resumable`` (it stopped, and can be gone on
     with); ``begun`` (it stopped, and has to be recorded anew); ``unreadable`` (it may be anything, and is left alone).
     """
-    if live.being_recorded(path):
+    if lock.being_recorded(path):
         return RECORDING
     if not path.exists():
         return ABSENT

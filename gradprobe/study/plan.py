@@ -15,7 +15,7 @@ from gradprobe.errors import GradprobeError, UsageError
 from gradprobe.measures import first_settled_step
 from gradprobe.study.arms import Arm
 from gradprobe.trainers.problems import is_own, kind_of
-from gradprobe.trainers.problems.dial_spec import parse
+from gradprobe.trainers.problems.dial_spec import parse_dial
 from gradprobe.trainers.settings import Settings, as_provenance
 
 try:
@@ -278,12 +278,12 @@ def _images(settings: Settings) -> int | None:
     if is_own(settings.data):
         return None
     if kind_of(settings.data).name == "dial":
-        return parse(settings.data).size
+        return parse_dial(settings.data).size
     if settings.data == "phantom":
         from gradprobe.trainers.data.phantom import N_TRAIN
 
         return N_TRAIN
-    from gradprobe.trainers.data.config import read_config
+    from gradprobe.trainers.data.data_yaml import read_config
     from gradprobe.trainers.data.splits import list_split
 
     try:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.runfile import Run, live
+from gradprobe.runfile import Run, lock
 from gradprobe.summary.numbers import conflict_rate, median
 
 WINDOW = 256
@@ -22,23 +22,23 @@ def latest(run: Run, window: int = WINDOW) -> dict[str, Any]:
         window: Rows over which medians and the stochastic conflict rate go.
 
     Returns:
-        ``state`` (:func:`gradprobe.runfile.live.state`), ``rows``, ``step``, ``epoch``, ``age_seconds`` (since the
-        last row reached the disk), ``window_rows``, per task ``loss``, ``weight`` and ``grad_norm`` of the last row
-        and their last values, per pair the ``cosine`` over all shared layers, its median and the stochastic conflict
-        rate over the window, and the metrics of the last epoch. Each is a reading of single minibatches.
+        ``state`` (:func:`gradprobe.runfile.lock.recording_state`), ``rows``, ``step``, ``epoch``, ``age_seconds``
+        (since the last row reached the disk), ``window_rows``, per task ``loss``, ``weight`` and ``grad_norm`` of the
+        last row and their last values, per pair the ``cosine`` over all shared layers, its median and the stochastic
+        conflict rate over the window, and the metrics of the last epoch. Each is a reading of single minibatches.
     """
     names = ("step", "epoch", "loss", "weight", "shared_grad_norm", "shared_cosine")
     tail = {name: run.read(name, start=-window) for name in names}
     rows = len(tail["step"])
     return {
         "file": run.path.name,
-        "state": live.state(run),
+        "state": lock.recording_state(run),
         "end": run.end,
         "rows": len(run),
         "rows_dropped": run.rows_dropped,
         "step": int(tail["step"][-1]) if rows else None,
         "epoch": int(tail["epoch"][-1]) if rows else None,
-        "age_seconds": round(live.age(run), 1),
+        "age_seconds": round(lock.seconds_unchanged(run), 1),
         "window_rows": rows,
         "tasks": {
             task: {

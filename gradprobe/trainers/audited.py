@@ -13,45 +13,45 @@ from torch import Tensor
 
 from gradprobe.audit import Experiment, Trace
 from gradprobe.errors import UsageError
-from gradprobe.trainers import checkpoint, loop, registry
-from gradprobe.trainers.balancer import Balancer, Setup
-from gradprobe.trainers.build import check_device, make_balancer
-from gradprobe.trainers.engine import make_engine
+from gradprobe.trainers import checkpoint, loop
+from gradprobe.trainers.balancer import Balancer, Setup, find_balancer, make_balancer
+from gradprobe.trainers.engine import check_device, make_engine
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.joint import Joint
 from gradprobe.trainers.optim import make_optimizer, make_schedule
-from gradprobe.trainers.problems import Data, Scores, problem_of
+from gradprobe.trainers.paths import Paths
+from gradprobe.trainers.problems import Data, SampleScores, problem_of
 from gradprobe.trainers.settings import Settings
 
 _EVALUATED_BATCHES = 2
 
-REFUSED = {
+NOT_AUDITABLE = {
     "single": "trains one task alone, which is `joint` with weight 0 for the other: gradprobe audit --trainer joint",
 }
 """Trainers of which there is nothing to audit, and why."""
 
 
-def factory(settings: Settings, data: Data, hyp: DetectionHyp | None = None) -> Callable[[], Experiment]:
+def experiment_factory(settings: Settings, data: Data, hyp: DetectionHyp | None = None) -> Callable[[], Experiment]:
     """Makes the training that ``gradprobe record`` makes with these settings, without a probe and a file.
 
     Raises:
         UsageError: As :func:`gradprobe.trainers.build.build`; or this trainer cannot be audited, and why.
     """
-    check(settings.trainer)
+    check_auditable(settings.trainer)
     return lambda: _Audited(settings, data, hyp or DetectionHyp()).experiment()
 
 
-def check(trainer: str | None) -> None:
+def check_auditable(trainer: str | None) -> None:
     """Whether there is something to audit.
 
     Raises:
         UsageError: There is not, and why.
     """
-    if trainer in REFUSED:
-        raise UsageError(f"--trainer {trainer}: {REFUSED[trainer]}.")
+    if trainer in NOT_AUDITABLE:
+        raise UsageError(f"--trainer {trainer}: {NOT_AUDITABLE[trainer]}.")
 
 
-class _Present:
+class _PresentTasks:
     """The model, of which only some tasks have a loss."""
 
     def __init__(self, model: Any, tasks: Sequence[str]) -> None:
@@ -95,7 +95,7 @@ class _TracedBackward:
         self.trace.losses(losses)
 
 
-class Silent:
+class _NoWatcher:
     """Watches nothing."""
 
     def stepped(self, epoch: int, step: int, losses: Mapping[str, float]) -> None:
@@ -107,7 +107,7 @@ class _Audited:
         self._settings, self._device = settings, check_device(settings.device)
         self._problem = problem_of(settings)
         self._tasks = self._problem.kind.tasks
-        self._kind = registry.find(settings.trainer)
+        self._kind = find_balancer(settings.trainer)
         reference = self._problem.build_model(settings, data, hyp).to(self._device)
         if settings.weights:
             checkpoint.load_weights(reference, settings.weights, str(self._device))
@@ -142,27 +142,27 @@ class _Audited:
 
     def _step(self, trace: Trace, batch: Any, weights: Mapping[str, float]) -> None:
         if self._training is None:
-            self._training = self._begun(weights)
+            self._training = self._training_of(weights)
         self._probe.trace = trace
         loop.train_step(self._training, batch.to(self._device))
 
-    def _begun(self, weights: Mapping[str, float]) -> loop.Training:
+    def _training_of(self, weights: Mapping[str, float]) -> loop.Training:
         """The loop's own record; what a step does not touch is left out."""
         return loop.Training(
             settings=self._settings,
             problem=self._problem,
-            model=cast(Any, _Present(self._model, tuple(weights))),
+            model=cast(Any, _PresentTasks(self._model, tuple(weights))),
             engine=self._engine,
             optimizer=self._optimizer,
             schedule=self._schedule,
-            balancer=balancer(self._kind, self._settings, self._model, weights, len(self._loader)),
+            balancer=_balancer_of_present(self._kind, self._settings, self._model, weights, len(self._loader)),
             probe=cast(Any, self._probe),
             train_loader=self._loader,
             whole_loader=self._loader,
             val_loader=self._val,
             test_loader=None,
-            paths=checkpoint.Paths(Path()),
-            watcher=cast(Any, Silent()),
+            paths=Paths(Path()),
+            watcher=cast(Any, _NoWatcher()),
         )
 
     def _evaluate(self, tasks: Sequence[str]) -> dict[str, float]:
@@ -176,12 +176,12 @@ class _Audited:
                 total[task] += float(losses[task]) / len(batches)
         if self._model.training:
             return total
-        scores: Scores = self._problem.score(self._model, batches, device=self._device)
+        scores: SampleScores = self._problem.score(self._model, batches, device=self._device)
         found, main = scores.metrics(), self._problem.kind.main()
         return total | {f"{task}/{name}": found[name] for task in tasks for name in main[task]}
 
 
-def balancer(
+def _balancer_of_present(
     kind: type[Balancer],
     settings: Settings,
     model: Any,
@@ -210,6 +210,6 @@ def balancer(
     return make_balancer(kind, model, Setup(present, tuple(weights), steps_per_epoch))
 
 
-def forced(settings: Settings) -> Settings:
+def audit_settings(settings: Settings) -> Settings:
     """The settings of the audit's own: a loss that is not finite is audited, and ends nothing."""
     return dataclasses.replace(settings, keep_going=True)

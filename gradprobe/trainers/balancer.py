@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import TrainingError, UsageError
+from gradprobe.named_code import import_named
 from gradprobe.processes import mean_over_processes
+from gradprobe.trainers.registry import TRAINERS, check_trainer
 from gradprobe.trainers.settings import Settings
 
 
@@ -117,7 +122,7 @@ def loss_values(losses: Mapping[str, Tensor], tasks: Sequence[str]) -> Tensor:
     return mean_over_processes(torch.stack([losses[t].detach().reshape(()).double() for t in tasks])).cpu()
 
 
-def kept(state: Mapping[str, Any], name: str, like: Tensor, *, finite: bool = True) -> Tensor:
+def restored_tensor(state: Mapping[str, Any], name: str, like: Tensor, *, finite: bool = True) -> Tensor:
     """A tensor of a state that was saved, if it is of the shape and type of one that it takes the place of.
 
     Raises:
@@ -131,7 +136,7 @@ def kept(state: Mapping[str, Any], name: str, like: Tensor, *, finite: bool = Tr
     return value.detach().clone()
 
 
-def counted(state: Mapping[str, Any], name: str) -> int:
+def restored_count(state: Mapping[str, Any], name: str) -> int:
     """A count of a state that was saved.
 
     Raises:
@@ -141,6 +146,63 @@ def counted(state: Mapping[str, Any], name: str) -> int:
     if type(value) is not int or not 0 <= value < 2**53:
         raise ValueError(f"{name} is {value!r}, not a count")
     return value
+
+
+def find_balancer(name: str) -> type[Balancer]:
+    """The class that ``--trainer`` names: an entry of the table, or a user's ``module:Class``.
+
+    Raises:
+        UsageError: There is no such trainer, module or class, or it is no Balancer.
+    """
+    check_trainer(name)
+    path = TRAINERS[name].factory if name in TRAINERS else name
+    module_name, _, class_name = path.partition(":")
+    found = _attribute_of(_import_module(module_name, name), class_name, name)
+
+    if not (isinstance(found, type) and issubclass(found, Balancer)):
+        raise UsageError(f"--trainer {name}: {class_name} is not a subclass of gradprobe.trainers.balancer.Balancer.")
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    if missing:
+        raise UsageError(f"--trainer {name}: {class_name} lacks the methods {', '.join(missing)}.")
+    return found
+
+
+def _import_module(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module) if name in TRAINERS else import_named(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module + ".").startswith(error.name + "."):
+            raise UsageError(f"--trainer {name}: importing {module} failed: {error}.") from error
+        raise UsageError(
+            f"--trainer {name}: there is no module {module!r}, neither installed nor in the present folder."
+        ) from None
+
+
+def _attribute_of(module: Any, attribute: str, name: str) -> Any:
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        alike = get_close_matches(attribute, [n for n in vars(module) if not n.startswith("_")], n=3)
+        raise UsageError(
+            f"--trainer {name}: {module.__name__} has no {attribute!r} (near: {', '.join(alike) or 'none'})."
+        ) from None
+
+
+def make_balancer(kind: type[Balancer], model: nn.Module, setup: Setup) -> Balancer:
+    """The balancer that ``--trainer`` names.
+
+    Raises:
+        UsageError: A user's class cannot be made as its ``create`` says.
+    """
+    try:
+        return kind.create(model, setup)
+    except TypeError as error:
+        if setup.settings.trainer in TRAINERS:
+            raise
+        raise UsageError(
+            f"--trainer {setup.settings.trainer}: {kind.__name__} cannot be made ({error}). It is called without "
+            "arguments; override the classmethod create(model, setup) where it needs some."
+        ) from error
 
 
 def check_weights(weights: Mapping[str, float], tasks: Sequence[str], *, step: int, signed: bool = False) -> None:

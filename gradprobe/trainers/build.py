@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from gradprobe.errors import UsageError
 from gradprobe.probes import GradientProbe
 from gradprobe.probes.probe_samples import ProbeLoader
 from gradprobe.processes import OneProcess
 from gradprobe.rows import Sink
-from gradprobe.trainers import checkpoint, loop, registry
-from gradprobe.trainers.balancer import Balancer, Setup
-from gradprobe.trainers.engine import Engine, make_engine, own_device
-from gradprobe.trainers.fixed_batch import make_ledger
+from gradprobe.trainers import checkpoint, loop
+from gradprobe.trainers.balancer import Setup, find_balancer, make_balancer
+from gradprobe.trainers.engine import Engine, check_device, make_engine, own_device
+from gradprobe.trainers.evaluation import model_kept
 from gradprobe.trainers.hyp import DetectionHyp
-from gradprobe.trainers.models.size import size_of
 from gradprobe.trainers.optim import make_optimizer, make_schedule
+from gradprobe.trainers.paths import Paths
 from gradprobe.trainers.problems import Data, Kind, Problem, problem_of
-from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import Settings, as_provenance
-from gradprobe.updates import Updates
+from gradprobe.updates import Ledger, Updates
 
 
 def build(
@@ -48,7 +47,7 @@ def build(
     tasks = problem.kind.tasks
     processes = processes or OneProcess()
     device = check_device(own_device(settings.device))
-    kind = registry.find(settings.trainer)
+    kind = find_balancer(settings.trainer)
     reference = problem.build_model(settings, data, hyp).to(device)
     if settings.weights:
         checkpoint.load_weights(reference, settings.weights, str(device))
@@ -71,7 +70,7 @@ def build(
         optimizer=optimizer,
         scaler=engine.scaler,
         updates=Updates() if settings.updates else None,
-        ledger=make_ledger(model, engine, problem, data.train, settings),
+        ledger=_make_ledger(model, engine, problem, data.train, settings),
         probe_loader=_make_probe_loader(settings, problem, data, model, engine),
         provenance={
             "trainer": settings.trainer,
@@ -80,7 +79,7 @@ def build(
             "data": problem.describe(data),
             "metrics": _describe_metrics(problem.kind),
             "model": {
-                **size_of(model, problem.example(settings, data)),
+                **_size_of(model, problem.example(settings, data)),
                 "reference": reference_weights,
                 "initial_weights": checkpoint.fingerprint(model),
                 "trunk": list(model.trunk),
@@ -105,7 +104,7 @@ def build(
         whole_loader=whole_loader,
         val_loader=problem.loader(data.val, settings.batch_size, shuffle=False),
         test_loader=(problem.loader(data.test, settings.batch_size, shuffle=False) if data.test is not None else None),
-        paths=checkpoint.Paths(out),
+        paths=Paths(out),
         watcher=watcher,
     )
 
@@ -134,39 +133,6 @@ def _make_probe_loader(
     )
 
 
-def make_balancer(kind: type[Balancer], model: nn.Module, setup: Setup) -> Balancer:
-    """The balancer that ``--trainer`` names.
-
-    Raises:
-        UsageError: A user's class cannot be made as its ``create`` says.
-    """
-    try:
-        return kind.create(model, setup)
-    except TypeError as error:
-        if setup.settings.trainer in TRAINERS:
-            raise
-        raise UsageError(
-            f"--trainer {setup.settings.trainer}: {kind.__name__} cannot be made ({error}). It is called without "
-            "arguments; override the classmethod create(model, setup) where it needs some."
-        ) from error
-
-
-def check_device(name: str) -> torch.device:
-    """A device as YOLOv5 writes it (``cpu``, ``0``, ``mps``) or as torch does (``cuda:0``).
-
-    Raises:
-        UsageError: Unknown, or not on this machine.
-    """
-    text = f"cuda:{name}" if name.isdecimal() else name
-    try:
-        device = torch.device(text)
-        torch.zeros(1, device=device).item()  # by effect: torch knows devices that hold no numbers
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise UsageError(f"--device {name}: cannot be used here ({reason}). On any machine: --device cpu") from None
-    return device
-
-
 def _describe_metrics(kind: Kind) -> dict[str, list[Any]]:
     """Which task each metric judges, and whether higher is better, as lists of one length."""
     return {
@@ -174,3 +140,51 @@ def _describe_metrics(kind: Kind) -> dict[str, list[Any]]:
         "task": [metric.task for metric in kind.metrics],
         "higher_is_better": [metric.higher_is_better for metric in kind.metrics],
     }
+
+
+def _size_of(model: nn.Module, image: Tensor) -> dict[str, int]:
+    """Parameters, each counted once, and floating-point operations of one image's forward.
+
+    A multiplication and an addition are two operations; convolutions and matrix products are counted. The model is left
+    as it was.
+
+    Args:
+        model: Any.
+        image: One, as the model takes it, of batch size 1.
+    """
+    image = image.to(next(model.parameters()).device)
+    with model_kept(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()
+        model(image)
+    return {"parameters": sum(p.numel() for p in model.parameters()), "flops_per_image": counter.get_total_flops()}
+
+
+_PROBE_EPOCH = 0x6C656467  # of an epoch that no training reaches: the draw is no training's order
+
+
+def _make_ledger(model: Any, engine: Engine, problem: Problem, split: Any, settings: Settings) -> Ledger | None:
+    """The ledger of a training, or None where there is to be none.
+
+    The probe batch goes through the model in train mode and in micro-batches as large as the training's, since
+    BatchNorm makes other losses of other sizes. Which samples they are hangs on the seed alone.
+    """
+    if not settings.ledger:
+        return None
+    size = min(max(settings.batch_size // settings.micro_batches, 1), len(split))
+    loader = problem.loader(split, size, seed=settings.seed)
+    loader.set_epoch(_PROBE_EPOCH)
+    count = max(min(settings.ledger_images, len(split)) // size, 1)
+    kept = [batch.to(engine.device) for _, batch in zip(range(count), loader, strict=False)]
+
+    def losses() -> Iterator[Mapping[str, Tensor]]:
+        model.train()
+        for batch in kept:
+            yield engine.own_losses(model, batch)
+
+    return Ledger(
+        losses,
+        ends=settings.ledger_ends,
+        burst=settings.ledger_burst or None,
+        every=settings.ledger_every or None,
+        samples=count * size,
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.balancer import Balancer, Setup, counted, kept, loss_values
+from gradprobe.trainers.balancer import Balancer, Setup, loss_values, restored_count, restored_tensor
 
 
 class DWA(Balancer):
@@ -62,13 +62,13 @@ class DWA(Balancer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._sum, self._seen, self._counted = (
-            kept(state, "sum", self._sum),
-            counted(state, "seen"),
-            counted(state, "counted"),
+            restored_tensor(state, "sum", self._sum),
+            restored_count(state, "seen"),
+            restored_count(state, "counted"),
         )
         if not self._counted <= self._seen < self._steps or len(state["means"]) > 2:
             raise ValueError(f"seen is {self._seen}, counted {self._counted}, of {self._steps} steps")
-        self._means = [kept({"mean": mean}, "mean", self._sum, finite=False) for mean in state["means"]]
+        self._means = [restored_tensor({"mean": mean}, "mean", self._sum, finite=False) for mean in state["means"]]
 
     @classmethod
     def create(cls, model: nn.Module, setup: Setup) -> Balancer:

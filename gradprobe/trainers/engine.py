@@ -57,7 +57,7 @@ class Engine:
         """
         with self._autocast():
             outputs = (forward or model)(batch.images)
-        losses: Mapping[str, Tensor] = model.losses(_widened(outputs) if self.half is not None else outputs, batch)
+        losses: Mapping[str, Tensor] = model.losses(_in_float32(outputs) if self.half is not None else outputs, batch)
         return losses
 
     def micro_batches(self, count: int) -> int:
@@ -107,12 +107,12 @@ def make_engine(model: nn.Module, precision: str, device: torch.device, processe
     return Engine(device, processes.copies(model, device), half, scaler, processes)
 
 
-def _widened(outputs: Any) -> Any:
+def _in_float32(outputs: Any) -> Any:
     """The same structure of tensors, those of half types in float32."""
     if isinstance(outputs, Tensor):
         return outputs.float() if outputs.dtype in _HALF.values() else outputs
     if isinstance(outputs, tuple):
-        parts = [_widened(part) for part in outputs]
+        parts = [_in_float32(part) for part in outputs]
         return type(outputs)(*parts) if hasattr(outputs, "_fields") else tuple(parts)
     return outputs
 
@@ -120,7 +120,7 @@ def _widened(outputs: Any) -> Any:
 # ---- which devices, and how many processes
 
 
-def counted(settings: Settings, environment: Mapping[str, str] = os.environ) -> Settings:
+def with_processes(settings: Settings, environment: Mapping[str, str] = os.environ) -> Settings:
     """The settings with the number of processes that they, or torchrun, ask for.
 
     Raises:
@@ -160,7 +160,7 @@ def _check_devices(device: str, here: int) -> None:
         )
 
 
-def check_there(device: str) -> None:
+def check_gpus(device: str) -> None:
     """Find out before processes are started whether this machine has the GPUs; counting them takes no memory on any.
 
     Raises:
@@ -172,6 +172,22 @@ def check_there(device: str) -> None:
             f"--device {device}: torch finds {count} GPUs on this machine. On any machine: --device cpu, with "
             "--processes for several."
         )
+
+
+def check_device(name: str) -> torch.device:
+    """A device as YOLOv5 writes it (``cpu``, ``0``, ``mps``) or as torch does (``cuda:0``).
+
+    Raises:
+        UsageError: Unknown, or not on this machine.
+    """
+    text = f"cuda:{name}" if name.isdecimal() else name
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device).item()  # by effect: torch knows devices that hold no numbers
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UsageError(f"--device {name}: cannot be used here ({reason}). On any machine: --device cpu") from None
+    return device
 
 
 def own_device(device: str, environment: Mapping[str, str] = os.environ) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
 from gradprobe.processes import mean_over_processes
-from gradprobe.trainers.balancer import Balancer, Setup, kept, loss_values
+from gradprobe.trainers.balancer import Balancer, Setup, loss_values, restored_tensor
 from gradprobe.trainers.optim import restore_optimizer
 
 
@@ -192,11 +192,11 @@ class GradNorm(Balancer):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another GradNorm stopped."""
         with torch.no_grad():
-            self._weight.copy_(kept(state, "weight", self._weight))
+            self._weight.copy_(restored_tensor(state, "weight", self._weight))
         restore_optimizer(self._optimizer, state["optimizer"])
         self._initial_losses = None
         if state["initial_losses"] is not None:
-            self._initial_losses = kept(state, "initial_losses", self._weight)
+            self._initial_losses = restored_tensor(state, "initial_losses", self._weight)
 
     @classmethod
     def create(cls, model: Any, setup: Setup) -> Balancer:

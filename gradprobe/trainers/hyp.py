@@ -149,14 +149,14 @@ def _entries(path: Path) -> dict[str, Node]:
     """The value of every key, with its place in the file."""
     import yaml
 
-    from gradprobe.trainers.yaml_file import compose, told
+    from gradprobe.trainers.yaml_file import compose, yaml_problem
 
     try:
         _, root = compose(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}. Give the path of a YOLOv5 hyp yaml.") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        line, problem = told(error)
+        line, problem = yaml_problem(error)
         raise UsageError(f"{path}{f', line {line}' if line else ''}: not a yaml file: {problem}.") from None
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"{path}, line 1: expected lines of the form 'lr0: 0.01'.")

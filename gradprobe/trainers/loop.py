@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +20,42 @@ from gradprobe.probes.calls import mean_losses, shares_of
 from gradprobe.rows import NONFINITE_LOSS, TestClusters
 from gradprobe.trainers import checkpoint
 from gradprobe.trainers.balancer import Balancer, check_weights
-from gradprobe.trainers.batch_order import UNKNOWN, BatchOrder
-from gradprobe.trainers.checkpoint_schema import digest
-from gradprobe.trainers.data.loader import micro_batches
+from gradprobe.trainers.checkpoint import digest
+from gradprobe.trainers.data.dataset import micro_batches
 from gradprobe.trainers.engine import Engine
-from gradprobe.trainers.jackknife import leave_out
+from gradprobe.trainers.evaluation import leave_out, recompute_batchnorm
 from gradprobe.trainers.optim import restore_optimizer, restore_schedule
-from gradprobe.trainers.problems import Problem, Scores
+from gradprobe.trainers.paths import Paths
+from gradprobe.trainers.problems import Problem, SampleScores
 from gradprobe.trainers.registry import TRAINERS
-from gradprobe.trainers.running_statistics import recompute_batchnorm
 from gradprobe.trainers.settings import Settings
+
+UNKNOWN_ORDER = {"hash": "unknown", "count": 0}
+"""The state of a checkpoint that does not tell: what is added to it is equal to nothing else."""
+
+
+class BatchOrder:
+    """A chain of hashes over the names of the samples of every training batch.
+
+    Two trainings with equal ``hash`` and ``count`` saw the same samples in the same batches in the same order.
+    """
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256(b"gradprobe batches").hexdigest()
+        self.count = 0
+
+    def add(self, names: Iterable[str]) -> None:
+        """One more batch."""
+        link = "\0".join([self.hash, *names])
+        self.hash = hashlib.sha256(link.encode("utf-8", "surrogateescape")).hexdigest()
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The hash, in hex, and how many batches it is of."""
+        return {"hash": self.hash, "count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.hash, self.count = state["hash"], state["count"]
 
 
 class Watcher(Protocol):
@@ -63,7 +90,7 @@ class Training:
     whole_loader: Any  # whole batches
     val_loader: Any
     test_loader: Any | None
-    paths: checkpoint.Paths
+    paths: Paths
     watcher: Watcher
     epoch: int = 0
     best: float = -math.inf
@@ -72,13 +99,13 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """What is known only in the end.
 
     Attributes:
         test: Metrics on the test split; empty where there is none.
         clusters: The same with one cluster of images left out.
-        batches: Which batches were trained on, see :class:`gradprobe.trainers.batch_order.BatchOrder`.
+        batches: Which batches were trained on, see :class:`gradprobe.trainers.loop.BatchOrder`.
     """
 
     test: Mapping[str, float]
@@ -86,7 +113,7 @@ class Outcome:
     batches: Mapping[str, Any]
 
 
-def run(training: Training) -> Outcome:
+def run(training: Training) -> TrainingOutcome:
     """Train to the end; what it came to is known to the first process alone.
 
     Raises:
@@ -102,11 +129,11 @@ def run(training: Training) -> Outcome:
         else:
             t.epoch += 1
     if t.test_loader is None or not t.engine.processes.first:
-        return Outcome({}, None, t.batches.state_dict())
+        return TrainingOutcome({}, None, t.batches.state_dict())
     t.watcher.phase("testing")
     # Once, with the last weights: val chose nothing here, so nothing was fitted to the test split.
     scores = _evaluate_on(t, t.test_loader)
-    return Outcome(
+    return TrainingOutcome(
         scores.metrics(), leave_out(scores, t.problem.clusters(t.test_loader.dataset)), t.batches.state_dict()
     )
 
@@ -132,9 +159,9 @@ def _train_epoch(t: Training) -> None:
 
 def train_step(t: Training, batch: Any) -> None:
     """One update: forward, balancer, joint backward with the probe, optimizer."""
-    losses, micro, sizes = forward(t, batch)
+    losses, micro, sizes = _losses_of(t, batch)
     values, size, step, taken = t.engine.values(losses), sum(sizes), t.probe.step, True
-    if finite(t, losses, values, size):
+    if _is_finite(t, losses, values, size):
         t.balancer.loss_scale = t.engine.loss_scale
         weights = t.engine.processes.agreed(t.balancer.step(losses))
         check_weights(weights, tuple(losses), step=step, signed=t.balancer.signed)
@@ -150,7 +177,9 @@ def train_step(t: Training, batch: Any) -> None:
     t.watcher.stepped(t.epoch, step, values)
 
 
-def forward(t: Training, batch: Any) -> tuple[Mapping[str, Tensor], Sequence[Mapping[str, Tensor]] | None, list[int]]:
+def _losses_of(
+    t: Training, batch: Any
+) -> tuple[Mapping[str, Tensor], Sequence[Mapping[str, Tensor]] | None, list[int]]:
     """The losses of a batch, or of this process's part of it.
 
     In micro-batches each part of it has a forward of its own, as noise can be told from independent parts only.
@@ -170,7 +199,7 @@ def forward(t: Training, batch: Any) -> tuple[Mapping[str, Tensor], Sequence[Map
     return mean_losses(micro, shares_of(sizes)), micro, [size * counted for size in sizes]
 
 
-def finite(t: Training, losses: Mapping[str, Tensor], values: Mapping[str, float], size: int) -> bool:
+def _is_finite(t: Training, losses: Mapping[str, Tensor], values: Mapping[str, float], size: int) -> bool:
     """Whether the step can be taken; a step that cannot is recorded, and ends the training unless it may go on."""
     for task, value in values.items():
         if not math.isfinite(value):
@@ -181,7 +210,7 @@ def finite(t: Training, losses: Mapping[str, Tensor], values: Mapping[str, float
     return True
 
 
-def _evaluate_on(t: Training, loader: Iterable[Any]) -> Scores:
+def _evaluate_on(t: Training, loader: Iterable[Any]) -> SampleScores:
     """An evaluation on a split, with BatchNorm statistics that fit the present weights.
 
     YOLOv5's running statistics follow with a momentum of 0.03: in a short run they are those of weights long gone.
@@ -198,15 +227,15 @@ def _save_state(t: Training, metrics: Mapping[str, float]) -> None:
 
     A disk that takes no more ends no training: what could not be saved is said, and tried again after the next epoch.
     """
-    saved(t, t.paths.last, t.model.state_dict())
+    _save_or_warn(t, t.paths.last, t.model.state_dict())
     fitness = t.problem.fitness(metrics)
-    if fitness > t.best and saved(t, t.paths.best, t.model.state_dict()):
+    if fitness > t.best and _save_or_warn(t, t.paths.best, t.model.state_dict()):
         t.best = fitness
     if t.probe.flush():  # a state that is ahead of the rows would leave a gap in the run that is resumed from it
-        saved(t, t.paths.checkpoint, resumable(t))
+        _save_or_warn(t, t.paths.checkpoint, training_state(t))
 
 
-def saved(t: Training, path: Path, state: Mapping[str, Any]) -> bool:
+def _save_or_warn(t: Training, path: Path, state: Mapping[str, Any]) -> bool:
     """Whether ``state`` could be saved; if not, the user is told."""
     try:
         checkpoint.save(path, state)
@@ -217,8 +246,8 @@ def saved(t: Training, path: Path, state: Mapping[str, Any]) -> bool:
     return True
 
 
-def resumable(t: Training) -> dict[str, Any]:
-    """All state between two epochs, see :mod:`gradprobe.trainers.checkpoint_schema`."""
+def training_state(t: Training) -> dict[str, Any]:
+    """All state between two epochs, see :mod:`gradprobe.trainers.checkpoint`."""
     state = {
         **t.origin,
         "epoch": t.epoch,
@@ -235,8 +264,8 @@ def resumable(t: Training) -> dict[str, Any]:
     return {**state, "sum": digest(state)}
 
 
-def load_state(t: Training, state: Mapping[str, Any]) -> None:
-    """Go on where :func:`resumable` left off.
+def load_training_state(t: Training, state: Mapping[str, Any]) -> None:
+    """Go on where :func:`training_state` left off.
 
     Raises:
         RunFileError: A part of the state is of another training; says which. Nothing of the run has changed.
@@ -248,7 +277,7 @@ def load_state(t: Training, state: Mapping[str, Any]) -> None:
         "schedule": lambda: restore_schedule(t.schedule, state["schedule"], most),
         "balancer": lambda: _load_balancer(t, state["balancer"]),
         "scaler": lambda: _load_scaler(t, state["scaler"]),
-        "batches": lambda: t.batches.load_state_dict(state.get("batches", UNKNOWN)),
+        "batches": lambda: t.batches.load_state_dict(state.get("batches", UNKNOWN_ORDER)),
         "rng": lambda: torch.set_rng_state(state["rng"].cpu()),
         "probe": lambda: _load_probe(t, state["probe"], most),  # last: from here on the run's file is told
     }

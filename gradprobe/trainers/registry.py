@@ -6,21 +6,17 @@ of its own, their fields in :class:`TrainerOptions`: flag, help, check and prove
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from gradprobe.errors import UsageError
-from gradprobe.named_code import import_named
-from gradprobe.trainers.options import flag, near, option, options
+from gradprobe.trainers.flags import flag, near, option, options
 from gradprobe.trainers.problems import YOLOV5
 
 if TYPE_CHECKING:
-    from gradprobe.trainers.balancer import Balancer
+    pass
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,11 @@ class Trainer:
 
 
 _HERE = "gradprobe.trainers."
-_SURGERY = "T backward passes"
+
+
+def _surgery(what: str, source: str) -> Trainer:
+    return Trainer(what, "T backward passes", source, _HERE + "surgery:Surgery")
+
 
 TRAINERS: dict[str, Trainer] = {
     "single": Trainer(
@@ -72,59 +72,30 @@ TRAINERS: dict[str, Trainer] = {
     "rlw": Trainer(
         "random weights, drawn anew at every step", "none", "Lin et al. 2022, arXiv:2111.10603", _HERE + "rlw:RLW"
     ),
-    "pcgrad": Trainer(
-        "each task's gradient without its part against another's",
-        _SURGERY,
-        "Yu et al. 2020, arXiv:2001.06782",
-        _HERE + "surgery:Surgery",
-    ),
-    "gradvac": Trainer(
+    "pcgrad": _surgery("each task's gradient without its part against another's", "Yu et al. 2020, arXiv:2001.06782"),
+    "gradvac": _surgery(
         "each task's gradient turned until its cosine with another's is the usual one",
-        _SURGERY,
         "Wang et al. 2021, arXiv:2010.05874",
-        _HERE + "surgery:Surgery",
     ),
-    "cagrad": Trainer(
-        "the step near the mean one that helps the worst task most (--cagrad-c)",
-        _SURGERY,
-        "Liu et al. 2021, arXiv:2110.14048",
-        _HERE + "surgery:Surgery",
+    "cagrad": _surgery(
+        "the step near the mean one that helps the worst task most (--cagrad-c)", "Liu et al. 2021, arXiv:2110.14048"
     ),
-    "mgda": Trainer(
-        "the shortest convex combination of the task gradients",
-        _SURGERY,
-        "Sener and Koltun 2018, arXiv:1810.04650",
-        _HERE + "surgery:Surgery",
+    "mgda": _surgery(
+        "the shortest convex combination of the task gradients", "Sener and Koltun 2018, arXiv:1810.04650"
     ),
-    "upgrad": Trainer(
+    "upgrad": _surgery(
         "each task's gradient projected onto the cone where none conflicts, then their mean",
-        _SURGERY,
         "Quinton and Rey 2024, arXiv:2406.16232",
-        _HERE + "surgery:Surgery",
     ),
-    "imtl": Trainer(
-        "the step with equal projections onto all task gradients",
-        _SURGERY,
-        "Liu et al. 2021, ICLR",
-        _HERE + "surgery:Surgery",
+    "imtl": _surgery("the step with equal projections onto all task gradients", "Liu et al. 2021, ICLR"),
+    "aligned": _surgery(
+        "the task gradients made orthogonal and equally long", "Senushkin et al. 2023, arXiv:2305.19000"
     ),
-    "aligned": Trainer(
-        "the task gradients made orthogonal and equally long",
-        _SURGERY,
-        "Senushkin et al. 2023, arXiv:2305.19000",
-        _HERE + "surgery:Surgery",
+    "fairgrad": _surgery(
+        "the step that is fair to all tasks' progress (alpha 1: proportionally)", "Ban and Ji 2024, arXiv:2402.15638"
     ),
-    "fairgrad": Trainer(
-        "the step that is fair to all tasks' progress (alpha 1: proportionally)",
-        _SURGERY,
-        "Ban and Ji 2024, arXiv:2402.15638",
-        _HERE + "surgery:Surgery",
-    ),
-    "nash": Trainer(
-        "the step on which tasks that bargain would agree; extra `nash`",
-        _SURGERY,
-        "Navon et al. 2022, arXiv:2202.01017",
-        _HERE + "surgery:Surgery",
+    "nash": _surgery(
+        "the step on which tasks that bargain would agree; extra `nash`", "Navon et al. 2022, arXiv:2202.01017"
     ),
     "dual": Trainer(
         "a backbone for each task; with --share-until LAYER the layers up to that one stay shared",
@@ -142,13 +113,13 @@ TRAINERS: dict[str, Trainer] = {
         "the classification head learns from a detached trunk: no interference by construction",
         "none",
         "",
-        _HERE + "detach:Detach",
+        _HERE + "dual:Detach",
     ),
 }
 
 
 _GRADNORM: dict[str, Any] = {"trainers": ("gradnorm",), "panel": "GradNorm"}
-SURGERY = tuple(name for name, trainer in TRAINERS.items() if trainer.factory == _HERE + "surgery:Surgery")
+_SURGERY_METHODS = tuple(name for name, trainer in TRAINERS.items() if trainer.factory == _HERE + "surgery:Surgery")
 
 
 @dataclass(frozen=True)
@@ -186,14 +157,14 @@ class TrainerOptions:
         (), "split: their numbers of parameters in the run that they were chosen from.", flag=False
     )
     match_norm: bool = option(
-        True, "Gradient surgery: a combined gradient as long as the joint one.", shown="on", trainers=SURGERY
+        True, "Gradient surgery: a combined gradient as long as the joint one.", shown="on", trainers=_SURGERY_METHODS
     )
     cagrad_c: float = option(
         0.4, "cagrad: how far from the mean step, over its length.", least=0, endless=True, trainers=("cagrad",)
     )
 
 
-def unused(trainer: str, given: Iterable[str]) -> list[str]:
+def unused_options(trainer: str, given: Iterable[str]) -> list[str]:
     """What to say of options that were given and that a trainer does not read; one of a user's own may read any."""
     readers = {each.name: known.trainers for each, known in options(TrainerOptions) if known.trainers}
     return [
@@ -203,28 +174,8 @@ def unused(trainer: str, given: Iterable[str]) -> list[str]:
     ]
 
 
-def find(name: str) -> type[Balancer]:
-    """The class that ``--trainer`` names: an entry of the table, or a user's ``module:Class``.
-
-    Raises:
-        UsageError: There is no such trainer, module or class, or it is no Balancer.
-    """
-    check(name)
-    path = TRAINERS[name].factory if name in TRAINERS else name
-    module_name, _, class_name = path.partition(":")
-    found = _attribute(_module(module_name, name), class_name, name)
-    from gradprobe.trainers.balancer import Balancer
-
-    if not (isinstance(found, type) and issubclass(found, Balancer)):
-        raise UsageError(f"--trainer {name}: {class_name} is not a subclass of gradprobe.trainers.balancer.Balancer.")
-    missing = sorted(getattr(found, "__abstractmethods__", ()))
-    if missing:
-        raise UsageError(f"--trainer {name}: {class_name} lacks the methods {', '.join(missing)}.")
-    return found
-
-
-def check(name: str) -> None:
-    """Whether a name can be one; what it names is looked at by :func:`find`.
+def check_trainer(name: str) -> None:
+    """Whether a name can be one; what it names is looked at by :func:`find_balancer`.
 
     Raises:
         UsageError: It is in no table and names no module.
@@ -236,24 +187,3 @@ def check(name: str) -> None:
         f"unknown trainer {name!r} (there are: {', '.join(TRAINERS)}; your own: my_module:MyBalancer)."
         f"{near(name, TRAINERS)}"
     )
-
-
-def _module(module: str, name: str) -> Any:
-    try:
-        return importlib.import_module(module) if name in TRAINERS else import_named(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module + ".").startswith(error.name + "."):
-            raise UsageError(f"--trainer {name}: importing {module} failed: {error}.") from error
-        raise UsageError(
-            f"--trainer {name}: there is no module {module!r}, neither installed nor in the present folder."
-        ) from None
-
-
-def _attribute(module: Any, attribute: str, name: str) -> Any:
-    try:
-        return getattr(module, attribute)
-    except AttributeError:
-        alike = get_close_matches(attribute, [n for n in vars(module) if not n.startswith("_")], n=3)
-        raise UsageError(
-            f"--trainer {name}: {module.__name__} has no {attribute!r} (near: {', '.join(alike) or 'none'})."
-        ) from None

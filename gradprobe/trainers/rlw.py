@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradprobe.trainers.balancer import Balancer, Setup, kept
+from gradprobe.trainers.balancer import Balancer, Setup, restored_tensor
 
 
 class RLW(Balancer):
@@ -45,7 +45,7 @@ class RLW(Balancer):
         return {"weight": self._weight.clone(), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._weight = kept(state, "weight", self._weight)
+        self._weight = restored_tensor(state, "weight", self._weight)
         self._generator.set_state(state["generator"].cpu())
 
     @classmethod

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers import registry
-from gradprobe.trainers.data import grouping
-from gradprobe.trainers.options import check, near, option
+from gradprobe.trainers.data.clusters import AUTO, parse_grouping
+from gradprobe.trainers.flags import check_settings, near, option
 from gradprobe.trainers.problems import YOLOV5, kind_of
-from gradprobe.trainers.problems.dial_spec import parse
+from gradprobe.trainers.problems.dial_spec import parse_dial
+from gradprobe.trainers.registry import TRAINERS, TrainerOptions, check_trainer
 
 TASKS = YOLOV5.tasks
 """Of the default data; those of others: :func:`gradprobe.trainers.problems.kind_of`."""
@@ -36,41 +36,45 @@ def _check_size(pixels: int) -> None:
 
 def _check_data(data: str) -> None:
     if kind_of(data).name == "dial":
-        parse(data)
+        parse_dial(data)
 
 
-DATA = "data.yaml, phantom, dial:angle=120,ratio=10,noise=1, or your own my_module:make"
-NAMES = f"{', '.join(registry.TRAINERS)}, or your own my_module:MyBalancer"
+_DATA = "data.yaml, phantom, dial:angle=120,ratio=10,noise=1, or your own my_module:make"
+_TRAINER_NAMES = f"{', '.join(TRAINERS)}, or your own my_module:MyBalancer"
 
 _COUNT = {"least": 1, "below": 2**53}
 """Of what there is one at least, and as many as a float64 counts."""
 
-common, training = partial(option, panel="Common"), partial(option, panel="Training")
-measuring = partial(option, panel="Measuring", audit=False)
+_common, _training = partial(option, panel="Common"), partial(option, panel="Training")
+_measuring = partial(option, panel="Measuring", audit=False)
 
 
 @dataclass(frozen=True)
-class Settings(registry.TrainerOptions):
+class Settings(TrainerOptions):
     """One training: what all trainers share, and each trainer's own from the registry.
 
     Names are those of YOLOv5's train.py where it has one.
     """
 
-    trainer: str = common("gradnorm", f"{NAMES}.", rule=registry.check, audit=f"{NAMES}. [default: joint]")
+    trainer: str = _common(
+        "gradnorm", f"{_TRAINER_NAMES}.", rule=check_trainer, audit=f"{_TRAINER_NAMES}. [default: joint]"
+    )
     from_run: str = option("", "Name of the run file that --from read; what it gave is in other settings.", flag=False)
-    data: str = common("phantom", f"{DATA}.", rule=_check_data)
-    imgsz: int = common(128, "Image size in pixels, a multiple of 32.", rule=_check_size, least=32, most=_LARGEST_IMAGE)
-    epochs: int = common(12, "Passes through the training split.", **_COUNT, audit="Of the learning rate's schedule.")
-    batch_size: int = common(16, "Images, of all processes together.", **_COUNT, audit="Images.")
-    device: str = common("cpu", "cpu, 0, mps; 0,1: one process on each.", audit="cpu, 0, mps.")
-    seed: int = common(0, "Of weights, data order, phantoms.", least=0, below=2**63)
-    every: int = common(2, "Measure every so many steps.", **_COUNT, audit=False)
+    data: str = _common("phantom", f"{_DATA}.", rule=_check_data)
+    imgsz: int = _common(
+        128, "Image size in pixels, a multiple of 32.", rule=_check_size, least=32, most=_LARGEST_IMAGE
+    )
+    epochs: int = _common(12, "Passes through the training split.", **_COUNT, audit="Of the learning rate's schedule.")
+    batch_size: int = _common(16, "Images, of all processes together.", **_COUNT, audit="Images.")
+    device: str = _common("cpu", "cpu, 0, mps; 0,1: one process on each.", audit="cpu, 0, mps.")
+    seed: int = _common(0, "Of weights, data order, phantoms.", least=0, below=2**63)
+    every: int = _common(2, "Measure every so many steps.", **_COUNT, audit=False)
 
     group_by: str = option(
-        grouping.AUTO,
+        AUTO,
         "Which images are of one clip or patient, as for `gradprobe data check`: auto, folder, prefix, none, or a "
         "regular expression with a group.",
-        rule=grouping.parse,
+        rule=parse_grouping,
         panel="Data",
         audit=False,
     )
@@ -78,22 +82,22 @@ class Settings(registry.TrainerOptions):
     cfg: str = option("yolov5n.yaml", "YOLOv5 model.", panel="Model")
     weights: str = option("", "Start from this state_dict (a .pt file).", shown="random", panel="Model")
 
-    optimizer: str = training("AdamW", "{choices}.", choices=("AdamW", "SGD"))
-    lr: float = training(2e-3, "First learning rate.", above=0)
-    lrf: float = training(0.05, "Last one, as a fraction of it; a cosine in between.", least=0)
-    momentum: float = training(0.9, "SGD's, or AdamW's beta1.", least=0, below=1)
-    weight_decay: float = training(5e-4, "On weights of two and more dimensions.", least=0)
-    clip_norm: float = training(
+    optimizer: str = _training("AdamW", "{choices}.", choices=("AdamW", "SGD"))
+    lr: float = _training(2e-3, "First learning rate.", above=0)
+    lrf: float = _training(0.05, "Last one, as a fraction of it; a cosine in between.", least=0)
+    momentum: float = _training(0.9, "SGD's, or AdamW's beta1.", least=0, below=1)
+    weight_decay: float = _training(5e-4, "On weights of two and more dimensions.", least=0)
+    clip_norm: float = _training(
         0.0, "Clip the global gradient norm; couples tasks.", shown="off", least=0, endless=True
     )
-    task_weights: tuple[float, ...] = training(
+    task_weights: tuple[float, ...] = _training(
         (1.0, 1.0),
         "Such as det=1,cls=0.01, or equal; GradNorm starts from them.",
         shown="1 each",
         audit="Such as det=1,cls=0.01; --weight is the audited task's.",
     )
-    precision: str = training("32-true", "{choices}.", choices=_PRECISIONS)
-    processes: int = training(
+    precision: str = _training("32-true", "{choices}.", choices=_PRECISIONS)
+    processes: int = _training(
         0,
         "How many train together.",
         shown="as torchrun started, or as devices",
@@ -101,46 +105,46 @@ class Settings(registry.TrainerOptions):
         why="0 is as torchrun started, or as devices",
         audit=False,
     )
-    keep_going: bool = training(False, "Go on after a loss that is not finite.", switch=True, audit=False)
-    bn_batches: int = training(
+    keep_going: bool = _training(False, "Go on after a loss that is not finite.", switch=True, audit=False)
+    bn_batches: int = _training(
         16, "Batches to recompute BatchNorm over before evaluating; 0: not.", least=0, audit=False
     )
 
-    micro_batches: int = measuring(
+    micro_batches: int = _measuring(
         1,
         "Train and measure each batch in so many micro-batches, which tells noise from gradient; 4 or more.",
         shown="1, as a whole",
         **_COUNT,
         audit="Forwards per step, of equal parts of the batch.",
     )
-    probe_loader: str = measuring(
+    probe_loader: str = _measuring(
         "",
         "Also measure on samples drawn from this split: {choices}. Claims rest on it.",
         shown="off",
         choices=("train", "val"),
     )
-    probe_every: int = measuring(20, "Do so every so many steps.", **_COUNT)
-    probe_batches: int = measuring(
+    probe_every: int = _measuring(20, "Do so every so many steps.", **_COUNT)
+    probe_batches: int = _measuring(
         8,
         "On so many micro-batches, as large as those of the training.",
         least=2,
         why="noise is told from 2 or more",
     )
-    updates: bool = measuring(
+    updates: bool = _measuring(
         False, "Also take the optimizer's updates apart by task, and record clipping.", shown="off"
     )
-    ledger: bool = measuring(
+    ledger: bool = _measuring(
         False, "Keep a loss ledger: what each task's part of every update did to each loss.", shown="off"
     )
-    ledger_burst: int = measuring(0, "Steps of a burst that the ledger measures.", shown="0, all steps", least=0)
-    ledger_every: int = measuring(0, "Steps from the beginning of a burst to that of the next.", least=0)
-    ledger_ends: str = measuring(
+    ledger_burst: int = _measuring(0, "Steps of a burst that the ledger measures.", shown="0, all steps", least=0)
+    ledger_every: int = _measuring(0, "Steps from the beginning of a burst to that of the next.", least=0)
+    ledger_ends: str = _measuring(
         "probe",
         "Whose gradients value an update: probe, of a fixed probe batch; or batch, the training's own, with "
         "--micro-batches.",
         choices=("probe", "batch"),
     )
-    ledger_images: int = measuring(64, "Of the fixed probe batch, drawn once from the training split.", least=1)
+    ledger_images: int = _measuring(64, "Of the fixed probe batch, drawn once from the training split.", least=1)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -173,7 +177,7 @@ def resolve(flags: Mapping[str, Any], *, preset: str = "", hyp: Mapping[str, flo
         UsageError: An unknown preset, trainer or optimizer, or a value out of its range.
     """
     if preset and preset not in PRESETS:
-        raise _unknown("preset", preset, PRESETS)
+        raise _unknown_name("preset", preset, PRESETS)
     values: dict[str, Any] = {_HYP_TO_SETTING[k]: v for k, v in (hyp or {}).items() if k in _HYP_TO_SETTING}
     values.update(PRESETS.get(preset, {}))
     values.update({name: value for name, value in flags.items() if value is not None})
@@ -197,7 +201,7 @@ def restored(values: Any) -> Settings:
     plain: dict[str, Any] = {}
     for name, value in values.items():
         if name not in known:
-            raise _unknown("setting", str(name)[:80], known)
+            raise _unknown_name("setting", str(name)[:80], known)
         plain[name] = tuple(value) if isinstance(value, list) else value
         if not _is_a(known[name], plain[name]):
             raise UsageError(f"setting {name} is {repr(value)[:80]}, not of type {known[name]}.")
@@ -245,11 +249,11 @@ def parse_task_weights(text: str, tasks: tuple[str, ...] = TASKS) -> tuple[float
 
 
 def _validate(s: Settings) -> None:
-    check(s)
+    check_settings(s)
     kind = kind_of(s.data)
     if s.trainer == "single" and s.task not in kind.tasks:
         raise UsageError(f"--trainer single: which task? --task {' or --task '.join(kind.tasks)}.")
-    if s.group_by != grouping.AUTO and kind.name == "dial":
+    if s.group_by != AUTO and kind.name == "dial":
         raise UsageError(f"--group-by {s.group_by}: goes with images; the dial problem has clips of its own.")
     if s.micro_batches > s.batch_size:
         raise UsageError(f"--micro-batches {s.micro_batches}: a batch has no more than {s.batch_size} images.")
@@ -276,7 +280,7 @@ def _validate_ledger(s: Settings) -> None:
         )
 
 
-def _unknown(kind: str, value: str, known: Iterable[str]) -> UsageError:
+def _unknown_name(kind: str, value: str, known: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} {value!r} (there are: {', '.join(known)}).{near(value, known)}")
 
 

@@ -19,13 +19,13 @@ from gradprobe import measures
 from gradprobe.errors import TrainingError
 from gradprobe.measures import Array
 from gradprobe.probes.gramian import GramianSum
-from gradprobe.probes.graph import reached
 from gradprobe.probes.shared_layers import SharedLayers, by_module, find_shared
 from gradprobe.probes.state import state_kept
 from gradprobe.processes import everybody, replicas
-from gradprobe.trainers.balancer import Balancer, Setup, check_static, counted
+from gradprobe.trainers.balancer import Balancer, Setup, check_static, restored_count
 from gradprobe.trainers.settings import Settings
 from gradprobe.trainers.weightings import Weighting
+from gradprobe.updates.heads import private_parameters
 
 
 class Surgery(Balancer):
@@ -130,11 +130,7 @@ class Surgery(Balancer):
         self._shared = find_shared(by_module(self._model), dict(zip(self._tasks, losses, strict=True)))
         if not self._shared.layers:
             raise TrainingError(f"{self._method.name}: the tasks share no layer, so there is nothing to combine.")
-        uses = [reached(loss) for loss in losses]
-        self._private = [
-            [p for p in self._model.parameters() if id(p) in use and sum(id(p) in other for other in uses) == 1]
-            for use in uses
-        ]
+        self._private = private_parameters(self._model, self._shared, losses)
 
     def _warn(self) -> None:
         if not self._warned:
@@ -151,7 +147,10 @@ class Surgery(Balancer):
         return {"count": self._count, "weights": dict(self._weights), "method": self._method.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._count, self._weights = counted(state, "count"), {task: float(w) for task, w in state["weights"].items()}
+        self._count, self._weights = (
+            restored_count(state, "count"),
+            {task: float(w) for task, w in state["weights"].items()},
+        )
         self._method.load_state_dict(state["method"])
 
     @classmethod

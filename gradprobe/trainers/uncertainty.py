@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradprobe.errors import UsageError
-from gradprobe.trainers.balancer import Balancer, Setup, check_static, kept, loss_values
+from gradprobe.trainers.balancer import Balancer, Setup, check_static, loss_values, restored_tensor
 from gradprobe.trainers.optim import restore_optimizer
 
 
@@ -57,7 +57,7 @@ class Uncertainty(Balancer):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
-            self._log_variance.copy_(kept(state, "log_variance", self._log_variance))
+            self._log_variance.copy_(restored_tensor(state, "log_variance", self._log_variance))
         restore_optimizer(self._optimizer, state["optimizer"])
 
     @classmethod

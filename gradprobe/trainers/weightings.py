@@ -20,7 +20,7 @@ from gradprobe.errors import MissingExtraError
 from gradprobe.measures import Array
 
 METHODS = ("pcgrad", "gradvac", "cagrad", "mgda", "upgrad", "imtl", "aligned", "fairgrad", "nash")
-STATEFUL = ("gradvac", "nash")
+STATEFUL_METHODS = ("gradvac", "nash")
 """Their weights depend on the steps before, too."""
 
 

@@ -15,14 +15,14 @@ _LARGEST = 1 << 20
 _MOST_NODES = 60_000
 """Values, lists and maps, with those that an alias stands for counted wherever it stands."""
 
-DEEPEST = 32
+_DEEPEST = 32
 """Lists and maps within each other."""
 
-LONGEST = 10_000
+_LONGEST = 10_000
 """Characters of one value."""
 
 
-class Loader(yaml.SafeLoader):
+class _YAMLLoader(yaml.SafeLoader):
     """PyYAML's own, which stops at what is too much before it builds it.
 
     Aliases cost it nothing, but whoever prints, copies or merges what they stand for.
@@ -44,8 +44,8 @@ class Loader(yaml.SafeLoader):
                 raise self._too_much(event, f"the alias *{anchor[:40]} stands within what it stands for")
             self._add(event, *self._known.get(anchor, (1, 0)))
         elif isinstance(event, yaml.ScalarEvent):
-            if len(event.value) > LONGEST:
-                raise self._too_much(event, f"a value of {len(event.value):,} characters; {LONGEST:,} are read")
+            if len(event.value) > _LONGEST:
+                raise self._too_much(event, f"a value of {len(event.value):,} characters; {_LONGEST:,} are read")
             self._name(event.anchor, 1, 0)
             self._add(event, 1, 0)
         elif isinstance(event, yaml.CollectionStartEvent):
@@ -78,14 +78,14 @@ class Loader(yaml.SafeLoader):
         self._depths[-1] = max(self._depths[-1], depth)
         if sum(self._sizes) > _MOST_NODES:
             raise self._too_much(event, f"more than {_MOST_NODES:,} values, those behind aliases counted each time")
-        if len(self._sizes) - 1 + self._depths[-1] > DEEPEST:
-            raise self._too_much(event, f"more than {DEEPEST} lists and maps within each other")
+        if len(self._sizes) - 1 + self._depths[-1] > _DEEPEST:
+            raise self._too_much(event, f"more than {_DEEPEST} lists and maps within each other")
 
     def _too_much(self, event: Any, problem: str) -> yaml.MarkedYAMLError:
         return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
-def read_text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """The text of a regular file, without a byte order mark.
 
     Raises:
@@ -94,14 +94,14 @@ def read_text(path: Path) -> str:
     return read(path, _LARGEST).decode("utf-8-sig")
 
 
-def told(error: Exception) -> tuple[int | None, str]:
+def yaml_problem(error: Exception) -> tuple[int | None, str]:
     """The line that an error is about, from 1, and what is wrong there, in one line that is not too long."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     problem = getattr(error, "problem", None) or getattr(error, "context", None) or error
     return None if mark is None else mark.line + 1, " ".join(str(problem).split()).rstrip(".")[:300]
 
 
-def compose(path: Path) -> tuple[Loader, Any]:
+def compose(path: Path) -> tuple[_YAMLLoader, Any]:
     """The one document of a file, as nodes, and the loader that can make values of them.
 
     Returns:
@@ -111,5 +111,5 @@ def compose(path: Path) -> tuple[Loader, Any]:
         OSError, UnicodeDecodeError: It cannot be read.
         yaml.YAMLError: It is no yaml, or more than is read.
     """
-    loader = Loader(read_text(path))
+    loader = _YAMLLoader(_read_text(path))
     return loader, loader.get_single_node()

@@ -1,6 +1,6 @@
 """What the optimizer makes of the gradients, by task, and what that does to the losses."""
 
-from gradprobe.updates.ledger import Ledger
-from gradprobe.updates.updates import Updates
+from gradprobe.updates.loss_ledger import Ledger
+from gradprobe.updates.update_record import Updates
 
 __all__ = ["Ledger", "Updates"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-UNKNOWN = (math.nan, math.nan, math.nan)
+_UNKNOWN_DRIFT = (math.nan, math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Statistics:
     batches: Tensor
 
 
-def statistics(model: nn.Module) -> _Statistics | None:
+def _running_statistics(model: nn.Module) -> _Statistics | None:
     """As they are now, in float64 on the CPU; None: no layer has any."""
     layers = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
     found = [m for m in layers if m.running_var is not None and m.num_batches_tracked is not None]
@@ -44,7 +44,7 @@ def statistics(model: nn.Module) -> _Statistics | None:
     return _Statistics(mean.cpu().to(wide), variance.cpu().to(wide), eps, batches.cpu().to(wide))
 
 
-def moved(before: _Statistics, now: _Statistics, steps: int) -> tuple[float, float, float]:
+def _drift_between(before: _Statistics, now: _Statistics, steps: int) -> tuple[float, float, float]:
     """How far they moved in so many steps.
 
     Returns:
@@ -53,7 +53,7 @@ def moved(before: _Statistics, now: _Statistics, steps: int) -> tuple[float, flo
         that cannot be: other layers, no step, or statistics that were begun anew.
     """
     if before.mean.shape != now.mean.shape or before.batches.shape != now.batches.shape:
-        return UNKNOWN
+        return _UNKNOWN_DRIFT
     old, new = before.variance + before.eps, now.variance + now.eps
     mean = ((now.mean - before.mean).square() / old).mean().sqrt()
     variance = (new.log() - old.log()).square().mean().sqrt()
@@ -74,10 +74,10 @@ class Drift:
         self._last: tuple[int, _Statistics] | None = None
 
     def look(self, step: int) -> tuple[float, float, float]:
-        """What :func:`moved` says of the time since the last look; NaN at the first."""
-        now, last = statistics(self._model), self._last
+        """What :func:`_drift_between` says of the time since the last look; NaN at the first."""
+        now, last = _running_statistics(self._model), self._last
         self._last = None if now is None else (step, now)
-        return UNKNOWN if now is None or last is None else moved(last[1], now, step - last[0])
+        return _UNKNOWN_DRIFT if now is None or last is None else _drift_between(last[1], now, step - last[0])
 
     def state_dict(self) -> dict[str, Any]:
         if self._last is None:

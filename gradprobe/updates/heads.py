@@ -1,4 +1,4 @@
-"""What tasks have for themselves: how their private parameters were moved, and what for."""
+"""What tasks have for themselves: their private parameters, how these were moved, and what for."""
 
 from __future__ import annotations
 
@@ -18,22 +18,48 @@ from gradprobe.probes.graph import reached
 from gradprobe.probes.passes import done
 from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.probes.state import state_kept
-from gradprobe.updates.taking_apart import WHOLE, length, long, second_moment
+from gradprobe.updates.taking_apart import MOST_MISSING, long_vector, second_moment, vector_norm
 
-Own = Sequence[Sequence[nn.Parameter]]
+
+def private_parameters(model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor]) -> list[list[nn.Parameter]]:
+    """(T): what each task alone reaches."""
+    inside = {id(p) for p in shared.parameters}
+    uses = [reached(loss) for loss in losses]
+    own = [p for p in model.parameters() if id(p) not in inside and sum(id(p) in use for use in uses) == 1]
+    return [[p for p in own if id(p) in use] for use in uses]
+
+
+def all_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter once."""
+    return list({id(p): p for p in state.parameters_of(model)}.values())
+
+
+def gradient_squares(parameters: Sequence[Sequence[nn.Parameter]]) -> list[float]:
+    """Squared norm of ``.grad`` over each list of parameters; one that has none counts as 0."""
+    sums = []
+    for members in parameters:
+        found = [p.grad.detach() for p in members if p.grad is not None]
+        lengths = [torch.linalg.vector_norm(g.to_dense() if g.layout != torch.strided else g) for g in found]
+        sums.append(float(torch.stack(lengths).double().square().sum()) if lengths else 0.0)
+    return sums
+
+
+PrivateParameters = Sequence[Sequence[nn.Parameter]]
 """(T) parameters that a task alone reaches."""
 
 ByTask = list[Tensor]
 """(T) long vectors, one number per private number of the task."""
 
 
-def passes(model: nn.Module, losses: Sequence[Sequence[Tensor]], own: Own, factor: float) -> list[ByTask]:
+def private_gradients(
+    model: nn.Module, losses: Sequence[Sequence[Tensor]], own: PrivateParameters, factor: float
+) -> list[ByTask]:
     """(m) of (T) gradients on private parameters, by passes that end there: they change no ``.grad``.
 
     Args:
         model: Whose buffers and random numbers are kept.
         losses: (m) of (T,), scaled by ``factor``.
-        own: See :data:`Own`.
+        own: See :data:`PrivateParameters`.
         factor: Is taken off.
     """
     with state_kept(model) as back:
@@ -53,15 +79,15 @@ def _pass(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
         return _nothing(parameters)
     found = iter(torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True))
     done.count += 1
-    return vector([next(found) if p.requires_grad else None for p in parameters], parameters)
+    return as_vector([next(found) if p.requires_grad else None for p in parameters], parameters)
 
 
-def vector(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:
+def as_vector(gradients: Sequence[Tensor | None], parameters: Sequence[nn.Parameter]) -> Tensor:
     """As one vector, zeros where there is none."""
     if not parameters:
         return torch.zeros(0)
     pieces = [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]
-    return long([g.to_dense() if g.layout != torch.strided else g for g in pieces])
+    return long_vector([g.to_dense() if g.layout != torch.strided else g for g in pieces])
 
 
 def mean_of(micro: Sequence[ByTask], shares: Sequence[float]) -> ByTask:
@@ -81,13 +107,13 @@ class Heads:
     """Private parameters as the optimizer is about to find them.
 
     Attributes:
-        own: See :data:`Own`.
+        own: See :data:`PrivateParameters`.
         before: (T) what they are.
         given: (T) their ``.grad``.
         known: (T) of how the coming step updates each parameter; None: it does not.
     """
 
-    own: Own
+    own: PrivateParameters
     before: ByTask
     given: ByTask
     known: list[list[Rule | None]]
@@ -115,28 +141,28 @@ class Heads:
         return found
 
 
-def look(optimizer: Optimizer, own: Own) -> Heads:
+def look_at_heads(optimizer: Optimizer, own: PrivateParameters) -> Heads:
     """Before the optimizer's step."""
     return Heads(
         own=own,
         before=[_flat(parameters) for parameters in own],
-        given=[vector([p.grad for p in parameters], parameters) for parameters in own],
+        given=[as_vector([p.grad for p in parameters], parameters) for parameters in own],
         known=[rules(optimizer, parameters) for parameters in own],
     )
 
 
-def young(known: Sequence[Rule | None]) -> bool:
+def in_first_adam_steps(known: Sequence[Rule | None]) -> bool:
     """Whether an Adam among these rules has made too few steps."""
     return any(rule is not None and rule.adam and rule.steps < FIRST_STEPS_OF_ADAM for rule in known)
 
 
-def products(gradients: ByTask, moved: ByTask) -> Array:
+def private_effects(gradients: ByTask, moved: ByTask) -> Array:
     """(T,) what the update changes each task's loss by, to first order."""
     return np.array([dot(g, u) for g, u in zip(gradients, moved, strict=True)])
 
 
 def _flat(parameters: Sequence[nn.Parameter]) -> Tensor:
-    return long(list(parameters)) if parameters else torch.zeros(0)
+    return long_vector(list(parameters)) if parameters else torch.zeros(0)
 
 
 def _nothing(parameters: Sequence[nn.Parameter]) -> Tensor:
@@ -146,7 +172,7 @@ def _nothing(parameters: Sequence[nn.Parameter]) -> Tensor:
 def _multiple(given: Tensor, own: Tensor) -> float:
     square = dot(own, own)
     factor = dot(given, own) / square if square else 0.0
-    return factor if length(given - factor * own) <= WHOLE * length(given) else float("nan")
+    return factor if vector_norm(given - factor * own) <= MOST_MISSING * vector_norm(given) else float("nan")
 
 
 def _factor(optimizer: Optimizer, own: Sequence[nn.Parameter], known: Sequence[Rule | None], *, like: Tensor) -> Tensor:

@@ -26,10 +26,10 @@ from gradprobe.probes.recorder import Recorder
 from gradprobe.probes.shared_layers import Layer, SharedLayers
 from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import EARLIER_SOURCES, MEASURED
-from gradprobe.updates.parameters import private
-from gradprobe.updates.taking_apart import WHOLE, Before, Kept, TakenApart, look_after, look_before
+from gradprobe.updates.heads import private_parameters
+from gradprobe.updates.taking_apart import MOST_MISSING, KeptMoments, TakenApart, UpdateBefore, look_after, look_before
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 NO_GRADIENT = "the optimizer was given no gradient, so the step changed nothing"
 SEVERAL_CALLS = "the update came from several calls of the probe: accumulated, or after a step that was skipped"
@@ -42,7 +42,7 @@ _SCALED_INSIDE = "a fused optimizer takes the loss scale off within its step, wh
 
 
 @dataclass
-class Measured:
+class MeasuredStep:
     """A step that was measured, and whose update is to come.
 
     Attributes:
@@ -101,29 +101,29 @@ class Reader:
     def check(self, tasks: Sequence[str], gradients: TaskGradients) -> None:
         """Raise a ``ProbeError`` where it cannot belong to this probe."""
 
-    def open(self, following: OptimizerWatch, model: nn.Module) -> None:
+    def open(self, watch: OptimizerWatch, model: nn.Module) -> None:
         """Belong to it; called once."""
 
     def wants(self, step: int) -> bool:
         """Whether a step is to be measured for its sake."""
         return False
 
-    def grown(self) -> None:
+    def layers_joined(self) -> None:
         """Layers have joined: what is known of parameters by their places is of other places now."""
 
-    def looked(self, losses: Sequence[Sequence[Tensor]]) -> None:
+    def losses_known(self, losses: Sequence[Sequence[Tensor]]) -> None:
         """A step will be measured: (m) of (T,) scaled losses while their graphs are alive, one per micro-batch."""
 
-    def begun(self, at: Measured) -> None:
+    def step_measured(self, at: MeasuredStep) -> None:
         """It was measured."""
 
-    def given(self, at: Measured, before: Before | None) -> None:
+    def before_update(self, at: MeasuredStep, before: UpdateBefore | None) -> None:
         """The optimizer is about to step; None: there is nothing to be taken apart."""
 
-    def made(self, at: Measured, taken: TakenApart | None) -> None:
+    def after_update(self, at: MeasuredStep, taken: TakenApart | None) -> None:
         """It has; None: the tasks share no layer. Not called where the update cannot be taken apart."""
 
-    def done(self, at: Measured, status: str) -> None:
+    def step_over(self, at: MeasuredStep, status: str) -> None:
         """Nothing more will come of this step; ``status`` says how far it came."""
 
     def close(self) -> None:
@@ -146,11 +146,11 @@ class OptimizerWatch:
     def __init__(self, readers: Sequence[Reader]) -> None:
         self.readers = tuple(readers)
         self._recorder: Recorder | None = None
-        self._at: Measured | None = None
+        self._at: MeasuredStep | None = None
         self._failed: dict[str, str] = {}
-        self._before: Before | None = None
+        self._before: UpdateBefore | None = None
         self._given = False
-        self._kept: Kept = {}
+        self._kept: KeptMoments = {}
         self._private: list[list[nn.Parameter]] | None = None
         self._layers: Sequence[Layer] | None = None  # that the places of parameters are of
         self._calls = self._skipped = 0
@@ -200,16 +200,16 @@ class OptimizerWatch:
         layers = self.shared.layers
         if self._layers is not None and layers is not self._layers:
             self._kept, self._private = {}, None
-            self._each(lambda reader: reader.grown(), self._failed)
+            self._each(lambda reader: reader.layers_joined(), self._failed)
         self._layers = layers
-        self._each(lambda reader: reader.looked(losses), self._failed)
+        self._each(lambda reader: reader.losses_known(losses), self._failed)
 
     def measured(self, losses: Sequence[Tensor], weights: Array, gram: Array, status: str) -> None:
         """A step was measured: its update will be looked at."""
-        found, _ = self._common(lambda: self._begun(losses, weights, gram, status))
+        found, _ = self._common(lambda: self._measured_step(losses, weights, gram, status))
         self._at = found
         if found is not None:
-            self._each(lambda reader: reader.begun(found), found.failed)
+            self._each(lambda reader: reader.step_measured(found), found.failed)
 
     def called(self) -> None:
         """A call of the probe is over; a loss scale that has fallen since the last one tells of a skipped step."""
@@ -257,19 +257,19 @@ class OptimizerWatch:
     def private(self, losses: Sequence[Tensor]) -> list[list[nn.Parameter]]:
         """(T): what each task alone reaches; looked for once."""
         if self._private is None:
-            self._private = private(self.model, self.shared, losses)
+            self._private = private_parameters(self.model, self.shared, losses)
         return self._private
 
     # ---- one step
 
-    def _begun(self, losses: Sequence[Tensor], weights: Array, gram: Array, status: str) -> Measured:
+    def _measured_step(self, losses: Sequence[Tensor], weights: Array, gram: Array, status: str) -> MeasuredStep:
         recorder = self.now
         source, factor = recorder.gradients, recorder.scale.factor
         kept = source.kept if status == MEASURED else None
         micro = (source.kept_micro or []) if status == MEASURED else []
         if kept:
             source.keep(micro=source.kept_micro is not None)  # the lists are ours now
-        return Measured(
+        return MeasuredStep(
             step=recorder.clock.step,
             epoch=recorder.epoch,
             time=recorder.now(),
@@ -299,7 +299,7 @@ class OptimizerWatch:
         if at.status not in (MEASURED, NOTHING_SHARED):
             return
         self._given = True
-        self._each(lambda reader: reader.given(at, before), at.failed)
+        self._each(lambda reader: reader.before_update(at, before), at.failed)
         foreign = why_not(self.optimizer)
         if foreign and at.status == MEASURED:
             at.status, before = foreign, None
@@ -322,8 +322,8 @@ class OptimizerWatch:
             if status != MEASURED:
                 at.status = status
         if given and at.status in (MEASURED, NOTHING_SHARED):
-            self._each(lambda reader: reader.made(at, taken), at.failed)
-        self._each(lambda reader: reader.done(at, at.failed.get(reader.name, at.status)), {})
+            self._each(lambda reader: reader.after_update(at, taken), at.failed)
+        self._each(lambda reader: reader.step_over(at, at.failed.get(reader.name, at.status)), {})
         self.now.clock.schedule.spent(sum(reader.seconds for reader in self.readers))
 
     def _counted(self) -> bool:
@@ -336,7 +336,7 @@ class OptimizerWatch:
             self._at.calls, self._at.skipped = calls, self._skipped
         return idle
 
-    def _look(self, at: Measured, idle: bool) -> Before | None:
+    def _look(self, at: MeasuredStep, idle: bool) -> UpdateBefore | None:
         """At the gradient that the optimizer is given; ``at.status`` says why an update cannot be taken apart."""
         at.status = self._reason(at, idle)
         if at.status != MEASURED or at.gradients is None:
@@ -345,12 +345,12 @@ class OptimizerWatch:
         before = look_before(
             self.optimizer, parameters, at.gradients, at.weights, self._kept, self._passed - 1, foreign
         )
-        if not before.unexplained <= WHOLE:
+        if not before.unexplained <= MOST_MISSING:
             at.status = SEVERAL_CALLS if at.calls > 1 else FOREIGN_GRADIENT
             return None
         return before
 
-    def _reason(self, at: Measured, idle: bool) -> str:
+    def _reason(self, at: MeasuredStep, idle: bool) -> str:
         """Why a step's gradient is not looked at, or :data:`MEASURED`."""
         if at.status != MEASURED:
             return at.status
@@ -363,12 +363,12 @@ class OptimizerWatch:
             return NOTHING_SHARED
         return _SCALED_INSIDE if getattr(self.optimizer, "grad_scale", None) is not None else MEASURED
 
-    def _take_apart(self, at: Measured, before: Before) -> TakenApart | None:
+    def _take_apart(self, at: MeasuredStep, before: UpdateBefore) -> TakenApart | None:
         assert at.gradients is not None
         keep = any(reader.keeps for reader in self.readers)
         with torch.no_grad():
             found = look_after(self.optimizer, self.shared, before, at.gradients, at.weights, keep=keep)
-        if not found.missing <= WHOLE:
+        if not found.missing <= MOST_MISSING:
             self._kept, at.status = {}, FOREIGN_UPDATE
             return None
         self._kept, self._passed = found.kept, 0
@@ -376,7 +376,7 @@ class OptimizerWatch:
 
     # ---- guarded and timed
 
-    def _common(self, work: Callable[[], T]) -> tuple[T | None, str]:
+    def _common(self, work: Callable[[], _T]) -> tuple[_T | None, str]:
         """What all readers need; a failure is a status."""
         watch = Stopwatch(self.now.gradients.device)
         with watch.running():

@@ -18,24 +18,24 @@ from gradprobe.probes.passes import Gradients, combined
 from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.rows import EARLIER_SOURCES
 
-Places = tuple[int, ...]
+_Places = tuple[int, ...]
 """Which of the shared parameters."""
 
-Kept = dict[Places, Moments]
+KeptMoments = dict[_Places, Moments]
 """First moments of parameters that are updated by one rule, side by side in one long vector."""
 
-PLAIN = Rule(adam=False, lr=0.0, decay=0.0, decoupled=False, keep=0.0, take=1.0)
+_PLAIN_RULE = Rule(adam=False, lr=0.0, decay=0.0, decoupled=False, keep=0.0, take=1.0)
 """Stands for the rule of an optimizer that is not known."""
 
 IN_CACHE = 1 << 16
 """About so many numbers are handled together on a CPU: fewer cost calls, more the way to the memory and back."""
 
-WHOLE = 1e-3
+MOST_MISSING = 1e-3
 """How much of an update its parts may leave out, over its length, beyond the rounding of the parameters."""
 
 
 @dataclass(frozen=True)
-class Group:
+class _Group:
     """Parameters that the coming step updates alike; as one long vector they cost a tenth of what each by itself does.
 
     Attributes:
@@ -47,14 +47,14 @@ class Group:
     """
 
     rule: Rule
-    places: Places
+    places: _Places
     before: Tensor
     given: Tensor
     own: list[Tensor]
 
 
 @dataclass(frozen=True)
-class Before:
+class UpdateBefore:
     """A step that the optimizer is about to make.
 
     Attributes:
@@ -64,7 +64,7 @@ class Before:
         unexplained: What that leaves, over the length of the given gradient.
     """
 
-    groups: list[Group]
+    groups: list[_Group]
     moments: list[Moments]
     scale: float
     unexplained: float
@@ -75,10 +75,10 @@ def look_before(
     parameters: Sequence[nn.Parameter],
     gradients: Sequence[Gradients],
     weights: Array,
-    kept: Kept,
+    kept: KeptMoments,
     passed: int,
     foreign: str = "",
-) -> Before:
+) -> UpdateBefore:
     """What must be known before the optimizer's step; ``.grad`` is read and not changed.
 
     Args:
@@ -90,19 +90,19 @@ def look_before(
         passed: Updates that were made since, and not taken apart: their gradients go to the earlier momentum.
         foreign: Why updates of this optimizer cannot be taken apart; then the gradient alone is looked at.
     """
-    known: list[Rule | None] = [PLAIN] * len(parameters) if foreign else rules(optimizer, parameters)
+    known: list[Rule | None] = [_PLAIN_RULE] * len(parameters) if foreign else rules(optimizer, parameters)
     groups = _groups(known, parameters, gradients)
     sums = [combined(weights, group.own) for group in groups]
     scale, unexplained = fit([group.given for group in groups], sums)
     if foreign:
-        return Before(groups, [], scale, unexplained)
+        return UpdateBefore(groups, [], scale, unexplained)
     moments = [_moments(optimizer, parameters, group, kept.get(group.places), passed) for group in groups]
-    return Before(groups, moments, scale, unexplained)
+    return UpdateBefore(groups, moments, scale, unexplained)
 
 
 def _groups(
     known: Sequence[Rule | None], parameters: Sequence[nn.Parameter], gradients: Sequence[Gradients]
-) -> list[Group]:
+) -> list[_Group]:
     found: dict[tuple[Rule, torch.dtype, torch.device, int], list[int]] = {}
     filled: dict[Rule, int] = {}
     for place, (rule, parameter) in enumerate(zip(known, parameters, strict=True)):
@@ -112,22 +112,22 @@ def _groups(
         found.setdefault((rule, parameter.dtype, parameter.device, room), []).append(place)
         filled[rule] = filled.get(rule, 0) + parameter.numel()
     return [
-        Group(
+        _Group(
             rule=rule,
             places=tuple(places),
-            before=long([parameters[i] for i in places]),
-            given=long([_dense(parameters[i].grad, parameters[i]) for i in places]),
-            own=[long([_dense(task[i], parameters[i]) for i in places]) for task in gradients],
+            before=long_vector([parameters[i] for i in places]),
+            given=long_vector([_dense(parameters[i].grad, parameters[i]) for i in places]),
+            own=[long_vector([_dense(task[i], parameters[i]) for i in places]) for task in gradients],
         )
         for (rule, *_), places in found.items()
     ]
 
 
 def _moments(
-    optimizer: Optimizer, parameters: Sequence[nn.Parameter], group: Group, kept: Moments | None, passed: int
+    optimizer: Optimizer, parameters: Sequence[nn.Parameter], group: _Group, kept: Moments | None, passed: int
 ) -> Moments:
     """The first moment by source; they sum to the optimizer's own, whatever was in the gradients meanwhile."""
-    now = long([first_moment(optimizer, parameters[i]) for i in group.places])
+    now = long_vector([first_moment(optimizer, parameters[i]) for i in group.places])
     if kept is None or group.rule.begins:
         return begin(now, len(group.own))
     faded = [moment.mul_(group.rule.keep**passed) for moment in kept[:-1]]
@@ -136,7 +136,7 @@ def _moments(
     return [*faded, now]
 
 
-def long(tensors: Sequence[Tensor]) -> Tensor:
+def long_vector(tensors: Sequence[Tensor]) -> Tensor:
     """A copy of several tensors as one vector."""
     return torch.cat([t.detach().reshape(-1) for t in tensors])
 
@@ -148,7 +148,7 @@ def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Parts:
+class UpdateParts:
     """Some of an update's numbers by source.
 
     Attributes:
@@ -157,7 +157,7 @@ class Parts:
         factor: (n,) or a number: by how much the step's own gradient entered it.
     """
 
-    places: Places
+    places: _Places
     made: Tensor
     factor: Tensor | float
 
@@ -178,15 +178,15 @@ class TakenApart:
     parts: Array
     effect: Array
     missing: float
-    kept: Kept
-    pieces: Sequence[Parts]
+    kept: KeptMoments
+    pieces: Sequence[UpdateParts]
     scale: float
 
 
 def look_after(
     optimizer: Optimizer,
     shared: SharedLayers,
-    before: Before,
+    before: UpdateBefore,
     gradients: Sequence[Gradients],
     weights: Array,
     *,
@@ -195,7 +195,7 @@ def look_after(
     """Take the update apart that was made since :func:`look_before`; ``keep`` its parts too, S copies."""
     tasks, parameters = len(weights), shared.parameters
     sources = tasks + len(EARLIER_SOURCES)
-    owner = owners(shared)
+    owner = _owners(shared)
     gram = np.zeros((len(shared.layers), sources + tasks, sources + tasks))
     left = square = allowed = 0.0
     pieces = []
@@ -203,17 +203,17 @@ def look_after(
         shares = _shares(group, weights, before.scale)
         second = second_moment(optimizer, [parameters[i] for i in group.places], group.rule)
         made = take_apart(group.rule, moments, shares, group.before, second)
-        update = long([parameters[i] for i in group.places]).sub_(group.before)
-        square += length(update) ** 2
+        update = long_vector([parameters[i] for i in group.places]).sub_(group.before)
+        square += vector_norm(update) ** 2
         # Each parameter is rounded when the update is added to it.
-        allowed += (torch.finfo(update.dtype).eps * length(group.before)) ** 2
+        allowed += (torch.finfo(update.dtype).eps * vector_norm(group.before)) ** 2
         for part in made:
             update.sub_(part)
-        left += length(update) ** 2
-        sizes = by_layer(shared, group.places)
+        left += vector_norm(update) ** 2
+        sizes = numbers_by_layer(shared, group.places)
         gram[list(sizes)] += products(torch.stack([*made, *group.own]), list(sizes.values()))
         if keep:
-            pieces.append(Parts(group.places, torch.stack(made), own_factor(group.rule, second)))
+            pieces.append(UpdateParts(group.places, torch.stack(made), own_factor(group.rule, second)))
     there = np.array(
         [[any(g[i] is not None for i, o in enumerate(owner) if o == layer) for g in gradients] for layer in set(owner)]
     ).reshape(len(shared.layers), tasks)
@@ -224,31 +224,31 @@ def look_after(
     return TakenApart(gram[:, :sources, :sources], effect, missing, kept, pieces, before.scale)
 
 
-def owners(shared: SharedLayers) -> list[int]:
+def _owners(shared: SharedLayers) -> list[int]:
     """The layer of each shared parameter."""
     return [index for index, layer in enumerate(shared.layers) for _ in layer.parameters]
 
 
-def by_layer(shared: SharedLayers, places: Places) -> dict[int, int]:
+def numbers_by_layer(shared: SharedLayers, places: _Places) -> dict[int, int]:
     """Layer -> how many numbers of these parameters are its own; parameters of a layer are neighbours."""
-    owner, parameters = owners(shared), shared.parameters
+    owner, parameters = _owners(shared), shared.parameters
     sizes: dict[int, int] = {}
     for place in places:
         sizes[owner[place]] = sizes.get(owner[place], 0) + parameters[place].numel()
     return sizes
 
 
-def side_by_side(tasks: Sequence[Gradients], parameters: Sequence[nn.Parameter], places: Places) -> Tensor:
+def side_by_side(tasks: Sequence[Gradients], parameters: Sequence[nn.Parameter], places: _Places) -> Tensor:
     """(T, n): each task's gradient on these parameters as one vector; zeros where it has none."""
-    return torch.stack([long([_dense(task[i], parameters[i]) for i in places]) for task in tasks])
+    return torch.stack([long_vector([_dense(task[i], parameters[i]) for i in places]) for task in tasks])
 
 
-def length(vector: Tensor) -> float:
+def vector_norm(vector: Tensor) -> float:
     """Euclidean norm."""
     return float(torch.linalg.vector_norm(vector))
 
 
-def _shares(group: Group, weights: Array, scale: float) -> list[Tensor]:
+def _shares(group: _Group, weights: Array, scale: float) -> list[Tensor]:
     """The given gradient by task; what rounding leaves of it goes to the tasks in equal parts."""
     shares = [own * (scale * float(weight)) for own, weight in zip(group.own, weights, strict=True)]
     active = [task for task, weight in enumerate(weights) if weight] or list(range(len(weights)))
@@ -262,4 +262,4 @@ def _shares(group: Group, weights: Array, scale: float) -> list[Tensor]:
 
 def second_moment(optimizer: Optimizer, parameters: Sequence[nn.Parameter], rule: Rule) -> Tensor | None:
     """Adam's second moment after the step, as one vector."""
-    return long([optimizer.state[p]["exp_avg_sq"] for p in parameters]) if rule.adam else None
+    return long_vector([optimizer.state[p]["exp_avg_sq"] for p in parameters]) if rule.adam else None

@@ -1,21 +1,25 @@
-"""The data sets of a training run, from the embedded phantoms or from a data.yaml."""
+"""The data sets of a training: from the embedded phantoms, a data.yaml, or a function of the user's."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gradprobe.errors import DataError, UsageError
 from gradprobe.trainers.data import phantom
-from gradprobe.trainers.data.check import CheckedImage, CheckResult, check_data
+from gradprobe.trainers.data.clusters import AUTO, Grouping, parse_grouping
+from gradprobe.trainers.data.data_check import CheckedImage, CheckResult, check_data
+from gradprobe.trainers.data.data_yaml import SPLITS
 from gradprobe.trainers.data.dataset import ImageDataset, ImageStore, Item
-from gradprobe.trainers.data.findings import Finding, errors, warnings
-from gradprobe.trainers.data.grouping import AUTO, Grouping, parse
-from gradprobe.trainers.data.phantom import N_TEST, N_TRAIN, N_VAL
+from gradprobe.trainers.data.images import Pixels
+from gradprobe.trainers.data.labels import Box
+from gradprobe.trainers.data.splits import DataFinding, errors, warnings
 
 _STRIDE = 32
 """Image sizes are multiples of this: the coarsest grid of YOLOv5."""
@@ -60,25 +64,25 @@ def load_data(
         n_train: Number of phantoms to train on; N_TRAIN where None.
         n_val: Number of phantoms held out; N_VAL where None.
         n_test: Number of phantoms of the test split; N_TEST where None.
-        group_by: Which images belong together: see :func:`gradprobe.trainers.data.grouping.parse`.
+        group_by: Which images belong together: see :func:`gradprobe.trainers.data.clusters.parse_grouping`.
 
     Raises:
         UsageError: imgsz is no multiple of 32; a count is below 1, or given for a data.yaml; `group_by` is no rule.
         DataError: the data set has errors; says which, and what to do.
     """
-    check_imgsz(imgsz)
+    _check_imgsz(imgsz)
     for name, count in (("n_train", n_train), ("n_val", n_val), ("n_test", n_test)):
         if count is not None and count < 1:
             raise UsageError(f"{name} is {count}; it has to be 1 or greater")
         if count is not None and source != "phantom":
             raise UsageError(f"{name} counts phantoms; a data.yaml says itself which images it has")
     if source == "phantom":
-        counts = {"train": n_train or N_TRAIN, "val": n_val or N_VAL, "test": n_test or N_TEST}
-        return _load_phantoms(imgsz, seed, counts, parse(group_by))
+        counts = {"train": n_train or phantom.N_TRAIN, "val": n_val or phantom.N_VAL, "test": n_test or phantom.N_TEST}
+        return _load_phantoms(imgsz, seed, counts, parse_grouping(group_by))
     return _load_yaml(Path(source), imgsz, skip_bad, group_by)
 
 
-def check_imgsz(imgsz: int) -> None:
+def _check_imgsz(imgsz: int) -> None:
     """Raise UsageError unless an image size suits YOLOv5."""
     if imgsz < _STRIDE or imgsz % _STRIDE:
         suitable = max(-(-imgsz // _STRIDE), 1) * _STRIDE
@@ -87,40 +91,26 @@ def check_imgsz(imgsz: int) -> None:
 
 def _load_phantoms(imgsz: int, seed: int, counts: Mapping[str, int], grouping: Grouping) -> LoadedData:
     store = ImageStore(imgsz)
-    datasets = {}
-    entries = []
+    splits: dict[str, list[tuple[str, Item]]] = {}
     for split, count in counts.items():
-        items = []
+        splits[split] = []
         for index in range(count):
             drawn = phantom.draw_phantom(seed, split, index)
-            item = Item(
-                Path(drawn.name), drawn.name, drawn.boxes, drawn.image_class, grouping.cluster(drawn.name) or ""
-            )
+            cluster = grouping.cluster(drawn.name) or ""
+            item = Item(Path(drawn.name), drawn.name, drawn.boxes, drawn.image_class, cluster)
             store.add(item.path, drawn.image)
-            items.append(item)
-            entries.append((split, hashlib.sha256(drawn.image.tobytes()).hexdigest(), item))
-        datasets[split] = ImageDataset(items, store)
-    return LoadedData(
-        name="phantom",
-        box_names=phantom.BOX_NAMES,
-        image_names=phantom.IMAGE_NAMES,
-        train=datasets["train"],
-        val=datasets["val"],
-        test=datasets["test"],
-        skipped=(),
-        warnings=(),
-        fingerprint=fingerprint(phantom.BOX_NAMES, phantom.IMAGE_NAMES, entries),
-    )
+            splits[split].append((_digest(drawn.image), item))
+    return _loaded("phantom", phantom.BOX_NAMES, phantom.IMAGE_NAMES, store, splits)
 
 
 def _load_yaml(file: Path, imgsz: int, skip_bad: bool, group_by: str) -> LoadedData:
     store = ImageStore(imgsz)
     result = check_data(file, keep=store.add, group_by=group_by)
     _refuse(file, result, skip_bad)
-    datasets: dict[str, ImageDataset] = {}
-    entries, skipped = [], []
+    splits: dict[str, list[tuple[str, Item]]] = {}
+    skipped = []
     for split, images in result.splits.items():
-        items = []
+        splits[split] = []
         for image in images:
             if (reason := _why_skipped(image)) is not None:
                 skipped.append(f"{split}: {image.file.name}: {reason}")
@@ -128,22 +118,11 @@ def _load_yaml(file: Path, imgsz: int, skip_bad: bool, group_by: str) -> LoadedD
             assert image.image_class is not None
             cluster = result.grouping.cluster(image.file.shown) or ""
             item = Item(image.file.path, image.file.name, image.boxes, image.image_class, cluster)
-            items.append(item)
-            entries.append((split, image.digest, item))
-        if not items:
+            splits[split].append((image.digest, item))
+        if not splits[split]:
             raise DataError(f"{file}: {split}: no image is left; all {len(images)} had to be left out")
-        datasets[split] = ImageDataset(items, store)
-    return LoadedData(
-        name=file.name,
-        box_names=result.config.box_names,
-        image_names=result.image_names,
-        train=datasets["train"],
-        val=datasets["val"],
-        test=datasets.get("test"),
-        skipped=tuple(skipped),
-        warnings=_told(result),
-        fingerprint=fingerprint(result.config.box_names, result.image_names, entries),
-    )
+    config, warned = result.config, _warnings_of(result)
+    return _loaded(file.name, config.box_names, result.image_names, store, splits, tuple(skipped), warned)
 
 
 def _refuse(file: Path, result: CheckResult, skip_bad: bool) -> None:
@@ -170,29 +149,115 @@ def _why_skipped(image: CheckedImage) -> str | None:
     return "no image class" if image.image_class is None else None
 
 
-def _told(result: CheckResult) -> tuple[str, ...]:
+def _warnings_of(result: CheckResult) -> tuple[str, ...]:
     """What a check warns about, with one line for all clips and patients that two splits share."""
     shared = [overlap.message for overlap in result.overlaps if any(overlap.shared.values())]
     return (*shared, *(_portable(finding) for finding in warnings(result.findings) if finding.kind != "cluster"))
 
 
-def _portable(finding: Finding) -> str:
+def _portable(finding: DataFinding) -> str:
     """A finding without an absolute path, fit to be stored with a run."""
     file = Path(finding.file)
     return str(finding).replace(finding.file, file.name, 1) if file.is_absolute() else str(finding)
 
 
-def fingerprint(box_names: Sequence[str], image_names: Sequence[str], entries: Iterable[tuple[str, str, Item]]) -> str:
-    """What identifies the images and labels of all splits.
+def _loaded(
+    name: str,
+    box_names: tuple[str, ...],
+    image_names: tuple[str, ...],
+    store: ImageStore,
+    splits: Mapping[str, Sequence[tuple[str, Item]]],
+    skipped: tuple[str, ...] = (),
+    warned: tuple[str, ...] = (),
+) -> LoadedData:
+    """What the images of every split, each with a digest that identifies it, make."""
+    datasets = {split: ImageDataset([item for _, item in images], store) for split, images in splits.items()}
+    lines = []
+    for split, images in splits.items():
+        for digest, item in images:
+            boxes = np.array(sorted(item.boxes), dtype="<f8").tobytes().hex()
+            lines.append(f"{split} {digest} {item.image_class} {boxes}")
+    text = "\n".join([repr(box_names), repr(image_names), *sorted(lines)])
+    return LoadedData(
+        name=name,
+        box_names=box_names,
+        image_names=image_names,
+        train=datasets["train"],
+        val=datasets["val"],
+        test=datasets.get("test"),
+        skipped=skipped,
+        warnings=warned,
+        fingerprint=hashlib.sha256(text.encode()).hexdigest(),
+    )
+
+
+def _digest(image: Pixels) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+_GIVEN_KEYS = ("box_names", "image_names", "train", "val")
+
+
+def load_samples(found: Any, source: str, imgsz: int) -> LoadedData:
+    """The data sets of a training run.
 
     Args:
-        box_names: Names of the box classes.
-        image_names: Names of the image classes.
-        entries: Split, digest of the image and labels, in any order.
+        found: A mapping with ``box_names`` and ``image_names`` (of the classes), ``train``, ``val`` and perhaps
+            ``test``; all of it is kept in memory. A split is any iterable of samples ``(name, image, boxes,
+            image_class)`` or, where several images belong to one clip or patient, ``(name, image, boxes, image_class,
+            cluster)``: ``image`` (height, width, 3) uint8, RGB; ``boxes`` (n, 5), of class, centre x and y, width and
+            height as parts of the image's.
+        source: What handed it over, for messages.
+        imgsz: Side of the square images, in pixels; a multiple of 32.
+
+    Raises:
+        DataError: Something is missing or not as above; says which split and sample.
     """
-    lines = []
-    for split, digest, item in entries:
-        boxes = np.array(sorted(item.boxes), dtype="<f8").tobytes().hex()
-        lines.append(f"{split} {digest} {item.image_class} {boxes}")
-    text = "\n".join([repr(tuple(box_names)), repr(tuple(image_names)), *sorted(lines)])
-    return hashlib.sha256(text.encode()).hexdigest()
+    _check_imgsz(imgsz)
+    if not isinstance(found, Mapping):
+        raise DataError(f"{source}: returned a {type(found).__name__}, not a mapping with {', '.join(_GIVEN_KEYS)}.")
+    if missing := [name for name in _GIVEN_KEYS if name not in found]:
+        raise DataError(f"{source}: returned no {', '.join(missing)}; needed are {', '.join(_GIVEN_KEYS)}.")
+    names = {key: tuple(map(str, found[key])) for key in ("box_names", "image_names")}
+    store = ImageStore(imgsz, limit=sys.maxsize)
+    splits: dict[str, list[tuple[str, Item]]] = {}
+    for split in SPLITS:
+        if found.get(split) is None:
+            continue
+        splits[split] = []
+        for place, sample in enumerate(found[split]):
+            item, image = _item(sample, f"{source}: {split}, sample {place}", Path(split, str(place)), names)
+            store.add(item.path, image)
+            splits[split].append((_digest(image), item))
+        if not splits[split]:
+            raise DataError(f"{source}: {split} has no sample.")
+    return _loaded(source, names["box_names"], names["image_names"], store, splits)
+
+
+def _item(sample: Any, where: str, path: Path, names: Mapping[str, Sequence[str]]) -> tuple[Item, Pixels]:
+    if not isinstance(sample, Sequence) or len(sample) not in (4, 5):
+        raise DataError(f"{where}: is not (name, image, boxes, image_class) or those and a cluster.")
+    name, image, boxes, image_class, *cluster = sample
+    pixels = np.asarray(image)
+    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
+        raise DataError(
+            f"{where} ({name}): the image is {pixels.shape} of {pixels.dtype}, not (height, width, 3) of uint8."
+        )
+    _check_class(image_class, names["image_names"], f"{where} ({name}): image class")
+    found = _boxes(boxes, f"{where} ({name})", names["box_names"])
+    return Item(path, str(name), found, int(image_class), str(cluster[0]) if cluster else ""), pixels
+
+
+def _boxes(boxes: Any, where: str, names: Sequence[str]) -> tuple[Box, ...]:
+    rows = np.asarray(boxes, dtype=np.float64).reshape(-1, 5) if np.size(boxes) else np.zeros((0, 5))
+    for place, (kind, *box) in enumerate(rows.tolist()):
+        _check_class(kind, names, f"{where}: class of box {place}")
+        x, y, width, height = box
+        if not (0 <= x <= 1 and 0 <= y <= 1 and 0 < width <= 1 and 0 < height <= 1):
+            raise DataError(f"{where}: box {place} is {box}, not centre, width and height as parts of the image's.")
+    return tuple((int(kind), x, y, width, height) for kind, x, y, width, height in rows.tolist())
+
+
+def _check_class(value: Any, names: Sequence[str], where: str) -> None:
+    if not (isinstance(value, (int, float, np.number)) and float(value).is_integer() and 0 <= value < len(names)):
+        raise DataError(f"{where} is {value!r}, not one of 0 to {len(names) - 1}.")

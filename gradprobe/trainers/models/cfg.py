@@ -65,13 +65,13 @@ def read_cfg(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    from gradprobe.trainers.yaml_file import compose, told
+    from gradprobe.trainers.yaml_file import compose, yaml_problem
 
     try:
         loader, node = compose(path)
         content = loader.construct_document(node) if node is not None else None
     except (OSError, ValueError, yaml.YAMLError) as error:  # a ValueError: no UTF-8, an impossible date, and the like
-        line, problem = told(error)
+        line, problem = yaml_problem(error)
         raise UsageError(
             f"{path}{f', line {line}' if line else ''}: cannot be read as a model cfg: {problem}."
         ) from error

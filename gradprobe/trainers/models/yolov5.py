@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,11 +20,52 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from gradprobe.errors import UsageError
+from gradprobe.trainers.data.dataset import Batch
+from gradprobe.trainers.evaluation import model_kept
 from gradprobe.trainers.hyp import DetectionHyp
 from gradprobe.trainers.models._import_yolov5 import YOLOv5Package, import_yolov5, package_folder
 from gradprobe.trainers.models.cfg import find_cfg, read_cfg, trunk_length
-from gradprobe.trainers.models.detections import non_maximum_suppression
-from gradprobe.trainers.models.protocols import BatchLike
+
+_MAX_CANDIDATES = 30_000  # per image, the most confident ones; bounds time and memory, as in YOLOv5
+
+
+def _non_maximum_suppression(
+    predictions: Tensor,
+    *,
+    size: tuple[float, float],
+    confidence: float,
+    iou: float,
+    max_detections: int,
+) -> dict[str, Tensor]:
+    """The detections of one image, suppressed per class, without any limit of time.
+
+    Args:
+        predictions: (N, 5 + classes): centre x, centre y, width and height in pixels, objectness, class
+            probabilities. A row that is not finite is left out.
+        size: Width and height of the image in pixels, to which boxes are clipped.
+        confidence: Objectness, and objectness times class probability, are to be above this.
+        iou: Of two boxes of a class that overlap by more, the less confident one goes.
+        max_detections: How many are kept, most confident first.
+
+    Returns:
+        `boxes` (M, 4) as x1, y1, x2, y2, `scores` (M,) descending, `labels` (M,) int64; a prediction that is
+        confident in several classes gives a detection for each.
+    """
+    from torchvision.ops import batched_nms, box_convert, clip_boxes_to_image
+
+    usable = (predictions[:, 4] > confidence) & predictions.isfinite().all(dim=1)
+    predictions = predictions[usable]
+    class_scores = predictions[:, 5:] * predictions[:, 4:5]
+    row, labels = (class_scores > confidence).nonzero(as_tuple=True)
+    scores, order = class_scores[row, labels].sort(descending=True, stable=True)
+    scores, order = scores[:_MAX_CANDIDATES], order[:_MAX_CANDIDATES]
+    labels = labels[order]
+    boxes = box_convert(predictions[row[order], :4], "cxcywh", "xyxy")
+    kept = batched_nms(boxes, scores, labels, iou)[:max_detections]
+    width, height = size
+    clipped = clip_boxes_to_image(boxes[kept], (int(height), int(width)))
+    return {"boxes": clipped, "scores": scores[kept], "labels": labels[kept]}
+
 
 _build_lock = threading.Lock()
 
@@ -106,17 +148,26 @@ class YOLOv5WithClassification(nn.Module):
 
     def trunk_layers(self, imgsz: int) -> tuple[str, ...]:
         """The layers of the trunk that have parameters, in the order in which the forward runs them."""
-        from gradprobe.trainers.models.divided import trunk_layers
+        # Not above: it imports scipy, which changes the filters of warnings.
+        from gradprobe.probes.shared_layers import by_module, find_shared
 
-        return trunk_layers(self, imgsz)
+        below = tuple(f"{block}." for block in self.trunk)
+        groups = {name: parameters for name, parameters in by_module(self).items() if f"{name}.".startswith(below)}
+        with model_kept(self):
+            self.eval()  # moves no running statistics
+            image = torch.zeros(1, 3, imgsz, imgsz, device=self.classifier.weight.device)
+            loss = cast(Tensor, self(image).logits.sum())
+        return tuple(layer.name for layer in find_shared(groups, {"one": loss, "other": loss}).layers)
 
     def divide(self, doubled: Collection[str]) -> YOLOv5WithClassification:
-        """This model with a second copy of some layers for classification."""
-        from gradprobe.trainers.models.divided import DividedModel
+        """This model with a second copy of some layers for classification; names as :meth:`trunk_layers` gives them.
 
-        return DividedModel(self, doubled)
+        Raises:
+            UsageError: Nothing to double, or the trunk is no plain chain of blocks.
+        """
+        return _DividedYOLOv5(self, doubled)
 
-    def losses(self, outputs: Outputs, batch: BatchLike) -> dict[str, Tensor]:
+    def losses(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """The unweighted loss of each task, in training and in evaluation mode.
 
         Returns:
@@ -157,7 +208,7 @@ class YOLOv5WithClassification(nn.Module):
         rows, columns = outputs.maps[0].shape[2:4]
         stride = float(self._detect.stride[0])
         return [
-            non_maximum_suppression(
+            _non_maximum_suppression(
                 predictions,
                 size=(columns * stride, rows * stride),
                 confidence=confidence,
@@ -303,3 +354,46 @@ class _ZerosOf(TorchFunctionMode):
         if func is torch.zeros:
             kwargs.setdefault("dtype", self.dtype)
         return func(*args, **kwargs)
+
+
+class _DividedYOLOv5(YOLOv5WithClassification):
+    """The reference model, with a second copy of some layers for classification.
+
+    Layers that stay shared are run twice behind the first doubled one, with the same parameters on each task's own
+    features and with running statistics of their own. The detector's layers keep their names (``model.3.conv``), so the
+    shared layers have in the file the names of the undivided model; the copies are called ``image_trunk.3.conv``.
+    """
+
+    def __init__(self, reference: YOLOv5WithClassification, doubled: Collection[str]) -> None:
+        blocks = len(reference.trunk)
+        super().__init__(reference._detector[0], reference.classifier, blocks, reference.scaled_hyp)
+        if not doubled:
+            raise UsageError("no layer of the trunk is to be doubled; that is the joint model: --trainer joint")
+        self.doubled = tuple(doubled)
+        self._first = min(int(name.split(".")[1]) for name in doubled)
+        chain = list(self.model)[self._first : blocks]
+        if any(getattr(block, "f", -1) != -1 for block in chain):
+            raise UsageError("this cfg's trunk is no plain chain of blocks, so its layers cannot be doubled.")
+        names = [str(index) for index in range(self._first, blocks)]
+        self.image_trunk = nn.Sequential(OrderedDict(zip(names, copy.deepcopy(chain), strict=True)))
+        for name in names:
+            _share_parameters(
+                self.image_trunk.get_submodule(name), self.model.get_submodule(name), f"model.{name}", set(doubled)
+            )
+
+    def _listen(self, kept: list[Tensor]) -> Any:
+        """Both ways part before the first block with a doubled layer."""
+        return self.model[self._first].register_forward_pre_hook(lambda module, arguments: kept.append(arguments[0]))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits of the image classes, by the classification's own way through the trunk."""
+        return super().classify(self.image_trunk(features))
+
+
+def _share_parameters(copied: nn.Module, original: nn.Module, prefix: str, doubled: set[str]) -> None:
+    for path, module in original.named_modules():
+        if (f"{prefix}.{path}" if path else prefix) in doubled:
+            continue
+        target = copied.get_submodule(path)
+        for name, parameter in module.named_parameters(recurse=False):
+            target.register_parameter(name, parameter)

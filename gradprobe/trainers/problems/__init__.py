@@ -62,7 +62,7 @@ class Kind:
 
 _HERE = "gradprobe.trainers.problems."
 
-NEEDED = ("load", "describe", "build_model", "loader", "example", "score", "fitness", "clusters")
+_NEEDED = ("load", "describe", "build_model", "loader", "example", "score", "fitness", "clusters")
 """What a :class:`Problem` does."""
 
 YOLOV5 = Kind(
@@ -80,7 +80,7 @@ YOLOV5 = Kind(
         Metric("loss_det", "det", higher_is_better=False),
         Metric("loss_cls", "cls", higher_is_better=False),
     ),
-    _HERE + "yolov5:YOLOv5",
+    _HERE + "labelled_images:YOLOv5",
 )
 
 DIAL = Kind(
@@ -135,7 +135,7 @@ def _own(data: str) -> Any:
     kind = getattr(found, "kind", None)
     if kind is None and callable(found) and not isinstance(found, type):
         return found
-    missing = [each for each in NEEDED if not callable(getattr(found, each, None))]
+    missing = [each for each in _NEEDED if not callable(getattr(found, each, None))]
     if not isinstance(kind, Kind) or missing:
         lacks = f"lacks {', '.join(missing)}" if missing else "has no kind, a gradprobe.trainers.problems.Kind"
         raise UsageError(f"--data {data}: is neither a function that returns a data set nor a problem: it {lacks}.")
@@ -174,7 +174,7 @@ class Data(Protocol):
         """What should be known of the data."""
 
 
-class Scores(Protocol):
+class SampleScores(Protocol):
     """An evaluation, sample by sample, so that it can be summed up over some of them."""
 
     @property
@@ -210,7 +210,7 @@ class Problem(Protocol):
     def example(self, settings: Settings, data: Any) -> Any:
         """One sample's ``images``, of batch size 1, all zeros."""
 
-    def score(self, model: Any, loader: Iterable[Any], *, device: Any) -> Scores:
+    def score(self, model: Any, loader: Iterable[Any], *, device: Any) -> SampleScores:
         """Evaluate; parameters, buffers, gradients, modes and random streams are left as they were."""
 
     def fitness(self, metrics: Mapping[str, float]) -> float:
@@ -226,7 +226,7 @@ def problem_of(settings: Settings) -> Problem:
         own = _own(settings.data)
         if hasattr(own, "kind"):
             return cast(Problem, own())
-        from gradprobe.trainers.problems.yolov5 import YOLOv5
+        from gradprobe.trainers.problems.labelled_images import YOLOv5
 
         return YOLOv5(own)
     module, _, name = kind_of(settings.data).factory.partition(":")

@@ -1,10 +1,10 @@
 """Two tasks whose gradients on the shared layers are known: their angle, the ratio of their lengths, their noise.
 
 Task i sees of sample n the vector x_i = u_i + e_i on each shared layer; u_i is the same for all samples, e_i is noise.
-The model (:mod:`gradprobe.trainers.models.dial`) turns it into a gradient of exactly that vector times the scale of
-the task. The directions u_a and u_b are as long as each other and have the angle of the dial on every layer, task a's
-loss is scaled by the ratio. Over the training data noise has mean 0 and the length (and correlation) of the dials
-exactly, so that the gradient of all samples is known to rounding.
+The model turns it into a gradient of exactly that vector times the scale of the task. The directions u_a and u_b are as
+long as each other and have the angle of the dial on every layer, task a's loss is scaled by the ratio. Over the
+training data noise has mean 0 and the length (and correlation) of the dials exactly, so that the gradient of all
+samples is known to rounding.
 
 Val and test have noise of their own. A test sample belongs to a clip, with which it shares half of the variance of its
 noise and of its threshold: it counts as solved where the output has passed the threshold.
@@ -12,9 +12,10 @@ noise and of its threshold: it counts as solved where the output has passed the 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,27 +23,134 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from gradprobe.trainers.data.grouping import clip_of
-from gradprobe.trainers.data.loader import Loader
+from gradprobe.errors import UsageError
+from gradprobe.trainers.data.clusters import clip_of
+from gradprobe.trainers.data.dataset import Loader
+from gradprobe.trainers.evaluation import model_kept
 from gradprobe.trainers.hyp import DetectionHyp
-from gradprobe.trainers.models.dial import DialModel
 from gradprobe.trainers.problems import DIAL
-from gradprobe.trainers.problems.dial_spec import DialSpec, parse
-from gradprobe.trainers.running_statistics import left_as_it_was
+from gradprobe.trainers.problems.dial_spec import DialSpec, parse_dial
 from gradprobe.trainers.settings import Settings
+
+TARGET = 2.0
+"""What every output is to reach."""
+
+BEND = 0.5
+"""How far before the target the loss leaves its straight line; up to there gradients are constant."""
+
+REACH = 0.3
+"""What a head's number counts: its gradient is so much shorter than that of the trunk, which is to decide the task."""
+
+
+class _Shift(nn.Module):
+    """The head of a task: a number that is added, times :data:`REACH`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Of any shape."""
+        return features + REACH * self.bias
+
+
+class DialModel(nn.Module):
+    """``output_i = sum over layers of w . x_i + shift_i``, where x_i is what task i sees of a sample.
+
+    The loss of a sample is Huber's, of the distance to :data:`TARGET`: a straight line, until the output is within
+    :data:`BEND` of the target. So task i's gradient on a layer is minus the mean of the x_i times the task's scale,
+    whatever the parameters are: it has the same length and direction throughout a training that has not come so far.
+
+    Args:
+        layers: Number of shared layers.
+        dim: Parameters of each.
+        scales: Of each task's loss.
+        seed: Of the small initial weights.
+    """
+
+    tasks = ("a", "b")
+
+    def __init__(self, layers: int, dim: int, scales: tuple[float, float], seed: int) -> None:
+        super().__init__()
+        self._scales = scales
+        self.blocks = nn.ModuleList(nn.utils.skip_init(nn.Linear, dim, 1, bias=False) for _ in range(layers))
+        self.second = nn.ModuleDict()
+        self.heads = nn.ModuleDict({task: _Shift() for task in self.tasks})
+        stream = torch.Generator().manual_seed(seed % 2**63)
+        with torch.no_grad():
+            for block in self.blocks:
+                nn.init.normal_(next(block.parameters()), 0.0, 0.02, generator=stream)
+        self.detached = False
+        self.scaled_hyp: dict[str, float] = {}
+
+    @property
+    def trunk(self) -> tuple[str, ...]:
+        """Names of the layers that both tasks use."""
+        return tuple(f"blocks.{index}" for index in range(len(self.blocks)))
+
+    @property
+    def last_shared_layer(self) -> str:
+        """The one that GradNorm looks at."""
+        return self.trunk[-1]
+
+    @property
+    def doubled(self) -> tuple[str, ...]:
+        """Layers of which task b has a copy of its own."""
+        return tuple(f"blocks.{index}" for index in self.second)
+
+    def trunk_layers(self, imgsz: int) -> tuple[str, ...]:
+        """The layers of the trunk; ``imgsz`` means nothing here."""
+        return self.trunk
+
+    def divide(self, doubled: Collection[str]) -> DialModel:
+        """This model, with a copy of some layers for task b.
+
+        Raises:
+            UsageError: Nothing to double.
+        """
+        if not doubled:
+            raise UsageError("no layer of the trunk is to be doubled; that is the joint model: --trainer joint")
+        for name in doubled:
+            self.second[name.rpartition(".")[2]] = copy.deepcopy(self.get_submodule(name))
+        return self
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Task -> outputs (B,) of samples (B, 2, layers, dim)."""
+        a = sum(block(images[:, 0, index]) for index, block in enumerate(self.blocks))
+        b = sum(self._for_b(index)(images[:, 1, index]) for index in range(len(self.blocks)))
+        assert isinstance(a, Tensor)
+        assert isinstance(b, Tensor)
+        features = {"a": a, "b": b.detach() if self.detached else b}
+        return {task: self.heads[task](features[task])[:, 0] for task in self.tasks}
+
+    def _for_b(self, index: int) -> nn.Module:
+        return self.second[str(index)] if str(index) in self.second else self.blocks[index]
+
+    def losses(self, outputs: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
+        """Task -> the mean over the samples."""
+        return {task: loss.mean() for task, loss in self.sample_losses(outputs).items()}
+
+    def sample_losses(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Task -> the loss of each sample, (B,)."""
+        return {
+            task: scale * F.huber_loss(output, torch.full_like(output, TARGET), reduction="none", delta=BEND) / BEND
+            for scale, (task, output) in zip(self._scales, outputs.items(), strict=True)
+        }
+
 
 CLIPS, FRAMES = 24, 8
 """Of the test split; val has as many samples."""
 
-THRESHOLD, SPREAD = 1.0, 0.3
+_THRESHOLD, _SPREAD = 1.0, 0.3
 """Mean and standard deviation of what an output has to pass."""
 
-Array = NDArray[np.float64]
+_Array = NDArray[np.float64]
 
 
-class Sample(NamedTuple):
+class _DialSample(NamedTuple):
     """One sample."""
 
     image: Tensor  # (2, layers, dim): what each task sees on each layer
@@ -80,11 +188,11 @@ class _DialSplit:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Sample:
-        return Sample(self.images[index], self.thresholds[index], self.names[index])
+    def __getitem__(self, index: int) -> _DialSample:
+        return _DialSample(self.images[index], self.thresholds[index], self.names[index])
 
 
-def collate(samples: list[Sample]) -> _DialBatch:
+def collate_dial(samples: list[_DialSample]) -> _DialBatch:
     """One batch from its samples, in their order."""
     images, thresholds, names = zip(*samples, strict=True)
     return _DialBatch(torch.stack(images), torch.stack(thresholds), names)
@@ -107,11 +215,11 @@ class _DialData:
 
 @dataclass(frozen=True)
 class _DialScores:
-    """An evaluation sample by sample; see :class:`gradprobe.trainers.problems.Scores`."""
+    """An evaluation sample by sample; see :class:`gradprobe.trainers.problems.SampleScores`."""
 
     names: tuple[str, ...]
-    solved: Array  # (N, 2), 0 or 1
-    losses: Array  # (N, 2)
+    solved: _Array  # (N, 2), 0 or 1
+    losses: _Array  # (N, 2)
 
     def metrics(self, keep: Sequence[int] | None = None) -> dict[str, float]:
         """Means over the samples; NaN where there is none."""
@@ -128,7 +236,7 @@ class Dial:
 
     def load(self, settings: Settings) -> _DialData:
         """Made from the dials."""
-        return make_data(settings.data, settings.seed)
+        return make_dial_data(settings.data, settings.seed)
 
     def describe(self, data: _DialData) -> dict[str, Any]:
         """Where the dials stand."""
@@ -153,7 +261,7 @@ class Dial:
         return DialModel(data.spec.layers, data.spec.dim, (data.spec.ratio, 1.0), settings.seed)
 
     def loader(self, split: _DialSplit, batch_size: int, *, seed: int = 0, shuffle: bool = True) -> Any:
-        return Loader(split, batch_size, seed, shuffle, collate)
+        return Loader(split, batch_size, seed, shuffle, collate_dial)
 
     def example(self, settings: Settings, data: _DialData) -> Tensor:
         """A sample of zeros."""
@@ -163,7 +271,7 @@ class Dial:
         """Outputs against thresholds, and losses."""
         names: list[str] = []
         solved, losses = [np.zeros((0, 2))], [np.zeros((0, 2))]
-        with left_as_it_was(model, loader), torch.no_grad():
+        with model_kept(model, loader), torch.no_grad():
             model.eval()
             for batch in loader:
                 batch = batch.to(device)
@@ -184,7 +292,7 @@ class Dial:
         return tuple(clip_of(Path(name).stem) or name for name in split.names)
 
 
-def make_data(source: str, seed: int) -> _DialData:
+def make_dial_data(source: str, seed: int) -> _DialData:
     """The samples that the dials ask for.
 
     Args:
@@ -192,9 +300,9 @@ def make_data(source: str, seed: int) -> _DialData:
         seed: Of directions and noise, where the dials have no seed of their own.
 
     Raises:
-        UsageError: As :func:`parse`.
+        UsageError: As :func:`parse_dial`.
     """
-    spec = parse(source)
+    spec = parse_dial(source)
     seed = seed if spec.seed is None else spec.seed
     directions, train, val, test = (np.random.default_rng([seed, part]) for part in range(4))
     means = _task_means(spec, directions)
@@ -204,7 +312,7 @@ def make_data(source: str, seed: int) -> _DialData:
         "val": _split(means + _noise(spec, held_out, val), _thresholds(held_out, val), _numbered("val", held_out)),
         "test": _split(
             means + _shared(lambda count: _noise(spec, count, test)),
-            _shared(lambda count: _thresholds(count, test) - THRESHOLD) + THRESHOLD,
+            _shared(lambda count: _thresholds(count, test) - _THRESHOLD) + _THRESHOLD,
             tuple(f"clip{clip:02d}_frame{frame}" for clip in range(CLIPS) for frame in range(FRAMES)),
         ),
     }
@@ -214,7 +322,7 @@ def make_data(source: str, seed: int) -> _DialData:
     return _DialData(source, spec, seed, splits["train"], splits["val"], splits["test"], digest.hexdigest())
 
 
-def _task_means(spec: DialSpec, stream: np.random.Generator) -> Array:
+def _task_means(spec: DialSpec, stream: np.random.Generator) -> _Array:
     """The vectors u, (2, layers, dim): of length 1 over all layers, with the angle of the dial on each of them."""
     plane = np.stack([np.linalg.qr(stream.standard_normal((spec.dim, 2)))[0].T for _ in range(spec.layers)])
     angle = math.radians(spec.angle)
@@ -223,7 +331,7 @@ def _task_means(spec: DialSpec, stream: np.random.Generator) -> Array:
     return np.stack([a, b]) / math.sqrt(spec.layers)
 
 
-def _noise(spec: DialSpec, count: int, stream: np.random.Generator) -> Array:
+def _noise(spec: DialSpec, count: int, stream: np.random.Generator) -> _Array:
     """(count, 2, layers, dim), of the expected length and correlation of the dials."""
     drawn = stream.standard_normal((count, 2, spec.layers, spec.dim))
     own = math.sqrt(1 - spec.correlation**2)
@@ -231,7 +339,7 @@ def _noise(spec: DialSpec, count: int, stream: np.random.Generator) -> Array:
     return drawn * (spec.noise / math.sqrt(spec.layers * spec.dim))
 
 
-def _exact_noise(spec: DialSpec, stream: np.random.Generator) -> Array:
+def _exact_noise(spec: DialSpec, stream: np.random.Generator) -> _Array:
     """The same, where mean, length and correlation over all samples are exact."""
     a, b = np.moveaxis(stream.standard_normal((spec.size, 2, spec.layers, spec.dim)), 1, 0)
     a = _unit(a - a.mean(0))
@@ -241,24 +349,24 @@ def _exact_noise(spec: DialSpec, stream: np.random.Generator) -> Array:
     return spec.noise * np.stack([a, b], axis=1)
 
 
-def _unit(vectors: Array) -> Array:
+def _unit(vectors: _Array) -> _Array:
     """Scaled to a root mean square length of 1."""
-    scaled: Array = vectors / math.sqrt(np.square(vectors).sum() / len(vectors))
+    scaled: _Array = vectors / math.sqrt(np.square(vectors).sum() / len(vectors))
     return scaled
 
 
-def _thresholds(count: int, stream: np.random.Generator) -> Array:
-    return THRESHOLD + SPREAD * stream.standard_normal((count, 2))
+def _thresholds(count: int, stream: np.random.Generator) -> _Array:
+    return _THRESHOLD + _SPREAD * stream.standard_normal((count, 2))
 
 
-def _shared(draw: Any) -> Array:
+def _shared(draw: Any) -> _Array:
     """What test samples have, half of the variance of which is that of their clip."""
     clips, own = draw(CLIPS), draw(CLIPS * FRAMES)
-    shared: Array = (np.repeat(clips, FRAMES, axis=0) + own) / math.sqrt(2)
+    shared: _Array = (np.repeat(clips, FRAMES, axis=0) + own) / math.sqrt(2)
     return shared
 
 
-def _split(images: Array, thresholds: Array, names: tuple[str, ...]) -> _DialSplit:
+def _split(images: _Array, thresholds: _Array, names: tuple[str, ...]) -> _DialSplit:
     return _DialSplit(
         torch.from_numpy(images.astype(np.float32)), torch.from_numpy(thresholds.astype(np.float32)), names
     )

@@ -50,7 +50,7 @@ _RANGES = {
 }
 
 
-def parse(data: str) -> DialSpec:
+def parse_dial(data: str) -> DialSpec:
     """The dials of a ``--data`` that names the dial problem.
 
     >>> parse("dial:angle=90,noise=0").angle, parse("dial").ratio
