@@ -12,7 +12,7 @@ from run_factory import make_run
 
 from gradprobe.ledger.windows import Gate
 from gradprobe.messages import Message
-from gradprobe.report.gather import ArmFiles
+from gradprobe.report.study_data import ArmFiles
 from gradprobe.statistics import paired
 from gradprobe.verdict import words
 from gradprobe.verdict.answers import (

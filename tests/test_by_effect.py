@@ -17,7 +17,7 @@ from gradprobe.cli.app import run as command
 from gradprobe.cli.replaying import replay_run
 from gradprobe.ledger.windows import window
 from gradprobe.plots.figure import make
-from gradprobe.report import gather, heat
+from gradprobe.report import bins, study_data
 from gradprobe.rows import MISSING_GRADIENT, NONFINITE_GRADIENT, Header, ProbeLoaderRow, Row, absent
 from gradprobe.runfile import RunWriter, reaching, schema
 from gradprobe.runfile.check import check
@@ -276,9 +276,9 @@ def test_a_new_file_says_what_gradients_say(headed):
         for source in ("training", "probe_loader"):
             whole, alone = run.estimate(source=source), run.estimate("trunk", source=source)
             np.testing.assert_array_equal(whole.cosine, alone.cosine)
-        (probed,) = [gather._probe(run, run.pairs)[:, 1]]
+        (probed,) = [study_data._probe(run, run.pairs)[:, 1]]
         true = 0.99 * trunk
-        expected = heat.pooled(np.stack([true[:, 0, 1], true[:, 0, 0], true[:, 1, 1]], axis=-1))
+        expected = bins.pooled_cosines(np.stack([true[:, 0, 1], true[:, 0, 0], true[:, 1, 1]], axis=-1))
         np.testing.assert_allclose(probed, expected, atol=1e-5)
 
 

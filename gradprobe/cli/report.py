@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 if TYPE_CHECKING:
-    from gradprobe.report.gather import ArmFiles
+    from gradprobe.report.study_data import ArmFiles
     from gradprobe.verdict.answers import Comparison
 
 
@@ -41,7 +41,7 @@ def report(
     """
     from gradprobe.cli import comparing
     from gradprobe.messages import Language
-    from gradprobe.report.report import html, write
+    from gradprobe.report.page import html, write
     from gradprobe.report.targets import parse
     from gradprobe.verdict.comparison import compare
     from gradprobe.verdict.evidence import read
@@ -60,6 +60,6 @@ def report(
 
 def arms(found: Comparison, places: Mapping[tuple[str, str], Path]) -> list[ArmFiles]:
     """The files of each arm, by the arm's and their own names."""
-    from gradprobe.report.gather import ArmFiles
+    from gradprobe.report.study_data import ArmFiles
 
     return [ArmFiles(one.name, [places[one.name, name] for name in one.files], one.seeds) for one in found.arms]

@@ -81,6 +81,10 @@ class Language:
         *rest, last = list(names) or [""]
         return f"{self.messages['join.comma'].join(rest)}{self.messages['join.and']}{last}" if rest else last
 
+    def columns(self, *names: str) -> tuple[str, ...]:
+        """Titles of the columns of a table."""
+        return tuple(self(f"column.{name}") for name in names)
+
     def number(self, value: float | None, digits: int = 3) -> str:
         """To so many significant digits, whole numbers whole; a dash where there is none.
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from gradprobe.display import logarithmic
 from gradprobe.messages import Language
 from gradprobe.report.bins import Array, band
-from gradprobe.report.chart import Chart, Figure, Table, numbers
-from gradprobe.report.look import Styles, axis, figure
+from gradprobe.report.chart import Chart, Figure, NumberTable, numbers
+from gradprobe.report.theme import Styles, axis, figure
 
 _HEIGHT = 290
 _TABLE_POINTS = 6
@@ -103,37 +104,29 @@ def _scale(series: Sequence[Series], within: tuple[float, float] | None) -> dict
 
 
 def chart(
-    title: str,
-    series: Sequence[Series],
-    styles: Styles,
-    words: Language,
-    x_title: str,
-    y_title: str,
-    *,
-    within: tuple[float, float] | None = None,
-    whole: bool = False,
+    title: str, series: Sequence[Series], styles: Styles, words: Language, x_title: str, y_title: str, **axis: Any
 ) -> Chart:
-    """The figure with what it shows in words: where each arm begins and ends."""
-    said = []
+    """The figure with what it shows in words, where each arm begins and ends; ``axis`` as for :func:`draw`."""
+    parts = []
     for one in series:
         x, _, mean, _ = one.known()
         if len(x):
             ends = {"first": words.number(mean[0]), "last": words.number(mean[-1])}
-            said.append(words("lines.ends", arm=one.arm, **ends))
+            parts.append(words("lines.ends", arm=one.arm, **ends))
         else:
-            said.append(words("lines.nothing", arm=one.arm))
-    text = words("lines.alt", title=title, x=x_title, said=words.join(said))
-    return Chart(title, draw(series, styles, x_title, y_title, within=within, whole=whole), text)
+            parts.append(words("lines.nothing", arm=one.arm))
+    text = words("lines.alt", title=title, x=x_title, said=words.join(parts))
+    return Chart(title, draw(series, styles, x_title, y_title, **axis), text)
 
 
-def table(caption: str, named: Sequence[tuple[str, Sequence[Series]]], words: Language, x_title: str) -> Table:
-    """Mean and span over seeds at a few places of each series; ``named`` are the charts' titles and series."""
+def table(caption: str, named: Mapping[str, Sequence[Series]], words: Language, x_title: str) -> NumberTable:
+    """Mean and span over seeds at a few places of each series; ``named`` by task, pair or metric."""
     rows = []
-    for title, series in named:
+    for title, series in named.items():
         for one in series:
             x, low, mean, high = one.known()
             for i in np.unique(np.linspace(0, len(x) - 1, _TABLE_POINTS).round().astype(int)) if len(x) else ():
                 span = words.span(low[i], high[i]) if len(one.values) > 1 else ""
                 rows.append([title, one.arm, words.number(x[i]), words.number(mean[i]), span])
-    columns = [words("column.what"), words("column.arm"), x_title, words("column.mean"), words("column.seeds_span")]
-    return Table(caption, columns, rows, text=2)
+    columns = [*words.columns("what", "arm"), x_title, *words.columns("mean", "seeds_span")]
+    return NumberTable(caption, columns, rows, text=2)

@@ -10,9 +10,8 @@ import numpy as np
 
 from gradprobe.messages import Language
 from gradprobe.report.bins import Array
-from gradprobe.report.chart import Figure, numbers
-from gradprobe.report.look import Styles, axis, figure
-from gradprobe.report.names import in_short
+from gradprobe.report.chart import Figure, in_short, numbers
+from gradprobe.report.theme import Styles, axis, figure
 
 SEEDS = 60
 """Dots of an arm at most; of more seeds, so many that are evenly spread in rank."""
