@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from report_factory import HOSTILE, answer, make_comparison, make_study
 from run_factory import make_header
 
+from gradprobe.cli.report import parse_targets
 from gradprobe.errors import MissingExtraError, RunFileError, UsageError
 from gradprobe.foreign import LONGEST, clean
 from gradprobe.messages import LANGUAGES, Language, Message
@@ -25,12 +26,11 @@ from gradprobe.report import (
     cosine_map,
     course,
     dots,
-    findings,
     forest,
+    ledger_bars,
     lines,
-    loss_ledger,
     page,
-    targets,
+    questions,
     theme,
     validity,
 )
@@ -43,7 +43,7 @@ from gradprobe.report.theme import Styles
 from gradprobe.rows import ProbeLoaderRow
 from gradprobe.runfile import Run, RunWriter
 from gradprobe.verdict import answers as verdicts
-from gradprobe.verdict.answers import INTERFERENCE, KEYS, OUTCOME, Comparison, Direct, Level, verdict_key
+from gradprobe.verdict.answers import INTERFERENCE, KEYS, OUTCOME, ArmLevel, Comparison, Direct, verdict_key
 
 PAGE = Language(page=True)
 BIGGEST = 12_000_000
@@ -196,7 +196,7 @@ def test_distinct_names_are_distinct_even_if_one_is_called_like_a_second_one():
 @pytest.mark.parametrize("text", ["mAP50", "mAP50=", "=0.5", "mAP50=high", "f1=0.5,f1=0.6", "f1=nan"])
 def test_a_target_that_is_none_says_how_to_write_one(text):
     with pytest.raises(UsageError, match="--target"):
-        targets.parse([text])
+        parse_targets([text])
 
 
 def test_numbers_of_json_are_short_and_what_is_unknown_is_null():
@@ -269,7 +269,7 @@ def test_a_forest_row_shows_both_intervals_the_effect_the_margin_and_every_seed(
 
 
 def test_a_level_without_a_mean_shows_the_seeds_that_have_a_number():
-    level = Level(
+    level = ArmLevel(
         INTERFERENCE, "joint", "cls>det", Message("quantity.dominance"), *[math.nan] * 3, [0.3, math.nan], [0, 1]
     )
     figure = forest.draw([forest.level_row(level, Styles(["joint"], "joint", []), PAGE)], PAGE, "x")
@@ -341,7 +341,7 @@ def test_ledger_bars_are_means_over_seeds_and_leave_what_is_missing_as_residual(
     changed = type(study_data)(
         **(vars(study_data) | {"arms": [type(arm)(**(vars(arm) | {"runs": runs})), *study_data.arms[1:]]})
     )
-    section = loss_ledger.section(Context(changed, context.comparison, context.words, context.styles))
+    section = ledger_bars.section(Context(changed, context.comparison, context.words, context.styles))
     panel, notice = section.blocks
     bars = panel.charts[1].figure["data"]
     assert [bar["name"] for bar in bars] == [
@@ -503,13 +503,13 @@ def test_the_magnitude_similarity_stands_beside_the_direct_effect(study):
     comparison.similarities[1] = replace(comparison.similarities[1], mean=math.nan, low95=math.nan, high95=math.nan)
     for lang in LANGUAGES:
         words = Language(lang, page=True)
-        blocks = findings.evidence(context_of(study, comparison, words)).blocks
+        blocks = questions.evidence(context_of(study, comparison, words)).blocks
         tables = [block for block in blocks if isinstance(block, NumberTable)]
         assert [table.caption for table in tables] == [words("direct.title"), words("similarity.title")]
         assert tables[1].columns == words.columns("arm", "subject", "mean", "ci95")
         assert tables[1].rows[0] == ["joint", words.subject("det|cls"), "0.60", words.span(0.5, 0.7)]
         assert tables[1].rows[1][2:] == ["–", "–"]
-    none = findings.evidence(context_of(study, make_comparison(study, similarities=()), PAGE)).blocks
+    none = questions.evidence(context_of(study, make_comparison(study, similarities=()), PAGE)).blocks
     assert not [block for block in none if isinstance(block, NumberTable)]
 
 
@@ -756,7 +756,7 @@ def test_a_long_headline_is_said_in_short_and_then_in_full(context):
         ("no_conclusion", "No conclusion about interference."),
     ):
         said = Message(f"headline.{key}", why=why)
-        found = findings.headline(replace(context, comparison=replace(context.comparison, headline=[said])))
+        found = questions.headline(replace(context, comparison=replace(context.comparison, headline=[said])))
         assert found == (short, [PAGE.say(said)])
 
 

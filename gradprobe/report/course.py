@@ -168,8 +168,8 @@ def _final(context: Context, names: list[str]) -> list[Block]:
             "metrics.chart" if target is None else "metrics.chart_target", name=name, split=split, target=target
         )
         figure = dots.draw(found, context.styles, words, "", target=target, range=_range(found, target))
-        said = words.join(_final_in_words(context, one, target) for one in found)
-        charts.append(Chart(title, figure, words("metrics.alt", title=title, said=said)))
+        sentences = words.join(_final_in_words(context, one, target) for one in found)
+        charts.append(Chart(title, figure, words("metrics.alt", title=title, said=sentences)))
         rows += [_final_row(context, name, split, one, target) for one in found]
     note = [words("metrics.note")]
     note.append(

@@ -14,12 +14,16 @@ from gradprobe.messages import Language
 from gradprobe.report.chart import Chart, Figure, Key, NumberTable, numbers
 from gradprobe.report.dots import thinned
 from gradprobe.report.theme import Styles, axis, figure
-from gradprobe.verdict.answers import Answer, Level, Similarity, verdict_key
+from gradprobe.verdict.answers import Answer, ArmLevel, Similarity, verdict_key
 
 ROWS = 40
 """Drawn at most."""
 
 _ROW_HEIGHT = 56
+_LABEL = 34
+_ROWS_IN_WORDS = 12
+"""Rows that are described in words; the table holds them all."""
+
 _NAN = math.nan
 
 
@@ -29,7 +33,7 @@ class _ForestRow:
 
     Attributes:
         label: Above the interval, at the left.
-        said: The same at the right, such as the verdict.
+        verdict: At the right; of a level its value.
         group: What is hidden and shown together.
         colour, symbol: Of the marker.
         mean: Where the marker stands.
@@ -39,7 +43,7 @@ class _ForestRow:
     """
 
     label: str
-    said: str
+    verdict: str
     group: str
     colour: str
     symbol: str
@@ -60,7 +64,7 @@ def draw(rows: Sequence[_ForestRow], words: Language, x_title: str) -> Figure:
     shown = rows[:ROWS]
     for place, row in enumerate(shown):
         shapes += _frame(place, row)
-        notes += [_text(place, row.label, "left", "@ink"), _text(place, row.said, "right", row.colour)]
+        notes += [_text(place, row.label, "left", "@ink"), _text(place, row.verdict, "right", row.colour)]
         if math.isfinite(row.mean):
             data += _row(place, row, words)
         data += _seeds(place, row, words)
@@ -126,7 +130,7 @@ def _row(place: int, row: _ForestRow, words: Language) -> list[dict[str, Any]]:
             line = {"color": row.colour, "width": width}
             ends = {"x": numbers([low, high]), "y": [place + 0.12] * 2}
             drawn.append({**common, "mode": "lines", **ends, "line": line, "hoverinfo": "skip"})
-    told = [row.label, row.said, *words.estimate(row.mean, row.low95, row.high95, signed=True), len(row.seeds)]
+    cells = [row.label, row.verdict, *words.estimate(row.mean, row.low95, row.high95, signed=True), len(row.seeds)]
     edge = {"color": row.colour, "width": 2 * ("open" in row.symbol)}
     drawn.append(
         {
@@ -134,7 +138,7 @@ def _row(place: int, row: _ForestRow, words: Language) -> list[dict[str, Any]]:
             "mode": "markers",
             "x": numbers([row.mean]),
             "y": [place + 0.12],
-            "customdata": [told],
+            "customdata": [cells],
             "marker": {"color": row.colour, "symbol": row.symbol, "size": 13, "line": edge},
             "hovertemplate": "%{customdata[0]}<br><b>%{customdata[1]}</b><br>"
             + words("forest.hover", effect="%{customdata[2]}", span="%{customdata[3]}", n="%{customdata[4]}")
@@ -166,7 +170,14 @@ def _common(row: _ForestRow) -> dict[str, Any]:
     return {"type": "scatter", "legendgroup": row.group, "name": row.label}
 
 
-def level_row(level: Level, styles: Styles, words: Language) -> _ForestRow:
+def _chart(title: str, rows: Sequence[_ForestRow], sentences: list[str], words: Language, x_title: str) -> Chart:
+    """Rows as a figure, and the first of them in words."""
+    if len(rows) > _ROWS_IN_WORDS:
+        sentences = [*sentences, words("forest.alt_rest", n=len(rows) - _ROWS_IN_WORDS)]
+    return Chart(title, draw(rows, words, x_title), words("forest.alt", title=title, said=words.join(sentences)))
+
+
+def level_row(level: ArmLevel, styles: Styles, words: Language) -> _ForestRow:
     """The level as a row in the colour of its arm."""
     arm = clean(level.arm)
     return _ForestRow(
@@ -182,20 +193,16 @@ def level_row(level: Level, styles: Styles, words: Language) -> _ForestRow:
     )
 
 
-def level_chart(title: str, levels: Sequence[Level], styles: Styles, words: Language, x_title: str) -> Chart:
+def level_chart(title: str, levels: Sequence[ArmLevel], styles: Styles, words: Language, x_title: str) -> Chart:
     """The figure, and its rows in words."""
-    told = [(one, *words.estimate(one.mean, one.low95, one.high95)) for one in levels[:_ROWS_IN_WORDS]]
-    said = [
-        words("levels.alt_row", what=label(one.arm, one.subject, words), mean=mean, span=span)
-        for one, mean, span in told
-    ]
-    if len(levels) > _ROWS_IN_WORDS:
-        said.append(words("forest.alt_rest", n=len(levels) - _ROWS_IN_WORDS))
-    figure = draw([level_row(level, styles, words) for level in levels], words, x_title)
-    return Chart(title, figure, words("forest.alt", title=title, said=words.join(said)))
+    sentences = []
+    for one in levels[:_ROWS_IN_WORDS]:
+        mean, span = words.estimate(one.mean, one.low95, one.high95)
+        sentences.append(words("levels.alt_row", what=label(one.arm, one.subject, words), mean=mean, span=span))
+    return _chart(title, [level_row(level, styles, words) for level in levels], sentences, words, x_title)
 
 
-def level_table(caption: str, levels: Sequence[Level], words: Language) -> NumberTable:
+def level_table(caption: str, levels: Sequence[ArmLevel], words: Language) -> NumberTable:
     """Mean, interval and number of runs of each."""
     rows = [
         [
@@ -209,10 +216,6 @@ def level_table(caption: str, levels: Sequence[Level], words: Language) -> Numbe
     columns = words.columns("arm", "subject", "mean", "ci95", "n")
     return NumberTable(caption, columns, rows, text=2)
 
-
-_LABEL = 34
-_ROWS_IN_WORDS = 12
-"""Rows that are told in words; the table tells them all."""
 
 LOOKS = {
     "reduced": ("@reduced", "triangle-left"),
@@ -270,14 +273,11 @@ def verdict_legend(answers: Sequence[Answer], words: Language) -> list[Key]:
 
 def answer_chart(title: str, answers: Sequence[Answer], words: Language, x_title: str) -> Chart:
     """The figure, and its rows in words."""
-    said = [
+    sentences = [
         words("forest.alt_row", what=label(a.arm, a.subject, words), **_answer_values(a, words))
         for a in answers[:_ROWS_IN_WORDS]
     ]
-    if len(answers) > _ROWS_IN_WORDS:
-        said.append(words("forest.alt_rest", n=len(answers) - _ROWS_IN_WORDS))
-    figure = draw([answer_row(answer, words) for answer in answers], words, x_title)
-    return Chart(title, figure, words("forest.alt", title=title, said=words.join(said)))
+    return _chart(title, [answer_row(answer, words) for answer in answers], sentences, words, x_title)
 
 
 def _answer_values(answer: Answer, words: Language) -> dict[str, str]:
@@ -322,7 +322,7 @@ def answer_table(caption: str, answers: Sequence[Answer], words: Language) -> Nu
 
 
 def direct_table(answers: Sequence[Answer], words: Language) -> NumberTable:
-    """Direct effects beside the total ones, of answers that have them."""
+    """Direct and total effects, of answers that have both."""
     rows = [
         [
             clean(a.arm),

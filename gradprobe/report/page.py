@@ -15,11 +15,11 @@ from gradprobe import __version__, whole_files
 from gradprobe.errors import optional
 from gradprobe.foreign import visible
 from gradprobe.messages import Language
-from gradprobe.report import cosine_map, course, findings, loss_ledger, validity
+from gradprobe.report import cosine_map, course, ledger_bars, questions, validity
 from gradprobe.report.chart import Chart, Figure, Notice, Section, inert
 from gradprobe.report.context import Context
-from gradprobe.report.findings import Card
 from gradprobe.report.forest import LOOKS
+from gradprobe.report.questions import Card
 from gradprobe.report.study_data import ArmFiles, StudyData, gather
 from gradprobe.report.theme import DARK, LIGHT, Styles
 from gradprobe.verdict.answers import Comparison
@@ -163,10 +163,10 @@ def _text(name: str) -> str:
 
 
 SECTIONS: tuple[Callable[[Context], Section], ...] = (
-    findings.evidence,
+    questions.evidence,
     validity.limits,
     cosine_map.section,
-    loss_ledger.section,
+    ledger_bars.section,
     course.metrics,
     course.training,
     validity.gates_and_warnings,
@@ -179,14 +179,14 @@ def build(study: StudyData, comparison: Comparison, words: Language) -> Report:
     """The report as data, ready to be put on a page."""
     styles = Styles([arm.name for arm in study.arms], study.baseline, study.controls)
     context = Context(study, comparison, words, styles)
-    first, rest = findings.headline(context)
+    first, rest = questions.headline(context)
     return Report(
         words("page.title", headline=first.replace("`", "")),
         first,
         rest,
         context.notices("refusal", comparison.refusals),
-        findings.meta(context),
-        findings.cards(context),
+        questions.meta(context),
+        questions.cards(context),
         [make(context) for make in SECTIONS],
     )
 

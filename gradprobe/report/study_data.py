@@ -158,7 +158,7 @@ _ARMS, TASKS, _PAIRS = 24, 6, 3
 _CELLS = 300_000
 """Cells of all heatmaps together, at most."""
 
-FACTS = ("trainer", "machine", "system", "steps_per_epoch", "level")
+_FACTS = ("trainer", "machine", "system", "steps_per_epoch", "level")
 _GROUPS = ("settings", "data", "model", "probe", "probe_loader", "versions", "batches", "plan", "hyp", "test")
 _LONGEST_FACT = 300
 
@@ -384,7 +384,7 @@ def _facts(provenance: Mapping[str, Any]) -> dict[str, str]:
     """What the file says of where it is from, as text; personal names and folders are not in it."""
     found = {}
     for name, value in provenance.items():
-        if name in FACTS or name.split(".")[0] in _GROUPS:
+        if name in _FACTS or name.split(".")[0] in _GROUPS:
             text = " ".join(map(str, value)) if isinstance(value, (list, tuple, np.ndarray)) else str(value)
             found[clean(name)] = clean(text, _LONGEST_FACT)
     return found

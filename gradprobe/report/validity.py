@@ -148,7 +148,7 @@ def _differing(context: Context, differing: dict[str, list[str]]) -> NumberTable
     rows = []
     for name, values in list(differing.items())[:_FACTS]:
         counts = {value: values.count(value) for value in dict.fromkeys(values)}
-        told = [words("provenance.value", value=value or "–", n=n) for value, n in list(counts.items())[:6]]
+        shown = [words("provenance.value", value=value or "–", n=n) for value, n in list(counts.items())[:6]]
         more = words("provenance.more", n=len(counts) - 6) if len(counts) > 6 else ""
-        rows.append([name, words.list([*told, *([more] if more else [])])])
+        rows.append([name, words.list([*shown, *([more] if more else [])])])
     return NumberTable(words("provenance.differing"), words.columns("name", "values"), rows, text=2)

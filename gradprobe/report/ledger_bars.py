@@ -122,14 +122,14 @@ def _panel(context: Context, arms: list[ArmData]) -> Panel:
         names = [arm.name for arm in arms]
         figure = _draw(names, np.stack(segments), np.array(change), keys, words)
         title = words("ledger.chart", task=task)
-        said = []
+        sentences = []
         for arm, parts, end, rest in zip(arms, segments, change, residual, strict=True):
             numbers = [words.signed(v) for v in (*parts, end, rest)]
             labels = [key.label for key in keys]
-            told = words.list(f"{label} {value}" for label, value in zip(labels, numbers[:-1], strict=True))
-            said.append(words("ledger.said", arm=arm.name, parts=told))
+            listed = words.list(f"{label} {value}" for label, value in zip(labels, numbers[:-1], strict=True))
+            sentences.append(words("ledger.said", arm=arm.name, parts=listed))
             rows.append([task, arm.name, *numbers, str(sum(one.rows for one in _of(arm)))])
-        charts.append(Chart(title, figure, words("ledger.alt", title=title, said=words.join(said))))
+        charts.append(Chart(title, figure, words("ledger.alt", title=title, said=words.join(sentences))))
     columns = [*words.columns("task", "arm"), *(key.label for key in keys)]
     table = NumberTable(words("ledger.table"), [*columns, *words.columns("residual", "rows")], rows, text=2)
     return Panel(words("ledger.panel"), words("ledger.note"), charts, table, keys)

@@ -70,7 +70,7 @@ def effect(name: str, gram: Array, static: Array, weight: Array) -> Replayed:
     return Replayed(name, weight, progress, length)
 
 
-def table(replayed: list[Replayed], tasks: tuple[str, ...]) -> list[dict[str, Any]]:
+def medians_by_task(replayed: list[Replayed], tasks: tuple[str, ...]) -> list[dict[str, Any]]:
     """One entry per method and task: medians over rows, and shares; None where there is nothing."""
     base = next(r for r in replayed if r.method == "joint")
     rows = []

@@ -24,7 +24,7 @@ _ORDER = (
     *("undefined", "no_verdict", "not_applicable"),
 )
 _SHORT = 90
-"""Characters of a headline at most; what is longer is counted, and told below."""
+"""Characters of a headline at most; a longer one becomes counts, and stands in full below."""
 
 _TOLD = 12
 """Sentences below it at most."""

@@ -10,8 +10,8 @@ from numpy.typing import ArrayLike, NDArray
 from gradprobe.measures import Array, pair_index
 from gradprobe.messages import Message
 
-MANY = 8
-"""Up to so many tasks are told apart by colours, one by one in words, and pair by pair."""
+_MANY = 8
+"""Up to so many tasks have a colour each, and are described one by one and pair by pair."""
 
 LOWEST = 10
 """Of the pairs of more tasks, so many with the lowest medians are listed."""
@@ -21,7 +21,7 @@ NAMED = 3
 
 def many(tasks: Collection[str]) -> bool:
     """Whether there are too many tasks to show every pair of them."""
-    return len(tasks) > MANY
+    return len(tasks) > _MANY
 
 
 def matrix(pairs: ArrayLike, tasks: int) -> Array:

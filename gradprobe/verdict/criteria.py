@@ -11,13 +11,14 @@ import numpy as np
 
 from gradprobe.errors import UsageError
 from gradprobe.metric import lower_is_better
-from gradprobe.verdict import decision, outcome
-from gradprobe.verdict.conditions import Group
-from gradprobe.verdict.readings import Pair, Span
+from gradprobe.verdict import decision
+from gradprobe.verdict.conditions import ArmRuns
+from gradprobe.verdict.evidence import Pair, Span
+from gradprobe.verdict.quantities import OUTCOME_MARGIN
 
 
 @dataclass(frozen=True)
-class Options:
+class Criteria:
     """What a comparison goes by. None, or empty: as planned in the files, else the default.
 
     Attributes:
@@ -41,7 +42,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Resolved:
     """The same with everything decided."""
 
     baseline: str
@@ -64,7 +65,7 @@ class Chosen:
         return {**found, "window": list(self.window)} if self.window is not None else found
 
 
-NUMBERS = {"margin": 1, "outcome_margin": 1, "window": 2, "seeds": 0}
+_NUMBERS = {"margin": 1, "outcome_margin": 1, "window": 2, "seeds": 0}
 """Of a plan, what is numbers, and how many; 0: any."""
 
 
@@ -74,7 +75,7 @@ def _check_plan(plan: Mapping[str, Any]) -> None:
     Raises:
         UsageError: Something in the plan is of another kind than in one of ours.
     """
-    for name, count in NUMBERS.items():
+    for name, count in _NUMBERS.items():
         value = plan.get(name)
         each = value if isinstance(value, list) else [value]
         plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in each)
@@ -86,7 +87,7 @@ def _check_plan(plan: Mapping[str, Any]) -> None:
             )
 
 
-def resolve(asked: Options, plan: Mapping[str, Any], tasks: Sequence[str]) -> Chosen:
+def resolve(asked: Criteria, plan: Mapping[str, Any], tasks: Sequence[str]) -> Resolved:
     """Decide all of it.
 
     Args:
@@ -104,7 +105,7 @@ def resolve(asked: Options, plan: Mapping[str, Any], tasks: Sequence[str]) -> Ch
         window = int(start), int(stop)
     margin = asked.margin if asked.margin is not None else float(plan.get("margin", decision.MARGIN))
     other = asked.outcome_margin
-    other = other if other is not None else float(plan.get("outcome_margin", outcome.MARGIN))
+    other = other if other is not None else float(plan.get("outcome_margin", OUTCOME_MARGIN))
     if not (0 < margin < math.inf and 0 < other < math.inf):
         raise UsageError(f"--margin {margin:g}, --outcome-margin {other:g}: margins are finite numbers above 0.")
     named = list(asked.pairs) or [str(name) for name in np.ravel(plan.get("pairs", []))]
@@ -112,18 +113,18 @@ def resolve(asked: Options, plan: Mapping[str, Any], tasks: Sequence[str]) -> Ch
     losses = [name for name in metrics if lower_is_better(name)]
     if losses:
         raise UsageError(f"{losses[0]} is a loss: a loss is no evidence here. Take a metric of the test split.")
-    return Chosen(
+    return Resolved(
         asked.baseline or str(plan.get("baseline", "joint")),
         margin,
         other,
         window,
-        parse_pairs(named, tasks),
+        _parse_pairs(named, tasks),
         metrics,
         asked.paired,
     )
 
 
-def parse_pairs(named: Sequence[str], tasks: Sequence[str]) -> list[Pair]:
+def _parse_pairs(named: Sequence[str], tasks: Sequence[str]) -> list[Pair]:
     """``cls>det`` as what cls does to det; none: every ordered pair.
 
     Raises:
@@ -140,7 +141,7 @@ def parse_pairs(named: Sequence[str], tasks: Sequence[str]) -> list[Pair]:
     return found
 
 
-def controls(asked: Options, groups: Mapping[str, Group], tasks: Sequence[str]) -> dict[str, Group]:
+def controls(asked: Criteria, groups: Mapping[str, ArmRuns], tasks: Sequence[str]) -> dict[str, ArmRuns]:
     """Task -> the runs that train it alone.
 
     Raises:
@@ -149,7 +150,7 @@ def controls(asked: Options, groups: Mapping[str, Group], tasks: Sequence[str]) 
     unknown = [name for name in asked.controls if name not in groups]
     if unknown:
         raise UsageError(f"--control {unknown[0]}: no such arm (there are: {', '.join(groups)}).")
-    found: dict[str, Group] = {}
+    found: dict[str, ArmRuns] = {}
     for name, group in groups.items():
         if name in asked.controls or (not asked.controls and group.single):
             task = group.single or next((task for task in tasks if task in name.split("-")), "")

@@ -9,12 +9,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gradprobe.plots import style
-from gradprobe.plots.table import Table
+from gradprobe.plots.panels import PanelTable
 from gradprobe.runfile import Run
-from gradprobe.verdict.replay import Replayed
+from gradprobe.verdict.replayed import Replayed
 
 
-def draw(run: Run, replayed: Sequence[Replayed]) -> tuple[Figure, Table]:
+def draw(run: Run, replayed: Sequence[Replayed]) -> tuple[Figure, PanelTable]:
     """Left each task's progress under each method (median and middle half), right how often a step would harm it.
 
     Returns:
@@ -52,7 +52,7 @@ def _task(left: Axes, right: Axes, replayed: Sequence[Replayed], t: int, colour:
         right.plot([one.harmed[t]], [y], "o", color=colour, markersize=5)
 
 
-def _numbers(run: Run, replayed: Sequence[Replayed]) -> Table:
+def _numbers(run: Run, replayed: Sequence[Replayed]) -> PanelTable:
     rows, tasks = len(run), len(run.tasks)
     count = len(replayed)
     index = {
@@ -64,4 +64,4 @@ def _numbers(run: Run, replayed: Sequence[Replayed]) -> Table:
         "weight": np.concatenate([one.weight.ravel() for one in replayed]),
         "progress": np.concatenate([one.progress.ravel() for one in replayed]),
     }
-    return Table(index, values)
+    return PanelTable(index, values)

@@ -1,13 +1,16 @@
-"""Runs the runs of a study on a Ray cluster.
+"""Runs the runs of a study on a cluster: Ray, watched from here, or Slurm, by the script of an array job.
 
-A worker of the cluster only starts ``gradprobe record`` and waits for it, so that a run's file is what a run on this
+A worker of Ray only starts ``gradprobe record`` and waits for it, so that a run's file is what a run on this
 machine writes. The folder of the study has to lie where every node sees it under the same path; a node that does not
-see the plan there starts nothing.
+see the plan there starts nothing. Of the script, whatever a name or a flag holds, it is one word of one line: nothing
+in it is run, and none of it is a line of its own.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import socket
 import subprocess
 import time
@@ -16,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from gradprobe.errors import GradprobeError, UsageError
+from gradprobe.foreign import quoted
+from gradprobe.study.arms import Planned, chains
 from gradprobe.study.runner import PATIENCE, Launcher, end, start, threads
 
 _LOST = 1
@@ -30,7 +35,7 @@ REACH = 10.0
 """Seconds in which a cluster has to answer."""
 
 
-def connect() -> None:
+def connect_ray() -> None:
     """Join the cluster of ``RAY_ADDRESS``, or the one that runs here; where there is none, start one on this machine.
 
     Raises:
@@ -64,18 +69,18 @@ def _reach(address: str) -> None:
         ) from None
 
 
-Node = Mapping[str, float]
+_Node = Mapping[str, float]
 """What a node has, as Ray names it: ``CPU``, ``GPU``."""
 
 
-def nodes() -> list[Node]:
+def ray_nodes() -> list[_Node]:
     """Nodes of the cluster that are alive."""
     import ray
 
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
-def at_a_time(have: Sequence[Node], gpus: int, jobs: int | None) -> int:
+def at_a_time(have: Sequence[_Node], gpus: int, jobs: int | None) -> int:
     """How many runs at a time: as asked, or one on each core, or on as many GPUs as a run takes.
 
     Args:
@@ -95,14 +100,14 @@ def at_a_time(have: Sequence[Node], gpus: int, jobs: int | None) -> int:
     return jobs or max(1, _room(have, 1, gpus))
 
 
-def cores_each(have: Sequence[Node], gpus: int, jobs: int) -> int:
+def cores_per_run(have: Sequence[_Node], gpus: int, jobs: int) -> int:
     """Cores of a run: as many as let the nodes hold so many runs at a time, each run on one node; at least 1."""
     jobs = max(1, min(jobs, _room(have, 1, gpus)))  # more than that wait for their turn
     most = int(sum(node.get("CPU", 0) for node in have)) // jobs
     return next((cores for cores in range(most, 1, -1) if _room(have, cores, gpus) >= jobs), 1)
 
 
-def _room(have: Sequence[Node], cores: int, gpus: int) -> int:
+def _room(have: Sequence[_Node], cores: int, gpus: int) -> int:
     """How many runs of so many cores and GPUs the nodes hold."""
     wanted = {"CPU": cores, **({"GPU": gpus} if gpus else {})}
     return int(sum(min(node.get(name, 0) // each for name, each in wanted.items()) for node in have))
@@ -149,13 +154,13 @@ class _Task:
             return _STOPPED
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
-            told = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+            reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
             with self.log.open("a", encoding="utf-8") as output:
-                output.write(f"gradprobe: {told}\n")
+                output.write(f"gradprobe: {reason}\n")
             return _LOST
 
 
-def tasks(plan: Path, cores: int, gpus: int) -> Launcher:
+def ray_tasks(plan: Path, cores: int, gpus: int) -> Launcher:
     """Starts each run on the cluster, with as many cores and GPUs of a node.
 
     Args:
@@ -166,7 +171,7 @@ def tasks(plan: Path, cores: int, gpus: int) -> Launcher:
     import ray
 
     # A run that is lost is for the study to try again, by resuming it: hence no retries.
-    remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=0)(record)
+    remote = ray.remote(num_cpus=cores, num_gpus=gpus, max_retries=0)(record_on_node)
     here, fixed = Path.cwd(), plan.read_text(encoding="utf-8")
     # Ray gives every worker its own OMP_NUM_THREADS; the user's, set here, comes first, as elsewhere.
     environment = threads(cores, os.environ)
@@ -178,7 +183,9 @@ def tasks(plan: Path, cores: int, gpus: int) -> Launcher:
     return launch
 
 
-def record(words: Sequence[str], log: str, folder: str, plan: tuple[str, str], environment: Mapping[str, str]) -> int:
+def record_on_node(
+    words: Sequence[str], log: str, folder: str, plan: tuple[str, str], environment: Mapping[str, str]
+) -> int:
     """Run ``gradprobe`` with these words, on the node where this is called; returns its exit code.
 
     Args:
@@ -212,3 +219,79 @@ def record(words: Sequence[str], log: str, folder: str, plan: tuple[str, str], e
         process.terminate()
         end(process, PATIENCE)
         raise
+
+
+SLURM_SCRIPT = "slurm.sh"
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_UNUSUAL = re.compile(r"[^\w.-]", re.ASCII)
+
+_TEMPLATE = """\
+#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}{limit}
+#SBATCH --cpus-per-task={cores}
+{gpus}#SBATCH --output={logs}/slurm-%a.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
+# Each task records the runs of one line, or goes on with them: after a lost node or the time limit submit this again.
+# What else the cluster wants is said to sbatch: sbatch --time=8:00:00 --partition=long {script}
+cd -- {here} || exit
+for name in OMP MKL OPENBLAS; do # a cluster need not hold a task to the cores that it asked for
+    threads=${{name}}_NUM_THREADS
+    export "$threads=${{!threads:-${{SLURM_CPUS_PER_TASK:-{cores}}}}}"
+done
+RUNS=(
+{runs}
+)
+exec {command} --only "${{RUNS[$SLURM_ARRAY_TASK_ID]}}" -- {record}
+"""
+
+
+def slurm_script(
+    runs: Sequence[Planned],
+    words: Sequence[str],
+    record: Sequence[str],
+    *,
+    out: Path,
+    here: Path,
+    cores: int,
+    gpus: int,
+    jobs: int | None,
+) -> str:
+    """The job's script, for ``sbatch``.
+
+    Args:
+        runs: What is left to record, sources first.
+        words: The whole command of the study up to the flags for ``gradprobe record``.
+        record: Those flags.
+        out: The study's folder.
+        here: Where the command is to be run.
+        cores: That each run gets.
+        gpus: That each run gets.
+        jobs: How many runs at a time; None: as many as Slurm will.
+
+    Raises:
+        UsageError: Slurm cannot be given the folder of the logs.
+    """
+    lines = chains(runs)
+    logs = str(here / out / "logs")
+    if _CONTROL.search(logs):
+        raise UsageError(
+            f"--engine slurm: the folder {logs!r} holds a line break or another control character, which Slurm takes "
+            "in no name of a log. Take another one: --out."
+        )
+    return _TEMPLATE.format(
+        name=_UNUSUAL.sub("_", out.name).strip("-_.")[:64] or "gradprobe",
+        last=len(lines) - 1,
+        limit=f"%{jobs}" if jobs else "",
+        cores=cores,
+        gpus=f"#SBATCH --gres=gpu:{gpus}\n" if gpus else "",
+        logs=shlex.quote(logs.replace("%", "%%")),  # a percent sign there begins %a, %j, ...
+        here=quoted(here),
+        script=quoted(out / SLURM_SCRIPT),
+        runs="\n".join(quoted(",".join(run.name for run in chain)) for chain in lines),
+        command=" ".join(map(quoted, words)),
+        record=" ".join(map(quoted, record)),
+    )
