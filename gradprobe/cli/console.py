@@ -184,7 +184,7 @@ def _line(cosines: Sequence[float], own: int) -> Text:
 def _cosine_mark(cosine: float) -> tuple[str, str]:
     """How one cosine is drawn, and its colour.
 
-    >>> [cell(c)[0] for c in (-0.9, -0.3, 0.0, 0.3, 0.9, float("nan"))]
+    >>> [_cosine_mark(c)[0] for c in (-0.9, -0.3, 0.0, 0.3, 0.9, float("nan"))]
     ['█', '-', '·', '+', '#', ' ']
     """
     if cosine != cosine:

@@ -66,7 +66,7 @@ def parse_targets(given: Iterable[str]) -> dict[str, float]:
     Raises:
         UsageError: Not ``metric=number``, or a metric named twice.
 
-    >>> parse(["mAP50=0.6,f1=0.5"])
+    >>> parse_targets(["mAP50=0.6,f1=0.5"])
     {'mAP50': 0.6, 'f1': 0.5}
     """
     found: dict[str, float] = {}
