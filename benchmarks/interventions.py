@@ -80,7 +80,7 @@ def record(folder: Path, arm: Arm, seed: int, words: list[str]) -> None:
 
 def cost(folder: Path, arm: Arm, steps: int, words: list[str]) -> dict[str, float]:
     """Seconds of a step, and of a joint step in the same process, in turn; unmeasured steps, medians."""
-    from gradprobe.cli.live import Display
+    from gradprobe.cli.progress import Display
     from gradprobe.trainers import loop
     from gradprobe.trainers.build import build
     from gradprobe.trainers.data.loading import load_data

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from gradprobe.cli.live import Display
+from gradprobe.cli.progress import Display
 from gradprobe.runfile import RunWriter
 from gradprobe.trainers import loop
 from gradprobe.trainers.build import build

@@ -17,7 +17,8 @@ import numpy as np
 
 from gradprobe.statistics import paired
 from gradprobe.verdict.answers import BY_RULE, INCREASED, QUESTIONS, REDUCED, UNCERTAIN
-from gradprobe.verdict.comparison import Options, compare
+from gradprobe.verdict.comparison import compare
+from gradprobe.verdict.criteria import Criteria
 from gradprobe.verdict.decision import MARGIN, Decision, decide
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -109,7 +110,7 @@ def attribution(draws: int) -> str:
         for draw in range(draws):
             found = compare(
                 study({"joint": BASE, "arm": truth}, range(5), draw=draw, rows=40),
-                Options(pairs=["cls>det"], metrics=["accuracy"], outcome_margin=MARGIN),
+                Criteria(pairs=["cls>det"], metrics=["accuracy"], outcome_margin=MARGIN),
             )
             for question in QUESTIONS:
                 counts[question] += any(answer.verdict in CLAIMS for answer in found.of(question))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-WIDE = 30.0
+_WIDE = 30.0
 """Positive values that span more than this factor go on a logarithmic axis, so that small ones stay visible."""
 
 
@@ -19,11 +19,11 @@ def logarithmic(values: ArrayLike) -> bool:
     """
     known = np.asarray(values, dtype=np.float64)
     known = known[np.isfinite(known)]
-    return bool(known.size and known.min() > 0 and known.max() > WIDE * known.min())
+    return bool(known.size and known.min() > 0 and known.max() > _WIDE * known.min())
 
 
 def short(names: Sequence[str], limit: int = 30) -> list[str]:
-    """Names of layers that fit beside a panel: where some are too long, what all begin with goes, then the middle.
+    """Names of layers, short enough for an axis: from long ones the common beginning goes, then the middle.
 
     >>> short(["net.stem", "net.head"], limit=7)
     ['…stem', '…head']

@@ -82,7 +82,7 @@ class Mean:
 
     def half(self, level: float = 0.95) -> Array:
         """Half the width of the interval at this level."""
-        return half_width(self.variance, self.rows, level)
+        return _half_width(self.variance, self.rows, level)
 
 
 def series_mean(values: ArrayLike) -> Mean:
@@ -102,7 +102,7 @@ def series_mean(values: ArrayLike) -> Mean:
     return Mean(mean, variance, rows)
 
 
-def half_width(variance: ArrayLike, rows: ArrayLike, level: float = 0.95) -> Array:
+def _half_width(variance: ArrayLike, rows: ArrayLike, level: float = 0.95) -> Array:
     """Half the width of an interval around a mean, from its variance by neighbouring differences.
 
     That variance of K rows is as uncertain as one with ``2 (K - 1)^2 / (3 K - 4)`` degrees of freedom.

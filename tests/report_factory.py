@@ -12,9 +12,9 @@ from run_factory import make_run
 
 from gradprobe.ledger.windows import Gate
 from gradprobe.messages import Message
-from gradprobe.report.gather import ArmFiles
+from gradprobe.report.study_data import ArmFiles
 from gradprobe.statistics import paired
-from gradprobe.verdict import words
+from gradprobe.verdict import decision
 from gradprobe.verdict.answers import (
     BY_RULE,
     DIRECTION,
@@ -24,10 +24,10 @@ from gradprobe.verdict.answers import (
     OUTCOME,
     UNDEFINED,
     Answer,
-    Arm,
+    ArmFacts,
+    ArmLevel,
     Comparison,
     LayerAnswer,
-    Level,
     Similarity,
 )
 from gradprobe.verdict.decision import decide
@@ -110,17 +110,17 @@ def make_comparison(arms: Sequence[ArmFiles], baseline: str = "joint", **changes
                high90=0.2, margin=0.1, n=3, gates=[failed], reason=Message("reason.gates", gates=[failed.sentence])),
     ]  # fmt: skip
     levels = [
-        Level(INTERFERENCE, arm.name, "cls>det", quantity, 0.4, 0.3, 0.5, [0.4 + d for d in spread], range(5))
+        ArmLevel(INTERFERENCE, arm.name, "cls>det", quantity, 0.4, 0.3, 0.5, [0.4 + d for d in spread], range(5))
         for arm in arms
     ]
-    levels = [replace(level, sentence=words.of_level(level, 0.1)) for level in levels]
+    levels = [replace(level, sentence=decision.level_sentence(level, 0.1)) for level in levels]
     known = {
         "similarities": [Similarity(arm.name, "det|cls", 0.6, 0.5, 0.7, [0.6] * 3, range(3)) for arm in arms],
         "levels": levels,
-        "headline": words.headline(answers, levels, [], baseline),
+        "headline": decision.headline(answers, levels, [], baseline),
         "baseline": baseline if any(arm.name == baseline for arm in arms) else "",
         "controls": [arm.name for arm in arms if arm.name == "single"],
-        "arms": [Arm(arm.name, "arm", [p.name for p in arm.files], [int(s) for s in arm.seeds]) for arm in arms],
+        "arms": [ArmFacts(arm.name, "arm", [p.name for p in arm.files], [int(s) for s in arm.seeds]) for arm in arms],
         "tasks": ["det", "cls"],
         "answers": answers,
         "warnings": [Message("misleading.scaled", file="0-0.h5", task="det")],

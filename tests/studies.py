@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from gradprobe.cli.app import run as command
-from gradprobe.cli.studying import Asked, prepare, run
+from gradprobe.cli.study import Asked, prepare, run
 from gradprobe.study import folder
 
 

@@ -14,15 +14,14 @@ from hypothesis.extra import numpy as hnp
 from gradprobe.cli.app import run as command
 from gradprobe.errors import DataError
 from gradprobe.verdict.answers import plain
-from gradprobe.verdict.bare import judge, parse
-from gradprobe.verdict.misleading import partial
+from gradprobe.verdict.training_losses import judge_table, parse_table, partial_batches
 
 REPORT = Path(__file__).parent / "fixtures" / "report.csv"
 """The numbers of a report that concluded "solved" from a falling loss."""
 
 
 def said(text):
-    return judge(parse(text))
+    return judge_table(parse_table(text))
 
 
 def test_the_report():
@@ -84,7 +83,7 @@ def test_weights_whose_sum_wanders_are_told():
 def test_whatever_the_numbers_it_is_inconclusive_and_plain_json(values, size):
     lines = [",".join(map(str, (k, *row, size, size - k % 2))) for k, row in enumerate(values)]
     text = "step,loss_a,loss_b,weight_a,weight_b,batch_size,samples\n" + "\n".join(lines)
-    found = judge(parse(text))
+    found = judge_table(parse_table(text))
     assert found.verdict == "INCONCLUSIVE"
     json.dumps(plain(found), allow_nan=False)
 
@@ -100,7 +99,7 @@ def test_whatever_the_numbers_it_is_inconclusive_and_plain_json(values, size):
 )
 def test_what_is_no_such_table_is_refused_by_line(text, message):
     with pytest.raises(DataError, match=message):
-        parse(text)
+        parse_table(text)
 
 
 @pytest.mark.parametrize("is_sum", [True, False])
@@ -112,7 +111,7 @@ def test_a_loss_that_goes_with_the_batch_size_is_told_from_one_that_does_not(is_
     size[19::20] = 8 // ratio
     if is_sum:
         loss[19::20] /= ratio
-    found = partial(loss, size)
+    found = partial_batches(loss, size)
     assert found.is_sum == is_sum
     assert found.rows.tolist() == [19, 39, 59]
     if is_sum:
@@ -120,9 +119,9 @@ def test_a_loss_that_goes_with_the_batch_size_is_told_from_one_that_does_not(is_
 
 
 def test_batches_that_are_all_alike_are_not_partial():
-    assert partial(np.ones(5), np.full(5, 8)) is None
-    assert partial(np.ones(5), np.zeros(5, int)) is None
-    assert partial(np.full(5, np.nan), [8, 8, 8, 8, 2]) is None
+    assert partial_batches(np.ones(5), np.full(5, 8)) is None
+    assert partial_batches(np.ones(5), np.zeros(5, int)) is None
+    assert partial_batches(np.full(5, np.nan), [8, 8, 8, 8, 2]) is None
 
 
 def test_the_command(capsys):

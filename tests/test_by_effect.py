@@ -14,10 +14,10 @@ from growing import TASKS
 
 from gradprobe import measures, open_run
 from gradprobe.cli.app import run as command
-from gradprobe.cli.replaying import replay_run
+from gradprobe.cli.replay import replay_run
 from gradprobe.ledger.windows import window
 from gradprobe.plots.figure import make
-from gradprobe.report import gather, heat
+from gradprobe.report import bins, study_data
 from gradprobe.rows import MISSING_GRADIENT, NONFINITE_GRADIENT, Header, ProbeLoaderRow, Row, absent
 from gradprobe.runfile import RunWriter, schema, shared_layers
 from gradprobe.runfile.exports import export_run
@@ -26,7 +26,7 @@ from gradprobe.runfile.repair import repair
 from gradprobe.runfile.thin import ThinRun
 from gradprobe.sinks.scalars import scalars
 from gradprobe.summary import sentences, shared_gram, summarise
-from gradprobe.verdict import evidence, readings
+from gradprobe.verdict import evidence
 
 FIXTURES = Path(__file__).parent / "fixtures"
 OLD = ("zero-heads", "layerdrop")
@@ -152,7 +152,7 @@ def test_every_reader_of_an_old_file_goes_by_effect(old, tmp_path, capsys):
             assert tables
             figure.clear()
     read = evidence.read(old)
-    assert readings.shared_layers(read, TASKS) == {"first", "second", "third"}
+    assert evidence.shared_layers(read, TASKS) == {"first", "second", "third"}
     assert command(["advise", str(old), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert {layer["layer"] for layer in said["layers"]} <= {"first", "second", "third"}
@@ -276,9 +276,9 @@ def test_a_new_file_says_what_gradients_say(headed):
         for source in ("training", "probe_loader"):
             whole, alone = run.estimate(source=source), run.estimate("trunk", source=source)
             np.testing.assert_array_equal(whole.cosine, alone.cosine)
-        (probed,) = [gather._probe(run, run.pairs)[:, 1]]
+        (probed,) = [study_data._probe(run, run.pairs)[:, 1]]
         true = 0.99 * trunk
-        expected = heat.pooled(np.stack([true[:, 0, 1], true[:, 0, 0], true[:, 1, 1]], axis=-1))
+        expected = bins.pooled_cosines(np.stack([true[:, 0, 1], true[:, 0, 0], true[:, 1, 1]], axis=-1))
         np.testing.assert_allclose(probed, expected, atol=1e-5)
 
 
@@ -353,7 +353,7 @@ def test_an_absent_task_is_in_no_median_and_no_sum(lacking_tasks):
 
 
 def test_loggers_follow_layers_that_join():
-    from gradprobe.cli.live import Display
+    from gradprobe.cli.progress import Display
     from gradprobe.rows import GrowingSink
     from gradprobe.sinks.tensorboard import TensorBoardSink
     from gradprobe.sinks.wandb import WandbSink
@@ -401,4 +401,4 @@ def test_reach_of_probe_loader_rows_goes_by_row(headed, tmp_path):
         assert run.estimate().cosine[0] == pytest.approx(expected, abs=1e-6)
         assert run.counts(table=schema.PROBE_LOADER)[1].tolist() == [[True, True], [True, False]]
     read = evidence.read(tmp_path / "lacks.h5")
-    assert readings.estimate(read, list(read.layers), TASKS).cosine[0] == pytest.approx(expected, abs=1e-6)
+    assert evidence.estimate(read, list(read.layers), TASKS).cosine[0] == pytest.approx(expected, abs=1e-6)

@@ -23,7 +23,8 @@ from zoo import Collector, mlp
 
 import gradprobe
 from gradprobe import errors, open_run
-from gradprobe.cli import recording as command
+from gradprobe.cli import record as command
+from gradprobe.cli.request import Plan
 from gradprobe.integrations.trainer_recording import Recording
 from gradprobe.probes import GradientProbe
 from gradprobe.runfile import RunWriter
@@ -525,7 +526,7 @@ def test_ultralytics_tears_down_without_a_word_too_many(tmp_path, disk):
 
 
 def test_gradprobe_record_says_why_the_training_ended(tmp_path, disk, monkeypatch):
-    from gradprobe.cli.silent import Silent
+    from gradprobe.cli.progress import NoDisplay
     from gradprobe.trainers.hyp import DetectionHyp
     from gradprobe.trainers.settings import Settings
 
@@ -541,12 +542,12 @@ def test_gradprobe_record_says_why_the_training_ended(tmp_path, disk, monkeypatc
         raise own
 
     monkeypatch.setattr(command, "train", fails)
-    plan = command.Plan(Settings(), DetectionHyp(), (), tmp_path / "run.h5", overwrite=False, state=None)
+    plan = Plan(Settings(), DetectionHyp(), (), tmp_path / "run.h5", overwrite=False, state=None)
     with (
         pytest.warns(RuntimeWarning, match="3 rows are lost"),
         pytest.raises(errors.TrainingError, match="own") as raised,
     ):
-        command._record(plan, Silent(Settings()))
+        command._record(plan, NoDisplay(Settings()))
     assert raised.value is own
     assert own.__context__ is None
 

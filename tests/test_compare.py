@@ -22,11 +22,11 @@ from gradprobe.verdict.answers import (
     QUESTIONS,
     REDUCED,
     UNDEFINED,
-    as_json,
+    plain,
 )
 from gradprobe.verdict.comparison import compare
-from gradprobe.verdict.evidence import Scores
-from gradprobe.verdict.options import Options
+from gradprobe.verdict.criteria import Criteria
+from gradprobe.verdict.evidence import SplitScores
 
 BASE = Truth()
 CLAIMS = ("REDUCED", "REDUCED (size uncertain)", "INCREASED")
@@ -103,7 +103,7 @@ def test_what_is_worse_than_the_baseline_is_listed():
 
 
 def test_json_holds_everything_and_no_nan():
-    found = as_json(compare(study({"joint": BASE, "arm": BASE}, range(3))))
+    found = plain(compare(study({"joint": BASE, "arm": BASE}, range(3))))
     text = json.dumps(found, allow_nan=False)
     assert json.loads(text) == found
     assert found["arms"][0] == {
@@ -195,7 +195,7 @@ def test_other_data_weights_or_budget_are_refused_unless_unpaired(said, word):
     assert f"differ in {word}" in str(found.refusals[0])
     assert claimed(found) == {}
     assert {a.verdict for a in found.answers} == {NO_VERDICT}
-    free = compare(runs, Options(paired=False))
+    free = compare(runs, Criteria(paired=False))
     assert not free.refusals
     assert answer(free, "direction", "det|cls").verdict == REDUCED
     assert any(f"differ in {word}" in str(said) for said in free.warnings)
@@ -209,7 +209,7 @@ def test_a_run_that_ended_early_has_another_budget():
 
 def test_unpaired_runs_are_compared_by_welch():
     runs = study({"joint": BASE, "arm": BASE.but(cancelled={"cls>det": 0.3, "det>cls": 0.2})}, range(6))
-    paired_, free = compare(runs), compare(runs, Options(paired=False))
+    paired_, free = compare(runs), compare(runs, Criteria(paired=False))
     one, other = (answer(found, "interference", "cls>det") for found in (paired_, free))
     assert one.effect == pytest.approx(other.effect)
     assert other.high95 - other.low95 > one.high95 - one.low95  # seeds differ more than the two runs of one
@@ -222,14 +222,14 @@ def test_files_that_do_not_show_how_they_were_made_are_paired_only_on_demand():
     runs = [but(run, **hidden) for run in study({"joint": BASE, "arm": BASE})]
     found = compare(runs)
     assert "do not show that they had the same data, initial weights, batches" in str(found.refusals[0])
-    assert not compare(runs, Options(paired=True)).refusals
+    assert not compare(runs, Criteria(paired=True)).refusals
 
 
 def test_files_without_seeds_are_taken_in_their_order_and_paired_only_on_demand():
     runs = [replace(run, seed=None) for run in study({"joint": BASE, "arm": BASE}, twice=False)]
     found = compare(runs)
     assert "do not name their seeds" in str(found.refusals[0])
-    assert compare(runs, Options(paired=True)).arms[1].seeds == [0, 1, 2, 3, 4]
+    assert compare(runs, Criteria(paired=True)).arms[1].seeds == [0, 1, 2, 3, 4]
 
 
 def test_seeds_of_one_arm_alone_are_left_out_and_told():
@@ -243,7 +243,7 @@ def test_values_that_differ_stand_in_the_order_of_the_names_before_them():
     runs = [but(run, settings__epochs=6) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
     said = str(compare(runs).refusals[0])
     assert said.startswith("arm-0.h5 and joint-0.h5 (seed 0) differ in budget (settings.epochs 6 and 3).")
-    free = compare(runs, Options(paired=False))
+    free = compare(runs, Criteria(paired=False))
     assert "arm and joint differ in budget (settings.epochs 6 and 3), and are compared all the same." in map(
         str, free.warnings
     )
@@ -261,11 +261,11 @@ def test_two_files_of_one_seed_with_other_settings_are_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Options(pairs=["det>seg"]), "--pairs 'det>seg'"),
-        (Options(pairs=["det"]), "--pairs 'det'"),
-        (Options(metrics=["loss_det"]), "loss_det is a loss"),
-        (Options(margin=0.0), "margins are finite numbers above 0"),
-        (Options(controls=["nobody"]), "--control nobody"),
+        (Criteria(pairs=["det>seg"]), "--pairs 'det>seg'"),
+        (Criteria(pairs=["det"]), "--pairs 'det'"),
+        (Criteria(metrics=["loss_det"]), "loss_det is a loss"),
+        (Criteria(margin=0.0), "margins are finite numbers above 0"),
+        (Criteria(controls=["nobody"]), "--control nobody"),
     ],
 )
 def test_wrong_requests(options, message):
@@ -460,7 +460,7 @@ BIG = BASE.but(weight=(3.0, 1.0))  # the first task has the largest share
 def test_a_run_that_does_not_repeat_to_the_bit_is_held_against_half_the_margin(question, subject, margin):
     runs = study({"joint": BIG, "arm": BIG}, twice=False)
     for by, passes in ((0.4 * margin, True), (-0.4 * margin, True), (0.6 * margin, False), (-0.6 * margin, False)):
-        found = compare([*runs, shifted(again(runs[0]), question, by)], Options(margin=margin, outcome_margin=margin))
+        found = compare([*runs, shifted(again(runs[0]), question, by)], Criteria(margin=margin, outcome_margin=margin))
         gate = twice(found, question, subject)
         assert gate.value == pytest.approx(abs(by), rel=1e-6)
         assert gate.limit == 0.5 * margin
@@ -498,21 +498,21 @@ def test_a_second_run_without_the_number_closes_the_gate():
 )
 def test_who_vouches_for_the_pairs_needs_equal_first_losses_and_no_second_run(change, message):
     runs = study({"joint": BASE, "arm": BASE}, twice=False)
-    found = compare(runs, Options(paired=True))
+    found = compare(runs, Criteria(paired=True))
     assert twice(found).passed
     assert twice(found).sentence == Message("gate.first_equal")
     assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
-    spoiled = compare(spoil(runs, change), Options(paired=True))
+    spoiled = compare(spoil(runs, change), Criteria(paired=True))
     assert not twice(spoiled).passed
     assert "arm, seed 1" in str(twice(spoiled).sentence)
     assert message in str(twice(spoiled).sentence)
     assert answer(spoiled, "interference", "cls>det").verdict == UNDEFINED
     second = shifted(again(runs[0]), "interference", 0.09)
-    assert not twice(compare([*runs, second], Options(paired=True))).passed  # what the files show counts for more
+    assert not twice(compare([*runs, second], Criteria(paired=True))).passed  # what the files show counts for more
 
 
 def test_unpaired_runs_are_not_asked_for_a_second_one():
-    found = compare(study({"joint": BASE, "arm": BASE}, twice=False), Options(paired=False))
+    found = compare(study({"joint": BASE, "arm": BASE}, twice=False), Criteria(paired=False))
     gates_ = [gate.name for a in found.answers for gate in a.gates]
     assert "same run twice" not in gates_
     assert answer(found, "interference", "cls>det").verdict == EQUIVALENT
@@ -570,7 +570,7 @@ def test_the_window_says_which_steps_count():
         table["loss_change"][60:, 0] -= 0.8 * 0.01 * 0.5
 
     runs = [with_ledger(run, late) if run.arm == "arm" else run for run in study({"joint": BASE, "arm": BASE})]
-    early, after = (compare(runs, Options(window=w)) for w in ((20, 60), (60, 120)))
+    early, after = (compare(runs, Criteria(window=w)) for w in ((20, 60), (60, 120)))
     assert answer(early, "interference", "cls>det").verdict == EQUIVALENT
     assert answer(after, "interference", "cls>det").verdict == REDUCED
 
@@ -698,7 +698,7 @@ def alike(found, arm):
 def test_the_magnitude_similarity_of_each_arm_is_that_of_the_window_over_its_seeds():
     runs = study({"joint": BASE, "arm": BASE}, range(4))
     runs = [longer(run) if run.arm == "arm" else run for run in runs]
-    found = compare(runs, Options(window=(10, 60), pairs=["cls>det"]))
+    found = compare(runs, Criteria(window=(10, 60), pairs=["cls>det"]))
     for arm in ("joint", "arm"):
         each = []
         for run in (r for r in runs if r.arm == arm and not r.file.endswith("-again.h5")):
@@ -729,7 +729,7 @@ def test_a_gradient_that_one_run_does_not_resolve_leaves_the_magnitude_similarit
     assert np.isnan(one.values).tolist() == [False, True, False, False, False]
     assert np.isnan([one.mean, one.low95, one.high95]).all()
     assert np.isfinite(alike(found, "joint").mean)
-    assert next(x for x in as_json(found)["similarities"] if x["arm"] == "arm")["mean"] is None
+    assert next(x for x in plain(found)["similarities"] if x["arm"] == "arm")["mean"] is None
 
 
 def test_arms_without_shared_layers_or_noise_have_no_magnitude_similarity():
@@ -766,9 +766,9 @@ def test_what_was_planned_is_what_counts():
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda runs: runs, Options(margin=0.05), "margin was planned as 0.2, and this comparison uses 0.05"),
-        (lambda runs: runs, Options(window=(0, 50)), "window was planned as 20, 100"),
-        (lambda runs: runs, Options(pairs=["det>cls"]), "pairs was planned as cls>det"),
+        (lambda runs: runs, Criteria(margin=0.05), "margin was planned as 0.2, and this comparison uses 0.05"),
+        (lambda runs: runs, Criteria(window=(0, 50)), "window was planned as 20, 100"),
+        (lambda runs: runs, Criteria(pairs=["det>cls"]), "pairs was planned as cls>det"),
         (lambda runs: [r for r in runs if r.seed != 4], None, "joint: seeds 4 were planned and are not there"),
         (lambda runs: [r for r in runs if r.single != "cls"], None, "arm single-cls was planned and is not there"),
         (
@@ -778,7 +778,7 @@ def test_what_was_planned_is_what_counts():
         ),
         (
             lambda runs: spoil(runs, lambda run: but(run, settings__epochs=9)),
-            Options(paired=False),
+            Criteria(paired=False),
             "arm-1.h5: settings.epochs was planned as 3, and was 9",
         ),
     ],
@@ -845,14 +845,14 @@ def test_an_outcome_is_a_deficit_against_the_task_alone():
 
 def test_a_run_without_a_test_split_is_named():
     runs = study({"joint": BASE, "arm": BASE})
-    bare = [replace(run, tested=Scores({})) for run in runs]
+    bare = [replace(run, tested=SplitScores({})) for run in runs]
     one = compare(bare).of("outcome")[0]
     assert (one.verdict, one.subject) == (NO_VERDICT, "test split")
     found = compare([bare[k] if run.file == "arm-1.h5" else run for k, run in enumerate(runs)])
     assert {a.verdict for a in found.of("outcome")} == {NO_VERDICT}
     assert "arm-1.h5 holds no accuracy of the test split." in {str(a.reason) for a in found.of("outcome")}
     with pytest.raises(UsageError, match="--metrics speed: whose is it"):
-        compare(runs, Options(metrics=["speed"]))
+        compare(runs, Criteria(metrics=["speed"]))
 
 
 def test_clusters_of_the_test_split_widen_the_interval():

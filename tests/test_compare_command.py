@@ -11,7 +11,7 @@ from run_factory import make_run
 from verdict_factory import Truth, study, write
 
 from gradprobe.cli.app import run as command
-from gradprobe.cli.comparing import gather, parse_window
+from gradprobe.cli.compare import gather, parse_window
 from gradprobe.messages import Language
 from gradprobe.verdict.comparison import compare as judge
 

@@ -17,11 +17,11 @@ from torch import nn
 from zoo import Collector, naive_gramian
 
 from gradprobe import GradientProbe, measures, plots
-from gradprobe.cli import summary as summary_command
+from gradprobe.cli import run_file as summary_command
 from gradprobe.cli.watch import line, render
 from gradprobe.plots.figures import matrix
 from gradprobe.runfile import Run, RunWriter
-from gradprobe.summary import crowd, sentences, summarise
+from gradprobe.summary import many_tasks, sentences, summarise
 from gradprobe.summary.latest import latest
 
 TASKS = [f"attribute_{i:02}" for i in range(40)]
@@ -108,7 +108,7 @@ def test_every_task_stands_once_whatever_is_missing(count, seed):
     values = rng.uniform(-1, 1, (count, count))
     values = (values + values.T) / 2
     values[rng.random((count, count)) < 0.2] = np.nan
-    assert sorted(crowd.clustered(values)) == list(range(count))
+    assert sorted(many_tasks.clustered(values)) == list(range(count))
 
 
 def test_tasks_that_pull_together_stand_together_whatever_their_order():
@@ -116,13 +116,13 @@ def test_tasks_that_pull_together_stand_together_whatever_their_order():
     groups = rng.permutation(np.repeat(np.arange(4), 10))
     directions = rng.normal(size=(4, 30))
     gradients = directions[groups] + 0.5 * rng.normal(size=(40, 30))
-    order = crowd.clustered(measures.cosine(gradients @ gradients.T))
+    order = many_tasks.clustered(measures.cosine(gradients @ gradients.T))
     assert np.count_nonzero(np.diff(groups[order])) == 3
 
 
 def test_the_matrix_holds_every_pair_at_both_of_its_places():
     values = np.arange(6.0)
-    found = crowd.matrix(values, 4)
+    found = many_tasks.matrix(values, 4)
     for value, (a, b) in zip(values, measures.pairs(range(4)), strict=True):
         assert found[a, b] == found[b, a] == value
     assert np.isnan(np.diagonal(found)).all()
@@ -221,8 +221,8 @@ def test_the_summary_keeps_all_pairs_for_programs_and_few_for_people(forty):
     assert len(found["pairs"]) == 780
     printed = "".join(shown(part) for part in summary_command._tables(found))
     named = [pair for pair in forty.pairs if pair in printed]
-    assert len(named) == crowd.LOWEST
-    limit = sorted(pair["cosine"]["median"] for pair in found["pairs"].values())[crowd.LOWEST]
+    assert len(named) == many_tasks.LOWEST
+    limit = sorted(pair["cosine"]["median"] for pair in found["pairs"].values())[many_tasks.LOWEST]
     assert all(found["pairs"][pair]["cosine"]["median"] < limit for pair in named)
     said = sentences(forty, found)
     assert max(len(text) for text in said if not text.startswith("Metrics")) < 300
@@ -260,6 +260,6 @@ def test_watching_forty_tasks_fits_a_screen(forty):
 
 def test_changes_of_many_are_counted():
     ends = {f"t{i}": (1.0, 1.0 + (i - 3)) for i in range(10)} | {"x": (None, 1.0)}
-    assert str(crowd.moved(ends)) == "fell for 3 of 10 tasks, rose for 6 (t9, t8, t7, ...), stayed for 1"
-    assert str(crowd.moved({"a": (1.0, 1.0), "b": (2.0, 2.0)})) == "stayed for all 2 tasks"
-    assert crowd.spread({"a": None}) is None
+    assert str(many_tasks.moved(ends)) == "fell for 3 of 10 tasks, rose for 6 (t9, t8, t7, ...), stayed for 1"
+    assert str(many_tasks.moved({"a": (1.0, 1.0), "b": (2.0, 2.0)})) == "stayed for all 2 tasks"
+    assert many_tasks.spread({"a": None}) is None

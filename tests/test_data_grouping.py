@@ -120,7 +120,7 @@ def test_how_names_are_read_is_shown_by_an_example(tmp_path: Path) -> None:
     assert "patient000_clip0_frame00.png is of patient 'patient000', clip 'patient000_clip0'" in line
     assert "279 of 281 images" in line
     plain = made(tmp_path / "plain", {"train": ["a.png"], "val": ["b.png"]})
-    assert "no clip or patient is told by a.png" in run(str(plain))[1]
+    assert "no clip or patient is known from a.png" in run(str(plain))[1]
 
 
 def test_pictures_in_both_splits_are_in_the_totals(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import training
 from run_factory import make_run, trunk_layers
 
 from gradprobe import open_run
-from gradprobe.cli import interventions
+from gradprobe.cli import request
 from gradprobe.cli.app import run as command
 from gradprobe.errors import UsageError
 from gradprobe.trainers import checkpoint
@@ -150,7 +150,7 @@ def test_layers_that_are_not_there_are_named_with_near_ones(trainer, options, me
 
 
 def read(source, trainer, **options):
-    return interventions.read_source(source, resolve({"trainer": trainer, **options}))
+    return request.read_source(source, resolve({"trainer": trainer, **options}))
 
 
 PROVENANCE = {"trainer": "gradnorm", "settings": {"cfg": "yolov5n.yaml"}}

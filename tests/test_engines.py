@@ -18,12 +18,11 @@ from studies import InProcess, wait_for_an_epoch
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
-from gradprobe.cli.engines import by_slurm
-from gradprobe.cli.studying import Asked, prepare, run, words
+from gradprobe.cli.study import Asked, by_slurm, prepare, run, words
 from gradprobe.errors import GradprobeError, UsageError
-from gradprobe.study import folder, ray_engine, slurm
-from gradprobe.study.agreement import differing
+from gradprobe.study import cluster, folder
 from gradprobe.study.arms import chains, choose, make_arms, make_runs
+from gradprobe.study.folder import differing
 
 SMALL = ["--data", "dial:size=32", "--epochs", "1", "--every", "1"]
 STUDY = ["study", "--trainers", "joint,gradnorm-static,gradnorm", "--seeds", "1", *SMALL]
@@ -151,7 +150,7 @@ def test_a_slurm_job_records_what_this_machine_records(done, here, tmp_path, mon
     assert sbatch(script, 1) == [0, 0]
     assert sorted(path.name for path in (script.parent / "logs").glob("slurm*")) == ["slurm-0.log", "slurm-1.log"]
     monkeypatch.setattr("gradprobe.study.runner.start", lambda *_: pytest.fail("nothing is left to run"))
-    monkeypatch.setattr(ray_engine, "connect", lambda: pytest.fail("nothing is left to join a cluster for"))
+    monkeypatch.setattr(cluster, "connect_ray", lambda: pytest.fail("nothing is left to join a cluster for"))
     assert command(ask) == command([*STUDY, "--out", "my 5 % study", "--engine", "ray"]) == 0
     assert capsys.readouterr().err.count("identical, bit for bit") == 2
     assert_equal_studies(here, script.parent)
@@ -163,7 +162,7 @@ def test_runs_that_follow_each_other_are_one_task_and_gpus_are_asked_for():
     grouped = [[run.name for run in chain] for chain in chains(runs)]
     assert grouped == [["joint-s0", "split-s0"], ["gradnorm-s0", "gradnorm-static-s0"], ["joint-s0-again"]]
     there = {"out": Path("out"), "here": Path("/data/of me"), "cores": 4, "jobs": None}
-    text = slurm.script(runs, ["gradprobe", "study"], ["--device", "0,1"], gpus=2, **there)
+    text = cluster.slurm_script(runs, ["gradprobe", "study"], ["--device", "0,1"], gpus=2, **there)
     assert "#SBATCH --gres=gpu:2\n" in text
     assert "#SBATCH --array=0-2\n" in text
     assert "cd -- '/data/of me' || exit\n" in text
@@ -178,7 +177,7 @@ def test_a_task_has_the_threads_of_its_cores_unless_the_user_says_otherwise(envi
     runs = make_runs(make_arms(["joint"], [], ("a", "b")), (0,), make_arms(["joint"], [], ("a", "b"))[0])
     show = ["bash", "-c", 'echo "$OMP_NUM_THREADS $OPENBLAS_NUM_THREADS"']
     there = {"out": Path("out"), "here": Path("/"), "cores": 4, "gpus": 0, "jobs": None}
-    text = slurm.script(runs, show, [], **there)
+    text = cluster.slurm_script(runs, show, [], **there)
     bare = {"PATH": os.environ["PATH"], **environment}
     assert subprocess.run(["bash"], input=text, text=True, env=bare, capture_output=True).stdout.strip() == threads
 
@@ -187,7 +186,7 @@ def test_the_command_in_the_job_fixes_the_same_plan(tmp_path):
     asked = Asked(
         out=tmp_path / "s",
         trainers="joint,gradnorm",
-        arms=["light=joint --task-weights a=1,b=0.1"],
+        arm=["light=joint --task-weights a=1,b=0.1"],
         seeds="3,7",
         window="0:2",
         pairs="a>b",
@@ -243,11 +242,11 @@ def run_by_bash(script, folder):
 @pytest.mark.parametrize("text", INJECTED, ids=ascii)
 def test_nothing_in_a_flag_is_run_by_the_shell_of_a_job(text, tmp_path, monkeypatch):
     """Nor is any of it a line of its own: every word arrives as it was given."""
-    monkeypatch.setattr("gradprobe.cli.engines.COMMAND", ("gradprobe",))
+    monkeypatch.setattr("gradprobe.study.runner.COMMAND", ("gradprobe",))
     monkeypatch.chdir(tmp_path)
     record = [*SMALL, "--weights", text, "--gradnorm-layer", text]
     asked = Asked(
-        out=Path("s"), trainers="joint", seeds="1", arms=[shlex.join(["x=joint", "--weights", text])], record=record
+        out=Path("s"), trainers="joint", seeds="1", arm=[shlex.join(["x=joint", "--weights", text])], record=record
     )
     assert by_slurm(asked, prepare(asked, check_extras=False))
     script = tmp_path / "s" / "slurm.sh"
@@ -260,7 +259,7 @@ def test_nothing_in_a_flag_is_run_by_the_shell_of_a_job(text, tmp_path, monkeypa
 @pytest.mark.parametrize("text", INJECTED, ids=ascii)
 def test_nothing_in_the_name_of_a_folder_is_run_by_the_shell_of_a_job(text, tmp_path, monkeypatch, capsys):
     """Such a folder is refused where Slurm could not be told of its logs, and quoted elsewhere."""
-    monkeypatch.setattr("gradprobe.cli.engines.COMMAND", ("gradprobe",))
+    monkeypatch.setattr("gradprobe.study.runner.COMMAND", ("gradprobe",))
     for here, out in ((tmp_path / "there", Path(text)), (tmp_path / text, Path("s"))):
         here.mkdir()
         monkeypatch.chdir(here)
@@ -295,7 +294,7 @@ def test_nothing_in_a_flag_is_run_by_the_shell_of_a_worker(tmp_path):
     """There is none: what Ray runs are words."""
     (tmp_path / "plan.json").write_text("{}")
     text = "$(touch marker)`touch marker`\ntouch marker"
-    assert ray_engine.record(["summary", text], "log", str(tmp_path), ("plan.json", "{}"), {}) == 3
+    assert cluster.record_on_node(["summary", text], "log", str(tmp_path), ("plan.json", "{}"), {}) == 3
     assert "no such file" in (tmp_path / "log").read_text()
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("log", "plan.json")] == []
 
@@ -304,7 +303,7 @@ def test_nothing_in_a_flag_is_run_by_the_shell_of_a_worker(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def ray_cluster():
     """Two nodes of one core each, on this machine."""
     utils = pytest.importorskip("ray.cluster_utils")
     found = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -316,29 +315,29 @@ def cluster():
 @pytest.mark.parametrize(
     ("done", "fails"), [(NAMES[:2], NAMES[2]), pytest.param(NAMES[:1], NAMES[1], marks=pytest.mark.slow)]
 )
-def test_a_ray_cluster_records_what_this_machine_records(done, fails, here, cluster, tmp_path):
+def test_a_ray_cluster_records_what_this_machine_records(done, fails, here, ray_cluster, tmp_path):
     """Where a run fails, no other is stopped, and the same command tries it again."""
     begin(tmp_path / "a study", here, *done)
     (tmp_path / "a study" / f"{fails}.h5").mkdir()  # where a file belongs
     ask = [*STUDY, "--out", "a study", "--engine", "ray"]
-    child = start(*ask, env=cluster, cwd=tmp_path)
+    child = start(*ask, env=ray_cluster, cwd=tmp_path)
     _, err = child.communicate(timeout=280)
     assert child.returncode == 1
     assert "4 runs, 2 at a time" in err
     assert f"failed: {fails}.h5: cannot be read as a run file" in err
     assert "identical, bit for bit" in err  # so the second run of joint-s0, after that, is there
     (tmp_path / "a study" / f"{fails}.h5").rmdir()
-    child = start(*ask, env=cluster, cwd=tmp_path)
+    child = start(*ask, env=ray_cluster, cwd=tmp_path)
     out, err = child.communicate(timeout=280)
     assert child.returncode == 0, err
     assert "gradprobe compare 'a study'/*.h5 --baseline joint" in out
     assert_equal_studies(here, tmp_path / "a study")
 
 
-def test_stopping_a_study_on_ray_stops_its_runs_with_their_files_closed(cluster, tmp_path):
+def test_stopping_a_study_on_ray_stops_its_runs_with_their_files_closed(ray_cluster, tmp_path):
     fast = ["--no-ledger", "--micro-batches", "1", "--probe-every", "1000", "--every", "64"]
     ask = ["study", "--trainers", "joint", "--seeds", "1", "--out", tmp_path / "s", "--only", "joint-s0"]
-    child = start(*ask, "--engine", "ray", "--data", "dial:size=8192", "--epochs", "50", *fast, env=cluster)
+    child = start(*ask, "--engine", "ray", "--data", "dial:size=8192", "--epochs", "50", *fast, env=ray_cluster)
     log = tmp_path / "s" / "logs" / "joint-s0.log"
     wait_for_an_epoch(child, log)
     child.send_signal(signal.SIGTERM)
@@ -368,13 +367,13 @@ def test_without_ray_it_is_said_how_to_install_it(tmp_path, monkeypatch, capsys)
 def test_a_node_that_sees_another_folder_starts_nothing(tmp_path):
     log = tmp_path / "log"
     with pytest.raises(GradprobeError, match="let --out lie on a shared file system"):
-        ray_engine.record(["--version"], str(log), str(tmp_path), ("plan.json", "{}"), {})
+        cluster.record_on_node(["--version"], str(log), str(tmp_path), ("plan.json", "{}"), {})
     (tmp_path / "plan.json").write_text("{1}")
     with pytest.raises(GradprobeError, match="it holds another plan"):
-        ray_engine.record(["--version"], str(log), str(tmp_path), ("plan.json", "{}"), {})
+        cluster.record_on_node(["--version"], str(log), str(tmp_path), ("plan.json", "{}"), {})
     assert not log.exists()
     (tmp_path / "plan.json").write_text("{}")
-    assert ray_engine.record(["--version"], "log", str(tmp_path), ("plan.json", "{}"), {}) == 0
+    assert cluster.record_on_node(["--version"], "log", str(tmp_path), ("plan.json", "{}"), {}) == 0
     assert "gradprobe" in log.read_text()
 
 
@@ -394,10 +393,10 @@ def test_a_node_that_sees_another_folder_starts_nothing(tmp_path):
     ],
 )
 def test_the_nodes_are_divided_among_runs(have, gpus, jobs, runs, cores):
-    assert ray_engine.at_a_time(have, gpus, jobs) == runs
-    assert ray_engine.cores_each(have, gpus, runs) == cores
+    assert cluster.at_a_time(have, gpus, jobs) == runs
+    assert cluster.cores_per_run(have, gpus, runs) == cores
 
 
 def test_gpus_that_no_node_has_are_refused():
     with pytest.raises(UsageError, match="asks for 2 GPUs for each run; no node of the cluster has more than 1"):
-        ray_engine.at_a_time([{"CPU": 4, "GPU": 1.0}, {"CPU": 4, "GPU": 1.0}], 2, None)
+        cluster.at_a_time([{"CPU": 4, "GPU": 1.0}, {"CPU": 4, "GPU": 1.0}], 2, None)

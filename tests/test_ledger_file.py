@@ -106,4 +106,4 @@ def test_the_summary_says_what_was_cancelled_and_whether_to_believe_it(path, cap
 def test_a_short_ledger_says_what_cannot_be_told(tmp_path):
     record(tmp_path / "run.h5", Options(optimizer="sgd", ends="probe"), steps=4)
     with gradprobe.open_run(tmp_path / "run.h5") as run:
-        assert any("cannot be told: 4 rows" in sentence for sentence in sentences(run))
+        assert any("is not known: 4 rows" in sentence for sentence in sentences(run))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gradprobe.cli.live import Display, LiveDisplay, make_display, sparkline
+from gradprobe.cli.console import sparkline
+from gradprobe.cli.progress import Display, LiveDisplay, make_display
 from gradprobe.rows import Header, Row
 from gradprobe.trainers.settings import Settings
 

@@ -18,12 +18,12 @@ import gradprobe
 from gradprobe.errors import UsageError
 from gradprobe.messages import LANGUAGES, Language, Message, en, zh_tw
 from gradprobe.runfile import Run
-from gradprobe.summary import summarise, words
-from gradprobe.verdict import bare
-from gradprobe.verdict.answers import INCONCLUSIVE, Answer, Level
+from gradprobe.summary import summarise, wording
+from gradprobe.verdict import training_losses
+from gradprobe.verdict.answers import INCONCLUSIVE, Answer, ArmLevel
 from gradprobe.verdict.comparison import compare
-from gradprobe.verdict.options import Options
-from gradprobe.verdict.words import of_level, of_rule
+from gradprobe.verdict.criteria import Criteria
+from gradprobe.verdict.decision import level_sentence, reason_of_rule
 
 PACKAGE = Path(gradprobe.__file__).parent
 TOPICS = {"en": en, "zh-TW": zh_tw}
@@ -193,8 +193,8 @@ def test_messages_are_values():
 )
 def test_a_level_says_how_much_there_is_beside_the_margin(low, high, said):
     what = Message("quantity.interference", task="det", by="cls")
-    level = Level("interference", "joint", "cls>det", what, (low + high) / 2, low, high, [0.1] * 3, range(3))
-    assert dict(of_level(level, 0.1).values)["said"].key == said
+    level = ArmLevel("interference", "joint", "cls>det", what, (low + high) / 2, low, high, [0.1] * 3, range(3))
+    assert dict(level_sentence(level, 0.1).values)["said"].key == said
 
 
 # ---- a comparison in Chinese
@@ -285,22 +285,22 @@ def comparisons():
     few = study(TWO, range(3), **SMALL)
     *first, last = few
     yield compare(study(TWO))
-    yield compare(study({"joint": BASE, "arm": BASE.but(spread=0.4)}, range(4), **SMALL), Options(outcome_margin=0.2))
+    yield compare(study({"joint": BASE, "arm": BASE.but(spread=0.4)}, range(4), **SMALL), Criteria(outcome_margin=0.2))
     yield compare(study({"joint": BASE.but(cancelled={"cls>det": 1.4, "det>cls": -0.3})}, range(4), **SMALL))
     yield compare(study({"joint": BASE, "arm": BASE}, range(1), controls=False, twice=False, **SMALL))
     yield compare(study({"joint": BASE.but(spread=0), "arm": BASE.but(spread=0)}, range(2), **SMALL))
     yield compare([run for run in few if run.arm != "joint"])
-    yield compare([run for run in few if run.single != "cls"], Options(margin=0.3))
+    yield compare([run for run in few if run.single != "cls"], Criteria(margin=0.3))
     for change in OF_THE_ARM.values():
         yield compare([change(run) if run.arm == "arm" else run for run in few])
     for change in OF_ALL.values():
-        yield compare([change(run) for run in few], Options(margin=0.2))
+        yield compare([change(run) for run in few], Criteria(margin=0.2))
     for change in ONCE.values():
-        yield compare([change(run) for run in first], Options(paired=True))
+        yield compare([change(run) for run in first], Criteria(paired=True))
     for change in TWICE.values():
         yield compare([*first, replace(last, content="other", **change(last))])
     mixed = [saying(run, settings__lr=1.0 + run.seed, settings__epochs=9) if run.arm == "arm" else run for run in few]
-    yield compare([replace(run, finished=run.arm != "arm") for run in mixed], Options(paired=False))
+    yield compare([replace(run, finished=run.arm != "arm") for run in mixed], Criteria(paired=False))
 
 
 FAMILIES = ("refusal.", "caution.", "gate.", "remark.", "reason.", "plan.", "misleading.", "difference.", "rule.")
@@ -336,14 +336,14 @@ def test_a_fall_that_holm_does_not_let_stand_is_inconclusive_and_says_why():
         6,
         **numbers,
     )
-    assert of_rule(answer).key == "rule.held_back"
-    assert of_rule(replace(answer, high95=0.01)).key == "rule.6"
-    assert "includes both a meaningful reduction and no reduction" in str(of_rule(replace(answer, high95=0.01)))
+    assert reason_of_rule(answer).key == "rule.held_back"
+    assert reason_of_rule(replace(answer, high95=0.01)).key == "rule.6"
+    assert "includes both a meaningful reduction and no reduction" in str(reason_of_rule(replace(answer, high95=0.01)))
 
 
 def test_a_bare_table_is_said_wholly_in_chinese():
-    table = bare.parse((Path(__file__).parent / "fixtures" / "report.csv").read_text())
-    for message in messages_in(bare.judge(table)):
+    table = training_losses.parse_table((Path(__file__).parent / "fixtures" / "report.csv").read_text())
+    for message in messages_in(training_losses.judge_table(table)):
         text = Language("zh-TW").say(message)
         assert re.search("[\u4e00-\u9fff]", text), text
 
@@ -351,7 +351,7 @@ def test_a_bare_table_is_said_wholly_in_chinese():
 def test_a_run_is_told_wholly_in_chinese(tmp_path):
     tasks = [f"t{i}" for i in range(3)]
     with Run(make_run(tmp_path / "r.h5", rows=30, layers=4, epochs=2, tasks=tasks)) as run:
-        said = words.messages(summarise(run))
+        said = wording._messages(summarise(run))
     assert len(said) > 8
     for message in said:
         assert not re.search(ENGLISH, Language("zh-TW").say(message)), message

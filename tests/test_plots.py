@@ -21,7 +21,7 @@ from run_factory import make_header, make_rows, make_run, trunk_layers
 from typer.testing import CliRunner
 
 from gradprobe import plots
-from gradprobe.cli.plot import plot
+from gradprobe.cli.run_file import plot
 from gradprobe.display import short
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.plots import WHAT, series, style

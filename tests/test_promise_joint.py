@@ -162,7 +162,7 @@ def test_weights_that_sum_up_to_one_would_hide_what_is_added():
 def test_the_summary_says_by_how_much_a_derived_gradient_differed(tmp_path):
     import gradprobe
     from gradprobe.summary.numbers import summarise
-    from gradprobe.summary.words import messages
+    from gradprobe.summary.wording import _messages
 
     path = tmp_path / "run.h5"
     model = Net()
@@ -174,4 +174,4 @@ def test_the_summary_says_by_how_much_a_derived_gradient_differed(tmp_path):
         assert run.provenance["probe.level"] == "parameters"  # the rest of the provenance is still there
         summary = summarise(run)
         assert summary["joint_difference"] == {"step": 3.0, "value": 1.4e-5}
-        assert "differed by 1.4e-05 of the norms" in " ".join(map(str, messages(summary)))
+        assert "differed by 1.4e-05 of the norms" in " ".join(map(str, _messages(summary)))

@@ -454,7 +454,7 @@ def test_ctrl_c_closes_the_file(tmp_path, signal_, begin):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_does_not_tear_the_closing_of_the_file(number):
-    from gradprobe.cli.recording import interruptible, uninterrupted
+    from gradprobe.cli.record import interruptible, uninterrupted
 
     with interruptible():
         with uninterrupted():

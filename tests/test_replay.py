@@ -11,10 +11,10 @@ from run_factory import make_run
 
 from gradprobe import measures, open_run
 from gradprobe.cli.app import run as command
-from gradprobe.cli.replaying import replay_run
-from gradprobe.plots.replay import draw
+from gradprobe.cli.replay import replay_run
+from gradprobe.plots.method_effects import draw
 from gradprobe.runfile import RunWriter
-from gradprobe.verdict.replay import effect, table
+from gradprobe.verdict.replayed import effect, medians_by_task
 
 pytest.importorskip("torchjd")
 
@@ -52,7 +52,7 @@ def test_progress_and_harm_by_hand():
     np.testing.assert_allclose(joint.harmed, [0.5, 0.0])
     np.testing.assert_allclose(joint.length, 1)
     other = effect("x", gram, static, np.array([[1.5, 1.0], [np.nan, np.nan]]))
-    rows = table([joint, other], ("a", "b"))
+    rows = medians_by_task([joint, other], ("a", "b"))
     assert [r["rows"] for r in rows] == [2, 2, 1, 1]
     assert rows[2]["progress"] == 0  # exactly balanced
     assert rows[2]["change"]["median"] == pytest.approx(0.5)

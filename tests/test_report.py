@@ -17,25 +17,33 @@ from hypothesis import strategies as st
 from report_factory import HOSTILE, answer, make_comparison, make_study
 from run_factory import make_header
 
+from gradprobe.cli.report import parse_targets
 from gradprobe.errors import MissingExtraError, RunFileError, UsageError
 from gradprobe.foreign import LONGEST, clean
 from gradprobe.messages import LANGUAGES, Language, Message
-from gradprobe.report import bins, convergence, heat, look, names, page, targets
-from gradprobe.report.chart import Chart, Notice, Panel, Table, inert, numbers
-from gradprobe.report.figures import dots, forest, heatmap, levels, lines
-from gradprobe.report.figures import verdicts as shown
-from gradprobe.report.gather import ArmFiles, gather
-from gradprobe.report.look import Styles
-from gradprobe.report.report import SECTIONS, build, write
-from gradprobe.report.report import html as make_html
-from gradprobe.report.sections import evidence, front, limits, outcome
-from gradprobe.report.sections import ledger as ledger_section
-from gradprobe.report.sections.common import Context
-from gradprobe.report.study_data import Ledger, RunData
+from gradprobe.report import (
+    bins,
+    cosine_map,
+    course,
+    dots,
+    forest,
+    ledger_bars,
+    lines,
+    page,
+    questions,
+    theme,
+    validity,
+)
+from gradprobe.report.chart import Chart, Notice, NumberTable, Panel, distinct, inert, numbers
+from gradprobe.report.context import Context
+from gradprobe.report.page import SECTIONS, build, write
+from gradprobe.report.page import html as make_html
+from gradprobe.report.study_data import ArmFiles, LedgerSums, RunData, gather
+from gradprobe.report.theme import Styles
 from gradprobe.rows import ProbeLoaderRow
 from gradprobe.runfile import Run, RunWriter
 from gradprobe.verdict import answers as verdicts
-from gradprobe.verdict.answers import INTERFERENCE, KEYS, OUTCOME, Comparison, Direct, Level, verdict_key
+from gradprobe.verdict.answers import INTERFERENCE, KEYS, OUTCOME, ArmLevel, Comparison, Direct, verdict_key
 
 PAGE = Language(page=True)
 BIGGEST = 12_000_000
@@ -128,9 +136,9 @@ def test_every_verdict_has_a_name_and_a_marker_of_its_own():
     )
     assert known == set(KEYS)
     for verdict in known:
-        assert shown.LOOKS[verdict_key(verdict)]
+        assert forest.LOOKS[verdict_key(verdict)]
     telling = ("reduced", "reduced_uncertain", "equivalent", "not_reduced", "increased", "inconclusive", "undefined")
-    markers = [shown.LOOKS[key][1] for key in telling]
+    markers = [forest.LOOKS[key][1] for key in telling]
     assert len(set(markers)) == len(markers)  # nothing hangs on colour alone
 
 
@@ -151,9 +159,9 @@ def test_bins_hold_the_median_of_their_rows(values, count):
 
 @given(st.lists(st.floats(0, 1), min_size=6, max_size=30), st.floats(0, 1))
 def test_a_level_is_reached_when_the_running_median_is_there(values, level):
-    found = convergence.reached(np.array([values]), np.arange(len(values)) * 10.0, level)[0]
+    found = bins.steps_to_reach(np.array([values]), np.arange(len(values)) * 10.0, level)[0]
     for i in range(len(values)):
-        if np.median(values[max(0, i - convergence.WINDOW + 1) : i + 1]) <= level:
+        if np.median(values[max(0, i - bins.WINDOW + 1) : i + 1]) <= level:
             assert found == 10 * i
             return
     assert np.isnan(found)
@@ -162,14 +170,14 @@ def test_a_level_is_reached_when_the_running_median_is_there(values, level):
 @given(st.lists(st.lists(st.floats(0, 1), min_size=8, max_size=8), min_size=1, max_size=4))
 def test_every_seed_of_the_baseline_reaches_the_level_that_it_sets(seeds):
     values = np.array(seeds)
-    assert np.isfinite(convergence.reached(values, np.arange(8.0), convergence.final_level(values))).all()
+    assert np.isfinite(bins.steps_to_reach(values, np.arange(8.0), bins.final_level(values))).all()
 
 
 def test_upwards_is_downwards_upside_down():
     values = np.array([[0.1, 0.4, 0.3, 0.8, 0.9, 0.95]])
     steps = np.arange(6.0)
     np.testing.assert_array_equal(
-        convergence.reached(values, steps, 0.35, upwards=True), convergence.reached(-values, steps, -0.35)
+        bins.steps_to_reach(values, steps, 0.35, upwards=True), bins.steps_to_reach(-values, steps, -0.35)
     )
 
 
@@ -182,13 +190,13 @@ def test_clean_names_are_one_line_without_anything_that_acts(text):
 
 
 def test_distinct_names_are_distinct_even_if_one_is_called_like_a_second_one():
-    assert len(set(names.distinct(["a", "a (2)", "a", "a"]))) == 4
+    assert len(set(distinct(["a", "a (2)", "a", "a"]))) == 4
 
 
 @pytest.mark.parametrize("text", ["mAP50", "mAP50=", "=0.5", "mAP50=high", "f1=0.5,f1=0.6", "f1=nan"])
 def test_a_target_that_is_none_says_how_to_write_one(text):
     with pytest.raises(UsageError, match="--target"):
-        targets.parse([text])
+        parse_targets([text])
 
 
 def test_numbers_of_json_are_short_and_what_is_unknown_is_null():
@@ -237,7 +245,7 @@ def test_the_heatmap_is_the_median_of_bins_and_seeds(study, study_data):
                 [[np.median(cosine[place == b, layer]) for b in range(len(study_data.steps))] for layer in range(6)]
             )
     np.testing.assert_allclose(arm.heat[0], np.median(per_seed, axis=0), atol=1e-6)
-    figure = heatmap.draw(arm.layers, arm.heat[0], study_data.steps, PAGE)
+    figure = cosine_map.draw(arm.layers, arm.heat[0], study_data.steps, PAGE)
     assert figure["data"][0]["z"] == numbers(arm.heat[0], 3)
     assert (figure["data"][0]["zmin"], figure["data"][0]["zmax"]) == (-1, 1)
     assert figure["layout"]["yaxis"]["autorange"] == "reversed"  # the first layer on top
@@ -245,7 +253,7 @@ def test_the_heatmap_is_the_median_of_bins_and_seeds(study, study_data):
 
 def test_a_forest_row_shows_both_intervals_the_effect_the_margin_and_every_seed():
     one = answer(INTERFERENCE, "gradnorm", "cls>det", [-0.4, -0.42, -0.38, -0.41, -0.39])
-    figure = forest.draw([shown.row(one, PAGE)], PAGE, "x")
+    figure = forest.draw([forest.answer_row(one, PAGE)], PAGE, "x")
     thin, thick, mark, seeds = figure["data"]
     assert thin["x"] == numbers([one.low95, one.high95])
     assert thick["x"] == numbers([one.low90, one.high90])
@@ -261,10 +269,10 @@ def test_a_forest_row_shows_both_intervals_the_effect_the_margin_and_every_seed(
 
 
 def test_a_level_without_a_mean_shows_the_seeds_that_have_a_number():
-    level = Level(
+    level = ArmLevel(
         INTERFERENCE, "joint", "cls>det", Message("quantity.dominance"), *[math.nan] * 3, [0.3, math.nan], [0, 1]
     )
-    figure = forest.draw([levels.row(level, Styles(["joint"], "joint", []), PAGE)], PAGE, "x")
+    figure = forest.draw([forest.level_row(level, Styles(["joint"], "joint", []), PAGE)], PAGE, "x")
     (seeds,) = figure["data"]
     assert seeds["x"] == [0.3]
 
@@ -273,19 +281,19 @@ def test_seeds_of_an_outcome_lie_on_the_side_of_its_effect():
     """Metrics fall where the gap to single tasks, which is the effect, grows."""
     one = answer(OUTCOME, "gradnorm", "mAP50", [0.1, 0.12, 0.11], margin=0.02)
     assert one.arm_values[0] < one.baseline_values[0]
-    seeds = forest.draw([shown.row(one, PAGE)], PAGE, "x")["data"][-1]
+    seeds = forest.draw([forest.answer_row(one, PAGE)], PAGE, "x")["data"][-1]
     assert min(seeds["x"]) == pytest.approx(0.1)
 
 
 def test_an_answer_without_numbers_has_a_row_and_no_interval(context):
     dual = next(a for a in context.comparison.answers if a.arm == "dual")
-    figure = forest.draw([shown.row(dual, PAGE)], PAGE, "x")
+    figure = forest.draw([forest.answer_row(dual, PAGE)], PAGE, "x")
     assert [a["text"] for a in figure["layout"]["annotations"]] == ["dual\u00a0· cls\u00a0→\u00a0det", "NOT APPLICABLE"]
     assert figure["data"] == [{"type": "scatter", "x": [None], "y": [None], "hoverinfo": "skip"}]
 
 
 def test_targets_are_drawn_and_counted_per_seed(context, study_data):
-    section = outcome.section(context)
+    section = course.metrics(context)
     final = next(b for b in section.blocks if isinstance(b, Panel))
     chart = final.charts[0]
     assert chart.title == "mAP50, val, target 0.6"
@@ -301,8 +309,8 @@ def test_a_target_without_its_metric_is_said(study):
 
 
 def test_metrics_of_the_test_split_are_taken_only_where_every_run_has_them(study_data):
-    assert not outcome.on_test(study_data, "mAP50")
-    assert outcome.final(study_data.runs[0], "mAP50", False) == study_data.runs[0].epochs["mAP50"][-1, 1]
+    assert not course.on_test(study_data, "mAP50")
+    assert course.final(study_data.runs[0], "mAP50", False) == study_data.runs[0].epochs["mAP50"][-1, 1]
 
 
 def test_seeds_that_do_not_reach_a_level_are_shown_as_such():
@@ -316,7 +324,7 @@ def test_seeds_that_do_not_reach_a_level_are_shown_as_such():
 
 def made_ledger(seed):
     rng = np.random.default_rng(seed)
-    return Ledger(
+    return LedgerSums(
         ("det", "cls", "weight decay", "earlier momentum"),
         rng.normal(size=(2, 4)), rng.normal(size=2), rng.normal(size=2), 10, 12,
     )  # fmt: skip
@@ -333,7 +341,7 @@ def test_ledger_bars_are_means_over_seeds_and_leave_what_is_missing_as_residual(
     changed = type(study_data)(
         **(vars(study_data) | {"arms": [type(arm)(**(vars(arm) | {"runs": runs})), *study_data.arms[1:]]})
     )
-    section = ledger_section.section(Context(changed, context.comparison, context.words, context.styles))
+    section = ledger_bars.section(Context(changed, context.comparison, context.words, context.styles))
     panel, notice = section.blocks
     bars = panel.charts[1].figure["data"]
     assert [bar["name"] for bar in bars] == [
@@ -357,7 +365,7 @@ def test_figures_are_valid_for_plotly(context):
         if isinstance(value, list):
             return [painted(v) for v in value]
         if isinstance(value, str) and value.startswith("@"):
-            return look.LIGHT[value[1:].split("/")[0]]
+            return theme.LIGHT[value[1:].split("/")[0]]
         return value
 
     charts = [chart for panel in panels(context) for chart in panel.charts]
@@ -369,8 +377,8 @@ def test_figures_are_valid_for_plotly(context):
 def test_every_colour_of_a_figure_is_in_both_palettes(context):
     found = set(re.findall(r'"@(\w+)', json.dumps([c.figure for p in panels(context) for c in p.charts])))
     assert len(found) > 10
-    assert found <= set(look.LIGHT)
-    assert set(look.LIGHT) == set(look.DARK)
+    assert found <= set(theme.LIGHT)
+    assert set(theme.LIGHT) == set(theme.DARK)
 
 
 def luminance(colour):
@@ -384,7 +392,7 @@ def contrast(one, other):
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("palette", [look.LIGHT, look.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("palette", [theme.LIGHT, theme.DARK], ids=["light", "dark"])
 def test_text_has_a_contrast_of_four_and_a_half_and_marks_of_three(palette):
     for ground in ("page", "surface", "raised"):
         for text in ("ink", "soft", "link"):
@@ -392,7 +400,7 @@ def test_text_has_a_contrast_of_four_and_a_half_and_marks_of_three(palette):
     for verdict in ("reduced", "increased", "same", "open", "none"):  # their names are text
         assert contrast(palette[verdict], palette["surface"]) >= 4.5, verdict
         assert contrast(palette[verdict], palette["page"]) >= 4.5, verdict
-    for mark in ("baseline", *(f"series{i}" for i in range(look.SERIES)), "minus", "plus"):
+    for mark in ("baseline", *(f"series{i}" for i in range(theme.SERIES)), "minus", "plus"):
         assert contrast(palette[mark], palette["surface"]) >= 3, mark
 
 
@@ -412,10 +420,10 @@ def test_corrected_cosines_are_ratios_of_sums_over_rows_and_seeds():
     place = np.repeat(np.arange(4), 5)
     have, want = ["a|b", "a|c", "b|c"], ["b|c", "x|y"]
     runs = [
-        heat.RunHeat(names, np.zeros((2, 2, 4), np.float32), heat.sums(gram, have, want, place, 4))
+        bins.RunCosines(names, np.zeros((2, 2, 4), np.float32), bins.pair_sums(gram, have, want, place, 4))
         for names, gram in zip((["p", "q"], ["q", "p"]), true, strict=True)
     ]
-    layers, cosine, corrected = heat.of_arm(runs)
+    layers, cosine, corrected = bins.heat_of_arm(runs)
     assert (layers, corrected) == (["p", "q"], True)
     for b in range(4):
         for place_in_first, place_in_second in ((0, 1), (1, 0)):
@@ -429,7 +437,7 @@ def test_corrected_cosines_are_ratios_of_sums_over_rows_and_seeds():
 
 def test_what_noise_hides_is_left_empty_and_never_cut_off():
     sums = np.array([[1.0, -1.0, 2.0], [1.0, 0.0, 2.0], [3.0, 1.0, 1.0], [1.0, 4.0, 4.0], [np.nan, 1.0, 1.0]])
-    np.testing.assert_array_equal(heat.pooled(sums), np.float32([np.nan, np.nan, np.nan, 0.25, np.nan]))
+    np.testing.assert_array_equal(bins.pooled_cosines(sums), np.float32([np.nan, np.nan, np.nan, 0.25, np.nan]))
 
 
 def probed(path, rows, reach):
@@ -473,8 +481,8 @@ def test_a_cosine_on_the_probe_loader_that_noise_hides_is_a_gap_and_never_cut_of
 
 def test_one_seed_without_its_noise_leaves_the_whole_arm_uncorrected():
     naive = np.full((1, 1, 2), 0.5, np.float32)
-    runs = [heat.RunHeat(["a"], naive, np.ones((1, 1, 2, 3))), heat.RunHeat(["a"], naive / 5, None)]
-    _, cosine, corrected = heat.of_arm(runs)
+    runs = [bins.RunCosines(["a"], naive, np.ones((1, 1, 2, 3))), bins.RunCosines(["a"], naive / 5, None)]
+    _, cosine, corrected = bins.heat_of_arm(runs)
     assert not corrected
     np.testing.assert_allclose(cosine, 0.3)
 
@@ -495,14 +503,14 @@ def test_the_magnitude_similarity_stands_beside_the_direct_effect(study):
     comparison.similarities[1] = replace(comparison.similarities[1], mean=math.nan, low95=math.nan, high95=math.nan)
     for lang in LANGUAGES:
         words = Language(lang, page=True)
-        blocks = evidence.section(context_of(study, comparison, words)).blocks
-        tables = [block for block in blocks if isinstance(block, Table)]
+        blocks = questions.evidence(context_of(study, comparison, words)).blocks
+        tables = [block for block in blocks if isinstance(block, NumberTable)]
         assert [table.caption for table in tables] == [words("direct.title"), words("similarity.title")]
-        assert tables[1].columns == [words(f"column.{name}") for name in ("arm", "subject", "mean", "ci95")]
+        assert tables[1].columns == words.columns("arm", "subject", "mean", "ci95")
         assert tables[1].rows[0] == ["joint", words.subject("det|cls"), "0.60", words.span(0.5, 0.7)]
         assert tables[1].rows[1][2:] == ["–", "–"]
-    none = evidence.section(context_of(study, make_comparison(study, similarities=()), PAGE)).blocks
-    assert not [block for block in none if isinstance(block, Table)]
+    none = questions.evidence(context_of(study, make_comparison(study, similarities=()), PAGE)).blocks
+    assert not [block for block in none if isinstance(block, NumberTable)]
 
 
 def test_every_chart_says_in_words_what_it_shows_and_every_panel_has_its_table(context):
@@ -518,7 +526,7 @@ def test_every_chart_says_in_words_what_it_shows_and_every_panel_has_its_table(c
 def test_every_table_is_as_wide_as_its_head(context):
     for section in (make(context) for make in SECTIONS):
         for block in section.blocks:
-            if isinstance(block, Table):
+            if isinstance(block, NumberTable):
                 assert all(len(row) == len(block.columns) for row in block.rows), block.caption
 
 
@@ -590,14 +598,14 @@ def test_more_arms_tasks_and_pairs_than_can_be_drawn_are_counted(tmp_path):
 def test_more_layers_than_rows_of_cells_are_put_together_and_named_as_spans():
     layers = tuple(f"layer{i}" for i in range(500))
     values = np.tile(np.arange(500, dtype=np.float32)[:, None], (1, 4))
-    shown, cells = heatmap.fold(layers, values)
+    shown, cells = cosine_map.fold(layers, values)
     assert len(shown) == 100
     assert shown[0] == "layer0 … layer4"
     assert cells[0, 0] == 2
 
 
 def test_limits_name_what_these_files_lack(context):
-    found = limits.here(context)
+    found = validity.limits_here(context)
     assert {"naive", "no_ledger", "no_probe", "no_test"} <= set(found)
     assert not {"no_control", "one_arm", "few_seeds", "unfinished"} & set(found)
 
@@ -748,7 +756,7 @@ def test_a_long_headline_is_said_in_short_and_then_in_full(context):
         ("no_conclusion", "No conclusion about interference."),
     ):
         said = Message(f"headline.{key}", why=why)
-        found = front.headline(replace(context, comparison=replace(context.comparison, headline=[said])))
+        found = questions.headline(replace(context, comparison=replace(context.comparison, headline=[said])))
         assert found == (short, [PAGE.say(said)])
 
 

@@ -12,8 +12,8 @@ import pytest
 from report_factory import HOSTILE, make_comparison, make_study
 
 from gradprobe.messages import Message
-from gradprobe.report.look import DARK, LIGHT
-from gradprobe.report.report import html, write
+from gradprobe.report.page import html, write
+from gradprobe.report.theme import DARK, LIGHT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

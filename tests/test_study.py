@@ -15,13 +15,13 @@ from warm import Process
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
-from gradprobe.cli.studying import Asked, prepare, run
+from gradprobe.cli.study import Asked, prepare, run
 from gradprobe.errors import UsageError
 from gradprobe.runfile import RunWriter, lock
 from gradprobe.runfile.integrity import check_run
 from gradprobe.study import folder, plan
-from gradprobe.study.agreement import SAME, differing
 from gradprobe.study.arms import make_arms, make_runs, parse_seeds
+from gradprobe.study.folder import SAME, differing
 from gradprobe.study.runner import cores, cores_each, threads
 from gradprobe.trainers.settings import resolve
 
@@ -75,8 +75,8 @@ def test_seeds_are_a_number_or_a_list():
         ({"trainers": ""}, "no arm: name at least one"),
         ({"trainers": "joint", "baseline": "jiont"}, "no arm is called so .*Did you mean 'joint'"),
         ({"trainers": "joint,gradnorm-static"}, "no arm has that. Add gradnorm"),
-        ({"trainers": "joint", "arms": ["a b=joint"]}, "write NAME=TRAINER"),
-        ({"trainers": "joint", "arms": ["../x=joint"]}, "write NAME=TRAINER"),
+        ({"trainers": "joint", "arm": ["a b=joint"]}, "write NAME=TRAINER"),
+        ({"trainers": "joint", "arm": ["../x=joint"]}, "write NAME=TRAINER"),
         ({"trainers": "joint,gradnrom"}, "unknown trainer 'gradnrom'"),
         ({"trainers": "joint", "record": ["--seed", "3"]}, "--seed is given to each run by the study; use --seeds"),
         ({"trainers": "joint", "record": ["--imgsz", "100"]}, "must be a multiple of 32"),
@@ -310,7 +310,7 @@ def test_a_run_that_another_study_began_a_moment_before_is_waited_for(tmp_path, 
 
 
 def test_arms_with_other_conditions_are_told(tmp_path, capsys):
-    assert study(tmp_path / "s", trainers="joint", arms=["more=joint --epochs 2"], seeds="1")
+    assert study(tmp_path / "s", trainers="joint", arm=["more=joint --epochs 2"], seeds="1")
     assert "warning: the arms of seed 0 differ in batches.hash, batches.count" in capsys.readouterr().err
 
 

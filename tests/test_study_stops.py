@@ -23,13 +23,13 @@ from warm import Process, of_session
 
 from gradprobe import open_run
 from gradprobe.cli.app import run as command
-from gradprobe.cli.studying import Asked, prepare, run
+from gradprobe.cli.study import Asked, prepare, run
 from gradprobe.errors import RunFileError, UsageError
 from gradprobe.runfile import RunWriter
 from gradprobe.runfile.integrity import check_run
 from gradprobe.study import folder, plan, runner
-from gradprobe.study.agreement import differing
 from gradprobe.study.arms import make_arms, make_runs
+from gradprobe.study.folder import differing
 
 RECORD = [
     *("--data", "dial:size=64", "--epochs", "6", "--every", "1", "--no-ledger"),
@@ -236,7 +236,7 @@ def test_every_command_of_a_dry_run_does_its_part(tmp_path, capsys, monkeypatch)
         "joint-s0",
         "joint-s0-again",
     ]
-    monkeypatch.setattr("gradprobe.cli.studying.subprocesses", lambda jobs: InProcess())
+    monkeypatch.setattr("gradprobe.study.runner.subprocesses", lambda jobs: InProcess())
     for line in reversed(lines):
         assert command(line[1:]) == 0
     capsys.readouterr()
@@ -322,7 +322,7 @@ def test_what_lies_in_the_folder_and_is_not_the_study_s_is_neither_run_nor_repla
     assert "failed: joint-s0.h5: cannot be read as a run file" in told
     assert "failed: joint-s0-again.h5: it is no run of this study: its plan.arms is ['joint']" in told
     assert "failed: gradnorm-s0.h5: it is no run of this study: its arm is None" in told
-    assert told.count("away, and it is recorded anew") >= 3
+    assert told.count("away, and it is recorded again") >= 3
 
 
 def test_no_module_of_the_present_folder_stands_in_for_a_package(tmp_path, undisturbed):

@@ -12,7 +12,7 @@ from run_factory import make_header, make_rows, make_run, trunk_layers
 from typer.testing import CliRunner
 
 from gradprobe import measures
-from gradprobe.cli.summary import summary as command
+from gradprobe.cli.run_file import summary as command
 from gradprobe.errors import RunFileError
 from gradprobe.runfile import Run, RunWriter
 from gradprobe.summary import CAUTION, conflict_rate, quantiles, sentences, shared_gram, summarise

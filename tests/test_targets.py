@@ -24,7 +24,7 @@ from gradprobe import errors, open_run, plots
 from gradprobe.cli.app import run as command
 from gradprobe.integrations.trainer_recording import Recording
 from gradprobe.probes import GradientProbe
-from gradprobe.report import report
+from gradprobe.report.page import write as write_page
 from gradprobe.runfile import Run, RunWriter, audits, lock
 from gradprobe.runfile.exports import export_run
 from gradprobe.runfile.integrity import check_run
@@ -64,7 +64,7 @@ def table(path, source):
 
 
 def page(path, source):
-    report.write("<html>", path)
+    write_page("<html>", path)
 
 
 def audit(path, source):
@@ -363,7 +363,7 @@ with whole_files.replacing(Path({str(tmp_path / "run.pt")!r}), whole_files.Disk(
         assert len(list(tmp_path.iterdir())) == 4
         writers[0].send_signal(signal.SIGKILL)
         writers[0].wait()
-        report.write("<html>", tmp_path / "other.html")
+        write_page("<html>", tmp_path / "other.html")
         assert len(list(tmp_path.iterdir())) == 4
         writers[1].send_signal(signal.SIGINT)
         writers[1].wait()

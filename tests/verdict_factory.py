@@ -12,7 +12,7 @@ import numpy as np
 from gradprobe.rows import Header, LedgerRow, ProbeLoaderRow, Row, TestClusters
 from gradprobe.runfile import RunWriter
 from gradprobe.statistics import noise_part
-from gradprobe.verdict.evidence import Evidence, Rows, Scores
+from gradprobe.verdict.evidence import Evidence, Rows, SplitScores
 
 TASKS = ("det", "cls")
 MICRO = np.full(4, 0.25)
@@ -143,7 +143,7 @@ def make(
         made=f"{arm}-{seed}",
         probed=Rows(step, gram, noise, np.full(rows, 64)),
         ledger=ledger(rng, {k: drawn(v) for k, v in truth.cancelled.items()}, 2 * rows, layers),
-        tested=Scores(metrics, tuple(f"clip-{k}" for k in range(clusters)), without),
+        tested=SplitScores(metrics, tuple(f"clip-{k}" for k in range(clusters)), without),
     )
 
 
@@ -163,7 +163,7 @@ def alone(task: str, seed: int, rng: np.random.Generator, common: float = 0.0, c
         made=f"single-{task}-{seed}",
         probed=None,
         ledger={},
-        tested=Scores(mine, run.tested.clusters, kept),
+        tested=SplitScores(mine, run.tested.clusters, kept),
     )
 
 

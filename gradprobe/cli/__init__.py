@@ -1,1 +1,4 @@
-"""The command line: one file per command, heavy imports inside the commands."""
+"""The command line: a file per command, heavy imports inside functions, so that `gradprobe --help` is quick."""
+
+GATE_TRIPPED, INCONCLUSIVE, INTERRUPTED = 10, 11, 130
+"""Exit codes: what ``--fail-on`` names is there; interference is left open; stopped by Ctrl-C."""

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from gradprobe.cli.command_options import AsJson, RunFile
+from gradprobe.cli.console import stdout
+from gradprobe.errors import RunFileError
 from gradprobe.foreign import quoted
 from gradprobe.messages import ENGLISH as SAY
 from gradprobe.messages import Message
 
-SHOWN = 10
+if TYPE_CHECKING:
+    from gradprobe.measures import Array
+    from gradprobe.runfile import Run
+
+_SHOWN = 10
 
 
 def advise(
-    file: Annotated[Path, typer.Argument(help="The run file, finished or still being written.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
+    file: RunFile,
+    as_json: AsJson = False,
 ) -> None:
-    """Say which layers to double, whether direction or size is the trouble, and which weights would be even.
+    """Say which layers to double, whether direction or size is the problem, and which weights would be even.
 
     Example: gradprobe advise conflict.h5
     """
-    import json
-
     import numpy as np
 
-    from gradprobe.cli.interventions import LONG, gramians
-    from gradprobe.errors import RunFileError
     from gradprobe.runfile import Run
     from gradprobe.verdict import advice
 
@@ -37,35 +39,33 @@ def advise(
             raise RunFileError(
                 f"{file}: the tasks share no layer: interference is not applicable, and nothing to advise."
             )
-        stride = max(1, len(run) // LONG)
+        stride = max(1, len(run) // _LONG)
         loss, weight = (run.read(name, stride=stride).astype(float) for name in ("loss", "weight"))
         shared = np.flatnonzero(run.shared_reach.any(axis=1))
         layers, size = [run.layers[i] for i in shared], run.layer_size[shared]
         found = advice.advise(gramians(run)[:, shared], size, run.counts(stride=stride)[:, shared], loss, weight)
         if not found.layers.ranked():
             raise RunFileError(f"{file}: has fewer than three measured rows, so there is nothing to go by.")
-        said = advice.as_json(found, layers, size, run.tasks, run.pairs)
-        said = {
+        advice_found = advice.as_json(found, layers, size, run.tasks, run.pairs)
+        advice_found = {
             "file": file.name,
             "rows": len(loss),
             "model_parameters": run.provenance.get("model.parameters"),
             "doubled": len(run.provenance.get("model.doubled", ())),
-            **said,
+            **advice_found,
         }
     if as_json:
-        print(json.dumps(said, indent=2, allow_nan=False))
+        print(json.dumps(advice_found, indent=2, allow_nan=False))
         return
-    _show(said, file)
+    _show(advice_found, file)
 
 
-def _show(said: dict[str, Any], file: Path) -> None:
+def _show(advice_found: dict[str, Any], file: Path) -> None:
     from rich import box
     from rich.table import Table
 
-    from gradprobe.cli.console import stdout
-
     console = stdout()
-    several, pair = len(said["pairs"]) > 1, said["pairs"][0]["pair"]
+    several, pair = len(advice_found["pairs"]) > 1, advice_found["pairs"][0]["pair"]
     title = SAY("advice.title") if several else SAY("advice.title_of", pair=pair)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column(SAY("column.layer"), overflow="fold", min_width=12)
@@ -73,38 +73,44 @@ def _show(said: dict[str, Any], file: Path) -> None:
         table.add_column(SAY("column.pair"), overflow="fold")
     for name in ("parameters", "cosine", "ci95", "score", "conflict"):
         table.add_column(SAY(f"column.{name}"), justify="right", no_wrap=True)
-    for row in said["layers"][:SHOWN]:
+    for row in advice_found["layers"][:_SHOWN]:
         names = [row["layer"], row["pair"]] if several else [row["layer"]]
         interval = SAY("join.span", low=f"{row['low']:+.2f}", high=f"{row['high']:+.2f}")
         numbers = (f"{row['parameters']:,}", f"{row['cosine']:+.2f}", interval, f"{row['score']:+.1f}")
         table.add_row(*names, *numbers, SAY("layers.yes") if row["conflicting"] else "")
     console.print(table)
     caution = Message("advice.caution")
-    for message in (*_trouble(said), *_layers(said, file), _weights(said), _dual(said), caution):
+    for message in (
+        *_trouble(advice_found),
+        *_layers(advice_found, file),
+        _weights(advice_found),
+        _dual(advice_found),
+        caution,
+    ):
         console.print(str(message), soft_wrap=True)
 
 
-def _trouble(said: dict[str, Any]) -> Iterator[Message]:
-    if said["nothing_to_do"]:
+def _trouble(advice_found: dict[str, Any]) -> Iterator[Message]:
+    if advice_found["nothing_to_do"]:
         yield Message("advice.nothing")
-    for pair in said["direction"]:
+    for pair in advice_found["direction"]:
         tasks, cosine = pair["pair"].split("|"), pair["cosine"]
         yield Message("advice.direction", tasks=tasks, cosine=cosine, low=pair["low"], high=pair["high"])
-    for task in said["dominant"]:
-        yield Message("advice.dominance", task=task, share=said["dominance"][task])
+    for task in advice_found["dominant"]:
+        yield Message("advice.dominance", task=task, share=advice_found["dominance"][task])
 
 
-def _layers(said: dict[str, Any], file: Path) -> Iterator[Message]:
-    chosen = len({row["layer"] for row in said["layers"] if row["conflicting"]})
-    known = len({row["layer"] for row in said["layers"]})
-    if chosen and said["doubled"]:
-        yield Message("advice.layers_doubled", n=chosen, of=known, doubled=said["doubled"])
+def _layers(advice_found: dict[str, Any], file: Path) -> Iterator[Message]:
+    chosen = len({row["layer"] for row in advice_found["layers"] if row["conflicting"]})
+    known = len({row["layer"] for row in advice_found["layers"]})
+    if chosen and advice_found["doubled"]:
+        yield Message("advice.layers_doubled", n=chosen, of=known, doubled=advice_found["doubled"])
     elif chosen:
         yield Message("advice.layers", n=chosen, of=known, file=quoted(file))
 
 
-def _weights(said: dict[str, Any]) -> Message:
-    weights = said["equal_progress_weights"]
+def _weights(advice_found: dict[str, Any]) -> Message:
+    weights = advice_found["equal_progress_weights"]
     if weights is None:
         return Message("advice.no_weights")
     spread = [Message("advice.spread", task=task, low=v["q25"], high=v["q75"]) for task, v in weights.items()]
@@ -112,7 +118,16 @@ def _weights(said: dict[str, Any]) -> Message:
     return Message("advice.weights", given=given, spread=spread)
 
 
-def _dual(said: dict[str, Any]) -> Message:
-    count, whole = said["dual_parameters"], said["model_parameters"]
+def _dual(advice_found: dict[str, Any]) -> Message:
+    count, whole = advice_found["dual_parameters"], advice_found["model_parameters"]
     share = Message("advice.share", part=count / whole, whole=int(whole)) if whole else ""
-    return Message("advice.rest" if said["doubled"] else "advice.dual", n=count, share=share)
+    return Message("advice.rest" if advice_found["doubled"] else "advice.dual", n=count, share=share)
+
+
+_LONG = 5000
+"""Rows that are looked at in a run."""
+
+
+def gramians(run: Run) -> Array:
+    """The Gramians (n, L, T, T) of a run; of a long one every k-th row."""
+    return run.gram(stride=max(1, len(run) // _LONG))

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
 
-from gradprobe.cli.options import Hyp, Preset, Source, flag_of, given, takes_settings
+from gradprobe import whole_files
+from gradprobe.cli import GATE_TRIPPED
+from gradprobe.cli.command_options import Hyp, Preset, Source, flag_of, given, takes_settings
+from gradprobe.cli.console import stderr, stdout
+from gradprobe.cli.request import Request, make_plan
+from gradprobe.errors import UsageError
+from gradprobe.named_code import named_function
+from gradprobe.plots import FORMATS
+from gradprobe.trainers.problems import problem_of
 
 if TYPE_CHECKING:
     from gradprobe.audit import Audit
-    from gradprobe.cli.recording import Request
-
-GATE_TRIPPED = 10
+    from gradprobe.cli.request import Request
 
 
 @takes_settings(audit=True)
@@ -24,8 +32,8 @@ def audit(
         str,
         typer.Argument(metavar="[MODULE:FACTORY]", help="A function that returns an experiment; none: the bundled."),
     ] = "",
-    task: Annotated[str, Option(help="The task that is taken away.", rich_help_panel="Audit")] = "cls",
-    weight: Annotated[float, Option(help="Its weight in the training that has it.", rich_help_panel="Audit")] = 0.0,
+    task: Annotated[str, Option(help="The task to remove.", rich_help_panel="Audit")] = "cls",
+    weight: Annotated[float, Option(help="Its weight in the training that keeps it.", rich_help_panel="Audit")] = 0.0,
     steps: Annotated[int, Option(help="Steps in lockstep.", rich_help_panel="Audit")] = 30,
     dose: Annotated[bool, Option("--dose", help="Also run weights from 0 to 1.", rich_help_panel="Audit")] = False,
     as_json: Annotated[
@@ -39,7 +47,7 @@ def audit(
     ] = None,
     fail_on: Annotated[
         str,
-        Option(metavar="CLASS", help="Leave with 10 if it is at least: numeric, material.", rich_help_panel="Audit"),
+        Option(metavar="CLASS", help="Exit with 10 if it is at least: numeric, material.", rich_help_panel="Audit"),
     ] = "",
     source: Source = None,
     preset: Preset = "",
@@ -52,18 +60,13 @@ def audit(
 
     Example: gradprobe audit --data data.yaml --task cls --clip-norm 10
     """
-    import json
-
     from gradprobe.audit import CLASSES, AuditOptions
     from gradprobe.audit import audit as examine
     from gradprobe.audit.whole_audit import audit_as_plain
-    from gradprobe.cli.recording import Request
-    from gradprobe.errors import UsageError
-    from gradprobe.named_code import named_function
 
     if fail_on and fail_on not in CLASSES[1:]:
         raise UsageError(f"--fail-on {fail_on!r}: one of {', '.join(CLASSES[1:])}.")
-    request = Request(given(flags), preset, hyp, source=source)
+    request = Request(given(flags), preset=preset, hyp=hyp, source=source)
     if target:
         _refuse_flags(target, request)
     if out is not None:
@@ -90,8 +93,6 @@ def _refuse_flags(target: str, request: Request) -> None:
     Raises:
         UsageError: A flag is of the bundled one.
     """
-    from gradprobe.errors import UsageError
-
     others = ("preset", "hyp", "source")
     found = sorted([k for k, v in request.flags.items() if v is not None] + [k for k in others if getattr(request, k)])
     if found:
@@ -101,10 +102,9 @@ def _refuse_flags(target: str, request: Request) -> None:
 def _place(path: Path, flag: str) -> Path:
     """Absolute, as the experiment may change its folder; a file can be there."""
     from gradprobe.runfile import audits
-    from gradprobe.whole_files import target, telling
 
-    with telling(path, flag):
-        (audits.place if flag == "--out" else target)(path)
+    with whole_files.telling(path, flag):
+        (audits.place if flag == "--out" else whole_files.target)(path)
     return path.absolute()
 
 
@@ -114,21 +114,13 @@ def _check_format(figure: Path) -> None:
     Raises:
         UsageError: Such a figure cannot be drawn.
     """
-    from gradprobe.errors import UsageError
-    from gradprobe.plots import FORMATS
-
     if figure.suffix[1:].lower() not in FORMATS:
         raise UsageError(f"--figure {figure}: no figure format {figure.suffix!r}; take one of: {', '.join(FORMATS)}.")
 
 
 def _bundled(request: Request) -> Any:
-    import os
-
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from gradprobe.cli.console import stderr
-    from gradprobe.cli.recording import make_plan
     from gradprobe.trainers import audited
-    from gradprobe.trainers.problems import problem_of
 
     trainer = request.flags["trainer"] or (None if request.preset else "joint")
     audited.check_auditable(trainer)
@@ -140,8 +132,6 @@ def _bundled(request: Request) -> Any:
 
 
 def _progress() -> Any:
-    from gradprobe.cli.console import stderr
-
     console = stderr()
     return lambda what: console.print(what, style="dim")
 
@@ -166,7 +156,6 @@ def _show(found: Audit, written: list[Path]) -> None:
     from rich.table import Table
 
     from gradprobe.audit.whole_audit import AUDIT_COLUMNS, audit_lines, audit_rows
-    from gradprobe.cli.console import stdout
 
     console = stdout()
     table = Table()

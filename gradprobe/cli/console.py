@@ -1,10 +1,11 @@
-"""Where text goes: nothing that anyone wrote into a file or its name reaches a terminal but as text."""
+"""Text for a terminal: consoles to which names are text and no control, series as blocks, cosines as a matrix."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any
 
@@ -12,13 +13,15 @@ from gradprobe.foreign import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-WIDE = 160
+_WIDE = 160
 """Columns of a table in a pipe or a file, where nobody folds it."""
 
 
 class _Visible:
-    """A text stream that hands on what a terminal can be given, see :func:`gradprobe.foreign.visible`.
+    """A text stream that passes on what a terminal can be given, see :func:`gradprobe.foreign.visible`.
 
     All of a command goes through it: what it prints, warnings, log lines, and what is said of wrong flags.
     """
@@ -54,8 +57,25 @@ def stdout(*, soft_wrap: bool = False) -> Console:
     """As wide as the terminal; where there is none, and nobody says ``COLUMNS``, wide enough to split no word."""
     console = _console(soft_wrap=soft_wrap)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDE
+        console.width = _WIDE
     return console
+
+
+def number(value: float | None) -> str:
+    """To four significant digits; a dash where there is none."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def titled_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], names: int = 1) -> Table:
+    """A table whose first columns hold ``names`` and whose others hold numbers, to the right."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place < names else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def stderr() -> Console:
@@ -85,3 +105,88 @@ def _console(**options: Any) -> Console:
                 yield Segment(text if control else visible(text), style, control)
 
     return Drawing(highlight=False, markup=False, emoji=False, **options)
+
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+
+
+def sparkline(values: Iterable[float | None], low: float | None = -1.0, high: float | None = 1.0) -> str:
+    """A series between two bounds; what is missing is a space.
+
+    Args:
+        values: NaN and None are missing.
+        low, high: The lowest and the highest block; None: the least and the greatest value.
+
+    >>> sparkline([-1.0, 0.0, 1.0, None])
+    '▁▅█ '
+    >>> sparkline([5.0, 5.0], None, None)
+    '▅▅'
+    """
+    series = [math.nan if value is None else value for value in values]
+    known = [value for value in series if math.isfinite(value)]
+    if not known:
+        return " " * len(series)
+    bottom, top = min(known) if low is None else low, max(known) if high is None else high
+    return "".join(_block(value, bottom, top) if math.isfinite(value) else " " for value in series)
+
+
+def _block(value: float, low: float, high: float) -> str:
+    place = (value - low) / (high - low) if high > low else 0.5
+    return _SPARKS[min(max(int(place * 8), 0), 7)]
+
+
+_MARKS = ((-0.5, "█", "bright_red"), (-0.1, "-", "red"), (0.1, "·", "bright_black"), (0.5, "+", "blue"))
+"""Upper ends of cosines, how they are drawn, and their colour; above the last: :data:`_HIGHEST`."""
+
+_HIGHEST_MARK = ("#", "bright_blue")
+
+MATRIX_LEGEND = (
+    "cosine: █ below -0.5, - below -0.1, · about 0, + above 0.1, # above 0.5; columns in the order of the lines"
+)
+
+WIDEST_MATRIX = 64
+"""Of more tasks no matrix is drawn: the lines would not fit."""
+
+
+def cosine_lines(tasks: Sequence[str], medians: Mapping[str, float | None]) -> tuple[list[str], list[Text]]:
+    """The tasks in clustered order, and each one's line of the matrix.
+
+    Args:
+        tasks: T names.
+        medians: Of every pair, by its name, in stored order; None: not measured, which is drawn as a space.
+    """
+    import numpy as np
+
+    from gradprobe.summary import many_tasks
+
+    values = many_tasks.matrix([np.nan if v is None else v for v in medians.values()], len(tasks))
+    order = many_tasks.clustered(values)
+    shown = values[np.ix_(order, order)]
+    return [tasks[i] for i in order], [_line(row.tolist(), place) for place, row in enumerate(shown)]
+
+
+def named_line(name: str, width: int, line: Text) -> Text:
+    """A task's line with its name before it, which is no markup."""
+    from rich.text import Text
+
+    return Text(f"{name:<{width}}  ", no_wrap=True, overflow="crop").append_text(line)
+
+
+def _line(cosines: Sequence[float], own: int) -> Text:
+    from rich.text import Text
+
+    text = Text()
+    for place, value in enumerate(cosines):
+        text.append(*(("\\", "dim") if place == own else _cosine_mark(value)))
+    return text
+
+
+def _cosine_mark(cosine: float) -> tuple[str, str]:
+    """How one cosine is drawn, and its colour.
+
+    >>> [_cosine_mark(c)[0] for c in (-0.9, -0.3, 0.0, 0.3, 0.9, float("nan"))]
+    ['█', '-', '·', '+', '#', ' ']
+    """
+    if cosine != cosine:
+        return " ", ""
+    return next(((mark, colour) for end, mark, colour in _MARKS if cosine < end), _HIGHEST_MARK)

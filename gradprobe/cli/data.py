@@ -71,7 +71,7 @@ def check(
 def _as_dict(result: CheckResult) -> dict[str, object]:
     from gradprobe.trainers.data.splits import errors, warnings
 
-    example, told, count = _example(result)
+    example, groups, count = _example(result)
     return {
         "file": result.config.file.name,
         "errors": len(errors(result.findings)),
@@ -86,7 +86,7 @@ def _as_dict(result: CheckResult) -> dict[str, object]:
             "meaning": result.grouping.meaning,
             "images_told": count,
             "example": example,
-            "tells": told,
+            "tells": groups,
         },
         "leakage": [_overlap(each) for each in result.overlaps],
     }
@@ -127,21 +127,21 @@ def _print(result: CheckResult, most: int | None) -> None:
 
 def _how_grouped(result: CheckResult) -> str:
     """Which rule makes clips and patients of names, with an example."""
-    example, told, count = _example(result)
+    example, groups, count = _example(result)
     rule = f"--group-by {result.grouping.rule} ({result.grouping.meaning})"
-    if not told:
-        return f"{rule}: no clip or patient is told{f' by {example}' * bool(example)}; each image counts by itself"
-    parts = ", ".join(f"{level} {name!r}" for level, name in told.items())
+    if not groups:
+        return f"{rule}: no clip or patient is known{f' from {example}' * bool(example)}; each image counts by itself"
+    parts = ", ".join(f"{level} {name!r}" for level, name in groups.items())
     total = sum(len(images) for images in result.splits.values())
-    return f"{rule}: {example} is of {parts}; told for {count} of {total} images"
+    return f"{rule}: {example} is of {parts}; known for {count} of {total} images"
 
 
 def _example(result: CheckResult) -> tuple[str, dict[str, str], int]:
-    """The first image of which the rule tells most, what it tells, and of how many it tells anything."""
+    """The image that the rule groups best, its groups, and for how many images the rule finds any."""
     shown = [image.file.shown for images in result.splits.values() for image in images]
-    told = {path: dict(result.grouping.of(path)) for path in shown}
-    best = max(shown, key=lambda path: len(told[path]), default="")
-    return Path(best).name if best else "", told.get(best, {}), sum(bool(told[path]) for path in shown)
+    groups = {path: dict(result.grouping.of(path)) for path in shown}
+    best = max(shown, key=lambda path: len(groups[path]), default="")
+    return Path(best).name if best else "", groups.get(best, {}), sum(bool(groups[path]) for path in shown)
 
 
 def _table(result: CheckResult) -> Table:

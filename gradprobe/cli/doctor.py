@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradprobe.cli import GATE_TRIPPED
+from gradprobe.cli.command_options import AsJson
+from gradprobe.cli.console import stdout
 from gradprobe.errors import GradprobeError, UsageError
+from gradprobe.named_code import named_function
 
 if TYPE_CHECKING:
     from gradprobe.probes.doctor import Finding
 
-GATE_TRIPPED = 10
-
 
 def doctor(
     target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="A function that returns model and losses.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")] = False,
+    as_json: AsJson = False,
     fail_on: Annotated[
-        str, typer.Option(metavar="SEVERITY", help="Leave with 10 if there is one: error, warning or note.")
+        str, typer.Option(metavar="SEVERITY", help="Exit with 10 if there is one: error, warning or note.")
     ] = "",
 ) -> int:
     """Find what would make a measurement wrong on a model.
@@ -27,9 +31,6 @@ def doctor(
 
     Example: gradprobe doctor mytraining:make_case --json
     """
-    import json
-    from dataclasses import asdict
-
     from gradprobe.probes.doctor import SEVERITIES
     from gradprobe.probes.doctor import doctor as examine
 
@@ -49,8 +50,6 @@ def _made(target: str) -> tuple[Any, Any]:
 
     from torch import nn
 
-    from gradprobe.named_code import named_function
-
     try:
         made = named_function(target)()
     except GradprobeError:
@@ -63,8 +62,6 @@ def _made(target: str) -> tuple[Any, Any]:
 
 
 def _show(findings: list[Finding]) -> None:
-    from gradprobe.cli.console import stdout
-
     console = stdout(soft_wrap=True)
     for finding in findings:
         console.print(str(finding))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradprobe.cli.sparks import sparkline
+from gradprobe.cli.console import number, sparkline, stdout
+from gradprobe.errors import RunFileError
 from gradprobe.foreign import quoted
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from gradprobe.runfile import Run
 
-Show = Callable[[dict[str, Any]], None]
+_Show = Callable[[dict[str, Any]], None]
 
 _SHOWN_METRICS = ("mAP50", "mAP50-95", "accuracy", "macro_f1")
 _NOISE = "over all shared layers; each step is a single minibatch: mostly noise"
@@ -28,7 +30,7 @@ _LOOK = 0.5  # seconds between two looks for a file that is not there yet
 
 def watch(
     file: Annotated[Path, typer.Argument(help="The run file.")],
-    once: Annotated[bool, typer.Option("--once", help="Show it once and leave.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Show it once and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for programs.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a file that is not there yet.")] = 60.0,
@@ -54,10 +56,9 @@ def watch(
 
 def _opened(file: Path, wait: float) -> Run:
     """The run; waited for while it is not there, and as long as a process prepares to record it."""
-    from gradprobe.errors import RunFileError
     from gradprobe.runfile import Run, lock
 
-    until, told = time.monotonic() + wait, False
+    until, announced = time.monotonic() + wait, False
     while True:
         try:
             return Run(file)
@@ -65,16 +66,14 @@ def _opened(file: Path, wait: float) -> Run:
             preparing = wait > 0 and lock.being_recorded(file) is True
             if file.exists() or (not preparing and time.monotonic() >= until):
                 raise
-        if not told:
+        if not announced:
             print(f"gradprobe: {file}: is not there yet; waiting for it", file=sys.stderr)
-            told = True
+            announced = True
         time.sleep(_LOOK)
 
 
 def _follow(run: Run, once: bool, as_json: bool, interval: float) -> dict[str, Any]:
     from rich.live import Live
-
-    from gradprobe.cli.console import stdout
 
     console = stdout()
     if as_json:
@@ -88,7 +87,7 @@ def _follow(run: Run, once: bool, as_json: bool, interval: float) -> dict[str, A
         return _until_end(run, once, interval, lambda seen: display.update(render(seen), refresh=True), always=True)
 
 
-def _until_end(run: Run, once: bool, interval: float, show: Show, always: bool = False) -> dict[str, Any]:
+def _until_end(run: Run, once: bool, interval: float, show: _Show, always: bool = False) -> dict[str, Any]:
     """Show what changed, or ``always``, until the recording ends.
 
     Returns:
@@ -115,8 +114,6 @@ def _until_end(run: Run, once: bool, interval: float, show: Show, always: bool =
 
 def _refresh(run: Run, interval: float) -> None:
     """Look again; a run that is being replaced by a new one is away for a moment."""
-    from gradprobe.errors import RunFileError
-
     for _ in range(5):
         try:
             run.refresh()
@@ -129,8 +126,6 @@ def _refresh(run: Run, interval: float) -> None:
 
 
 def _json(seen: dict[str, Any]) -> None:
-    import json
-
     print(json.dumps(seen, allow_nan=False), flush=True)
 
 
@@ -139,17 +134,17 @@ def _json(seen: dict[str, Any]) -> None:
 
 def line(seen: dict[str, Any]) -> str:
     """One plain line."""
-    from gradprobe.summary import crowd
+    from gradprobe.summary import many_tasks
 
     if seen["step"] is None:
         return f"{_state(seen)}: no row yet"
-    if crowd.many(seen["tasks"]):
+    if many_tasks.many(seen["tasks"]):
         return "; ".join([f"{_state(seen)}: {_where(seen)}", *_in_few_words(seen)])
     tasks = [
-        f"{name}: loss {_text(t['loss'])}, weight {_text(t['weight'])}, gradient norm {_text(t['grad_norm'])}"
+        f"{name}: loss {number(t['loss'])}, weight {number(t['weight'])}, gradient norm {number(t['grad_norm'])}"
         for name, t in seen["tasks"].items()
     ]
-    pairs = [f"{name}: cosine {_text(p['cosine'])}, below 0 in {_rate(p)}" for name, p in seen["pairs"].items()]
+    pairs = [f"{name}: cosine {number(p['cosine'])}, below 0 in {_rate(p)}" for name, p in seen["pairs"].items()]
     return "; ".join([f"{_state(seen)}: {_where(seen)}", *tasks, *pairs])
 
 
@@ -158,15 +153,15 @@ def render(seen: dict[str, Any]) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    from gradprobe.summary import crowd
+    from gradprobe.summary import many_tasks
 
     parts: list[RenderableType] = [Text(f"{seen['file']}  {_state(seen)}  {_where(seen)}")]
     if seen["step"] is not None:
-        parts += _many(seen) if crowd.many(seen["tasks"]) else [_tasks(seen), _pairs(seen)]
+        parts += _many(seen) if many_tasks.many(seen["tasks"]) else [_tasks(seen), _pairs(seen)]
     if seen["step"] is not None and seen["pairs"]:
         parts.append(Text(_NOISE, style="dim"))
     if seen["metrics"]:
-        values = [f"{n} {_text(seen['metrics'][n])}" for n in _SHOWN_METRICS if n in seen["metrics"]]
+        values = [f"{n} {number(seen['metrics'][n])}" for n in _SHOWN_METRICS if n in seen["metrics"]]
         parts.append(Text(f"epoch {seen['metrics']['epoch']}: {', '.join(values)}"))
     return Group(*parts)
 
@@ -176,7 +171,7 @@ def _tasks(seen: dict[str, Any]) -> RenderableType:
     for name, task in seen["tasks"].items():
         cells = [name]
         for what in ("loss", "weight", "grad_norm"):
-            cells += [_text(task[what]), sparkline(task["recent"][what][-11:], None, None)]
+            cells += [number(task[what]), sparkline(task["recent"][what][-11:], None, None)]
         table.add_row(*map(_plain, cells))
     return table
 
@@ -185,41 +180,41 @@ def _many(seen: dict[str, Any]) -> list[RenderableType]:
     """Many tasks: a line each, which has its row of the task x task matrix, and the lowest pairs."""
     from rich.text import Text
 
-    from gradprobe.cli import matrix
+    from gradprobe.cli import console
 
     medians = {name: pair["median"] for name, pair in seen["pairs"].items()}
     table = _table("task", "loss", "gradient norm", "median cosine with each task")
-    names, lines = matrix.ordered(list(seen["tasks"]), medians)
+    names, lines = console.cosine_lines(list(seen["tasks"]), medians)
     for name, line in zip(names, lines, strict=True):
         task = seen["tasks"][name]
-        drawn = line if len(names) <= matrix.WIDEST else Text()
-        table.add_row(_plain(name), _text(task["loss"]), _text(task["grad_norm"]), drawn)
-    return [table, Text(matrix.LEGEND, style="dim"), _pairs(seen, _lowest(seen))]
+        drawn = line if len(names) <= console.WIDEST_MATRIX else Text()
+        table.add_row(_plain(name), number(task["loss"]), number(task["grad_norm"]), drawn)
+    return [table, Text(console.MATRIX_LEGEND, style="dim"), _pairs(seen, _lowest(seen))]
 
 
 def _in_few_words(seen: dict[str, Any]) -> list[str]:
-    from gradprobe.summary import crowd
+    from gradprobe.summary import many_tasks
 
-    said = []
+    parts = []
     for what, called in (("loss", "loss"), ("weight", "weight"), ("grad_norm", "gradient norm")):
         values = {name: task[what] for name, task in seen["tasks"].items()}
-        said += [f"{called} of {len(values)} tasks: {text}"] if (text := crowd.spread(values)) else []
-    pairs = [f"{name} {_text(seen['pairs'][name]['median'])}" for name in _lowest(seen)]
-    return [*said, f"lowest median cosines of {len(seen['pairs'])} pairs: {', '.join(pairs)}"] if pairs else said
+        parts += [f"{called} of {len(values)} tasks: {text}"] if (text := many_tasks.spread(values)) else []
+    pairs = [f"{name} {number(seen['pairs'][name]['median'])}" for name in _lowest(seen)]
+    return [*parts, f"lowest median cosines of {len(seen['pairs'])} pairs: {', '.join(pairs)}"] if pairs else parts
 
 
 def _lowest(seen: dict[str, Any]) -> list[str]:
     """The pairs that are shown of many tasks."""
-    from gradprobe.summary import crowd
+    from gradprobe.summary import many_tasks
 
-    return crowd.lowest({name: pair["median"] for name, pair in seen["pairs"].items()}, crowd.NAMED)
+    return many_tasks.lowest({name: pair["median"] for name, pair in seen["pairs"].items()}, many_tasks.NAMED)
 
 
 def _pairs(seen: dict[str, Any], shown: Iterable[str] | None = None) -> RenderableType:
     table = _table("pair", "cosine", "-1 to 1", "median", "stochastic conflict rate")
     for name in seen["pairs"] if shown is None else shown:
         pair = seen["pairs"][name]
-        cells = [name, _text(pair["cosine"]), sparkline(pair["recent"][-24:]), _text(pair["median"]), _rate(pair)]
+        cells = [name, number(pair["cosine"]), sparkline(pair["recent"][-24:]), number(pair["median"]), _rate(pair)]
         table.add_row(*map(_plain, cells))
     return table
 
@@ -256,7 +251,3 @@ def _where(seen: dict[str, Any]) -> str:
 def _rate(pair: dict[str, Any]) -> str:
     rate = pair["stochastic_conflict_rate"]
     return f"{'-' if rate is None else f'{rate:.0%}'} of {pair['measured_rows']} steps"
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

@@ -1,23 +1,61 @@
-"""Says messages in one language, for a terminal or for a page: the one place where numbers and lists become text."""
+"""Messages, and what says them: the one place where numbers and lists become text of a language."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 from string import Formatter
+from typing import TypeAlias, Union
 
 from gradprobe.errors import UsageError
 from gradprobe.foreign import clean
 from gradprobe.messages import en, zh_tw
-from gradprobe.messages.message import Message, Value
+
+Value: TypeAlias = Union[str, float, "Message", Sequence["Value"], None]
+"""A name of the user's, which no language translates; a number, None: not known; a message in a message; several."""
+
+
+@dataclass(frozen=True, init=False)
+class Message:
+    """A sentence, or a part of one, of the catalogue.
+
+    Attributes:
+        key: Of the catalogue.
+        values: What is filled in, by name.
+
+    ``str(message)`` is English for a terminal and for programs; :class:`gradprobe.messages.Language` says it otherwise.
+
+    >>> str(Message("plan.arm_unplanned", arm="dual"))
+    'arm dual was not planned.'
+    """
+
+    key: str
+    values: tuple[tuple[str, Value], ...]
+
+    def __init__(self, key: str, /, **values: Value) -> None:
+        object.__setattr__(self, "key", key)
+        object.__setattr__(self, "values", tuple((name, _kept(value)) for name, value in sorted(values.items())))
+
+    def __str__(self) -> str:
+
+        return ENGLISH.say(self)
+
+
+def _kept(value: Value) -> Value:
+    """Messages are compared and counted: what could change is held in a form that cannot."""
+    if isinstance(value, (str, Message)) or not isinstance(value, Sequence):
+        return value
+    return tuple(map(_kept, value))
+
 
 LANGUAGES: dict[str, Mapping[str, str]] = {"en": en.MESSAGES, "zh-TW": zh_tw.MESSAGES}
 
-MOST = 20
+_MOST = 20
 """Of several values so many are named; the rest is counted."""
 
-PLAIN = str.maketrans({"−": "-", "–": "-", "“": '"', "”": '"', "→": "->", "←": "<-", "`": None})
+_PLAIN = str.maketrans({"−": "-", "–": "-", "“": '"', "”": '"', "→": "->", "←": "<-", "`": None})
 """What a terminal is given in the place of typographic signs, and of the marks of code."""
 
 _JOINED = ("and", "semicolons", "sentences")
@@ -81,6 +119,10 @@ class Language:
         *rest, last = list(names) or [""]
         return f"{self.messages['join.comma'].join(rest)}{self.messages['join.and']}{last}" if rest else last
 
+    def columns(self, *names: str) -> tuple[str, ...]:
+        """Titles of the columns of a table."""
+        return tuple(self(f"column.{name}") for name in names)
+
     def number(self, value: float | None, digits: int = 3) -> str:
         """To so many significant digits, whole numbers whole; a dash where there is none.
 
@@ -141,7 +183,7 @@ class Language:
         return self._signs(number) + ("\u00a0%" if self.page else " %")
 
     def p_value(self, value: float | tuple[float, float] | None) -> str:
-        """A p-value, or raw and adjusted beside each other."""
+        """A p-value, or the raw and the adjusted one."""
         if isinstance(value, tuple):
             return " / ".join(self.p_value(v) for v in value)
         if value is None or not math.isfinite(value):
@@ -160,7 +202,7 @@ class Language:
 
     def _template(self, key: str) -> str:
         text = self.messages[key]
-        return text.replace(" %", "\u00a0%") if self.page else text.translate(PLAIN)
+        return text.replace(" %", "\u00a0%") if self.page else text.translate(_PLAIN)
 
     def _value(self, value: Value, how: str, clean_names: bool) -> str:
         if isinstance(value, Message):
@@ -171,8 +213,9 @@ class Language:
         if isinstance(value, Sequence) and how in _ESTIMATES:
             return self("join.estimate", **dict(zip(("value", "span"), self._estimate(value, how), strict=True)))
         if isinstance(value, Sequence):
-            each = [self._value(one, "" if how in _JOINED else how, clean_names) for one in value[:MOST]]
-            return self._several([*each, *([self("join.more", n=len(value) - MOST)] if len(value) > MOST else [])], how)
+            each = [self._value(one, "" if how in _JOINED else how, clean_names) for one in value[:_MOST]]
+            more = [self("join.more", n=len(value) - _MOST)] if len(value) > _MOST else []
+            return self._several([*each, *more], how)
         return self._amount(value, how)
 
     def _estimate(self, value: Sequence[Value], how: str) -> tuple[str, str]:

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from gradprobe.plots import style
 from gradprobe.plots.figure import write_drawn
-from gradprobe.plots.table import Table
+from gradprobe.plots.panels import PanelTable
 
 _Curves = Mapping[str, Sequence[float]]
 """Name -> displacement after each step; 0: bitwise equal."""
 
-LABEL = "displacement of the other tasks' parameters, relative"
+_LABEL = "displacement of the other tasks' parameters, relative"
 
 
-def make(curves: _Curves, title: str) -> tuple[Figure, Table]:
+def make(curves: _Curves, title: str) -> tuple[Figure, PanelTable]:
     """One line per curve on a logarithmic axis.
 
     Steps at which the trainings are bitwise equal have no place on it: they lie on its lower edge, marked so.
@@ -47,7 +47,7 @@ def make(curves: _Curves, title: str) -> tuple[Figure, Table]:
         style.log_axis(ax.yaxis, np.append(seen, floor))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         ax.set_xlabel("steps")
-        ax.set_ylabel(LABEL)
+        ax.set_ylabel(_LABEL)
         if any((v == 0).any() for v in values.values()):
             ax.annotate("lower edge: bitwise equal", (0.01, 0.01), xycoords="axes fraction", color=style.GREY)
         ax.legend()
@@ -55,8 +55,8 @@ def make(curves: _Curves, title: str) -> tuple[Figure, Table]:
         return figure, _table(values)
 
 
-def _table(values: Mapping[str, NDArray[np.float64]]) -> Table:
-    return Table(
+def _table(values: Mapping[str, NDArray[np.float64]]) -> PanelTable:
+    return PanelTable(
         {
             "curve": np.array([name for name, v in values.items() for _ in v], dtype=object),
             "step": np.concatenate([np.arange(1, len(v) + 1) for v in values.values()]),
@@ -66,7 +66,7 @@ def _table(values: Mapping[str, NDArray[np.float64]]) -> Table:
 
 
 def write(curves: _Curves, title: str, out: Path) -> list[Path]:
-    """Draw into a file, and its numbers beside it as CSV.
+    """Draw into a file, and write its numbers as CSV.
 
     Raises:
         UsageError: The format is unknown.

@@ -17,17 +17,17 @@ from gradprobe import whole_files
 from gradprobe.errors import GradprobeError, RunFileError, UsageError
 from gradprobe.foreign import visible
 from gradprobe.plots import FORMATS, WHAT, style
-from gradprobe.plots.table import Table, long_csv
+from gradprobe.plots.panels import PanelTable, long_csv
 from gradprobe.runfile import Run, thin
 from gradprobe.whole_files import target, telling
 
 _DPI = 150
 
-Page = Callable[[Run, Figure], Table | Mapping[str, Table | Mapping[str, Any]] | None]
+_Page = Callable[[Run, Figure], PanelTable | Mapping[str, PanelTable | Mapping[str, Any]] | None]
 """Draws a run into a figure; returns the numbers in it: a table, or one for each panel by its name."""
 
 
-def make(run: Run, what: str | Page = "overview") -> tuple[Figure, dict[str, Table]]:
+def make(run: Run, what: str | _Page = "overview") -> tuple[Figure, dict[str, PanelTable]]:
     """One figure, and the table of each of its panels. Of a long run every k-th row is drawn, and the title says so.
 
     Args:
@@ -60,20 +60,20 @@ def make(run: Run, what: str | Page = "overview") -> tuple[Figure, dict[str, Tab
     return figure, drawn if isinstance(drawn, dict) else {_name_of(what): drawn}
 
 
-def _name_of(what: str | Page) -> str:
+def _name_of(what: str | _Page) -> str:
     """The figure's name, as it is in file names."""
     return what if isinstance(what, str) else getattr(what, "__name__", type(what).__name__)
 
 
-def _guarded(page: Page) -> Callable[[Run, Figure], Table | dict[str, Table]]:
+def _guarded(page: _Page) -> Callable[[Run, Figure], PanelTable | dict[str, PanelTable]]:
     """A function of the user's, whose failure says that it is theirs."""
 
-    def guarded(run: Run, figure: Figure) -> Table | dict[str, Table]:
+    def guarded(run: Run, figure: Figure) -> PanelTable | dict[str, PanelTable]:
         try:
             drawn = page(run, figure)
             if not isinstance(drawn, Mapping):
                 return _table(drawn)
-            if any(isinstance(value, (Table, Mapping)) for value in drawn.values()):
+            if any(isinstance(value, (PanelTable, Mapping)) for value in drawn.values()):
                 return {str(name): _table(value) for name, value in drawn.items()}
             return _table(drawn)
         except GradprobeError:
@@ -84,19 +84,19 @@ def _guarded(page: Page) -> Callable[[Run, Figure], Table | dict[str, Table]]:
     return guarded
 
 
-def _table(drawn: Any) -> Table:
+def _table(drawn: Any) -> PanelTable:
     """What a user's function may return for one panel, as a table."""
-    if drawn is None or isinstance(drawn, Table):
-        return drawn or Table()
+    if drawn is None or isinstance(drawn, PanelTable):
+        return drawn or PanelTable()
     columns = {str(name): np.atleast_1d(np.asarray(values)) for name, values in dict(drawn).items()}
     if len({len(values) for values in columns.values()}) > 1:
         lengths = ", ".join(f"{name} {len(values)}" for name, values in columns.items())
         raise UsageError(f"the columns of a table differ in length: {lengths}.")
-    return Table(values=columns)
+    return PanelTable(values=columns)
 
 
-def write(run: Run, what: str | Page, out: Path, *, data: bool = True) -> list[Path]:
-    """Draw a figure into a file, and its table beside it.
+def write(run: Run, what: str | _Page, out: Path, *, data: bool = True) -> list[Path]:
+    """Draw a figure into a file, and write its table as CSV.
 
     Args:
         run: The run.
@@ -104,7 +104,7 @@ def write(run: Run, what: str | Page, out: Path, *, data: bool = True) -> list[P
         out: Where the figure goes; its suffix is the format, one of :data:`gradprobe.plots.FORMATS`. Replaced if it
             exists.
         data: Whether to write the table, under the same name with the suffix ``.csv``: for one panel with that
-            panel's columns, for several in long form (:data:`gradprobe.plots.table.LONG`). None where it is empty.
+            panel's columns, for several in long form (:data:`gradprobe.plots.panels.LONG`). None where it is empty.
 
     Returns:
         The paths of the files written.
@@ -113,25 +113,28 @@ def write(run: Run, what: str | Page, out: Path, *, data: bool = True) -> list[P
         RunFileError: As :func:`make`; or ``out`` cannot be written.
         UsageError: As :func:`make`; or the format is unknown.
     """
-    kind = out.suffix[1:].lower()
-    if kind not in FORMATS:
-        raise UsageError(f"{out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
+    kind = _format_of(out)
     figure, tables = make(run, what)
     one = tables.get(_name_of(what))
     numbers = long_csv(tables) if one is None else one.csv() if one.columns else None
     return _write(out, render(figure, kind), numbers if data else None)
 
 
-def write_drawn(figure: Figure, table: Table, out: Path) -> list[Path]:
-    """Write a figure that is drawn already, and its table as CSV beside it; paths and errors as of :func:`write`."""
-    kind = out.suffix[1:].lower()
-    if kind not in FORMATS:
-        raise UsageError(f"{out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
+def write_drawn(figure: Figure, table: PanelTable, out: Path) -> list[Path]:
+    """Write a figure that is drawn already, and its table as CSV; paths and errors as of :func:`write`."""
+    kind = _format_of(out)
     return _write(out, render(figure, kind), table.csv())
 
 
+def _format_of(out: Path) -> str:
+    kind = out.suffix[1:].lower()
+    if kind not in FORMATS:
+        raise UsageError(f"{out}: no figure format {kind!r}; take one of: {', '.join(FORMATS)}.")
+    return kind
+
+
 def _write(out: Path, picture: bytes, numbers: str | None) -> list[Path]:
-    """The picture, and its numbers as CSV beside it; neither where one of them cannot be there."""
+    """The picture and its numbers as CSV; neither where one of them cannot be written."""
     contents: dict[Path, bytes | str] = {out: picture}
     if numbers is not None:
         contents[out.with_suffix(".csv")] = numbers

@@ -1,7 +1,8 @@
-"""One quantity over steps: raw points faint, the running median, and the middle half as a band."""
+"""One quantity over steps: raw points faint, the running median, the middle half as a band; many tasks in grey."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from gradprobe.display import logarithmic
+from gradprobe.display import logarithmic, short
+from gradprobe.plots import style
+from gradprobe.plots.panels import PanelTable, stack
 from gradprobe.plots.style import legend_text, log_axis, task_colour
-from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run, thin
-from gradprobe.summary import quantiles
+from gradprobe.summary import many_tasks, median, quantiles
 
 _POINTS = 4000
 """Raw points drawn at most; medians and tables use all rows that are looked at (:mod:`gradprobe.runfile.thin`)."""
@@ -68,7 +70,9 @@ def trace(ax: Axes, steps: NDArray[Any], values: NDArray[Any], colour: str, labe
 
 
 def every_task(run: Run, ax: Axes, values: NDArray[Any]) -> list[NDArray[np.float32]]:
-    """:func:`trace` for every task in its colour: (n, T) values, T spreads."""
+    """:func:`trace` for every task in its colour, of many :func:`in_grey`: (n, T) values, T spreads."""
+    if many(run):
+        return in_grey(run, ax, values)
     return [
         trace(ax, run["step"], values[:, i], task_colour(run.tasks, task), task) for i, task in enumerate(run.tasks)
     ]
@@ -115,21 +119,88 @@ def silent(names: tuple[str, ...], values: NDArray[Any]) -> str:
     return f"no values: {', '.join(empty)}" if empty else ""
 
 
-def per_task(run: Run, quantity: str, values: NDArray[Any], spreads: list[NDArray[np.float32]]) -> Table:
+def per_task(run: Run, quantity: str, values: NDArray[Any], spreads: list[NDArray[np.float32]]) -> PanelTable:
     """The table of a panel with one series per task: (n, T) values, T spreads or none."""
     return stack(
         [
-            series_table(run, "task", task, quantity, values[:, i], spreads[i] if spreads else None)
+            series_table(
+                run["step"], run["epoch"], {"task": task}, quantity, values[:, i], spreads[i] if spreads else None
+            )
             for i, task in enumerate(run.tasks)
         ]
     )
 
 
 def series_table(
-    run: Run, kind: str, name: str, quantity: str, values: NDArray[Any], spread: NDArray[np.float32] | None
-) -> Table:
-    """One series as a table: the rows as recorded, and the running quartiles beside them."""
+    steps: NDArray[Any],
+    epochs: NDArray[Any],
+    names: Mapping[str, str],
+    quantity: str,
+    values: NDArray[Any],
+    spread: NDArray[np.float32] | None,
+) -> PanelTable:
+    """One series as a table: the rows as recorded, and their running quartiles.
+
+    Args:
+        steps, epochs, values: (n,).
+        names: What the series is of, such as ``{"task": "det"}``.
+        quantity: Name of the column of values.
+        spread: (3, n) from :func:`running`; None: no quartiles.
+    """
+    index = {name: np.full(len(values), value, object) for name, value in names.items()}
     columns = {quantity: values}
     if spread is not None:
         columns |= {"running_q25": spread[0], "running_median": spread[1], "running_q75": spread[2]}
-    return Table({"step": run["step"], "epoch": run["epoch"], kind: np.full(len(values), name, object)}, columns)
+    return PanelTable({"step": steps, "epoch": epochs, **index}, columns)
+
+
+_NAMED = 2
+"""So many tasks at either end are drawn in colour and named."""
+
+
+def in_grey(run: Run, ax: Axes, values: NDArray[Any]) -> list[NDArray[np.float32]]:
+    """Every task's running median in grey, the middle half of the tasks as a band, the outermost named.
+
+    Args:
+        run: The run.
+        ax: Where to draw.
+        values: (n, T).
+
+    Returns:
+        T times what :func:`gradprobe.plots.series.running` gives.
+    """
+    steps, positive = run["step"], ax.get_yscale() == "log"
+    spreads = [running(values[:, i], window(len(values))) for i in range(len(run.tasks))]
+    lines = np.stack([spread[1] for spread in spreads], axis=1)
+    if positive:
+        lines = np.where(lines > 0, lines, np.nan)
+    ax.plot(steps, lines, color="#BBBBBB", linewidth=0.6, gid="every task")
+    low, middle, high = quantiles(lines, (0.25, 0.5, 0.75), axis=1)
+    ax.fill_between(steps, low, high, color=style.GREY, alpha=0.25, linewidth=0)
+    ax.plot(steps, middle, color="black", linewidth=1.6, label="median of the tasks")
+    for colour, task in zip(style.TASK_COLOURS, _outermost(values), strict=False):
+        label = style.legend_text(short([run.tasks[task]], 20)[0])
+        ax.plot(steps, lines[:, task], color=colour, linewidth=1.3, label=label)
+    ax.legend(loc="best", fontsize=7, handlelength=1.2, ncols=2, columnspacing=1)
+    return spreads
+
+
+def _outermost(values: NDArray[Any]) -> list[int]:
+    """The tasks with the highest and the lowest median over all rows, :data:`_NAMED` of each; (n, T)."""
+    middle = median(values)
+    if np.nanmax(middle, initial=-np.inf) <= np.nanmin(middle, initial=np.inf):
+        return []  # all alike
+    order = [int(i) for i in np.argsort(middle, kind="stable") if np.isfinite(middle[i])]
+    return [*reversed(order[-_NAMED:]), *order[: max(0, min(_NAMED, len(order) - _NAMED))]]
+
+
+def reading_of_tasks(run: Run) -> str:
+    """How to read a panel drawn with :func:`every_task`."""
+    if not many(run):
+        return reading(run)
+    return f"grey: each task, median of {window(len(run))} rows; black: median of {len(run.tasks)} tasks"
+
+
+def many(run: Run) -> bool:
+    """Whether a run's tasks are drawn so."""
+    return many_tasks.many(run.tasks)

@@ -21,7 +21,7 @@ from matplotlib.ticker import AutoLocator, FuncFormatter, LogLocator, NullFormat
 from gradprobe.display import short
 from gradprobe.metric import task_of
 from gradprobe.runfile import Run, thin
-from gradprobe.summary import crowd, measures_parameters, median, not_measured
+from gradprobe.summary import many_tasks, measures_parameters, median, not_measured
 
 # Okabe & Ito's colour-blind-safe palette; its yellow is darkened, as it is hard to see on white.
 TASK_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7A6A00", "#000000")
@@ -31,7 +31,7 @@ GREY, PALE = "#666666", "#E6E6E6"
 MAP = "RdBu"  # diverging, colour-blind-safe: red against each other, blue together
 MISSING = "///"
 
-RC = {
+_RC = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.titlesize": 10.0,
@@ -67,7 +67,7 @@ def styled() -> Iterator[None]:
 
     matplotlib keeps its settings per process, hence the lock: figures in several threads wait for each other.
     """
-    with _one_at_a_time, matplotlib.style.context(["default", RC]):
+    with _one_at_a_time, matplotlib.style.context(["default", _RC]):
         yield
 
 
@@ -112,7 +112,7 @@ def head(figure: Figure, run: Run, what: str = "", tasks: bool = True) -> None:
     """Title at the upper left, and the tasks with their colours at the upper right."""
     title = f"{headline(run)}  ·  {what}" if what else headline(run)
     figure.suptitle(title, x=0.008, ha="left", fontsize=12, fontweight="bold")
-    if tasks and run.tasks and not crowd.many(run.tasks):  # many tasks are named in their panels
+    if tasks and run.tasks and not many_tasks.many(run.tasks):  # many tasks are named in their panels
         handles = [Line2D([], [], color=task_colour(run.tasks, t), lw=3) for t in run.tasks]
         figure.legend(
             handles,
@@ -218,7 +218,7 @@ def layer_names(run: Run) -> list[str]:
 
 
 def add_colorbar(axes: Sequence[Axes]) -> None:
-    """One scale, from -1 to 1, beside all of some axes."""
+    """One scale, from -1 to 1, for several axes."""
     colours = ScalarMappable(Normalize(-1, 1), MAP)
     bar = axes[0].figure.colorbar(colours, ax=list(axes), pad=0.01, aspect=40, fraction=0.04)
     bar.set_label("cosine: red against each other, blue together", fontsize=8)

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gradprobe.foreign import visible
+from gradprobe.display import short
+from gradprobe.foreign import LONGEST, clean, visible
 
 Figure = dict[str, Any]
-"""``{"data": [trace, ...], "layout": {...}}``. Colours are names of :data:`gradprobe.report.look.LIGHT`, as "@ink"."""
+"""``{"data": [trace, ...], "layout": {...}}``. Colours are names of :data:`gradprobe.report.theme.LIGHT`, as "@ink"."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Table:
+class NumberTable:
     """Numbers in words.
 
     Attributes:
@@ -79,7 +80,7 @@ class Panel:
     title: str
     note: str
     charts: Sequence[Chart]
-    table: Table
+    table: NumberTable
     legend: Sequence[Key] = ()
     size: Literal["wide", "half", "small"] = "half"
     scale: bool = False
@@ -106,7 +107,7 @@ class Prose:
     points: bool = False
 
 
-Block = Panel | Table | Notice | Prose
+Block = Panel | NumberTable | Notice | Prose
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _number(value: Any, digits: int) -> float | int | None:
     return float(f"{float(value):.{digits}g}")
 
 
-OURS = ("hovertemplate",)
+_OURS = ("hovertemplate",)
 """Keys whose text is from the message catalogue alone, and may hold tags."""
 
 
@@ -153,6 +154,34 @@ def inert(figure: Any, key: str = "") -> Any:
         return {name: inert(value, name) for name, value in figure.items()}
     if isinstance(figure, (list, tuple)):
         return [inert(value, key) for value in figure]
-    if isinstance(figure, str) and key not in OURS:
+    if isinstance(figure, str) and key not in _OURS:
         return visible(figure).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return figure
+
+
+def distinct(names: Sequence[object], limit: int = LONGEST) -> list[str]:
+    """Clean names, no two alike: an axis of categories would lay those over each other.
+
+    >>> distinct(["a", "b", "a"])
+    ['a', 'b', 'a (2)']
+    """
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        shown = clean(name, limit)
+        seen[shown] = seen.get(shown, 0) + 1
+        candidate = shown if seen[shown] == 1 else f"{shown} ({seen[shown]})"
+        while candidate in result:
+            seen[shown] += 1
+            candidate = f"{shown} ({seen[shown]})"
+        result.append(candidate)
+    return result
+
+
+def in_short(names: Sequence[str], limit: int = 24) -> list[str]:
+    """Names of layers for a narrow axis, as of :func:`gradprobe.display.short`, no two alike.
+
+    >>> in_short(["net.stem", "net.head"], limit=7)
+    ['…stem', '…head']
+    """
+    return distinct(short(names, limit), limit)

@@ -1,4 +1,4 @@
-"""Puts a report into one HTML file: text escaped by the template, figures as JSON, the library inlined once."""
+"""One HTML file from a comparison and its runs: text escaped by the template, figures as JSON, no network."""
 
 from __future__ import annotations
 
@@ -6,22 +6,27 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradprobe import __version__
+from gradprobe import __version__, whole_files
 from gradprobe.errors import optional
 from gradprobe.foreign import visible
 from gradprobe.messages import Language
+from gradprobe.report import cosine_map, course, ledger_bars, questions, validity
 from gradprobe.report.chart import Chart, Figure, Notice, Section, inert
-from gradprobe.report.figures.verdicts import LOOKS
-from gradprobe.report.look import DARK, LIGHT
-from gradprobe.report.sections.front import Card
+from gradprobe.report.context import Context
+from gradprobe.report.forest import LOOKS
+from gradprobe.report.questions import Card
+from gradprobe.report.study_data import ArmFiles, StudyData, gather
+from gradprobe.report.theme import DARK, LIGHT, Styles
+from gradprobe.verdict.answers import Comparison
+from gradprobe.whole_files import telling
 
 _WHY = "gradprobe report"
-FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parent
 _TAGS = {"en": "en", "zh-TW": "zh-Hant-TW"}
 
 DASHES = {"solid": "", "dash": "7 4", "dot": "2 3", "dashdot": "7 3 2 3"}
@@ -88,7 +93,7 @@ def render(report: Report, words: Language) -> str:
     library = optional("plotly.offline", _WHY, extra="report").get_plotlyjs()
     script = _text("page.js")
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
+        loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -154,4 +159,64 @@ def _variables(palette: dict[str, str]) -> str:
 
 
 def _text(name: str) -> str:
-    return (FOLDER / name).read_text(encoding="utf-8")
+    return (_FOLDER / name).read_text(encoding="utf-8")
+
+
+SECTIONS: tuple[Callable[[Context], Section], ...] = (
+    questions.evidence,
+    validity.limits,
+    cosine_map.section,
+    ledger_bars.section,
+    course.metrics,
+    course.training,
+    validity.gates_and_warnings,
+    validity.provenance,
+)
+"""In the order of the page; what it does not show stands right behind the evidence."""
+
+
+def build(study: StudyData, comparison: Comparison, words: Language) -> Report:
+    """The report as data, ready to be put on a page."""
+    styles = Styles([arm.name for arm in study.arms], study.baseline, study.controls)
+    context = Context(study, comparison, words, styles)
+    first, rest = questions.headline(context)
+    return Report(
+        words("page.title", headline=first.replace("`", "")),
+        first,
+        rest,
+        context.notices("refusal", comparison.refusals),
+        questions.meta(context),
+        questions.cards(context),
+        [make(context) for make in SECTIONS],
+    )
+
+
+def html(
+    comparison: Comparison, arms: Sequence[ArmFiles], lang: str = "en", targets: Mapping[str, float] | None = None
+) -> str:
+    """The whole page.
+
+    Args:
+        comparison: What was found.
+        arms: The files of each arm.
+        lang: "en" or "zh-TW".
+        targets: Metric -> value to reach.
+
+    Raises:
+        UsageError: There is no such language.
+        RunFileError: A file cannot be read.
+        MissingExtraError: plotly or jinja2 is not installed.
+    """
+    words = Language(lang, page=True)
+    study = gather(arms, comparison.baseline or None, comparison.controls, targets, comparison.window)
+    return render(build(study, comparison, words), words)
+
+
+def write(text: str, out: Path) -> None:
+    """Replace ``out`` in one step, so that nobody ever sees half of it.
+
+    Raises:
+        RunFileError: It cannot be written.
+    """
+    with telling(out):
+        whole_files.write(out, text)

@@ -31,7 +31,7 @@ _LARGEST = 1 << 20
 _DEEPEST = 12
 """Objects and lists within each other in a plan that is read."""
 
-_SAID = 80
+_LONGEST = 80
 """Characters of a value in a message."""
 
 _PER_ARM = ("trainer", "task", "seed", "from_run", "double", "double_sizes")
@@ -218,15 +218,15 @@ def _depth(value: Any) -> int:
 def _refuse_another(path: Path, old: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
     if old == plan:
         return
-    told = "; ".join(map(_cut, differences(old, plan)[:4]))
+    differing = "; ".join(map(_cut, differences(old, plan)[:4]))
     raise UsageError(
-        f"{path}: this study was begun with another plan ({told}). What was fixed before the runs stays fixed: go on "
-        "with the same, or take a new folder: --out."
+        f"{path}: this study was begun with another plan ({differing}). What was fixed before the runs stays fixed: go "
+        "on with the same, or take a new folder: --out."
     )
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= 2 * _SAID else f"{text[: 2 * _SAID]}..."
+    return text if len(text) <= 2 * _LONGEST else f"{text[: 2 * _LONGEST]}..."
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -239,12 +239,12 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
         names = [*old, *(name for name in new if name not in old)]
         found = [differences(old.get(name), new.get(name), f"{where}{name}.") for name in names]
         return [item for items in found for item in items]
-    return [] if old == new else [f"{where[:-1]}: {_said(old)}, now {_said(new)}"]
+    return [] if old == new else [f"{where[:-1]}: {_as_text(old)}, now {_as_text(new)}"]
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     text = "nothing" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= _SAID else f"{text[:_SAID]}..."
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 MEASURED: Mapping[str, tuple[str, ...]] = {

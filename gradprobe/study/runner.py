@@ -64,7 +64,7 @@ class Launcher(Protocol):
     """Starts runs."""
 
     def __call__(self, words: Sequence[str], log: os.PathLike[str]) -> Process:
-        """Start ``gradprobe`` with these words; what it says goes behind what is in ``log``, or anew with a new run.
+        """Start ``gradprobe`` with these words; its output is appended to ``log``, which a new run empties.
 
         Raises:
             BusyError: Another process has begun to record the run.
@@ -97,7 +97,7 @@ class Entry:
 
 
 class _StudyWatcher(Protocol):
-    """Is told how far the study is."""
+    """Follows the progress of a study."""
 
     def began(self, entry: Entry) -> None:
         """A run was started."""
@@ -213,7 +213,7 @@ class Study:
             reason = folder.stranger(path, run, self.plan)
         except RunFileError as error:
             reason = str(error).removeprefix(f"{path}: ").rstrip(".")
-        return reason and f"{reason}. Move {path} away, and it is recorded anew"
+        return reason and f"{reason}. Move {path} away, and it is recorded again"
 
     def _ready(self, entry: Entry, watcher: _StudyWatcher) -> bool:
         """Whether the run that it is made from is there; without that it fails."""
@@ -348,7 +348,7 @@ def _lock(descriptor: int, log: Path) -> None:
 
 
 def threads(each: int, given: Mapping[str, str]) -> dict[str, str]:
-    """What tells a run how many threads it may use; what the user has set stays.
+    """Environment variables with the number of threads of a run; those of the user stay.
 
     Args:
         each: That many.
@@ -375,6 +375,6 @@ def _last_line(where: Folder, run: Planned) -> str:
     try:
         lines = where.log(run).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return "it said nothing"
-    told = [line for line in lines if line.startswith("gradprobe:")] or [line for line in lines if line.strip()]
-    return told[-1].removeprefix("gradprobe: ") if told else "it said nothing"
+        return "its log is empty"
+    last = [line for line in lines if line.startswith("gradprobe:")] or [line for line in lines if line.strip()]
+    return last[-1].removeprefix("gradprobe: ") if last else "its log is empty"

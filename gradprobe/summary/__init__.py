@@ -6,11 +6,10 @@ from gradprobe.summary.numbers import (
     median,
     not_measured,
     quantiles,
-    sentences,
     shared_gram,
     summarise,
 )
-from gradprobe.summary.words import CAUTION
+from gradprobe.summary.wording import CAUTION, sentences
 
 __all__ = [
     "CAUTION",

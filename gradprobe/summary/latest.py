@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradprobe import measures
 from gradprobe.runfile import Run, lock
 from gradprobe.summary.numbers import conflict_rate, median
 
-WINDOW = 256
+_WINDOW = 256
 _RECENT = 40
 
 
-def latest(run: Run, window: int = WINDOW) -> dict[str, Any]:
+def latest(run: Run, window: int = _WINDOW) -> dict[str, Any]:
     """The last rows in numbers, ready for JSON: what is unknown, or not finite, is None.
 
     Args:
@@ -61,9 +62,9 @@ def latest(run: Run, window: int = WINDOW) -> dict[str, Any]:
 def _pair(cosines: NDArray[Any]) -> dict[str, Any]:
     return {
         "cosine": _last(cosines),
-        "median": _number(median(cosines)),
+        "median": measures.known(float(median(cosines))),
         "measured_rows": int(np.isfinite(cosines).sum()),
-        "stochastic_conflict_rate": _number(conflict_rate(cosines)),
+        "stochastic_conflict_rate": measures.known(float(conflict_rate(cosines))),
         "recent": _recent(cosines),
     }
 
@@ -73,16 +74,12 @@ def _metrics(run: Run) -> dict[str, Any] | None:
     number = epochs.pop("epoch")
     if not number.size:
         return None
-    return {"epoch": int(number[-1]), **{name: _number(values[-1]) for name, values in epochs.items()}}
+    return {"epoch": int(number[-1]), **{name: measures.known(values[-1]) for name, values in epochs.items()}}
 
 
 def _last(values: NDArray[Any]) -> float | None:
-    return _number(values[-1]) if values.size else None
+    return measures.known(values[-1]) if values.size else None
 
 
 def _recent(values: NDArray[Any]) -> list[float | None]:
-    return [_number(value) for value in values[-_RECENT:]]
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None
+    return [measures.known(value) for value in values[-_RECENT:]]

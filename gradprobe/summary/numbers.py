@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gradprobe import measures
+from gradprobe.ledger.windows import window
 from gradprobe.measures import Array
 from gradprobe.metric import lower_is_better
 from gradprobe.rows import MEASURED
 from gradprobe.runfile import Run, schema, thin
-from gradprobe.summary import estimated, ledger, updates, words
 
 _LOWEST_LAYERS = 3
 _SUMMED = 1 << 23
@@ -119,10 +119,10 @@ def summarise(run: Run) -> dict[str, Any]:
         "tasks": _tasks(run, seen, measures.dominance(gram, weight)),
         "pairs": _pairs(seen),
         "features": _features(seen),
-        **updates.by_pair(run.tasks, median(measures.effect(gram, weight))),
-        "updates": updates.summarise(run, seen, updates.gradient_share(gram, weight)),
-        "ledger": ledger.summarise(run),
-        "probe_loader": estimated.summarise(run),
+        **_effects_by_pair(run.tasks, median(measures.effect(gram, weight))),
+        "updates": _updates(run, seen, gradient_share(gram, weight)),
+        "ledger": _ledger(run),
+        "probe_loader": _probe_loader(run),
         "audit": _audit(run),
         "metrics": _metrics(run),
         "overhead": _overhead(run),
@@ -131,7 +131,12 @@ def summarise(run: Run) -> dict[str, Any]:
 
 def not_measured(run: Run) -> dict[str, int]:
     """How many rows hold less than a measurement, by the reason that they give."""
-    counts = np.bincount(thin.whole(run)["status"])
+    return _reasons(run, thin.whole(run)["status"])
+
+
+def _reasons(run: Run, status: NDArray[Any]) -> dict[str, int]:
+    """How many rows give each reason for holding less than a measurement; (n,) codes."""
+    counts = np.bincount(status)
     return {run.status_names[c]: int(n) for c, n in enumerate(counts) if n and run.status_names[c] != MEASURED}
 
 
@@ -178,21 +183,21 @@ def _ends(values: NDArray[Any]) -> dict[str, float | None]:
 
 def _pairs(run: Run) -> dict[str, Any]:
     shared, by_layer = run.cosine(), run["cosine"]
-    low, middle, high = quantiles(shared, (0.25, 0.5, 0.75))
     rate = conflict_rate(shared)
     return {
         pair: {
-            "cosine": {
-                "median": measures.known(middle[i]),
-                "q25": measures.known(low[i]),
-                "q75": measures.known(high[i]),
-                "rows": int(np.isfinite(shared[:, i]).sum()),
-            },
+            "cosine": _quartiles(shared[:, i]),
             "stochastic_conflict_rate": measures.known(rate[i]),
             "lowest_layers": _lowest(run, by_layer[:, :, i]),
         }
         for i, pair in enumerate(run.pairs)
     }
+
+
+def _quartiles(values: NDArray[Any]) -> dict[str, Any]:
+    """Of (n,) values, and how many are known."""
+    low, middle, high = map(measures.known, quantiles(values, (0.25, 0.5, 0.75)))
+    return {"median": middle, "q25": low, "q75": high, "rows": int(np.isfinite(values).sum())}
 
 
 def _lowest(run: Run, cosines: NDArray[Any]) -> list[dict[str, Any]]:
@@ -215,23 +220,12 @@ def _features(run: Run) -> list[dict[str, Any]]:
         return []
     size, norm = run["features/feature_size"], median(run["features/grad_norm"])
     cosine = run["features/cosine"]
-    low, middle, high = quantiles(cosine, (0.25, 0.5, 0.75))
     return [
         {
             "feature": name,
             "numbers": int(size[f]),
             "tasks": {task: {"grad_norm": {"median": measures.known(norm[f, i])}} for i, task in enumerate(run.tasks)},
-            "pairs": {
-                pair: {
-                    "cosine": {
-                        "median": measures.known(middle[f, i]),
-                        "q25": measures.known(low[f, i]),
-                        "q75": measures.known(high[f, i]),
-                        "rows": int(np.isfinite(cosine[:, f, i]).sum()),
-                    }
-                }
-                for i, pair in enumerate(run.pairs)
-            },
+            "pairs": {pair: {"cosine": _quartiles(cosine[:, f, i])} for i, pair in enumerate(run.pairs)},
         }
         for f, name in enumerate(run.feature_names)
     ]
@@ -280,11 +274,158 @@ def _overhead(run: Run) -> dict[str, float | None]:
     return {"seconds": seconds, "share": measures.known(seconds / elapsed) if elapsed > 0 else None}
 
 
-def sentences(run: Run, summary: dict[str, Any] | None = None) -> list[str]:
-    """What the run shows, in words: plain, with units and numbers of rows, and cautious.
+CLIPPED = 1 - 1e-4
+"""A scale below is no rounding."""
+
+
+def gradient_share(gram: Array, weight: Array) -> Array:
+    """Each task's share of the joint gradient, read as its share of the update: (n, T), summing to 1.
 
     Args:
-        run: Any run; unfinished and empty ones too.
-        summary: Its :func:`summarise`, where that is at hand already.
+        gram: (n, T, T) over all shared layers.
+        weight: (n, T).
     """
-    return list(map(str, words.messages(summarise(run) if summary is None else summary)))
+    return measures.share(gram * weight[:, :, None] * weight[:, None, :])
+
+
+def update_effect(run: Run) -> Array:
+    """(m, T, T) of the real updates, see :func:`gradprobe.measures.update_effect`."""
+    parts = run["update/effect"]
+    there = ~np.isnan(parts).all(axis=-1) | (run["update/status"] != 0)[:, None, None]  # else no path at that step
+    return measures.update_effect(measures.loss_change(parts, run.shared_reach & there))
+
+
+def _effects_by_pair(tasks: Sequence[str], effects: Array) -> dict[str, Any]:
+    """Effects of every task on every other, for JSON.
+
+    Args:
+        tasks: T names.
+        effects: (T, T); [i, j] is what j adds (+) to i's own progress, or cancels (-).
+
+    Returns:
+        The list as ``effect``; and as ``interference``, its name until 0.1, which ``renamed`` marks.
+    """
+    found = [
+        {"task": task, "by": other, "median": measures.known(effects[i, j])}
+        for i, task in enumerate(tasks)
+        for j, other in enumerate(tasks)
+        if i != j
+    ]
+    return {"effect": found, "interference": found, "renamed": {"interference": "effect"}}
+
+
+def _updates(run: Run, seen: Run, gradient: Array) -> dict[str, Any] | None:
+    """For :func:`gradprobe.summary.summarise`; None where updates were not recorded.
+
+    Args:
+        run: The run.
+        seen: What is looked at of a long one.
+        gradient: (n, T) from :func:`gradient_share`, of what is looked at.
+    """
+    if not run.count(schema.UPDATES):
+        return None
+    status, scale = run["update/status"], run["update/clip_scale"]
+    known = scale[np.isfinite(scale)]
+    share, middle = median(seen["update/shared_share"]), median(gradient)
+    part, cosine, middle_effect = (
+        median(values) for values in (seen["update/clip_share"], seen["update/shared_cosine"], update_effect(seen))
+    )
+    return {
+        "rows": len(status),
+        "not_taken_apart": _reasons(run, status),
+        "looked_at": {"every": thin.every(seen), "rows": seen.count(schema.UPDATES)},
+        "share": {source: measures.known(share[i]) for i, source in enumerate(run.sources)},
+        "gradient_share": {task: measures.known(middle[i]) for i, task in enumerate(run.tasks)},
+        "cosine": {pair: measures.known(cosine[i]) for i, pair in enumerate(run.pairs)},
+        **_effects_by_pair(run.tasks, middle_effect),
+        "clipping": {
+            "rows": len(known),
+            "clipped": int((known < CLIPPED).sum()),
+            "scale": {"median": measures.known(np.median(known)) if known.size else None, "min": _least(known)},
+            "share": {task: measures.known(part[i]) for i, task in enumerate(run.tasks)},
+        },
+        "skipped_steps": int(run["update/skipped"].max(initial=0)),
+        "batchnorm": {
+            "mean_drift": measures.known(median(run["update/bn_mean_drift"][:, None])[0]),
+            "variance_drift": measures.known(median(run["update/bn_variance_drift"][:, None])[0]),
+            "batches_per_step": measures.known(median(run["update/bn_batches"][:, None])[0]),
+        },
+    }
+
+
+def _least(values: Array) -> float | None:
+    return float(values.min()) if values.size else None
+
+
+def _ledger(run: Run) -> dict[str, Any] | None:
+    """For :func:`gradprobe.summary.summarise`; None where no ledger was kept.
+
+    Of all rows of the run, not of every k-th: sums are what counts.
+    """
+    if not run.count(schema.LEDGER):
+        return None
+    found = window(run.ledger, run.tasks)
+    return {
+        "rows": run.count(schema.LEDGER),
+        "counted": len(found.rows),
+        "left_out": dict(found.left_out),
+        "ends": run.provenance.get("probe.ledger.ends"),
+        "samples": run.provenance.get("probe.ledger.samples"),
+        "tasks": {
+            task: {
+                "change": measures.known(found.change[i]),
+                "residual": measures.known(found.residual[i]),
+                "size": measures.known(found.size[i]),
+                "own_progress": measures.known(found.own[i]),
+                "gates": [
+                    {
+                        "name": gate.name,
+                        "passed": gate.passed,
+                        "value": measures.known(gate.value),
+                        "limit": gate.limit,
+                        "sentence": str(gate.sentence),
+                    }
+                    for gate in found.gates[i]
+                ],
+            }
+            for i, task in enumerate(run.tasks)
+        },
+        "cancelled": [
+            {"task": task, "by": other, "c": measures.known(found.interference[i, j])}
+            for i, task in enumerate(run.tasks)
+            for j, other in enumerate(run.tasks)
+            if i != j
+        ],
+    }
+
+
+def _probe_loader(run: Run) -> dict[str, Any] | None:
+    """For :func:`gradprobe.summary.summarise`; None where nothing was measured on a probe loader."""
+    run = thin.whole(run)
+    rows = run.count(schema.PROBE_LOADER)
+    if not rows:
+        return None
+    found = run.estimate()
+    return {
+        "rows": rows,
+        "not_measured": _reasons(run, run[schema.PROBE_LOADER.path("status")]),
+        "split": str(run.provenance.get("probe_loader.split", "")) or None,
+        "pairs": {
+            pair: {
+                "cosine": measures.known(found.cosine[i]),
+                "low": measures.known(found.low[i]),
+                "high": measures.known(found.high[i]),
+                "noise_correlation": measures.known(found.noise_correlation[i]),
+                "rows": int(found.rows[i]),
+            }
+            for i, pair in enumerate(run.pairs)
+        },
+        "tasks": {
+            task: {
+                "noise_scale": measures.known(found.noise_scale[i]),
+                "low": measures.known(found.noise_scale_low[i]),
+                "high": measures.known(found.noise_scale_high[i]),
+            }
+            for i, task in enumerate(run.tasks)
+        },
+    }

@@ -1,4 +1,4 @@
-"""What one recorded run suggests: which layers to double, whether direction or size is the trouble, which weights.
+"""What one recorded run suggests: which layers to double, whether direction or size is the problem, which weights.
 
 Suggestions for what to try next, with their uncertainty within the run. Whether it helps takes runs with a control.
 

@@ -13,11 +13,11 @@ from gradprobe.messages import Message
 
 DIRECTION, INTERFERENCE, DOMINANCE, OUTCOME = "direction", "interference", "dominance", "outcome"
 QUESTIONS = (DIRECTION, INTERFERENCE, DOMINANCE, OUTCOME)
-"""In the order in which they are shown. They are answered apart, and none stands for another."""
+"""In the order in which they are shown. They have separate answers, and none replaces another."""
 
 REDUCED, EQUIVALENT, UNCERTAIN = "REDUCED", "EQUIVALENT", "REDUCED (size uncertain)"
-INCREASED, NOT_REDUCED, INCONCLUSIVE = "INCREASED", "NOT REDUCED", "INCONCLUSIVE"
-BY_RULE = ("", REDUCED, EQUIVALENT, UNCERTAIN, INCREASED, NOT_REDUCED, INCONCLUSIVE)
+INCREASED, _NOT_REDUCED, INCONCLUSIVE = "INCREASED", "NOT REDUCED", "INCONCLUSIVE"
+BY_RULE = ("", REDUCED, EQUIVALENT, UNCERTAIN, INCREASED, _NOT_REDUCED, INCONCLUSIVE)
 """The verdict of each rule, from 1."""
 
 UNDEFINED = "UNDEFINED"
@@ -37,7 +37,7 @@ KEYS = {
     UNCERTAIN: "reduced_uncertain",
     EQUIVALENT: "equivalent",
     INCREASED: "increased",
-    NOT_REDUCED: "not_reduced",
+    _NOT_REDUCED: "not_reduced",
     INCONCLUSIVE: "inconclusive",
     UNDEFINED: "undefined",
     NOT_APPLICABLE: "not_applicable",
@@ -55,14 +55,9 @@ def verdict_key(verdict: str) -> str:
     return KEYS.get(verdict, "no_verdict")
 
 
-def verdict_said(verdict: str) -> Message:
-    """A verdict as a message."""
-    return Message(f"verdict.{verdict_key(verdict)}")
-
-
 @dataclass(frozen=True)
 class Direct:
-    """The effect of an arm's weights at the baseline's own checkpoints, apart from where they led the training.
+    """The effect of an arm's weights at the baseline's own checkpoints, without what the rest of its training adds.
 
     Attributes:
         effect, low95, high95: Of the difference, in the unit of the answer.
@@ -106,7 +101,7 @@ class Answer:
         notes: What has to be known beside it.
         direct: See :class:`Direct`; of interference only.
         sign_flip: p-value by flipping signs, of six seeds or more; NaN: fewer. A check, not used by the rules.
-        skewed: Whether the differences lean to one side, so that the interval promises too much.
+        skewed: Whether the differences are skewed, so that the interval is too narrow.
     """
 
     question: str
@@ -141,7 +136,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmFacts:
     """The runs of one trainer.
 
     Attributes:
@@ -158,7 +153,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Level:
+class ArmLevel:
     """How large a quantity is in one arm, over its seeds: whether there is anything to reduce.
 
     Attributes:
@@ -182,7 +177,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Similarity:
-    """How alike two tasks' gradients are in length in one arm, over its seeds; beside C, and never judged.
+    """How alike two tasks' gradients are in length in one arm, over its seeds; it is no part of a verdict.
 
     Attributes:
         arm: Its name.
@@ -252,7 +247,7 @@ class Comparison:
     headline: Sequence[Message]
     baseline: str
     controls: Sequence[str]
-    arms: Sequence[Arm]
+    arms: Sequence[ArmFacts]
     tasks: Sequence[str]
     paired: bool = True
     window: tuple[int, int] | None = None
@@ -260,7 +255,7 @@ class Comparison:
     common_layers: Sequence[str] = ()
     left_out_layers: Sequence[str] = ()
     answers: Sequence[Answer] = ()
-    levels: Sequence[Level] = ()
+    levels: Sequence[ArmLevel] = ()
     similarities: Sequence[Similarity] = ()
     layers: Sequence[LayerAnswer] = ()
     refusals: Sequence[Message] = ()
@@ -283,17 +278,11 @@ class Comparison:
         return [answer for answer in self.answers if answer.verdict == INCREASED]
 
 
-def as_json(comparison: Comparison) -> dict[str, Any]:
-    """The comparison as JSON can hold it: names of the attributes, messages in English, None for an unknown number.
-
-    Beside each ``reason`` stands its ``reason_key``, which stays as it is where wording gets better.
-    """
-    found: dict[str, Any] = plain(comparison)
-    return found
-
-
 def plain(value: Any) -> Any:
-    """The same of any data of a verdict."""
+    """Data of a verdict as JSON can hold it: names of the attributes, messages in English, None for an unknown number.
+
+    Each ``reason`` has its ``reason_key``, which stays as it is where wording gets better.
+    """
     if isinstance(value, Message):
         return str(value)
     if dataclasses.is_dataclass(value):

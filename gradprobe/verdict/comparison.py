@@ -1,4 +1,4 @@
-"""Compare the runs of several trainers: every quantity of every arm beside the baseline's, and what the rules say."""
+"""Compare the runs of several trainers: every quantity of every arm against the baseline's, and what the rules say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradprobe.errors import UsageError
 from gradprobe.measures import Array
 from gradprobe.messages import Message
 from gradprobe.statistics import Contrast, benjamini_hochberg, sign_flip, skewed, t_interval
-from gradprobe.verdict import conditions, decision, gates, misleading, outcome, readings, words
+from gradprobe.verdict import conditions, decision, gates, training_losses
 from gradprobe.verdict.advice import FALSE_DISCOVERIES
 from gradprobe.verdict.answers import (
     BY_RULE,
@@ -22,32 +22,41 @@ from gradprobe.verdict.answers import (
     NOT_APPLICABLE,
     UNDEFINED,
     Answer,
-    Arm,
+    ArmFacts,
+    ArmLevel,
     Comparison,
     LayerAnswer,
-    Level,
     Similarity,
 )
-from gradprobe.verdict.conditions import Group
-from gradprobe.verdict.evidence import Evidence
-from gradprobe.verdict.options import Chosen, Options, controls, resolve
-from gradprobe.verdict.quantities import Direction, Quantity, Sides, of_gradients, sides
+from gradprobe.verdict.conditions import ArmRuns
+from gradprobe.verdict.criteria import Criteria, Resolved, controls, resolve
+from gradprobe.verdict.evidence import Evidence, shared_layers
+from gradprobe.verdict.quantities import (
+    Deficit,
+    Direction,
+    Quantity,
+    Sides,
+    compared_metrics,
+    deficits,
+    of_gradients,
+    sides,
+)
 
 
-def compare(evidence: Sequence[Evidence], options: Options | None = None) -> Comparison:
+def compare(evidence: Sequence[Evidence], options: Criteria | None = None) -> Comparison:
     """Compare runs.
 
     Args:
         evidence: One entry per file.
-        options: See :class:`gradprobe.verdict.options.Options`.
+        options: See :class:`gradprobe.verdict.criteria.Criteria`.
 
     Raises:
         UsageError: No runs; an unknown pair, control or metric; two files of one arm and seed with other settings.
     """
     if not evidence:
         raise UsageError("no run files to compare.")
-    asked = options or Options()
-    groups, plan = conditions.group(evidence), conditions.plan_of(evidence)
+    asked = options or Criteria()
+    groups, plan = conditions.runs_by_arm(evidence), conditions.plan_of(evidence)
     tasks = _tasks(evidence)
     chosen = resolve(asked, plan, tasks)
     alone = controls(asked, groups, tasks)
@@ -65,7 +74,7 @@ def compare(evidence: Sequence[Evidence], options: Options | None = None) -> Com
     measured = [group for group in beside if common and _shares(group, common)]
     levels = [_level(group, q, common) for group in measured for q in quantities if _has(group, q)]
     return Comparison(
-        headline=words.headline(answers, levels, refusals, chosen.baseline if baseline else ""),
+        headline=decision.headline(answers, levels, refusals, chosen.baseline if baseline else ""),
         baseline=chosen.baseline if baseline else "",
         controls=[group.name for group in alone.values()],
         arms=[_arm(group, chosen.baseline, alone) for group in groups.values()],
@@ -96,24 +105,24 @@ def _tasks(evidence: Sequence[Evidence]) -> list[str]:
 
 
 def _outcomes(
-    evidence: Sequence[Evidence], baseline: Group, alone: Mapping[str, Group], chosen: Chosen
-) -> list[outcome.Outcome]:
-    metrics = outcome.metrics(evidence, baseline.tasks, chosen.metrics)
+    evidence: Sequence[Evidence], baseline: ArmRuns, alone: Mapping[str, ArmRuns], chosen: Resolved
+) -> list[Deficit]:
+    metrics = compared_metrics(evidence, baseline.tasks, chosen.metrics)
     same_seed = chosen.paired is not False
-    return outcome.outcomes(metrics, baseline.tasks, alone, chosen.outcome_margin, same_seed=same_seed)
+    return deficits(metrics, baseline.tasks, alone, chosen.outcome_margin, same_seed=same_seed)
 
 
-def _arm(group: Group, baseline: str, controls: Mapping[str, Group]) -> Arm:
+def _arm(group: ArmRuns, baseline: str, controls: Mapping[str, ArmRuns]) -> ArmFacts:
     alone = group.name in {control.name for control in controls.values()}
     role = "baseline" if group.name == baseline else "control" if alone else "arm"
-    return Arm(group.name, role, [run.file for run in group.runs.values()], list(group.runs))
+    return ArmFacts(group.name, role, [run.file for run in group.runs.values()], list(group.runs))
 
 
 # ---- side by side
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class _Measured:
     """An answer before the rules, which look at all arms and subjects of a question.
 
     Attributes:
@@ -126,8 +135,8 @@ class Measured:
 
 
 def _lay_side_by_side(
-    baseline: Group | None, arms: Sequence[Group], chosen: Chosen, quantities: Sequence[Quantity]
-) -> tuple[list[Message], list[Sides], list[Measured]]:
+    baseline: ArmRuns | None, arms: Sequence[ArmRuns], chosen: Resolved, quantities: Sequence[Quantity]
+) -> tuple[list[Message], list[Sides], list[_Measured]]:
     """Refusals, the arms that can be compared, and what is said of those that cannot."""
     if baseline is None:
         there = [group.name for group in arms]
@@ -140,7 +149,7 @@ def _lay_side_by_side(
         if why is not None:
             refusals.append(why)
             refused += [
-                Measured(replace(_blank(arm.name, q, list(arm.runs)), verdict=NO_VERDICT, reason=why))
+                _Measured(replace(_blank(arm.name, q, list(arm.runs)), verdict=NO_VERDICT, reason=why))
                 for q in quantities
                 if q.question == INTERFERENCE
             ]
@@ -154,7 +163,7 @@ def _blank(arm: str, quantity: Quantity, seeds: Sequence[int]) -> Answer:
         quantity.question,
         arm,
         quantity.subject,
-        quantity.said,
+        quantity.name,
         "",
         margin=quantity.margin,
         seeds=list(seeds),
@@ -162,15 +171,15 @@ def _blank(arm: str, quantity: Quantity, seeds: Sequence[int]) -> Answer:
     )
 
 
-def _measure(s: Sides, quantity: Quantity) -> Measured:
-    """One quantity in an arm beside the baseline, or why not."""
+def _measure(s: Sides, quantity: Quantity) -> _Measured:
+    """One quantity in an arm against the baseline, or why there is none."""
     blank = _blank(s.arm, quantity, [run.seed or 0 for run in s.treated])
     why = _not_shared(s, quantity.tasks) if quantity.tasks else None
     if why is not None:
-        return Measured(replace(blank, verdict=NOT_APPLICABLE, reason=why))
+        return _Measured(replace(blank, verdict=NOT_APPLICABLE, reason=why))
     lacking = quantity.lacking(s.runs)
     if lacking is not None:
-        return Measured(replace(blank, verdict=NO_VERDICT, reason=lacking))
+        return _Measured(replace(blank, verdict=NO_VERDICT, reason=lacking))
     layers = s.layers(quantity.tasks)
     baseline, treated = (quantity.values(runs, layers) for runs in (s.baseline, s.treated))
     found = [*quantity.gates(s.runs, layers), *quantity.same_twice(s, layers)]
@@ -183,10 +192,10 @@ def _measure(s: Sides, quantity: Quantity) -> Measured:
         direct=quantity.direct(s, layers),
     )
     if not gates.passed(found):
-        return Measured(replace(answer, verdict=UNDEFINED, reason=gates.closed(found)))
+        return _Measured(replace(answer, verdict=UNDEFINED, reason=gates.closed(found)))
     contrast = quantity.contrast(s, baseline, treated)
     answer = replace(answer, effect=float(contrast.effect), n=int(contrast.seeds))
-    return Measured(_checked(answer, treated - baseline) if s.same_seed else answer, contrast)
+    return _Measured(_checked(answer, treated - baseline) if s.same_seed else answer, contrast)
 
 
 def _not_shared(s: Sides, tasks: Sequence[str]) -> Message | None:
@@ -211,10 +220,10 @@ def _checked(answer: Answer, differences: Array) -> Answer:
     return replace(answer, notes=notes, sign_flip=sign_flip(differences), skewed=leans)
 
 
-def _common_layers(groups: Sequence[Group], tasks: Sequence[str]) -> tuple[list[str], list[str]]:
+def _common_layers(groups: Sequence[ArmRuns], tasks: Sequence[str]) -> tuple[list[str], list[str]]:
     """Layers that all tasks reach in every arm where they share any, and those in some only."""
     runs = [run for group in groups for run in group.runs.values()]
-    sharing = [found for run in runs if (found := readings.shared_layers(run, tasks))]
+    sharing = [found for run in runs if (found := shared_layers(run, tasks))]
     if not sharing:
         return [], []
     order = list(dict.fromkeys(name for run in runs for name in run.layers))
@@ -225,15 +234,15 @@ def _common_layers(groups: Sequence[Group], tasks: Sequence[str]) -> tuple[list[
 # ---- verdicts
 
 
-def _answers(measured: Sequence[Measured]) -> list[Answer]:
+def _answers(measured: Sequence[_Measured]) -> list[Answer]:
     """Decide question by question; Holm goes over all arms and subjects of one."""
-    by_question: dict[str, list[Measured]] = {}
+    by_question: dict[str, list[_Measured]] = {}
     for one in measured:
         by_question.setdefault(one.answer.question, []).append(one)
     return [answer for family in by_question.values() for answer in _decided(family)]
 
 
-def _decided(family: Sequence[Measured]) -> list[Answer]:
+def _decided(family: Sequence[_Measured]) -> list[Answer]:
     planned = [one for one in family if one.answer.verdict != NOT_APPLICABLE]
     if not planned:
         return [one.answer for one in family]
@@ -250,7 +259,7 @@ def _ruled(answer: Answer, found: decision.Decision, place: int) -> Answer:
 
 def _reason(answer: Answer) -> Message:
     if answer.rule is not None:
-        return words.of_rule(answer)
+        return decision.reason_of_rule(answer)
     if answer.n < decision.MIN_SEEDS:
         return Message("reason.few_seeds", n=answer.n, least=decision.MIN_SEEDS)
     return Message("reason.no_interval")
@@ -274,17 +283,17 @@ _NUMBERS = (
 # ---- how large, and where
 
 
-def _shares(group: Group, layers: Sequence[str]) -> bool:
+def _shares(group: ArmRuns, layers: Sequence[str]) -> bool:
     """Whether its tasks share all of these layers in every run."""
-    return all(set(layers) <= readings.shared_layers(run, run.tasks) for run in group.runs.values())
+    return all(set(layers) <= shared_layers(run, run.tasks) for run in group.runs.values())
 
 
-def _has(group: Group, quantity: Quantity) -> bool:
+def _has(group: ArmRuns, quantity: Quantity) -> bool:
     runs = list(group.runs.values())
     return all(set(quantity.tasks) <= set(run.tasks) for run in runs) and quantity.lacking(runs) is None
 
 
-def _level(group: Group, quantity: Quantity, layers: Sequence[str]) -> Level:
+def _level(group: ArmRuns, quantity: Quantity, layers: Sequence[str]) -> ArmLevel:
     """How large a quantity is in an arm, over its seeds."""
     needed = quantity.level_needs_gates
     values = [
@@ -293,13 +302,13 @@ def _level(group: Group, quantity: Quantity, layers: Sequence[str]) -> Level:
         else float(quantity.values([run], layers)[0])
         for run in group.runs.values()
     ]
-    level = Level(
-        quantity.question, group.name, quantity.subject, quantity.said, *_over_seeds(values), values, list(group.runs)
+    level = ArmLevel(
+        quantity.question, group.name, quantity.subject, quantity.name, *_over_seeds(values), values, list(group.runs)
     )
-    return replace(level, sentence=words.of_level(level, quantity.margin))
+    return replace(level, sentence=decision.level_sentence(level, quantity.margin))
 
 
-def _similarity(group: Group, direction: Direction, layers: Sequence[str]) -> Similarity:
+def _similarity(group: ArmRuns, direction: Direction, layers: Sequence[str]) -> Similarity:
     values = [direction.similarity(run, layers) for run in group.runs.values()]
     return Similarity(group.name, direction.subject, *_over_seeds(values), values, list(group.runs))
 
@@ -340,9 +349,9 @@ def _layers(s: Sides, quantity: Quantity) -> Iterator[LayerAnswer]:
 
 
 def _warnings(
-    baseline: Group | None, arms: Sequence[Group], evidence: Sequence[Evidence], chosen: Chosen
+    baseline: ArmRuns | None, arms: Sequence[ArmRuns], evidence: Sequence[Evidence], chosen: Resolved
 ) -> list[Message]:
-    found = [said for arm in arms if baseline for said in conditions.cautions(baseline, arm, chosen.paired)]
+    found = [message for arm in arms if baseline for message in conditions.cautions(baseline, arm, chosen.paired)]
     groups = [baseline, *arms] if baseline else list(arms)
-    within = [said for group in groups for said in conditions.mixed(group)]
-    return [*found, *within, *misleading.of_runs(baseline, arms, evidence)]
+    within = [message for group in groups for message in conditions.mixed(group)]
+    return [*found, *within, *training_losses.misleading(baseline, arms, evidence)]

@@ -20,7 +20,7 @@ GOES_BY = "plan.goes_by"
 
 
 @dataclass(frozen=True)
-class Group:
+class ArmRuns:
     """The runs of one arm.
 
     Attributes:
@@ -46,7 +46,7 @@ class Group:
         return next(iter(self.runs.values())).single
 
 
-def group(evidence: Sequence[Evidence]) -> dict[str, Group]:
+def runs_by_arm(evidence: Sequence[Evidence]) -> dict[str, ArmRuns]:
     """Runs by arm.
 
     Raises:
@@ -58,7 +58,7 @@ def group(evidence: Sequence[Evidence]) -> dict[str, Group]:
     return {name: _arm(name, runs) for name, runs in by_arm.items()}
 
 
-def _arm(name: str, runs: list[Evidence]) -> Group:
+def _arm(name: str, runs: list[Evidence]) -> ArmRuns:
     ordered = any(run.seed is None for run in runs)
     if ordered:
         runs = [replace(run, seed=place) for place, run in enumerate(runs)]
@@ -81,7 +81,7 @@ def _arm(name: str, runs: list[Evidence]) -> Group:
                 f"{who} are both of arm {name!r} and seed {other.seed}, and have other "
                 f"settings. Name the arms apart: --arm {name}=GLOB --arm other=GLOB."
             )
-    return Group(name, {seed: by_seed[seed][0] for seed in sorted(by_seed)}, again, ordered)
+    return ArmRuns(name, {seed: by_seed[seed][0] for seed in sorted(by_seed)}, again, ordered)
 
 
 def _in_order(run: Evidence) -> tuple[int, str]:
@@ -107,8 +107,8 @@ def _refuse_copies(name: str, by_seed: Mapping[int, Sequence[Evidence]]) -> None
 
 def _what_it_is(run: Evidence) -> tuple[str, ...]:
     """Settings and conditions, for telling a repeated run from another one."""
-    said = {**run.setting, **{key: value for each in run.conditions.values() for key, value in each.items()}}
-    return (run.trainer, *(f"{key}={np.ravel(value).tolist()}" for key, value in sorted(said.items())))
+    facts = {**run.setting, **{key: value for each in run.conditions.values() for key, value in each.items()}}
+    return (run.trainer, *(f"{key}={np.ravel(value).tolist()}" for key, value in sorted(facts.items())))
 
 
 # ---- whether two runs may be compared
@@ -130,12 +130,12 @@ def _term(condition: str) -> Message:
     return Message(f"term.{condition.replace(' ', '_')}")
 
 
-def not_shown(one: Evidence, other: Evidence) -> list[Message]:
+def _not_shown(one: Evidence, other: Evidence) -> list[Message]:
     """Conditions of a pair that the files do not show."""
     return [_term(name) for name in _NEEDED_FOR_PAIRS if not (one.conditions[name] and other.conditions[name])]
 
 
-def refusal(baseline: Group, arm: Group, paired: bool | None) -> Message | None:
+def refusal(baseline: ArmRuns, arm: ArmRuns, paired: bool | None) -> Message | None:
     """Why an arm is not compared with the baseline; None: it may be.
 
     Args:
@@ -153,7 +153,7 @@ def refusal(baseline: Group, arm: Group, paired: bool | None) -> Message | None:
         found = differences(other, one)  # in the order of their names in the sentence
         if found:
             return Message("refusal.differ", other=other.file, one=one.file, seed=seed, what=found)
-        missing = not_shown(one, other)
+        missing = _not_shown(one, other)
         if missing and paired is None:
             return Message("refusal.not_shown", other=other.file, one=one.file, what=missing)
         if (baseline.ordered or arm.ordered) and paired is None:
@@ -165,7 +165,7 @@ _PER_SEED = ("seed", "from_run", "task_weights", "double", "double_sizes")
 """Settings that may differ from seed to seed: some trainers take theirs from a run of the same seed."""
 
 
-def mixed(group: Group) -> Iterator[Message]:
+def mixed(group: ArmRuns) -> Iterator[Message]:
     """Settings that differ within an arm."""
     runs = list(group.runs.values())
     for name in runs[0].setting:
@@ -183,7 +183,7 @@ def mixed(group: Group) -> Iterator[Message]:
                 )
 
 
-def cautions(baseline: Group, arm: Group, paired: bool | None) -> Iterator[Message]:
+def cautions(baseline: ArmRuns, arm: ArmRuns, paired: bool | None) -> Iterator[Message]:
     """What does not forbid a comparison, and has to be known."""
     pairs = [(baseline.runs[s], run) for s, run in arm.runs.items() if s in baseline.runs]
     if paired is False and pairs:
@@ -223,7 +223,7 @@ def plan_of(evidence: Sequence[Evidence]) -> dict[str, Any]:
 
 
 def disagreements(
-    evidence: Sequence[Evidence], groups: Mapping[str, Group], plan: Mapping[str, Any], now: Mapping[str, Any]
+    evidence: Sequence[Evidence], groups: Mapping[str, ArmRuns], plan: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[Message]:
     """Where files, or this comparison, differ from the plan.
 
@@ -238,7 +238,7 @@ def disagreements(
     return [
         *_of_this_comparison(plan, now),
         *_of_seeds(groups, plan),
-        *(said for run in evidence for said in _of_a_file(run, plan)),
+        *(message for run in evidence for message in _of_a_file(run, plan)),
     ]
 
 
@@ -248,7 +248,7 @@ def _of_this_comparison(plan: Mapping[str, Any], now: Mapping[str, Any]) -> Iter
             yield Message(GOES_BY, name=name, planned=_short(plan[name]), now=_short(value))
 
 
-def _of_seeds(groups: Mapping[str, Group], plan: Mapping[str, Any]) -> Iterator[Message]:
+def _of_seeds(groups: Mapping[str, ArmRuns], plan: Mapping[str, Any]) -> Iterator[Message]:
     planned = {int(seed) for seed in np.ravel(plan.get("seeds", []))}
     for name, found in groups.items():
         missing, more = sorted(planned - set(found.runs)), sorted(set(found.runs) - planned)

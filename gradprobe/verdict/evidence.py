@@ -1,4 +1,4 @@
-"""What a comparison looks at in one run, and how it is read from the run's file. The one file here that reads runs."""
+"""What a comparison looks at in one run, and its measures: cosines, shares and C. The one file here that reads runs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradprobe.measures import Array, from_norms
+from gradprobe.ledger.windows import Window, window
+from gradprobe.measures import Array, first_settled_step, from_norms, over_counted
 from gradprobe.runfile import Run, schema
+from gradprobe.statistics import Estimate, Mean, pooled, pooled_ratio
 
-SINGLE = "single"
+_SINGLE = "single"
 """The trainer of the controls: one task alone."""
 
 CONDITIONS = {
@@ -35,7 +37,7 @@ CONDITIONS = {
 """What has to be equal in the runs of a seed, and the entries of the provenance that show it."""
 
 SHOULD_BE_EQUAL = ("optimizer", "lr", "lrf", "momentum", "weight_decay", "clip_norm", "bn_batches")
-"""Settings that change a training too; a difference in them is told."""
+"""Other settings that change a training; a difference in them is a caution."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Scores:
+class SplitScores:
     """The test split.
 
     Attributes:
@@ -117,25 +119,25 @@ class Evidence:
     training: Rows | None = None
     probed: Rows | None = None
     ledger: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    tested: Scores = field(default_factory=lambda: Scores({}))
+    tested: SplitScores = field(default_factory=lambda: SplitScores({}))
 
     @cached_property
     def conditions(self) -> dict[str, dict[str, Any]]:
         """What the file says of each of :data:`CONDITIONS`; empty: nothing."""
-        said = self.provenance
-        return {name: {key: said[key] for key in keys if key in said} for name, keys in CONDITIONS.items()}
+        provenance = self.provenance
+        return {name: {key: provenance[key] for key in keys if key in provenance} for name, keys in CONDITIONS.items()}
 
     @cached_property
     def setting(self) -> dict[str, Any]:
         """The settings of the training."""
-        return self._said("settings.")
+        return self._group("settings.")
 
     @cached_property
     def plan(self) -> dict[str, Any]:
         """What was fixed before the runs."""
-        return self._said("plan.")
+        return self._group("plan.")
 
-    def _said(self, group: str) -> dict[str, Any]:
+    def _group(self, group: str) -> dict[str, Any]:
         return {key.removeprefix(group): value for key, value in self.provenance.items() if key.startswith(group)}
 
     @property
@@ -146,8 +148,8 @@ class Evidence:
     @property
     def ledger_on_probe_batch(self) -> bool:
         """Whether the ledger values updates by the gradients of its fixed probe batch, and not by the training's."""
-        said = self.provenance
-        return str(said.get("probe.ledger.ends", said.get("settings.ledger_ends", ""))) == "probe"
+        provenance = self.provenance
+        return str(provenance.get("probe.ledger.ends", provenance.get("settings.ledger_ends", ""))) == "probe"
 
     def weights_at(self, steps: NDArray[np.int64]) -> Array:
         """(k, T) weights in force at these steps: of the newest row up to each, or of the first one."""
@@ -169,21 +171,23 @@ def read(path: Path, arm: str = "") -> Evidence:
         RunFileError: As on opening a run.
     """
     with Run(path) as run:
-        said = run.provenance
-        trainer = str(said.get("trainer", "") or "")
-        single = str(said.get("settings.task", "") or "") if trainer == SINGLE else ""
+        provenance = run.provenance
+        trainer = str(provenance.get("trainer", "") or "")
+        single = str(provenance.get("settings.task", "") or "") if trainer == _SINGLE else ""
         return Evidence(
             file=path.name,
-            arm=arm or str(said.get("arm", "") or "") or (f"{trainer}-{single}" if single else trainer or path.stem),
+            arm=arm
+            or str(provenance.get("arm", "") or "")
+            or (f"{trainer}-{single}" if single else trainer or path.stem),
             trainer=trainer,
             single=single,
-            seed=_seed(said),
+            seed=_seed(provenance),
             tasks=tuple(run.tasks),
             layers=tuple(run.layers),
             reach=run.reach,
             layer_size=run.layer_size,
             finished=run.end == "finished",
-            provenance=said,
+            provenance=provenance,
             step=run["step"],
             loss=run["loss"].astype(np.float64),
             weight=run["weight"].astype(np.float64),
@@ -197,8 +201,8 @@ def read(path: Path, arm: str = "") -> Evidence:
         )
 
 
-def _seed(said: Mapping[str, Any]) -> int | None:
-    found = said.get("settings.seed", said.get("seed"))
+def _seed(provenance: Mapping[str, Any]) -> int | None:
+    found = provenance.get("settings.seed", provenance.get("seed"))
     return None if found is None or isinstance(found, str) else int(found)
 
 
@@ -225,7 +229,7 @@ def _probed(run: Run) -> Rows | None:
     return Rows(table["step"][good], gram, noise, table["batch_size"][good], counts)
 
 
-def _tested(run: Run) -> Scores:
+def _tested(run: Run) -> SplitScores:
     values = {
         key.removeprefix("test."): float(value)
         for key, value in run.provenance.items()
@@ -233,7 +237,178 @@ def _tested(run: Run) -> Scores:
     }
     table = run.test_clusters
     if not table:
-        return Scores(values)
+        return SplitScores(values)
     without = np.asarray(table["without"], dtype=np.float64)
     columns = {str(name): without[:, m] for m, name in enumerate(table["metric"])}
-    return Scores(values, tuple(map(str, table["cluster"])), columns)
+    return SplitScores(values, tuple(map(str, table["cluster"])), columns)
+
+
+Span = tuple[int, int] | None
+"""Training steps that count, from the first up to before the second; None: all."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An ordered pair of tasks: what ``by`` does to ``task``."""
+
+    task: str
+    by: str
+
+    @property
+    def name(self) -> str:
+        """``cls>det``: what cls does to det."""
+        return f"{self.by}>{self.task}"
+
+    @property
+    def unordered(self) -> str:
+        """``det|cls`` is the same pair for the cosine."""
+        return f"{self.task}|{self.by}"
+
+
+def shared_layers(run: Evidence, tasks: Sequence[str]) -> set[str]:
+    """Layers that all of these tasks reach."""
+    if run.single or not all(task in run.tasks for task in tasks):
+        return set()
+    columns = [run.tasks.index(task) for task in tasks]
+    return {name for name, reached in zip(run.layers, run.reach[:, columns], strict=True) if reached.all()}
+
+
+def layer_places(run: Evidence, layers: Sequence[str]) -> NDArray[np.intp]:
+    """Where layers are in a run, in its order."""
+    wanted = set(layers)
+    return np.array([i for i, name in enumerate(run.layers) if name in wanted], dtype=np.intp)
+
+
+def gradient_rows(run: Evidence) -> Rows | None:
+    """The rows that a claim on gradients may rest on: of the probe loader, else of the training with their noise."""
+    return run.probed if run.probed is not None else run.training
+
+
+def estimate(
+    run: Evidence, layers: Sequence[str], tasks: Sequence[str], span: Span = None, *, apart: bool = False
+) -> Estimate | None:
+    """The pooled estimate of some tasks over some layers together; None: nothing was recorded in micro-batches.
+
+    Args:
+        run: One run.
+        layers: Names; those that it has.
+        tasks: Names, in the order of the estimate.
+        span: Which steps count.
+        apart: Each layer by itself, in the run's order, instead of all together.
+    """
+    return _estimate(run, tuple(layers), tuple(tasks), span, apart)
+
+
+@lru_cache(maxsize=1024)  # several questions and gates ask for the same
+def _estimate(
+    run: Evidence, layers: tuple[str, ...], tasks: tuple[str, ...], span: Span, apart: bool
+) -> Estimate | None:
+    rows = gradient_rows(run)
+    if rows is None:
+        return None
+    gram, noise, chosen = _over_layers(run, rows, layers, tasks, span, apart)
+    size = rows.batch_size[chosen].astype(np.float64)
+    return pooled(gram, noise, np.where(size > 0, size, math.nan))
+
+
+def _over_layers(
+    run: Evidence, rows: Rows, layers: Sequence[str], tasks: Sequence[str], span: Span, apart: bool
+) -> tuple[Array, Array, NDArray[np.bool_]]:
+    chosen = _inside(rows.step, span)
+    columns = np.array([run.tasks.index(task) for task in tasks], dtype=np.intp)
+    given, there = np.flatnonzero(chosen), layer_places(run, layers)
+    where = np.ix_(given, there, columns, columns)
+    gram, noise = (np.asarray(one[where], dtype=np.float64) for one in (rows.gram, rows.noise))
+    if not apart:
+        counts = (
+            np.ones(gram.shape[:-1], dtype=bool) if rows.counts is None else rows.counts[np.ix_(given, there, columns)]
+        )
+        every = np.broadcast_to(counts.all(axis=-1, keepdims=True), counts.shape)  # what all of them reach at that row
+        gram, noise = over_counted(gram, every), over_counted(noise, every)
+    return gram, noise, chosen
+
+
+def _inside(step: NDArray[np.int64], span: Span) -> NDArray[np.bool_]:
+    """(n,): which steps count."""
+    if span is None:
+        return np.ones(len(step), dtype=bool)
+    found: NDArray[np.bool_] = (step >= span[0]) & (step < span[1])
+    return found
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Who decides the update.
+
+    Attributes:
+        share: (T,) of the summed squared lengths of the weighted gradients, less their noise; NaN: a gradient cannot
+            be distinguished from noise.
+        largest: The largest of them.
+    """
+
+    share: Array
+    largest: float
+
+
+def shares(run: Evidence, layers: Sequence[str], span: Span = None) -> Shares | None:
+    """The shares of all tasks over some layers; None: nothing was recorded in micro-batches."""
+    rows = gradient_rows(run)
+    found = estimate(run, layers, run.tasks, span)
+    if rows is None or found is None:
+        return None
+    gram, noise, chosen = _over_layers(run, rows, layers, run.tasks, span, apart=False)
+    weight = run.weights_at(rows.step[chosen])
+    square = np.diagonal(gram - noise, axis1=1, axis2=2) * np.square(weight)
+    known = np.isfinite(square).all(axis=1)
+    total = square[known].sum(axis=0)
+    if not known.any() or not found.square_resolved.all() or total.sum() <= 0:
+        return Shares(np.full(len(run.tasks), math.nan), math.nan)
+    share = total / total.sum()
+    return Shares(share, float(share.max()))
+
+
+def direct_effect(
+    baseline: Evidence, arm: Evidence, pair: Pair, layers: Sequence[str], span: Span = None
+) -> Mean | None:
+    """What an arm's weights would do at the baseline's own checkpoints: ``-sum w_j U_ij / sum w_i U_ii``.
+
+    On the scale of C: above 0, ``by`` cancels progress of ``task``. With ``arm`` the baseline itself, that of its own
+    weights. None: nothing was recorded in micro-batches, or the arm has no weights. NaN: the gradient of ``task``
+    cannot be distinguished from noise, so that what is divided by may be 0.
+    """
+    rows = gradient_rows(baseline)
+    if rows is None or not len(arm.step):
+        return None
+    gram, noise, chosen = _over_layers(baseline, rows, layers, (pair.task, pair.by), span, apart=False)
+    true = gram - noise
+    weight = arm.weights_at(rows.step[chosen])
+    own, other = (weight[:, arm.tasks.index(task)] for task in (pair.task, pair.by))
+    resolved = estimate(baseline, layers, (pair.task, pair.by), span)
+    known = resolved is not None and bool(resolved.square_resolved[0])
+    return pooled_ratio(-other * true[:, 0, 1], own * true[:, 0, 0] if known else np.full(len(own), math.nan))
+
+
+def ledger_window(run: Evidence, layers: Sequence[str], span: Span = None) -> Window | None:
+    """The window sums of a run's ledger, with C over these layers; None: there is no ledger.
+
+    The first steps of Adam are left out, and those of an optimizer that the file does not name.
+    """
+    return _ledger_window(run, tuple(layers), span)
+
+
+@lru_cache(maxsize=1024)
+def _ledger_window(run: Evidence, layers: tuple[str, ...], span: Span) -> Window | None:
+    if not run.ledger:
+        return None
+    start, stop = span if span is not None else (0, np.inf)
+    start = max(start, first_settled_step(str(run.setting.get("optimizer", ""))))
+    return window(run.ledger, run.tasks, start=start, stop=stop, layers=[int(i) for i in layer_places(run, layers)])
+
+
+def ledger_by_layer(run: Evidence, found: Window, pair: Pair, layers: Sequence[str]) -> Array:
+    """Each layer's part of C, (L',) in the order of ``layers``; they sum to C."""
+    i, j = run.tasks.index(pair.task), run.tasks.index(pair.by)
+    order = [run.layers.index(name) for name in layers]
+    term = np.asarray(run.ledger["term"], dtype=np.float64)[found.rows][:, order, i, j]
+    result: Array = np.nansum(term, axis=0) / found.own[i]  # a layer that joined later is in no row before
+    return result

@@ -10,8 +10,7 @@ import numpy as np
 
 from gradprobe.ledger.windows import Gate
 from gradprobe.messages import Message
-from gradprobe.verdict.evidence import Evidence
-from gradprobe.verdict.readings import Pair, Span, estimate, ledger
+from gradprobe.verdict.evidence import Evidence, Pair, Span, estimate, ledger_window
 
 _SELF_CHECK_TOLERANCE = 1e-3
 """How far the cosine of a task with its own copy may be from +1, and with its negative from -1."""
@@ -80,8 +79,8 @@ def _self_check(run: Evidence) -> Gate:
         return Gate("self-check", False, math.nan, limit, _of(run, Message("gate.no_self_check")))
     copy, negative = (float(value) for value in np.ravel(found))
     off = max(abs(copy - 1), abs(negative + 1))
-    said = Message("gate.self_check", copy=copy, negative=negative)
-    return Gate("self-check", bool(off <= limit), off, limit, _of(run, said))
+    sentence = Message("gate.self_check", copy=copy, negative=negative)
+    return Gate("self-check", bool(off <= limit), off, limit, _of(run, sentence))
 
 
 def same_twice(
@@ -113,8 +112,8 @@ def _same_twice(group: Sequence[Evidence], read: Callable[[Evidence], float | No
     if not np.isfinite(values).all():
         return Gate(_SAME_TWICE, False, math.nan, limit, Message("gate.twice_unknown", files=files))
     apart = float(np.ptp(values))
-    said = Message("gate.twice_apart", files=files, apart=apart, limit=limit)
-    return Gate(_SAME_TWICE, apart <= limit, apart, limit, said)
+    sentence = Message("gate.twice_apart", files=files, apart=apart, limit=limit)
+    return Gate(_SAME_TWICE, apart <= limit, apart, limit, sentence)
 
 
 def first_losses_equal(baseline: Sequence[Evidence], arm: Sequence[Evidence]) -> Gate:
@@ -155,14 +154,14 @@ def _resolved(run: Evidence, layers: Sequence[str], tasks: Sequence[str], span: 
         part = found.square_low / np.abs(found.square)
     low = int(np.argmin(np.where(np.isfinite(part), part, -np.inf)))
     square, bound = float(found.square[low]), float(found.square_low[low])
-    said = Message("gate.resolved", task=tasks[low], square=square, low=bound)
-    return Gate(name, bool(found.square_resolved.all()), bound, 0.0, _of(run, said))
+    sentence = Message("gate.resolved", task=tasks[low], square=square, low=bound)
+    return Gate(name, bool(found.square_resolved.all()), bound, 0.0, _of(run, sentence))
 
 
 def enough_samples(
     runs: Sequence[Evidence], layers: Sequence[str], task: str, span: Span, *, of_ledger: bool = False
 ) -> Gate:
-    """Shuffled epochs are no independent batches: the training set must be large beside the noise scale.
+    """Shuffled epochs are no independent batches: the training set must be large compared with the noise scale.
 
     Not where gradients were measured apart from the training's order: on a probe loader, which draws with replacement;
     for a ledger, on its fixed probe batch.
@@ -186,15 +185,15 @@ def _enough_samples(run: Evidence, layers: Sequence[str], task: str, span: Span,
         missing = Message("gate.no_noise_scale", task=task) if run.samples else Message("gate.no_samples")
         return Gate(name, False, math.nan, limit, _of(run, missing))
     ratio = run.samples / scale if scale > 0 else math.inf
-    said = Message("gate.samples", n=run.samples, ratio=ratio, task=task, scale=scale, limit=limit)
-    return Gate(name, ratio >= limit, ratio, limit, _of(run, said))
+    sentence = Message("gate.samples", n=run.samples, ratio=ratio, task=task, scale=scale, limit=limit)
+    return Gate(name, ratio >= limit, ratio, limit, _of(run, sentence))
 
 
 def of_the_ledger(runs: Sequence[Evidence], layers: Sequence[str], pair: Pair, span: Span) -> list[Gate]:
     """Those of the window sums: rows, residual, momentum from before, own progress; of the worst run each."""
     by_name: dict[str, list[Gate]] = {}
     for run in runs:
-        found = ledger(run, layers, span)
+        found = ledger_window(run, layers, span)
         assert found is not None  # a question without a ledger has no gates
         for gate in found.gates[run.tasks.index(pair.task)]:
             by_name.setdefault(gate.name, []).append(replace(gate, sentence=_of(run, gate.sentence)))

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
 
+from gradprobe.errors import UsageError
 from gradprobe.ledger.windows import Gate
 from gradprobe.measures import Array
 from gradprobe.messages import Message
-from gradprobe.statistics import Contrast, paired, welch
-from gradprobe.verdict import gates, readings
-from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, Direct
-from gradprobe.verdict.conditions import Group
-from gradprobe.verdict.evidence import Evidence
-from gradprobe.verdict.readings import Pair, Span
+from gradprobe.metric import MAIN, lower_is_better, task_of
+from gradprobe.statistics import Contrast, jackknife_variance, paired, welch, widened
+from gradprobe.verdict import evidence, gates
+from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, OUTCOME, Direct
+from gradprobe.verdict.conditions import ArmRuns
+from gradprobe.verdict.evidence import Evidence, Pair, Span
 
 
 @dataclass(frozen=True, eq=False)
 class Sides:
-    """An arm and the baseline, run beside run.
+    """The runs of an arm and of the baseline.
 
     Attributes:
         arm: Name.
@@ -47,7 +48,7 @@ class Sides:
 
     def layers(self, tasks: Sequence[str]) -> list[str]:
         """Those that all of these tasks reach in every run of both, in the baseline's order."""
-        common = set.intersection(*(readings.shared_layers(run, tasks) for run in self.runs))
+        common = set.intersection(*(evidence.shared_layers(run, tasks) for run in self.runs))
         return [name for name in self.baseline[0].layers if name in common]
 
     def contrast(self, baseline: Array, arm: Array) -> Contrast:
@@ -55,8 +56,8 @@ class Sides:
         return paired(arm - baseline) if self.same_seed else welch(arm, baseline)
 
 
-def sides(baseline: Group, arm: Group, paired: bool | None) -> Sides:
-    """Put an arm beside the baseline; ``paired`` as in :func:`gradprobe.verdict.conditions.refusal`."""
+def sides(baseline: ArmRuns, arm: ArmRuns, paired: bool | None) -> Sides:
+    """The runs of both that are compared; ``paired`` as in :func:`gradprobe.verdict.conditions.refusal`."""
     same_seed = paired is not False
     seeds = [seed for seed in arm.runs if seed in baseline.runs]
     one, other = (
@@ -73,7 +74,7 @@ class Quantity(ABC):
         question: Which it answers.
         by_layers: Whether each layer has a number of its own.
         level_needs_gates: Whether its size in an arm is not told where a gate is closed.
-        subject, said: As ``subject`` and ``quantity`` of :class:`gradprobe.verdict.answers.Answer`.
+        subject, name: As ``subject`` and ``quantity`` of :class:`gradprobe.verdict.answers.Answer`.
         margin: Smallest difference that matters.
         span: Steps that count.
         tasks: Whose gradients it is of; empty: it is of no gradients.
@@ -85,7 +86,7 @@ class Quantity(ABC):
     level_needs_gates: ClassVar[bool] = True
 
     subject: str
-    said: Message
+    name: Message
     margin: float
     span: Span
     tasks: tuple[str, ...] = ()
@@ -123,7 +124,7 @@ class Quantity(ABC):
         return s.contrast(baseline, arm)
 
     def remarks(self, s: Sides, layers: Sequence[str], found: Sequence[Gate]) -> list[Message]:
-        """What has to be known beside a difference."""
+        """What has to be known to read a difference."""
         return []
 
     def direct(self, s: Sides, layers: Sequence[str]) -> Direct | None:
@@ -147,24 +148,24 @@ def of_gradients(tasks: Sequence[str], pairs: Sequence[Pair], margin: float, spa
     return [
         *(_direction(pair, tasks, margin, span) for pair in unordered),
         *(_interference(pair, margin, span) for pair in pairs),
-        Dominance("largest share", Message("quantity.dominance"), margin, span, tuple(tasks)),
+        _Dominance("largest share", Message("quantity.dominance"), margin, span, tuple(tasks)),
     ]
 
 
 def _direction(pair: Pair, order: Sequence[str], margin: float, span: Span) -> Quantity:
     place = {task: k for k, task in enumerate(order)}
     one, other = sorted((pair.task, pair.by), key=lambda task: place.get(task, len(place)))
-    said = Message("quantity.direction", task=one, other=other)
-    return Direction(f"{one}|{other}", said, margin, span, (one, other))
+    message = Message("quantity.direction", task=one, other=other)
+    return Direction(f"{one}|{other}", message, margin, span, (one, other))
 
 
 def _interference(pair: Pair, margin: float, span: Span) -> Quantity:
-    said = Message("quantity.interference", task=pair.task, by=pair.by)
-    return Interference(pair.name, said, margin, span, (pair.task, pair.by))
+    message = Message("quantity.interference", task=pair.task, by=pair.by)
+    return _Interference(pair.name, message, margin, span, (pair.task, pair.by))
 
 
 def _no_noise(runs: Sequence[Evidence]) -> Message | None:
-    without = next((run for run in runs if readings.stream(run) is None), None)
+    without = next((run for run in runs if evidence.gradient_rows(run) is None), None)
     return None if without is None else Message("reason.no_noise", file=without.file)
 
 
@@ -180,7 +181,7 @@ class Direction(Quantity):
 
     def read(self, run: Evidence, layers: Sequence[str]) -> float | None:
         """Of the pooled estimate."""
-        found = readings.estimate(run, layers, self.tasks, self.span)
+        found = evidence.estimate(run, layers, self.tasks, self.span)
         return None if found is None else -float(found.cosine[0])
 
     def gates(self, runs: Sequence[Evidence], layers: Sequence[str]) -> list[Gate]:
@@ -198,19 +199,19 @@ class Direction(Quantity):
 
     def by_layer(self, run: Evidence, layers: Sequence[str]) -> Array:
         """NaN where a gradient on the layer cannot be distinguished from noise."""
-        found = readings.estimate(run, layers, self.tasks, self.span, apart=True)
+        found = evidence.estimate(run, layers, self.tasks, self.span, apart=True)
         assert found is not None
-        own = [run.layers[i] for i in readings.places(run, layers)]
+        own = [run.layers[i] for i in evidence.layer_places(run, layers)]
         result: Array = -found.cosine[[own.index(name) for name in layers], 0]
         return result
 
     def similarity(self, run: Evidence, layers: Sequence[str]) -> float:
         """How alike the two gradients are in length."""
-        found = readings.estimate(run, layers, self.tasks, self.span)
+        found = evidence.estimate(run, layers, self.tasks, self.span)
         return math.nan if found is None else float(found.magnitude_similarity[0])
 
 
-class Dominance(Quantity):
+class _Dominance(Quantity):
     """The largest task's share of the squared weighted gradient."""
 
     question = DOMINANCE
@@ -222,7 +223,7 @@ class Dominance(Quantity):
 
     def read(self, run: Evidence, layers: Sequence[str]) -> float | None:
         """Of the shares over the run."""
-        found = readings.dominance(run, layers, self.span)
+        found = evidence.shares(run, layers, self.span)
         return None if found is None else found.largest
 
     def gates(self, runs: Sequence[Evidence], layers: Sequence[str]) -> list[Gate]:
@@ -237,17 +238,17 @@ class Dominance(Quantity):
         return [*self._shares(s, layers), Message("remark.dominance")]
 
     def _shares(self, s: Sides, layers: Sequence[str]) -> list[Message]:
-        said = []
+        message = []
         for name, runs in ((Message("term.baseline"), s.baseline), (s.arm, s.treated)):
-            shares = np.array([one.share for run in runs if (one := readings.dominance(run, layers, self.span))])
+            shares = np.array([one.share for run in runs if (one := evidence.shares(run, layers, self.span))])
             if len(shares) and np.isfinite(shares).all():
                 each = zip(runs[0].tasks, shares.mean(axis=0).tolist(), strict=True)
                 parts = [Message("remark.share", task=task, share=share) for task, share in each]
-                said.append(Message("remark.shares_of", arm=name, shares=parts))
-        return [Message("remark.shares", arms=said)] if said else []
+                message.append(Message("remark.shares_of", arm=name, shares=parts))
+        return [Message("remark.shares", arms=message)] if message else []
 
 
-class Interference(Quantity):
+class _Interference(Quantity):
     """C of an ordered pair, from the ledger: what the second task cancels of the first one's progress."""
 
     question = INTERFERENCE
@@ -265,7 +266,7 @@ class Interference(Quantity):
 
     def read(self, run: Evidence, layers: Sequence[str]) -> float | None:
         """NaN where a gate of its window is closed."""
-        found = readings.ledger(run, layers, self.span)
+        found = evidence.ledger_window(run, layers, self.span)
         if found is None:
             return None
         return float(found.interference[run.tasks.index(self.pair.task), run.tasks.index(self.pair.by)])
@@ -286,16 +287,16 @@ class Interference(Quantity):
 
     def by_layer(self, run: Evidence, layers: Sequence[str]) -> Array:
         """They sum to C."""
-        found = readings.ledger(run, layers, self.span)
+        found = evidence.ledger_window(run, layers, self.span)
         assert found is not None
-        return readings.ledger_by_layer(run, found, self.pair, layers)
+        return evidence.ledger_by_layer(run, found, self.pair, layers)
 
     def direct(self, s: Sides, layers: Sequence[str]) -> Direct | None:
         """R under the arm's weights and under the baseline's own, both at the baseline's checkpoints."""
         if not s.same_seed:
             return None
         values = [
-            [readings.direct(one, run, self.pair, layers, self.span) for run in (one, other)]
+            [evidence.direct_effect(one, run, self.pair, layers, self.span) for run in (one, other)]
             for one, other in zip(s.baseline, s.treated, strict=True)
         ]
         if any(found is None for row in values for found in row):
@@ -305,10 +306,10 @@ class Interference(Quantity):
         contrast = paired(apart if np.isfinite(apart).all() else np.full_like(apart, math.nan))
         low, high = contrast.interval()
         effect = float(contrast.effect)
-        said = Message("direct.effect", arm=s.arm, by=self.pair.by, task=self.pair.task, effect=effect)
+        message = Message("direct.effect", arm=s.arm, by=self.pair.by, task=self.pair.task, effect=effect)
         if not math.isfinite(effect):
-            said = Message("direct.none", task=self.pair.task)
-        return Direct(effect, float(low), float(high), own.tolist(), under.tolist(), said)
+            message = Message("direct.none", task=self.pair.task)
+        return Direct(effect, float(low), float(high), own.tolist(), under.tolist(), message)
 
 
 def _same_weights(s: Sides) -> bool:
@@ -317,3 +318,149 @@ def _same_weights(s: Sides) -> bool:
         len(one.step) and np.array_equal(one.weights_at(other.step), other.weight)
         for one, other in zip(s.baseline, s.treated, strict=True)
     )
+
+
+OUTCOME_MARGIN = 0.02
+"""The default of the smallest difference of a metric that matters."""
+
+_DELTA_M = "Delta-m"
+"""Mean over tasks of the relative deficit against the task alone.
+
+Source: Maninis et al., "Attentive Single-Tasking of Multiple Tasks", 2019, equation 4, with the sign of a deficit.
+"""
+
+
+def compared_metrics(runs: Sequence[Evidence], tasks: Sequence[str], wanted: Sequence[str] = ()) -> dict[str, str]:
+    """The metrics to look at, and whose each is: those asked for, else the main ones of the runs of several tasks.
+
+    Raises:
+        UsageError: It is not known whose metric one is.
+    """
+    together = [run for run in runs if not run.single]
+    named = dict.fromkeys(name for run in together for name in run.tested.values)
+    main = [name for name in named if (name in MAIN or name.rpartition("_")[2] in tasks) and not lower_is_better(name)]
+    found = {name: task_of(name, tasks) for name in (wanted or main)}
+    unknown = next((name for name, task in found.items() if not task), None)
+    if unknown is not None:
+        raise UsageError(f"--metrics {unknown}: whose is it? Its name holds none of the tasks {', '.join(tasks)}.")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Deficit(Quantity):
+    """The deficit in one metric, or with several the mean over tasks of the relative one (:data:`_DELTA_M`).
+
+    Attributes:
+        chosen: Metric -> task; one, or those of Delta-m; empty: nothing was tested.
+        controls: Task -> seed -> its run alone.
+        same_seed: Whether a run is held against the control of its own seed, or against the mean of all.
+    """
+
+    question = OUTCOME
+
+    chosen: Mapping[str, str] = field(default_factory=dict)
+    controls: Mapping[str, Mapping[int, Evidence]] = field(default_factory=dict)
+    same_seed: bool = True
+
+    def lacking(self, runs: Sequence[Evidence]) -> Message | None:
+        """A test, a task alone, or a metric in one of the files."""
+        if not self.chosen:
+            return Message("reason.no_test")
+        missing = sorted(set(self.chosen.values()) - set(self.controls))
+        if missing:
+            return Message("reason.no_control", tasks=missing, task=missing[0])
+        for run in [*runs, *self._alone]:
+            for metric, task in self.chosen.items():
+                if metric not in run.tested.values and run.single in ("", task):
+                    return Message("reason.untested", file=run.file, metric=metric)
+        return None
+
+    def read(self, run: Evidence, layers: Sequence[str]) -> float | None:
+        """Above 0 where sharing costs something."""
+        return self._deficit(run, None)
+
+    def contrast(self, s: Sides, baseline: Array, arm: Array) -> Contrast:
+        """With an interval for other seeds and, where clusters are known, for other test images."""
+        found = s.contrast(baseline, arm)
+        one, other = self._without(s.baseline), self._without(s.treated)
+        clusters = other.shape[1]
+        if clusters < 2 or one.shape[1] != clusters:
+            return found
+        apart = _column_means(other - one) if s.same_seed else _column_means(other) - _column_means(one)
+        return widened(found, jackknife_variance(apart), clusters - 1.0)
+
+    def remarks(self, s: Sides, layers: Sequence[str], found: Sequence[Gate]) -> list[Message]:
+        """On how many independent parts of the test split it rests."""
+        count = len(self._clusters(s.treated))
+        known = Message("remark.no_clusters") if count < 2 else Message("remark.clusters", n=count)
+        return [known, Message("remark.outcome")]
+
+    @property
+    def _alone(self) -> list[Evidence]:
+        return [run for task in dict.fromkeys(self.chosen.values()) for run in self.controls[task].values()]
+
+    def _clusters(self, runs: Sequence[Evidence]) -> tuple[str, ...]:
+        """Those of the test split, where all runs were tested on the same."""
+        named = {run.tested.clusters for run in [*runs, *self._alone]}
+        return named.pop() if len(named) == 1 else ()
+
+    def _without(self, runs: Sequence[Evidence]) -> Array:
+        """(n, K) deficits with one cluster of the test split left out; K = 0: not recorded."""
+        count = len(self._clusters(runs))
+        return np.array([[self._deficit(run, k) for k in range(count)] for run in runs]).reshape(len(runs), count)
+
+    def _deficit(self, run: Evidence, left_out: int | None) -> float:
+        by_task: dict[str, list[float]] = {}
+        for metric, task in self.chosen.items():
+            alone = self._reached_alone(task, run.seed, metric, left_out)
+            lost = alone - _value(run, metric, left_out)
+            if len(self.chosen) > 1:
+                lost = lost / alone if alone else math.nan
+            by_task.setdefault(task, []).append(lost)
+        return float(np.mean([np.mean(lost) for lost in by_task.values()]))
+
+    def _reached_alone(self, task: str, seed: int | None, metric: str, left_out: int | None) -> float:
+        runs = self.controls[task]
+        if self.same_seed:
+            return _value(runs[seed], metric, left_out) if seed is not None and seed in runs else math.nan
+        return float(np.mean([_value(run, metric, left_out) for run in runs.values()]))
+
+
+def deficits(
+    chosen: Mapping[str, str], tasks: Sequence[str], controls: Mapping[str, ArmRuns], margin: float, *, same_seed: bool
+) -> list[Deficit]:
+    """One of every metric, and Delta-m where every task has one.
+
+    Args:
+        chosen: Metric -> task.
+        tasks: Of the baseline.
+        controls: Task -> its runs alone.
+        margin: Smallest difference of a metric that matters.
+        same_seed: As in :class:`Outcome`.
+    """
+    alone = {task: group.runs for task, group in controls.items()}
+
+    def one(subject: str, message: Message, task: str, of: Mapping[str, str]) -> Deficit:
+        return Deficit(subject, message, margin, None, task=task, chosen=of, controls=alone, same_seed=same_seed)
+
+    if not chosen:
+        return [one("test split", Message("quantity.untested"), "", {})]
+    found = [
+        one(metric, Message("quantity.outcome", metric=metric, task=task), task, {metric: task})
+        for metric, task in chosen.items()
+    ]
+    if set(chosen.values()) >= set(tasks):
+        found.append(one(_DELTA_M, Message("quantity.delta_m", metric=_DELTA_M), "", chosen))
+    return found
+
+
+def _value(run: Evidence, metric: str, left_out: int | None) -> float:
+    if left_out is None:
+        return run.tested.values.get(metric, math.nan)
+    column = run.tested.without.get(metric)
+    return math.nan if column is None else float(column[left_out])
+
+
+def _column_means(without: Array) -> Array:
+    known = without[np.isfinite(without).all(axis=1)]
+    return known.mean(axis=0) if len(known) else np.full(without.shape[1], math.nan)

@@ -115,7 +115,7 @@ MESSAGES: dict[str, str] = {
     "card.more": "And {n} more below.",
     # ---- evidence
     "evidence.title": "The evidence",
-    "evidence.lead": "Three questions, answered apart: none of the answers stands for another.",
+    "evidence.lead": "Three questions with separate answers: none replaces another.",
     "evidence.none_direction": "Direction: no arm could be compared with a baseline.",
     "evidence.none_interference": "Interference: it takes a baseline, the same seeds, and the loss ledger.",
     "evidence.none_outcome": "Outcome: it takes runs of single tasks as controls, and metrics on the test split.",
@@ -224,7 +224,8 @@ MESSAGES: dict[str, str] = {
     "metrics.lead": "What the training came to, per task.",
     "metrics.final": "At the end",
     "metrics.note": "Large: mean over seeds; small: single seeds; dashed line: the target.",
-    "metrics.controls": "A task trained alone says nothing by the other tasks' metrics: it never trained their heads.",
+    "metrics.controls": "The other tasks' metrics say nothing about a task trained alone: it never trained their "
+    "heads.",
     "metrics.on_test": "On the test split, with the last weights.",
     "metrics.on_val": "Of the last epoch on val: no common test split was recorded.",
     "metrics.on_both": "On the test split where every run has it, else of the last epoch on val.",
@@ -312,7 +313,7 @@ MESSAGES: dict[str, str] = {
     "batches.",
     "provenance.runs": "Runs",
     "provenance.common": "What all runs have in common",
-    "provenance.differing": "In what runs differ",
+    "provenance.differing": "Settings that differ between runs",
     "provenance.unfinished": "unfinished",
     "provenance.value": "{value} ({n})",
     "provenance.more": "{n} more",
@@ -321,7 +322,7 @@ MESSAGES: dict[str, str] = {
     # ---- levels and direct effects
     "column.direct": "Direct",
     "column.total": "Total",
-    "direct.title": "Direct effect beside the total one",
+    "direct.title": "Direct effect and total effect",
     "direct.note": "Direct: what the arm's weights do at the baseline's own checkpoints. Total: what came of the "
     "whole training. The direct effect is to first order.",
     "similarity.title": "Magnitude similarity of the gradients",

@@ -30,7 +30,7 @@ MESSAGES: dict[str, str] = {
     "often: {names}.",
     "summary.lacks": "{layer} in {n}",
     "summary.absent": "{n:row|rows} with absent tasks, which are in no median and no sum there.",
-    "summary.long": "It is long: what is said of gradients below is from one row in {every} ({rows:,} rows); losses, "
+    "summary.long": "It is long: the statements on gradients use one row in {every} ({rows:,} rows); losses, "
     "weights and counts are from all.",
     # ---- losses, weights, norms
     "summary.losses": "Training losses ({n:row|rows} at each end, medians): {changes:semicolons}.",
@@ -65,7 +65,7 @@ MESSAGES: dict[str, str] = {
     "order, on the same minibatch, median): {values:semicolons}.",
     "summary.effect": "{by} on {task} {value:+.2f}",
     # ---- updates
-    "summary.update_unknown": "{n} of {rows} updates were not taken apart by task: {why:semicolons}.",
+    "summary.update_unknown": "{n} of {rows} updates were not split by task: {why:semicolons}.",
     "summary.update_shares": "Share of the update (after momentum and preconditioning, median): {update}; of the "
     "gradient: {gradient}.",
     "summary.update_cosines": "Cosine between the tasks' parts of the update, median: {values:semicolons}.",
@@ -82,7 +82,7 @@ MESSAGES: dict[str, str] = {
     "this run alone.",
     "summary.added": "{by}'s part of the updates added {part:.0%} of {task}'s own progress (C = {c:+.2f}), of this run "
     "alone.",
-    "summary.ledger_shut": "What others did to {task} cannot be told: {gates:semicolons}.",
+    "summary.ledger_shut": "What others did to {task} is not known: {gates:semicolons}.",
     # ---- the probe loader
     "summary.probe": "On independent samples ({rows} rows of the probe loader), less their noise, over all steps: "
     "cosine of {cosines:semicolons}. Batch at which noise and gradient are equally long, in samples: {scales}.",

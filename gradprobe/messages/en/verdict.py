@@ -33,7 +33,7 @@ MESSAGES: dict[str, str] = {
     "rule.6": "{quantity:first} changed by {numbers}; inconclusive: the interval includes both a meaningful reduction "
     "and no reduction.",
     "rule.held_back": "{quantity:first} changed by {numbers}; inconclusive: the interval alone would say that it fell, "
-    "but not beside so many comparisons.",
+    "but not with so many comparisons.",
     "rule.numbers": "{estimate:signed estimate}, {n} seeds)",
     # ---- how large it is in an arm
     "level.none": "{arm}: {quantity} has no interval ({n} of {of} runs give a number).",
@@ -81,7 +81,7 @@ MESSAGES: dict[str, str] = {
     "with `--micro-batches 4 --probe-loader val`.",
     "reason.no_ledger": "{file} holds no ledger; record with `--ledger` (every task's gradient at every step of a "
     "burst).",
-    "reason.no_test": "no file holds metrics of a test split, so nothing is said of the outcome.",
+    "reason.no_test": "no file holds metrics of a test split, so there is no answer on the outcome.",
     "reason.no_control": "there is no run of {tasks:and} alone, so what sharing costs is not known; record with "
     "`--trainer single --task {task}`.",
     "reason.untested": "{file} holds no {metric} of the test split.",
@@ -135,7 +135,7 @@ MESSAGES: dict[str, str] = {
     "remark.layers": "Over the {n} layers that both arms share; {left_out} of the baseline's are left out.",
     "remark.stream": "From the training stream: a claim rests better on a probe loader (`--probe-loader val`).",
     "remark.direction": "Weights cannot change a cosine at given parameters; what changed came through the trajectory.",
-    "remark.dominance": "Who decides the update says nothing of whether tasks cancel each other.",
+    "remark.dominance": "Which task decides the update does not show whether tasks cancel each other.",
     "remark.outcome": "Of this test split; training loss is no part of it.",
     "remark.shares": "Shares: {arms:semicolons}.",
     "remark.shares_of": "{arm}: {shares}",
@@ -144,9 +144,9 @@ MESSAGES: dict[str, str] = {
     "remark.residual": "Of {task}'s terms the ledger leaves at most {part:.1%} unexplained.",
     "remark.same_weights": "Both arms have the same weights: no difference can come from weights.",
     "remark.no_clusters": "The interval is over seeds alone: which images of one clip or patient belong together is "
-    "not in the files, so that it says nothing of other images.",
+    "not in the files, so it does not cover other images.",
     "remark.clusters": "The interval is over seeds and over the {n} independent clusters of the test split.",
-    "remark.skew": "The differences lean to one side: a t interval then errs up to 13 % of the time instead of 5.",
+    "remark.skew": "The differences are skewed: a t interval then errs up to 13 % of the time instead of 5.",
     "direct.effect": "At the baseline's checkpoints the weights of {arm} change what {by} cancels of {task}'s "
     "first-order progress by {effect:signed}; the effect above is along each arm's own training.",
     "direct.none": "At the baseline's checkpoints {task}'s gradient cannot be distinguished from noise: there is no "
@@ -154,7 +154,7 @@ MESSAGES: dict[str, str] = {
     # ---- gates
     "gate.run": "{arm}, seed {seed}",
     "gate.of_run": "{run}: {found}",
-    "gate.no_self_check": "no self-check is in the file; record it anew with this version",
+    "gate.no_self_check": "no self-check is in the file; record it again with this version",
     "gate.self_check": "a task has cosine {copy:+.4f} with its own copy and {negative:+.4f} with its negative",
     "gate.not_twice": "no run was made twice, so that it is not known how far the same training differs from itself; "
     "record the baseline's first seed a second time, into a file such as {file} (`gradprobe study` does)",
@@ -206,7 +206,7 @@ MESSAGES: dict[str, str] = {
     "with the others.",
     "bare.multiplied": "The loss of {task} goes with the batch size, as one that is multiplied by it does (YOLOv5's "
     "is): at step {step} it is {loss:.4g} for that alone, and about {corrected:.2f} when corrected (times {times:g}), "
-    "beside {usual:.2f} in full batches near it.",
+    "compared with {usual:.2f} in full batches near it.",
     "bare.corrected": "The fall of {task} by {raw:.1%} is then one of about {corrected:.0%}, on one batch.",
     "bare.too_long": "The weights sum to {total:.2f} = T^2 with T = {count} tasks; GradNorm's sum to T = {count}. So "
     "they do where they are renormalised to mean 1 and then multiplied by T: gradients are {count} times too long.",
@@ -218,7 +218,7 @@ MESSAGES: dict[str, str] = {
     "compare.refused": "Refused:",
     "compare.not_planned": "Not as planned:",
     "compare.warnings": "Warnings:",
-    "compare.known": "To be known:",
+    "compare.known": "Remarks:",
     "compare.remark": "{question}: {remark}",
     "compare.remark_of": "{question}, {arms}: {remark}",
     "compare.why": "Why",

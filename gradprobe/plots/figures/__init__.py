@@ -3,6 +3,6 @@
 A figure is a module with
 
 - ``lacks(run)``: why there is nothing to draw, as a sentence; None where there is;
-- ``page(run, figure)``: draws the whole page and returns the numbers in it, a :class:`~gradprobe.plots.table.Table`, or
-  one for each panel by its name.
+- ``page(run, figure)``: draws the whole page and returns the numbers in it, a
+  :class:`~gradprobe.plots.panels.PanelTable`, or one for each panel by its name.
 """

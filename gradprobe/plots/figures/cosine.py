@@ -8,33 +8,33 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradprobe.plots import crowd, pages, series, style
+from gradprobe.plots import panels, series, style
 from gradprobe.plots.figures import matrix
+from gradprobe.plots.panels import PanelTable, stack
 from gradprobe.plots.style import no_cosines as lacks
-from gradprobe.plots.table import Table, stack
 from gradprobe.runfile import Run, thin
 from gradprobe.summary import conflict_rate, median
 
 __all__ = ["draw", "lacks", "page"]
 
-WIDE = 45
-"""Names of so many letters do not fit beside each other."""
+_WIDE = 45
+"""Names of more letters in all do not fit into one line of the legend."""
 
 
-def page(run: Run, figure: Figure) -> Table:
+def page(run: Run, figure: Figure) -> PanelTable:
     """See :mod:`gradprobe.plots.figures`. Of many tasks all pairs as a matrix, and the lowest of them over steps."""
-    if crowd.many(run):
-        left, right, room = matrix.beside(run, figure, 8)
+    if series.many(run):
+        left, right, room = matrix.matrix_axes(run, figure, 8)
         draw(run, right, style.lowest_pairs(run, len(style.PAIR_COLOURS)))
         return matrix.draw(run, left, room)
-    table = pages.of_pairs(
+    table = panels.pair_panels(
         run, figure, "cosine over all shared layers", lambda run, ax, pair, _: draw(run, ax, [pair]), by_layer=False
     )
     figure.supxlabel(series.reading(run), fontsize=8, color=style.GREY)
     return table
 
 
-def draw(run: Run, ax: Axes, pairs: Sequence[int] = (0,)) -> Table:
+def draw(run: Run, ax: Axes, pairs: Sequence[int] = (0,)) -> PanelTable:
     """The cosines of some pairs of tasks over training steps: running median, spread, raw points.
 
     Args:
@@ -49,14 +49,16 @@ def draw(run: Run, ax: Axes, pairs: Sequence[int] = (0,)) -> Table:
     ax.axhline(0, color=style.GREY, linewidth=0.9)
     for place, pair in enumerate(pairs):
         spread = series.trace(ax, steps, cosine[:, pair], style.PAIR_COLOURS[place], style.pair_title(run, pair))
-        tables.append(series.series_table(run, "pair", run.pairs[pair], "cosine", cosine[:, pair], spread))
+        tables.append(
+            series.series_table(steps, run["epoch"], {"pair": run.pairs[pair]}, "cosine", cosine[:, pair], spread)
+        )
     # From all pairs, so that the panels of one run have one scale.
     series.bound(ax, cosine)
     series.finish(ax, steps, cosine)
     ax.set_ylabel("cosine")
     style.titled(ax, _title(run, pairs), _note(run, pairs))
     if len(pairs) > 1:
-        wide = sum(len(run.pairs[pair]) for pair in pairs) > WIDE
+        wide = sum(len(run.pairs[pair]) for pair in pairs) > _WIDE
         ax.legend(loc="upper right", ncols=1 if wide else len(pairs), fontsize=7.5, handlelength=1.2, columnspacing=1)
     return stack(tables)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from gradprobe.display import short
-from gradprobe.plots import pages, series, style
-from gradprobe.plots.table import Table, stack
+from gradprobe.plots import panels, series, style
+from gradprobe.plots.panels import PanelTable, stack
 from gradprobe.runfile import Run
 from gradprobe.summary import median
 
@@ -35,11 +32,11 @@ def lacks(run: Run) -> str | None:
     return None
 
 
-def page(run: Run, figure: Figure) -> Table:
-    return pages.single(run, figure, draw)
+def page(run: Run, figure: Figure) -> PanelTable:
+    return panels.single_panel(run, figure, draw)
 
 
-def draw(run: Run, ax: Axes) -> Table:
+def draw(run: Run, ax: Axes) -> PanelTable:
     """The cosines over training steps: running median, spread, raw points.
 
     Returns:
@@ -56,7 +53,8 @@ def draw(run: Run, ax: Axes) -> Table:
                 spread = series.trace(ax, steps, values, colour, label)
             else:
                 spread = series.running(values, series.window(len(values)))
-            tables.append(_table(steps, epochs, name, tasks, values, spread))
+            index = {"feature": name, "pair": tasks}
+            tables.append(series.series_table(steps, epochs, index, "cosine", values, spread))
     series.bound(ax, cosine)
     series.finish(ax, steps, cosine)
     ax.set_ylabel("cosine")
@@ -72,21 +70,3 @@ def lowest(run: Run) -> list[tuple[int, int]]:
     middle = median(run["features/cosine"])
     order = [divmod(int(i), middle.shape[1]) for i in np.argsort(middle, axis=None, kind="stable")]
     return [place for place in order if np.isfinite(middle[place])][:_LINES]
-
-
-def _table(
-    steps: NDArray[Any],
-    epochs: NDArray[Any],
-    feature: str,
-    pair: str,
-    values: NDArray[Any],
-    spread: NDArray[np.float32],
-) -> Table:
-    index = {
-        "step": steps,
-        "epoch": epochs,
-        "feature": np.full(len(values), feature, object),
-        "pair": np.full(len(values), pair, object),
-    }
-    quartiles = {"running_q25": spread[0], "running_median": spread[1], "running_q75": spread[2]}
-    return Table(index, {"cosine": values, **quartiles})

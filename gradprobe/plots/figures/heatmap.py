@@ -12,10 +12,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from gradprobe.plots import pages, style
+from gradprobe.plots import panels, style
+from gradprobe.plots.panels import PanelTable
 from gradprobe.plots.style import MAP, MISSING, add_colorbar
 from gradprobe.plots.style import no_cosines as lacks
-from gradprobe.plots.table import Table
 from gradprobe.runfile import Run, thin
 from gradprobe.summary import median
 
@@ -27,9 +27,9 @@ COLUMNS = 200
 _ZERO = "xxxx"
 
 
-def page(run: Run, figure: Figure) -> Table:
+def page(run: Run, figure: Figure) -> PanelTable:
     one = len(run.pairs) == 1
-    table = pages.of_pairs(
+    table = panels.pair_panels(
         run, figure, "cosine by layer", lambda run, ax, pair, room: draw(run, ax, pair, room, colorbar=one)
     )
     if not one:
@@ -42,7 +42,7 @@ def bins(rows: int) -> NDArray[np.intp]:
     return np.append(np.arange(0, rows, max(1, -(-rows // COLUMNS))), rows)
 
 
-def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, colorbar: bool = True) -> Table:
+def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, colorbar: bool = True) -> PanelTable:
     """One pair's cosine per layer over training steps, the median of each bin of rows, on [-1, 1].
 
     Args:
@@ -121,7 +121,7 @@ def _table(
     cosine: NDArray[np.float32],
     measured: NDArray[np.intp],
     zero: NDArray[np.intp],
-) -> Table:
+) -> PanelTable:
     count, layers = cosine.shape
     index = {
         "step": np.repeat(run["step"][edges[:-1]], layers),
@@ -130,7 +130,7 @@ def _table(
         "layer": np.tile(np.array(run.layers, dtype=object), count),
     }
     rows = np.repeat(np.diff(edges), layers)
-    return Table(
+    return PanelTable(
         index,
         {"cosine": cosine.ravel(), "rows": rows, "measured": measured.ravel(), "zero": zero.ravel()},
     )

@@ -1,4 +1,4 @@
-"""The stochastic conflict rate of every layer, beside what coin tosses would give."""
+"""The stochastic conflict rate of every layer, with the range that coin tosses would give."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from numpy.typing import ArrayLike
 from scipy.special import bdtrik
 
 from gradprobe.measures import Array
-from gradprobe.plots import pages, style
+from gradprobe.plots import panels, style
+from gradprobe.plots.panels import PanelTable
 from gradprobe.plots.style import no_cosines as lacks
-from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
 from gradprobe.summary import conflict_rate
 
-__all__ = ["LEVEL", "chance", "draw", "lacks", "page"]
+__all__ = ["chance", "draw", "lacks", "page"]
 
-LEVEL = 0.95
+_LEVEL = 0.95
 
 
-def page(run: Run, figure: Figure) -> Table:
-    return pages.of_pairs(run, figure, "stochastic conflict rate by layer", draw)
+def page(run: Run, figure: Figure) -> PanelTable:
+    return panels.pair_panels(run, figure, "stochastic conflict rate by layer", draw)
 
 
 def chance(steps: ArrayLike) -> tuple[Array, Array]:
@@ -31,7 +31,7 @@ def chance(steps: ArrayLike) -> tuple[Array, Array]:
         steps: (L,) numbers of measured steps.
 
     Returns:
-        Lower and upper end, (L,) each, in [0, 1], of the central binomial interval at :data:`LEVEL`; NaN where
+        Lower and upper end, (L,) each, in [0, 1], of the central binomial interval at :data:`_LEVEL`; NaN where
         no step was measured. One layer in twenty falls outside by chance alone.
 
     >>> chance([100])
@@ -39,12 +39,12 @@ def chance(steps: ArrayLike) -> tuple[Array, Array]:
     """
     count = np.asarray(steps, dtype=np.float64)
     known = np.maximum(count, 1)
-    low = np.maximum(np.ceil(bdtrik((1 - LEVEL) / 2, known, 0.5)), 0) / known
+    low = np.maximum(np.ceil(bdtrik((1 - _LEVEL) / 2, known, 0.5)), 0) / known
     low = np.where(count > 0, low, np.nan)
     return low, 1 - low
 
 
-def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, named: bool = True) -> Table:
+def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, named: bool = True) -> PanelTable:
     """One pair's stochastic conflict rate per layer, with the spread that pure chance would give.
 
     Args:
@@ -90,9 +90,9 @@ def draw(run: Run, ax: Axes, pair: int = 0, room: int = 66, named: bool = True) 
     style.titled(
         ax,
         f"Stochastic conflict rate, {style.pair_title(run, pair)}",
-        f"grey: {100 * LEVEL:.0f} % range of a fair coin, n = {count} steps",
+        f"grey: {100 * _LEVEL:.0f} % range of a fair coin, n = {count} steps",
     )
-    return Table(
+    return PanelTable(
         {"layer": np.array(run.layers, dtype=object), "pair": np.full(len(places), run.pairs[pair], object)},
         {"stochastic_conflict_rate": rate, "steps": steps, "chance_low": low, "chance_high": high},
     )

@@ -6,8 +6,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from gradprobe.plots import crowd, pages, series, style
-from gradprobe.plots.table import Table
+from gradprobe.plots import panels, series, style
+from gradprobe.plots.panels import PanelTable
 from gradprobe.runfile import Run
 
 TITLE = "Training loss, unweighted"
@@ -22,11 +22,11 @@ def lacks(run: Run) -> str | None:
     return None
 
 
-def page(run: Run, figure: Figure) -> Table:
-    return pages.single(run, figure, draw, tasks=True)
+def page(run: Run, figure: Figure) -> PanelTable:
+    return panels.single_panel(run, figure, draw, tasks=True)
 
 
-def draw(run: Run, ax: Axes) -> Table:
+def draw(run: Run, ax: Axes) -> PanelTable:
     """Every task's loss over training steps.
 
     Returns:
@@ -34,8 +34,8 @@ def draw(run: Run, ax: Axes) -> Table:
     """
     loss, steps = run["loss"], run["step"]
     series.scale(ax, loss)
-    spreads = series.every_task(run, ax, loss) if not crowd.many(run) else crowd.trace(run, ax, loss)
+    spreads = series.every_task(run, ax, loss)
     series.finish(ax, steps, loss)
     ax.set_ylabel("loss" + (" (log)" if ax.get_yscale() == "log" else ""))
-    style.titled(ax, TITLE, series.silent(run.tasks, loss) or (crowd if crowd.many(run) else series).reading(run))
+    style.titled(ax, TITLE, series.silent(run.tasks, loss) or series.reading_of_tasks(run))
     return series.per_task(run, "loss", loss, spreads)

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from gradprobe.display import short
 from gradprobe.measures import pair_index
 from gradprobe.plots import style
+from gradprobe.plots.panels import PanelTable
 from gradprobe.plots.style import MAP, MISSING, add_colorbar
 from gradprobe.plots.style import no_cosines as lacks
-from gradprobe.plots.table import Table
 from gradprobe.runfile import Run
-from gradprobe.summary import conflict_rate, crowd, median
+from gradprobe.summary import conflict_rate, many_tasks, median
 
 __all__ = ["TITLE", "draw", "lacks", "order", "page"]
 
@@ -28,16 +28,16 @@ _WRITTEN = 10
 
 def order(run: Run) -> NDArray[np.intp]:
     """(T,) the tasks as they stand along both axes."""
-    return crowd.clustered(_medians(run))
+    return many_tasks.clustered(_medians(run))
 
 
-def page(run: Run, figure: Figure) -> Table:
-    ax, _, room = beside(run, figure, 1)
+def page(run: Run, figure: Figure) -> PanelTable:
+    ax, _, room = matrix_axes(run, figure, 1)
     return draw(run, ax, room)
 
 
-def beside(run: Run, figure: Figure, more: float) -> tuple[Axes, Any, int]:
-    """Axes for the matrix that grow with the number of tasks, and others beside it.
+def matrix_axes(run: Run, figure: Figure, more: float) -> tuple[Axes, Any, int]:
+    """Axes for the matrix that grow with the number of tasks, and others to its right.
 
     Args:
         run, figure: What is drawn, and where.
@@ -53,7 +53,7 @@ def beside(run: Run, figure: Figure, more: float) -> tuple[Axes, Any, int]:
     return left, right, int((side - 2) / 0.085)
 
 
-def draw(run: Run, ax: Axes, room: int = 50, square: bool = True) -> Table:
+def draw(run: Run, ax: Axes, room: int = 50, square: bool = True) -> PanelTable:
     """The median cosine of every two tasks, the tasks in clustered order.
 
     Args:
@@ -83,7 +83,7 @@ def draw(run: Run, ax: Axes, room: int = 50, square: bool = True) -> Table:
     some = "" if every == 1 else f"; every {every}. named"
     style.titled(ax, TITLE, f"{len(run.pairs)} pairs of {count} tasks, ordered by average linkage{some}")
     cosine = run["shared_cosine"]
-    return Table(
+    return PanelTable(
         {"pair": np.array(run.pairs, dtype=object)},
         {
             "cosine": median(cosine),
@@ -94,7 +94,7 @@ def draw(run: Run, ax: Axes, room: int = 50, square: bool = True) -> Table:
 
 
 def _medians(run: Run) -> NDArray[np.float64]:
-    return crowd.matrix(median(run["shared_cosine"]), len(run.tasks))
+    return many_tasks.matrix(median(run["shared_cosine"]), len(run.tasks))
 
 
 def _mark_missing(ax: Axes, shown: NDArray[np.float64]) -> None:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from gradprobe.measures import Array
 from gradprobe.metric import is_score
 from gradprobe.plots import series, style
-from gradprobe.plots.table import Table, stack
+from gradprobe.plots.panels import PanelTable, stack
 from gradprobe.runfile import Run
 
-ROOM = 12
+_ROOM = 12
 """Up to so many metrics are drawn and named each; of more, a quarter of that at either end are, the others grey."""
 
 _MARKERS = "os^Dv<>p*"
@@ -47,14 +47,14 @@ def groups(run: Run) -> tuple[list[str], list[str]]:
     return scores, others
 
 
-def page(run: Run, figure: Figure) -> Table:
+def page(run: Run, figure: Figure) -> PanelTable:
     style.head(figure, run, tasks=False)
     figure.set_size_inches(11, 6)
     count = 2 if all(groups(run)) else 1
     return draw(run, list(figure.subplots(1, count, squeeze=False).flat), gap=0.04)
 
 
-def draw(run: Run, axes: Sequence[Axes], gap: float = 0.07) -> Table:
+def draw(run: Run, axes: Sequence[Axes], gap: float = 0.07) -> PanelTable:
     """All metrics over epochs, each named at the end of its line: scores apart from the rest.
 
     Args:
@@ -71,18 +71,18 @@ def draw(run: Run, axes: Sequence[Axes], gap: float = 0.07) -> Table:
         named[1] = ("Losses on the evaluation set per epoch", others)
     filled = [(title, names) for title, names in named if names]
     for ax, (title, names) in zip(axes, filled, strict=True):
-        shown = outermost(run, names)
+        shown = _outermost(run, names)
         _panel(run, ax, names, shown, title, names is scores)
         _name_ends(run, ax, shown, gap)
     return _table(run, [*scores, *others])
 
 
-def outermost(run: Run, names: list[str]) -> list[str]:
-    """All names, or of more than :data:`ROOM` those whose last values are the highest and the lowest."""
-    if len(names) <= ROOM:
+def _outermost(run: Run, names: list[str]) -> list[str]:
+    """All names, or of more than :data:`_ROOM` those whose last values are the highest and the lowest."""
+    if len(names) <= _ROOM:
         return names
     order = sorted(names, key=lambda name: _last(run.epochs["epoch"], run.epochs[name])[1])
-    kept = {*order[: ROOM // 4], *order[-ROOM // 4 :]}
+    kept = {*order[: _ROOM // 4], *order[-_ROOM // 4 :]}
     return [name for name in names if name in kept]
 
 
@@ -114,15 +114,18 @@ def _panel(run: Run, ax: Axes, names: list[str], shown: list[str], title: str, s
     ax.set(xlabel="epoch", ylabel="score, 0 to 1" if scores else "value")
     absent = [name for name, v in table.items() if len(v) and not np.isfinite(v).any()]
     fewer = f"named: the {len(shown)} of {len(names)} that ended highest and lowest"
-    note = f"no values: {', '.join(absent[:ROOM])}" if absent else fewer * (len(shown) < len(names))
+    note = f"no values: {', '.join(absent[:_ROOM])}" if absent else fewer * (len(shown) < len(names))
     style.titled(ax, title, note)
 
 
-def _table(run: Run, names: list[str]) -> Table:
+def _table(run: Run, names: list[str]) -> PanelTable:
     table = run.epochs
     epoch = table["epoch"]
     return stack(
-        [Table({"epoch": epoch, "metric": np.full(len(epoch), name, object)}, {"value": table[name]}) for name in names]
+        [
+            PanelTable({"epoch": epoch, "metric": np.full(len(epoch), name, object)}, {"value": table[name]})
+            for name in names
+        ]
     )
 
 

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from gradprobe.plots import crowd, pages, series, style
-from gradprobe.plots.table import Table
+from gradprobe.plots import panels, series, style
+from gradprobe.plots.panels import PanelTable
 from gradprobe.runfile import Run
 
 TITLE = "Gradient norm over the shared layers"
@@ -28,11 +28,11 @@ def lacks(run: Run) -> str | None:
     return None
 
 
-def page(run: Run, figure: Figure) -> Table:
-    return pages.single(run, figure, draw, tasks=True)
+def page(run: Run, figure: Figure) -> PanelTable:
+    return panels.single_panel(run, figure, draw, tasks=True)
 
 
-def draw(run: Run, ax: Axes) -> Table:
+def draw(run: Run, ax: Axes) -> PanelTable:
     """Every task's gradient norm over training steps, on a logarithmic axis.
 
     Returns:
@@ -40,11 +40,10 @@ def draw(run: Run, ax: Axes) -> Table:
     """
     norm, steps = run["shared_grad_norm"], run["step"]
     ax.set_yscale("log")
-    spreads = series.every_task(run, ax, norm) if not crowd.many(run) else crowd.trace(run, ax, norm)
+    spreads = series.every_task(run, ax, norm)
     series.finish(ax, steps, norm)
     ax.set_ylabel("norm (log)\nin loss per unit of parameter", fontsize=8)
-    reading = (crowd if crowd.many(run) else series).reading(run)
-    note = series.silent(run.tasks, norm) or _zeros(run.tasks, norm) or reading
+    note = series.silent(run.tasks, norm) or _zeros(run.tasks, norm) or series.reading_of_tasks(run)
     style.titled(ax, TITLE, note)
     return series.per_task(run, "grad_norm", norm, spreads)
 

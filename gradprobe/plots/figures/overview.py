@@ -6,15 +6,15 @@ from typing import Any
 
 from matplotlib.figure import Figure, SubFigure
 
-from gradprobe.plots import crowd, style
+from gradprobe.plots import series, style
 from gradprobe.plots.figures import cosine, features, heatmap, layers, losses, matrix, metrics, norms, weights
-from gradprobe.plots.table import Table
+from gradprobe.plots.panels import PanelTable
 from gradprobe.runfile import Run
 
-PAIRS = 3
+_PAIRS = 3
 """Pairs of tasks in the cosine panel; the layer panels show one."""
 
-ROOM, MATRIX_ROOM = 33, 44
+_ROOM, _MATRIX_ROOM = 33, 44
 """Names of layers, and of tasks, that fit."""
 
 
@@ -23,13 +23,13 @@ def lacks(run: Run) -> str | None:
     return None
 
 
-def page(run: Run, figure: Figure) -> dict[str, Table]:
+def page(run: Run, figure: Figure) -> dict[str, PanelTable]:
     """Losses, weights, norms, cosine, metrics, and cosine by layer; a panel without data says why.
 
     Returns:
         The table of each panel that has data, by name.
     """
-    many = crowd.many(run)  # their names need room
+    many = series.many(run)  # their names need room
     figure.set_size_inches(14, 12.5 if many else 10)
     style.head(figure, run)
     # A row is a figure of its own, so that long layer names squeeze no other row.
@@ -38,7 +38,7 @@ def page(run: Run, figure: Figure) -> dict[str, Table]:
     return {**_tasks(run, top), **_cosine_and_metrics(run, middle), **_layers(run, bottom)}
 
 
-def _tasks(run: Run, row: SubFigure) -> dict[str, Table]:
+def _tasks(run: Run, row: SubFigure) -> dict[str, PanelTable]:
     tables = {}
     panels = (("losses", losses), ("weights", weights), ("norms", norms))
     for (name, panel), ax in zip(panels, row.subplots(1, 3), strict=True):
@@ -49,7 +49,7 @@ def _tasks(run: Run, row: SubFigure) -> dict[str, Table]:
     return tables
 
 
-def _cosine_and_metrics(run: Run, row: SubFigure) -> dict[str, Table]:
+def _cosine_and_metrics(run: Run, row: SubFigure) -> dict[str, PanelTable]:
     both = metrics.lacks(run) is None and all(metrics.groups(run))
     left, *right = row.subplots(1, 3 if both else 2, width_ratios=(1, 1, 1) if both else (1, 2))
     tables = {}
@@ -59,7 +59,7 @@ def _cosine_and_metrics(run: Run, row: SubFigure) -> dict[str, Table]:
     elif reason:
         style.unavailable(left, "Cosine over all shared layers", reason)
     else:
-        tables["cosine"] = cosine.draw(run, left, style.lowest_pairs(run, PAIRS))
+        tables["cosine"] = cosine.draw(run, left, style.lowest_pairs(run, _PAIRS))
     if reason := metrics.lacks(run):
         style.unavailable(right[0], "Metrics per epoch", reason)
     else:
@@ -67,22 +67,22 @@ def _cosine_and_metrics(run: Run, row: SubFigure) -> dict[str, Table]:
     return tables
 
 
-def _layers(run: Run, row: SubFigure) -> dict[str, Table]:
+def _layers(run: Run, row: SubFigure) -> dict[str, PanelTable]:
     if reason := cosine.lacks(run):
         style.unavailable(row.subplots(), "Cosine and conflict by layer", reason)
         return {}
     pair = style.lowest_pairs(run, 1)[0]
-    if crowd.many(run):
+    if series.many(run):
         first, left, right = row.subplots(1, 3, width_ratios=(1.5, 1.5, 0.9))
-        tables = {"matrix": matrix.draw(run, first, MATRIX_ROOM, square=False)}
+        tables = {"matrix": matrix.draw(run, first, _MATRIX_ROOM, square=False)}
     else:
         left, right = row.subplots(1, 2, width_ratios=(2.4, 1))
         tables = {}
     tables |= {
-        "heatmap": heatmap.draw(run, left, pair, ROOM),
-        "layers": layers.draw(run, right, pair, ROOM, named=False),
+        "heatmap": heatmap.draw(run, left, pair, _ROOM),
+        "layers": layers.draw(run, right, pair, _ROOM, named=False),
     }
-    if crowd.many(run):
+    if series.many(run):
         right.set_title("Stochastic conflict rate of that pair\n")
     if len(run.pairs) > 1:
         left.set_title(f"Cosine by layer, {style.pair_title(run, pair)} (lowest of {len(run.pairs)} pairs)\n")

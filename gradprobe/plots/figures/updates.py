@@ -1,4 +1,4 @@
-"""What the optimizer made of the gradients, beside the gradients."""
+"""What the optimizer made of the gradients, compared with the gradients."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from gradprobe import measures
 from gradprobe.plots import series, style
-from gradprobe.plots.table import Table, stack
+from gradprobe.plots.panels import PanelTable, stack
 from gradprobe.runfile import Run, schema
 from gradprobe.summary import shared_gram
-from gradprobe.summary.updates import CLIPPED, effect, gradient_share
+from gradprobe.summary.numbers import CLIPPED, gradient_share, update_effect
 
-PAIRS = 3
+_PAIRS = 3
 """Of all pairs of tasks, those with the lowest cosines are drawn; the table has all."""
 
 _EARLIER_COLOURS = ("#9A9A9A", "#C9A227")
@@ -36,7 +36,7 @@ def lacks(run: Run) -> str | None:
     return None
 
 
-def page(run: Run, figure: Figure) -> Table:
+def page(run: Run, figure: Figure) -> PanelTable:
     """Six panels: shares, cosines, effects; clipping, BatchNorm, skipped steps.
 
     Returns:
@@ -74,7 +74,7 @@ def _shares(run: Run, ax: Axes, gradient: NDArray[Any]) -> Iterator[Line]:
 
 def _cosines(run: Run, ax: Axes) -> Iterator[Line]:
     values, steps, gradient = run["update/shared_cosine"], run["update/step"], run["shared_cosine"]
-    shown = style.lowest_pairs(run, PAIRS)
+    shown = style.lowest_pairs(run, _PAIRS)
     ax.axhline(0, color=style.GREY, linewidth=0.9)
     for i, pair in enumerate(run.pairs):
         if i in shown:
@@ -88,7 +88,7 @@ def _cosines(run: Run, ax: Axes) -> Iterator[Line]:
 
 
 def _effects(run: Run, ax: Axes, gradient: NDArray[Any]) -> Iterator[Line]:
-    values, steps = effect(run), run["update/step"]
+    values, steps = update_effect(run), run["update/step"]
     ax.axhline(0, color=style.GREY, linewidth=0.9)
     ordered = [(i, j) for i in range(len(run.tasks)) for j in range(len(run.tasks)) if i != j]
     for place, (i, j) in enumerate(ordered):
@@ -164,7 +164,7 @@ def _bounded(ax: Axes, *values: NDArray[Any]) -> None:
 
 
 def _unknown(run: Run, values: NDArray[Any]) -> str:
-    return "" if np.isfinite(values).any() else "no update of this run was taken apart by task"
+    return "" if np.isfinite(values).any() else "no update of this run was split by task"
 
 
 def _done(run: Run, ax: Axes, values: NDArray[Any], title: str, label: str, note: str) -> None:
@@ -175,10 +175,10 @@ def _done(run: Run, ax: Axes, values: NDArray[Any], title: str, label: str, note
         ax.legend(loc="best", fontsize=7.5, handlelength=1.4)
 
 
-def _table(quantity: str, name: str, steps: NDArray[Any], values: NDArray[Any]) -> Table:
+def _table(quantity: str, name: str, steps: NDArray[Any], values: NDArray[Any]) -> PanelTable:
     index = {
         "step": steps,
         "quantity": np.full(len(steps), quantity, object),
         "name": np.full(len(steps), name, object),
     }
-    return Table(index, {"value": np.asarray(values, dtype=np.float64)})
+    return PanelTable(index, {"value": np.asarray(values, dtype=np.float64)})

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from gradprobe.plots import crowd, pages, series, style
-from gradprobe.plots.table import Table
+from gradprobe.plots import panels, series, style
+from gradprobe.plots.panels import PanelTable
 from gradprobe.runfile import Run
 
 TITLE = "Task weights in force"
@@ -28,11 +28,11 @@ def lacks(run: Run) -> str | None:
     return None
 
 
-def page(run: Run, figure: Figure) -> Table:
-    return pages.single(run, figure, draw, tasks=True)
+def page(run: Run, figure: Figure) -> PanelTable:
+    return panels.single_panel(run, figure, draw, tasks=True)
 
 
-def draw(run: Run, ax: Axes) -> Table:
+def draw(run: Run, ax: Axes) -> PanelTable:
     """Every task's weight over training steps, as it was in force.
 
     Returns:
@@ -40,8 +40,8 @@ def draw(run: Run, ax: Axes) -> Table:
     """
     weight, steps = run["weight"], run["step"]
     series.scale(ax, weight)
-    if crowd.many(run):
-        crowd.trace(run, ax, weight)
+    if series.many(run):
+        series.in_grey(run, ax, weight)
     else:
         _lines(run, ax, weight)
     if ax.get_yscale() == "linear":

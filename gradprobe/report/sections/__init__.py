@@ -1,1 +1,0 @@
-"""One part of the report a file: pure functions from study and comparison to a section."""
