@@ -16,7 +16,7 @@ from gradprobe import measures
 from gradprobe.errors import RunFileError
 from gradprobe.rows import sources
 from gradprobe.rows.table import names_along
-from gradprobe.runfile import audits, content, frames, schema, shared_layers, untrusted
+from gradprobe.runfile import audits, content, frames, reached_layers, schema, untrusted
 from gradprobe.runfile.pieces import Piece, open_pieces
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class Run:
             self.layer_size: NDArray[np.int64] = last["layer_size"][()]
             self._stored_reach: NDArray[np.bool_] = last["reach"][()].astype(bool)
         self.by_effect = all(piece.by_effect for piece in self._files)
-        self._seen: shared_layers.ReachByEffect | None = None
-        self._gaps: shared_layers.LayerGaps | None = None
+        self._seen: reached_layers.ReachByEffect | None = None
+        self._gaps: reached_layers.LayerGaps | None = None
         self.provenance: dict[str, Any] = last.provenance
         self.status_names: _Names = last.status_names
         self.end: str = last.end
@@ -104,21 +104,21 @@ class Run:
     # ---- who reaches what
 
     @property
-    def seen(self) -> shared_layers.ReachByEffect:
+    def seen(self) -> reached_layers.ReachByEffect:
         """Who reaches what, and from which row on: the first rows are read for it."""
         if self._seen is None:
-            self._seen = shared_layers.first_seen(self._norms(), self._stored_reach)
+            self._seen = reached_layers.first_seen(self._norms(), self._stored_reach)
         return self._seen
 
     @property
-    def gaps(self) -> shared_layers.LayerGaps:
+    def gaps(self) -> reached_layers.LayerGaps:
         """What rows lack: all norms are read for it."""
         if self._gaps is None:
-            self._gaps = shared_layers.find_gaps(self._norms(), self.seen.first, self["status"])
+            self._gaps = reached_layers.find_gaps(self._norms(), self.seen.first, self["status"])
         return self._gaps
 
-    def _norms(self) -> shared_layers.NormBlocks:
-        return shared_layers.norms_of(self.pieces(schema.ROWS), len(self.layers))
+    def _norms(self) -> reached_layers.NormBlocks:
+        return reached_layers.norms_of(self.pieces(schema.ROWS), len(self.layers))
 
     @property
     def reach(self) -> NDArray[np.bool_]:
@@ -162,9 +162,9 @@ class Run:
         norms, status = (self.read(table.path(name), stride=stride) for name in ("grad_norm", "status"))
         if table is not schema.ROWS:
             seen = np.broadcast_to(self.reach, norms.shape)
-            return shared_layers.counts_of(seen, self.status_names, norms, status)
+            return reached_layers.counts_of(seen, self.status_names, norms, status)
         place = self.places(np.arange(len(norms)) * stride)
-        return shared_layers.counts_at(self.seen, self.status_names, place, norms, status)
+        return reached_layers.counts_at(self.seen, self.status_names, place, norms, status)
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where rows are in the file."""
@@ -275,23 +275,23 @@ class Run:
         """Some rows of a file, whose first row is at ``place`` of the table."""
         found: NDArray[Any] = piece.column(table, field, rows, layers, among=len(self.layers))
         if not self.by_effect and field.name == "status":
-            return shared_layers.mended_status(self.status_names, table, found)
+            return reached_layers.mended_status(self.status_names, table, found)
         if (
             self.by_effect
-            or table not in shared_layers.SHARED_SUMS
-            or field.name not in shared_layers.SHARED_SUMS[table][2:]
+            or table not in reached_layers.SHARED_SUMS
+            or field.name not in reached_layers.SHARED_SUMS[table][2:]
         ):
             return found
-        needed = [table[name] for name in (*shared_layers.SHARED_SUMS[table], "status")]
+        needed = [table[name] for name in (*reached_layers.SHARED_SUMS[table], "status")]
         wanted = np.arange(piece.count(table))[rows]
         changed = wanted[
-            : np.searchsorted(place + wanted, shared_layers.first_settled(self.seen, self.status_names, table))
+            : np.searchsorted(place + wanted, reached_layers.first_settled(self.seen, self.status_names, table))
         ]
         for begin in range(0, len(changed), schema.CHUNK_ROWS):
             some = changed[begin : begin + schema.CHUNK_ROWS]
             here = slice(int(some[0]), int(some[-1]) + 1, rows.step)
             block = {f.name: piece.column(table, f, here, among=len(self.layers)) for f in needed}
-            better = shared_layers.mended_rows(self.seen, self.status_names, table, block, place + some)
+            better = reached_layers.mended_rows(self.seen, self.status_names, table, block, place + some)
             found[begin : begin + schema.CHUNK_ROWS] = better[field.name]
         return found
 
@@ -325,7 +325,7 @@ class Run:
                     block = {f.name: piece.column(table, f, here, among=len(self.layers)) for f in fields}
                 if not self.by_effect:
                     place = done + np.arange(start, stop, stride)
-                    block = shared_layers.mended_rows(self.seen, self.status_names, table, block, place)
+                    block = reached_layers.mended_rows(self.seen, self.status_names, table, block, place)
                 yield block
             done += max(length, 0)
 
@@ -383,7 +383,7 @@ class Run:
 
         Source: docs/run-file.md, and :func:`gradprobe.statistics.pooled`.
         """
-        return shared_layers.pooled_estimate(self, group, window, source)
+        return reached_layers.pooled_estimate(self, group, window, source)
 
     def layer_indices(self, group: str | Sequence[str] | None = None) -> NDArray[np.intp]:
         """Which layers belong to a group.

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradprobe.runfile import schema
+from gradprobe.runfile.reached_layers import LayerGaps, ReachByEffect
 from gradprobe.runfile.reader import Run
-from gradprobe.runfile.shared_layers import LayerGaps, ReachByEffect
 
 ROWS = 10_000
 """A run of up to so many rows is seen whole."""
