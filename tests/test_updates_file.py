@@ -194,7 +194,7 @@ def test_a_figure_of_updates_that_were_not_taken_apart(tmp_path):
     with gradprobe.open_run(tmp_path / "run.h5") as run:
         figure, _ = make(run, "updates")
     notes = [text.get_text() for ax in figure.axes for text in ax.texts]
-    assert any("no update of this run was taken apart" in note for note in notes)
+    assert any("no update of this run was split by task" in note for note in notes)
 
 
 def test_share_and_effect_are_invariant_to_the_order_of_tasks():
