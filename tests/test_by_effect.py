@@ -19,7 +19,7 @@ from gradprobe.ledger.windows import window
 from gradprobe.plots.figure import make
 from gradprobe.report import bins, study_data
 from gradprobe.rows import MISSING_GRADIENT, NONFINITE_GRADIENT, Header, ProbeLoaderRow, Row, absent
-from gradprobe.runfile import RunWriter, schema, shared_layers
+from gradprobe.runfile import RunWriter, reached_layers, schema
 from gradprobe.runfile.exports import export_run
 from gradprobe.runfile.integrity import check_run
 from gradprobe.runfile.repair import repair
@@ -164,19 +164,19 @@ def test_every_reader_of_an_old_file_goes_by_effect(old, tmp_path, capsys):
 def test_rows_of_old_files_that_lack_a_layer_are_measured_in_every_table():
     names, stored = ("measured", MISSING_GRADIENT, NONFINITE_GRADIENT), np.array([0, 1, 2, 1], np.uint8)
     for table, expected in ((schema.ROWS, [0, 0, 2, 0]), (schema.PROBE_LOADER, [0, 0, 2, 0]), (schema.UPDATES, stored)):
-        np.testing.assert_array_equal(shared_layers.mended_status(names, table, stored), expected)
+        np.testing.assert_array_equal(reached_layers.mended_status(names, table, stored), expected)
 
 
 def test_only_rows_that_may_change_are_looked_at(monkeypatch):
     """Of a long file of an earlier version nearly all is read as it is stored."""
     looked: list[int] = []
-    known = shared_layers.mended_rows
+    known = reached_layers.mended_rows
 
     def spy(found, names, table, block, place):
         looked.extend(place.tolist())
         return known(found, names, table, block, place)
 
-    monkeypatch.setattr(shared_layers, "mended_rows", spy)
+    monkeypatch.setattr(reached_layers, "mended_rows", spy)
     with open_run(FIXTURES / "run-1.0.h5") as run:
         assert run["shared_cosine"].shape == (12, 3)
     assert looked == []

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import interfaces
 import pytest
 
 import gradprobe
@@ -181,6 +182,28 @@ def test_a_name_is_that_of_one_module():
         if not path.stem.startswith("__") and not path.relative_to(PACKAGE).as_posix().startswith(ALIKE_ON_PURPOSE)
     ]
     assert not {name for name in names if names.count(name) > 1}
+
+
+def offers(module: str) -> set[str]:
+    """What other rooms may use: its ``__all__``; of a room that is one module, what has no underscore."""
+    path = interfaces.MODULES[module]
+    if path.parent == PACKAGE and path.name != "__init__.py":
+        return {name for name in interfaces.defined(path) if not name.startswith("_")}
+    return interfaces.offered(path)
+
+
+def test_a_room_uses_of_another_what_that_one_offers():
+    for module, names in interfaces.used_elsewhere().items():
+        taken = {name for name in names if f"{module}.{name}" not in interfaces.MODULES}
+        assert taken <= offers(module) | {"__file__", "__version__"}, module
+
+
+def test_nothing_is_offered_that_only_its_room_uses():
+    """Packages offer to users, too; figures offer to the plot that draws them; the schema hands on names of rows."""
+    used = interfaces.used_elsewhere()
+    for module, path in interfaces.MODULES.items():
+        if path.stem not in ("__init__", "schema") and path.parent.name not in ("gradprobe", "figures"):
+            assert interfaces.offered(path) <= used.get(module, set()), module
 
 
 def test_one_file_alone_imports_yolov5():

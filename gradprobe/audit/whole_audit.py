@@ -16,6 +16,9 @@ from gradprobe.audit.experiment import Factory, experiment_from, random_state_ke
 from gradprobe.audit.pair import PairOutcome, Setting, setting
 from gradprobe.errors import UsageError
 
+__all__ = ["AUDIT_COLUMNS", "audit_as_plain", "audit_lines", "audit_rows"]
+
+
 _DOSES = (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 
 _Progress = Callable[[str], None]

@@ -30,6 +30,9 @@ from gradprobe.errors import GradprobeError, UsageError
 from gradprobe.trainers.flags import PANELS
 from gradprobe.trainers.settings import LONGEST
 
+__all__ = ["run"]
+
+
 _PATHS = ("data", "cfg", "weights", "name")
 """Options that may name a file, or something else."""
 

@@ -13,6 +13,9 @@ from gradprobe.errors import MissingExtraError, UsageError
 from gradprobe.integrations.trainer_recording import Recording, batch_size_of
 from gradprobe.rows import Sink
 
+__all__ = ["GradprobeCallback"]
+
+
 try:
     from transformers import TrainerCallback
 except ModuleNotFoundError as error:

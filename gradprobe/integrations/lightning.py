@@ -17,6 +17,8 @@ from gradprobe.rows import Sink
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
+__all__ = ["GradprobeCallback"]
+
 
 def _callback_class() -> type[Callback]:
     """Of the package in use; the two are separate copies of one code."""

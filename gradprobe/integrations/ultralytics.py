@@ -14,6 +14,9 @@ from gradprobe.errors import UsageError
 from gradprobe.integrations.trainer_recording import Recording
 from gradprobe.rows import Sink
 
+__all__ = ["GradprobeCallback"]
+
+
 _READS = {"box": "boxes", "cls": "scores", "dfl": "boxes", "l1": "boxes"}
 """Which of the detection head's predictions each loss has its gradient from."""
 

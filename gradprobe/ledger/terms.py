@@ -14,6 +14,9 @@ from torch import Tensor
 
 from gradprobe.measures import Array
 
+__all__ = ["correction", "effects", "noise_products", "products", "term"]
+
+
 _TINY = 1e-30
 """Squared lengths below are no longer exact in float32."""
 

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+__all__ = ["Moments", "Rule", "begin", "dot", "first_moment", "fit", "own_factor", "rules", "take_apart", "why_not"]
+
+
 Moments = list[Tensor]
 """First moments of one parameter: of each task, of weight decay, of what came earlier. They sum to the optimizer's."""
 

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from gradprobe.measures import Array
 from gradprobe.messages import Message
 
+__all__ = ["Gate", "Window", "window"]
+
+
 _RESIDUAL_LIMIT = 0.10
 """How much of the sum of |terms| the residual may be."""
 

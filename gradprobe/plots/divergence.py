@@ -14,6 +14,9 @@ from gradprobe.plots import style
 from gradprobe.plots.figure import write_drawn
 from gradprobe.plots.panels import PanelTable
 
+__all__ = ["write"]
+
+
 _Curves = Mapping[str, Sequence[float]]
 """Name -> displacement after each step; 0: bitwise equal."""
 

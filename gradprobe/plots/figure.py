@@ -21,6 +21,9 @@ from gradprobe.plots.panels import PanelTable, long_csv
 from gradprobe.runfile import Run, thin
 from gradprobe.whole_files import target, telling
 
+__all__ = ["write_drawn"]
+
+
 _DPI = 150
 
 _Page = Callable[[Run, Figure], PanelTable | Mapping[str, PanelTable | Mapping[str, Any]] | None]

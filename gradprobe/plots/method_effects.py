@@ -13,6 +13,8 @@ from gradprobe.plots.panels import PanelTable
 from gradprobe.runfile import Run
 from gradprobe.verdict.replayed import Replayed
 
+__all__ = ["draw"]
+
 
 def draw(run: Run, replayed: Sequence[Replayed]) -> tuple[Figure, PanelTable]:
     """Left each task's progress under each method (median and middle half), right how often a step would harm it.

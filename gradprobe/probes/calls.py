@@ -20,6 +20,9 @@ from gradprobe.probes.gramian import scalars
 from gradprobe.probes.shared_layers import check_names
 from gradprobe.rows import MEASURED, NONFINITE_GRADIENT, NONFINITE_LOSS, absent
 
+__all__ = ["is_present", "mean_losses", "shares_of"]
+
+
 Weights = Mapping[str, "float | Tensor"]
 Losses = Mapping[str, Tensor]
 GivenLosses = Mapping[str, "Tensor | float | Callable[[], Tensor] | None"]

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from gradprobe.errors import ProbeError
 from gradprobe.probes.optimizer_steps import OptimizerSteps, ParameterSample
 
+__all__ = ["Stopwatch", "whole"]
+
 
 def bare(optimizer: Any) -> Optimizer:
     """The optimizer inside a wrapper, such as accelerate's, which has none of an optimizer's hooks.

@@ -34,6 +34,9 @@ from gradprobe.probes.passes import done
 from gradprobe.probes.shared_layers import by_module
 from gradprobe.probes.state import state_kept
 
+__all__ = ["GradientLevel"]
+
+
 _Origin = tuple[str, str, int]
 """The layer that makes a feature, the type of the operation, and which of its outputs it is."""
 

@@ -16,6 +16,9 @@ from gradprobe.errors import ProbeError
 from gradprobe.measures import Array
 from gradprobe.probes.shared_layers import Layer
 
+__all__ = ["GramianSum"]
+
+
 # Numbers converted to float64 at a time: they stay in the cache, and no whole copy is made. Above 10,000 numbers
 # numpy's OpenBLAS takes threads of its own, which spin on after their work: that cost as much as a whole training step.
 # A matrix product is quicker than single ones from about eight gradients on.

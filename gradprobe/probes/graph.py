@@ -13,6 +13,9 @@ from torch.autograd.function import BackwardCFunction
 
 from gradprobe.errors import ProbeError
 
+__all__ = ["reached"]
+
+
 Node = Any
 """A ``grad_fn``; torch has no public type for it."""
 _EXACT = (torch.float32, torch.float64, torch.complex64, torch.complex128)

@@ -22,6 +22,8 @@ from gradprobe.probes.state import has_backward_hooks, state_kept
 from gradprobe.processes import OneProcess
 from gradprobe.statistics import noise_part
 
+__all__ = ["Gradients", "combined", "done"]
+
 
 class _Done(threading.local):
     count = 0

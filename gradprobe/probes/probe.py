@@ -28,6 +28,8 @@ from gradprobe.rows import Header, Sink
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["GradientProbe", "ending"]
+
 
 class GradientProbe:
     """Measures the Gramian of the task gradients on every shared layer while a model trains.

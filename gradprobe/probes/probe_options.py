@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from gradprobe.probes.shared_layers import Groups, Shared
     from gradprobe.rows import Provenance
 
+__all__ = ["CommonKeywords", "refuse_unknown", "shows_options"]
+
+
 _MEMORY = ("normal", "low")
 _GONE = {
     "products": "products= is gone: products are always made of the gradients, as products='direct' did. Leave it out"

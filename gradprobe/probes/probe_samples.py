@@ -19,6 +19,9 @@ from gradprobe.probes.calls import Losses, all_losses, is_present
 from gradprobe.probes.clock import whole
 from gradprobe.probes.state import sow
 
+__all__ = ["ProbeLoader"]
+
+
 _SPLITS = ("train", "val")
 _STREAM = 0x70726F6265
 """Keeps what is drawn apart from what else is drawn by the same seed."""

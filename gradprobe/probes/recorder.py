@@ -54,6 +54,9 @@ from gradprobe.rows import (
 )
 from gradprobe.statistics import noise_part
 
+__all__ = ["Recorder"]
+
+
 T = TypeVar("T")
 
 

@@ -14,6 +14,8 @@ from gradprobe.errors import ProbeError
 from gradprobe.probes.graph import reached
 from gradprobe.rows.limits import MAX_NAME
 
+__all__ = ["Layer", "SharedLayers", "by_module", "find_shared"]
+
 
 @dataclass(frozen=True)
 class Layer:

@@ -20,6 +20,9 @@ from torch.nn.parameter import is_lazy
 from gradprobe.probes.graph import Node, is_leaf
 from gradprobe.processes import reduction_kept
 
+__all__ = ["parameters_of", "sow", "state_kept", "undisturbed"]
+
+
 _SMALL = 1 << 16
 """Plain tensors of a module with more numbers than this are not copied; see :func:`_large_attributes`."""
 _LONG = 10_000

@@ -51,6 +51,8 @@ from gradprobe.probes.sketch import Draw, SketchedMeasurement, Sketching, Sketch
 from gradprobe.probes.state import ParameterValues, parameters_of
 from gradprobe.processes import OneProcess, remember_wrapper
 
+__all__ = ["TaskGradients"]
+
 
 class TaskGradients:
     """Knows the shared layers, and what the last row tells about the next.

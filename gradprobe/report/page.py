@@ -25,6 +25,9 @@ from gradprobe.report.theme import DARK, LIGHT, Styles
 from gradprobe.verdict.answers import Comparison
 from gradprobe.whole_files import telling
 
+__all__ = ["html", "write"]
+
+
 _WHY = "gradprobe report"
 _FOLDER = Path(__file__).parent
 _TAGS = {"en": "en", "zh-TW": "zh-Hant-TW"}

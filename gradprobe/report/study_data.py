@@ -19,6 +19,8 @@ from gradprobe.report.bins import Array, Floats
 from gradprobe.report.chart import distinct
 from gradprobe.runfile import Run, schema, thin
 
+__all__ = ["ArmFiles"]
+
 
 @dataclass(frozen=True)
 class LedgerSums:

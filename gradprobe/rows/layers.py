@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["begins_with", "moved", "shortened", "widened"]
+
 
 def begins_with(longer: Sequence[str], shorter: Sequence[str]) -> bool:
     """Whether layers are those of an earlier moment, and maybe some that joined."""

@@ -2,6 +2,24 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "MAX_ALL_NAMES",
+    "MAX_ATTRIBUTES",
+    "MAX_BLIND",
+    "MAX_CHUNK",
+    "MAX_DEPTH",
+    "MAX_FILE",
+    "MAX_METRICS",
+    "MAX_NAME",
+    "MAX_NAMES",
+    "MAX_OBJECTS",
+    "MAX_STATUS",
+    "MAX_STATUSES",
+    "MAX_STRINGS",
+    "MAX_TEXT",
+]
+
+
 MAX_TEXT = 1 << 20
 """Bytes of one attribute: a text, or a list."""
 

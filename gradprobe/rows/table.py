@@ -21,6 +21,24 @@ from gradprobe.rows.layers import stacked
 if TYPE_CHECKING:
     from gradprobe.rows.header import Header
 
+__all__ = [
+    "EPOCH",
+    "FEATURE",
+    "Holds",
+    "LAYER",
+    "OTHER_TASK",
+    "PAIR",
+    "SOURCE",
+    "STEP",
+    "TASK",
+    "TEXT",
+    "Table",
+    "field",
+    "lengths",
+    "names_along",
+]
+
+
 # ---- statuses: why a row holds less than a measurement
 
 MEASURED = "measured"

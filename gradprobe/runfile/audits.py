@@ -21,6 +21,9 @@ from gradprobe.runfile.pieces import Piece
 from gradprobe.runfile.untrusted import attribute
 from gradprobe.whole_files import Disk, target, telling
 
+__all__ = ["place", "write"]
+
+
 _ABOUT = ("task", "weight", "class", "sentence", "same_twice")
 """Attributes of the group."""
 

@@ -22,6 +22,9 @@ from gradprobe.runfile import frames, schema
 from gradprobe.runfile.reader import Run
 from gradprobe.whole_files import staged, target, telling, there
 
+__all__ = ["export_run"]
+
+
 _Columns = dict[str, NDArray[Any]]
 """Columns of one length, by name."""
 

@@ -18,6 +18,9 @@ from gradprobe.runfile.content import UNSTORED
 from gradprobe.runfile.pieces import Piece, part_paths, parts_folder, require_span
 from gradprobe.whole_files import there
 
+__all__ = ["CheckReport", "check_run"]
+
+
 DAMAGED, _INCOMPLETE, NOTE = "damaged", "incomplete", "note"
 
 BLOCK = 4096

@@ -15,6 +15,9 @@ from gradprobe.runfile.pieces import parts_folder
 from gradprobe.runfile.reader import Run
 from gradprobe.whole_files import Disk
 
+__all__ = ["ENDED", "STOPPED", "being_recorded", "holders", "lock_path", "recording_state", "seconds_unchanged"]
+
+
 try:
     import fcntl
 except ImportError:  # Windows: the lock file is then only a mark

@@ -21,6 +21,9 @@ from gradprobe.runfile.integrity import BLOCK, DAMAGED, NOTE, CheckReport, open_
 from gradprobe.runfile.pieces import Piece, parts_folder
 from gradprobe.whole_files import Disk, target, telling
 
+__all__ = ["repair"]
+
+
 _Box = tuple[slice, ...]
 
 

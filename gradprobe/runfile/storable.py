@@ -19,6 +19,9 @@ from gradprobe.rows.table import PAIR, names_along
 from gradprobe.runfile.schema import TEST
 from gradprobe.runfile.untrusted import printable
 
+__all__ = ["provenance"]
+
+
 _MORE = "entries_left_out"
 """The entry of a provenance that says how many others a file has no room for."""
 

@@ -12,6 +12,9 @@ from gradprobe.runfile import schema
 from gradprobe.runfile.reached_layers import LayerGaps, ReachByEffect
 from gradprobe.runfile.reader import Run
 
+__all__ = ["every", "rows_in_words", "thin", "whole"]
+
+
 ROWS = 10_000
 """A run of up to so many rows is seen whole."""
 

@@ -35,6 +35,9 @@ from gradprobe.rows.limits import (
 from gradprobe.runfile import schema
 from gradprobe.runfile.files import SummedFile
 
+__all__ = ["printable"]
+
+
 _NUMBERS = (h5t.INTEGER, h5t.FLOAT)
 
 _CONTROL = re.compile(f"[{CONTROL}]")

@@ -10,6 +10,9 @@ from gradprobe.errors import MissingExtraError
 from gradprobe.rows import FeatureRow, Row
 from gradprobe.sinks.scalars import ScalarSink, scalars
 
+__all__ = ["TensorBoardSink"]
+
+
 _PREFIX = "gradprobe"
 
 

@@ -9,6 +9,9 @@ from gradprobe.errors import MissingExtraError
 from gradprobe.rows import FeatureRow, Row
 from gradprobe.sinks.scalars import GROUPS, ScalarSink, scalars
 
+__all__ = ["WandbSink"]
+
+
 _PREFIX = "gradprobe"
 
 

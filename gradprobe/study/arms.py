@@ -9,6 +9,9 @@ from difflib import get_close_matches
 
 from gradprobe.errors import UsageError
 
+__all__ = ["Arm", "Planned", "chains", "check_baseline", "choose", "make_arms", "make_runs", "parse_seeds"]
+
+
 _SINGLE = "single"
 
 _MADE_FROM = {"gradnorm-static": "gradnorm", "split": "joint"}

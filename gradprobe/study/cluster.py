@@ -23,6 +23,9 @@ from gradprobe.foreign import quoted
 from gradprobe.study.arms import Planned, chains
 from gradprobe.study.runner import PATIENCE, Launcher, end, start, threads
 
+__all__ = ["SLURM_SCRIPT", "at_a_time", "connect_ray", "cores_per_run", "ray_nodes", "ray_tasks", "slurm_script"]
+
+
 _LOST = 1
 """Exit code of a run whose worker is gone."""
 

@@ -16,6 +16,9 @@ from gradprobe.runfile.untrusted import printable
 from gradprobe.study.arms import Planned
 from gradprobe.trainers.paths import Paths
 
+__all__ = ["FINISHED", "Folder", "differing", "unequal"]
+
+
 ABSENT, BEGUN, RESUMABLE, RECORDING, FINISHED = "absent", "begun", "resumable", "recording", "finished"
 _UNREADABLE = "unreadable"
 

@@ -20,6 +20,21 @@ from gradprobe.study.arms import Planned
 from gradprobe.study.folder import ABSENT, BEGUN, FINISHED, RECORDING, RESUMABLE, Folder
 from gradprobe.trainers.registry import TRAINERS
 
+__all__ = [
+    "COMMAND",
+    "DONE",
+    "Entry",
+    "FAILED",
+    "Launcher",
+    "RUNNING",
+    "SKIPPED",
+    "Study",
+    "cores",
+    "cores_each",
+    "subprocesses",
+]
+
+
 try:
     import fcntl
 except ImportError:  # Windows

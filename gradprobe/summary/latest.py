@@ -11,6 +11,9 @@ from gradprobe import measures
 from gradprobe.runfile import Run, lock
 from gradprobe.summary.numbers import conflict_rate, median
 
+__all__ = ["latest"]
+
+
 _WINDOW = 256
 _RECENT = 40
 

@@ -10,6 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from gradprobe.measures import Array, pair_index
 from gradprobe.messages import Message
 
+__all__ = ["NAMED", "clustered", "lowest", "many", "matrix", "spread"]
+
+
 _MANY = 8
 """Up to so many tasks have a colour each, and are described one by one and pair by pair."""
 

@@ -15,6 +15,9 @@ from gradprobe.metric import lower_is_better
 from gradprobe.rows import MEASURED
 from gradprobe.runfile import Run, schema, thin
 
+__all__ = ["CLIPPED", "gradient_share", "update_effect"]
+
+
 _LOWEST_LAYERS = 3
 _SUMMED = 1 << 23
 """Entries of Gramians in memory at a time, where they have to be made from norms and cosines."""

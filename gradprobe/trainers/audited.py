@@ -23,6 +23,9 @@ from gradprobe.trainers.paths import Paths
 from gradprobe.trainers.problems import Data, SampleScores, problem_of
 from gradprobe.trainers.settings import Settings
 
+__all__ = ["audit_settings", "check_auditable", "experiment_factory"]
+
+
 _EVALUATED_BATCHES = 2
 
 NOT_AUDITABLE = {

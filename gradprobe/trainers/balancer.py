@@ -20,6 +20,8 @@ from gradprobe.processes import mean_over_processes
 from gradprobe.trainers.registry import TRAINERS, check_trainer
 from gradprobe.trainers.settings import Settings
 
+__all__ = ["Balancer", "find_balancer"]
+
 
 @dataclass(frozen=True)
 class Setup:

@@ -25,6 +25,8 @@ from gradprobe.trainers.problems import Data, Kind, Problem, problem_of
 from gradprobe.trainers.settings import Settings, as_provenance
 from gradprobe.updates import Ledger, Updates
 
+__all__ = ["build"]
+
 
 def build(
     settings: Settings,

@@ -21,6 +21,9 @@ from gradprobe.errors import GradprobeError, RunFileError, UsageError
 from gradprobe.trainers.hyp import LOSS_KEYS, DetectionHyp
 from gradprobe.trainers.settings import LONGEST, restored
 
+__all__ = ["ANEW", "load", "save"]
+
+
 ANEW = "Put this run's own checkpoint there, or record anew: --overwrite"
 """What can be done about a checkpoint that does not serve."""
 

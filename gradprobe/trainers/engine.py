@@ -17,6 +17,9 @@ from gradprobe.errors import UsageError
 from gradprobe.processes import OneProcess, started
 from gradprobe.trainers.settings import Settings
 
+__all__ = ["check_device", "check_gpus", "own_device", "with_processes"]
+
+
 _HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 

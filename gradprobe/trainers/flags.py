@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 from gradprobe.errors import UsageError
 
+__all__ = ["PANELS", "flag", "options"]
+
+
 _T = TypeVar("_T")
 
 PANELS = ("Common", "Data", "Model", "Training", "GradNorm", "Other trainers", "Measuring", "Output")

@@ -20,6 +20,8 @@ from gradprobe.processes import mean_over_processes
 from gradprobe.trainers.balancer import Balancer, Setup, loss_values, restored_tensor
 from gradprobe.trainers.optim import restore_optimizer
 
+__all__ = ["GradNorm"]
+
 
 def weight_gradient(weight: Tensor, norm: Tensor, loss_ratio: Tensor, alpha: float) -> Tensor:
     """The gradient of GradNorm's loss with respect to the weights, in closed form.

@@ -14,6 +14,9 @@ from gradprobe.errors import UsageError
 if TYPE_CHECKING:
     from yaml.nodes import Node
 
+__all__ = ["DetectionHyp", "HypFile", "read_hyp"]
+
+
 _OPTIMIZER_KEYS = ("lr0", "lrf", "momentum", "weight_decay")
 """Learning rate, its final fraction, momentum (beta1 of Adam) and weight decay."""
 

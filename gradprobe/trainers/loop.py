@@ -30,6 +30,9 @@ from gradprobe.trainers.problems import Problem, SampleScores
 from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import Settings
 
+__all__ = ["TrainingOutcome", "load_training_state", "run", "training_state"]
+
+
 UNKNOWN_ORDER = {"hash": "unknown", "count": 0}
 """The state of a checkpoint that does not tell: what is added to it is equal to nothing else."""
 

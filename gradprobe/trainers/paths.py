@@ -8,6 +8,8 @@ from pathlib import Path
 
 from gradprobe.whole_files import followed
 
+__all__ = ["Paths"]
+
 
 @dataclass(frozen=True)
 class Paths:

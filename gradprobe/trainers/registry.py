@@ -18,6 +18,8 @@ from gradprobe.trainers.problems import YOLOV5
 if TYPE_CHECKING:
     pass
 
+__all__ = ["TRAINERS", "unused_options"]
+
 
 @dataclass(frozen=True)
 class Trainer:

@@ -16,6 +16,9 @@ from gradprobe.trainers.problems import YOLOV5, kind_of
 from gradprobe.trainers.problems.dial_spec import parse_dial
 from gradprobe.trainers.registry import TRAINERS, TrainerOptions, check_trainer
 
+__all__ = ["LONGEST", "PRESETS", "Settings", "as_provenance", "parse_task_weights", "resolve", "restored"]
+
+
 TASKS = YOLOV5.tasks
 """Of the default data; those of others: :func:`gradprobe.trainers.problems.kind_of`."""
 

@@ -27,6 +27,8 @@ from gradprobe.trainers.settings import Settings
 from gradprobe.trainers.weightings import Weighting
 from gradprobe.updates.heads import private_parameters
 
+__all__ = ["choose"]
+
 
 class Surgery(Balancer):
     """One method of :data:`gradprobe.trainers.weightings.METHODS`.

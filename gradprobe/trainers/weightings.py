@@ -19,6 +19,9 @@ from torch import Tensor
 from gradprobe.errors import MissingExtraError
 from gradprobe.measures import Array
 
+__all__ = ["METHODS", "STATEFUL_METHODS", "Weighting"]
+
+
 METHODS = ("pcgrad", "gradvac", "cagrad", "mgda", "upgrad", "imtl", "aligned", "fairgrad", "nash")
 STATEFUL_METHODS = ("gradvac", "nash")
 """Their weights depend on the steps before, too."""

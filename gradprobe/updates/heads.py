@@ -20,6 +20,8 @@ from gradprobe.probes.shared_layers import SharedLayers
 from gradprobe.probes.state import state_kept
 from gradprobe.updates.taking_apart import MOST_MISSING, long_vector, second_moment, vector_norm
 
+__all__ = ["private_parameters"]
+
 
 def private_parameters(model: nn.Module, shared: SharedLayers, losses: Sequence[Tensor]) -> list[list[nn.Parameter]]:
     """(T): what each task alone reaches."""

@@ -20,6 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 from gradprobe import measures, statistics
 from gradprobe.measures import Array
 
+__all__ = ["advise", "as_json", "layer_scores"]
+
+
 _DOMINANT = 0.9
 """A task with a larger share of the squared weighted gradient is said to dominate."""
 

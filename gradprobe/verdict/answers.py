@@ -11,6 +11,21 @@ from typing import Any
 from gradprobe.ledger.windows import Gate
 from gradprobe.messages import Message
 
+__all__ = [
+    "Answer",
+    "ArmLevel",
+    "Comparison",
+    "DIRECTION",
+    "DOMINANCE",
+    "INTERFERENCE",
+    "OUTCOME",
+    "QUESTIONS",
+    "Similarity",
+    "plain",
+    "verdict_key",
+]
+
+
 DIRECTION, INTERFERENCE, DOMINANCE, OUTCOME = "direction", "interference", "dominance", "outcome"
 QUESTIONS = (DIRECTION, INTERFERENCE, DOMINANCE, OUTCOME)
 """In the order in which they are shown. They have separate answers, and none replaces another."""

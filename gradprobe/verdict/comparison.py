@@ -42,6 +42,8 @@ from gradprobe.verdict.quantities import (
     sides,
 )
 
+__all__ = ["compare"]
+
 
 def compare(evidence: Sequence[Evidence], options: Criteria | None = None) -> Comparison:
     """Compare runs.

@@ -12,6 +12,9 @@ from gradprobe.errors import UsageError
 from gradprobe.messages import Message
 from gradprobe.verdict.evidence import CONDITIONS, SHOULD_BE_EQUAL, Evidence
 
+__all__ = ["GOES_BY"]
+
+
 _NEEDED_FOR_PAIRS = ("data", "initial weights", "batches")
 """What files have to show before seeds are compared one by one."""
 

@@ -16,6 +16,8 @@ from gradprobe.verdict.conditions import ArmRuns
 from gradprobe.verdict.evidence import Pair, Span
 from gradprobe.verdict.quantities import OUTCOME_MARGIN
 
+__all__ = ["Criteria"]
+
 
 @dataclass(frozen=True)
 class Criteria:

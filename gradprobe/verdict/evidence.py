@@ -18,6 +18,9 @@ from gradprobe.measures import Array, first_settled_step, from_norms, over_count
 from gradprobe.runfile import Run, schema
 from gradprobe.statistics import Estimate, Mean, pooled, pooled_ratio
 
+__all__ = ["Evidence", "read"]
+
+
 _SINGLE = "single"
 """The trainer of the controls: one task alone."""
 

@@ -15,6 +15,9 @@ import numpy as np
 from gradprobe import measures
 from gradprobe.measures import Array
 
+__all__ = ["Method", "Replayed", "medians_by_task"]
+
+
 Method = Callable[[int], "Array | None"]
 """Row -> weights (T,), or None where the method has no answer; asked for rows in order."""
 

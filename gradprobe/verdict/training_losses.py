@@ -21,6 +21,9 @@ from gradprobe.verdict.answers import INCONCLUSIVE
 from gradprobe.verdict.conditions import ArmRuns
 from gradprobe.verdict.evidence import Evidence
 
+__all__ = ["judge_table", "parse_table"]
+
+
 _NOTABLE = 0.10
 """A difference of training losses that somebody might offer as evidence."""
 

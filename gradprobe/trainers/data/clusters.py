@@ -15,6 +15,9 @@ from gradprobe.errors import UsageError
 from gradprobe.trainers.data.data_yaml import DataConfig
 from gradprobe.trainers.data.splits import DataFinding, ImageFile
 
+__all__ = ["Overlap"]
+
+
 _PATIENT_LEVEL, _CLIP_LEVEL, _GROUP_LEVEL = "patient", "clip", "group"
 _LEVELS = (_PATIENT_LEVEL, _CLIP_LEVEL, _GROUP_LEVEL)
 """What belongs together, the largest first; images of one patient are of one cluster, whatever their clips."""

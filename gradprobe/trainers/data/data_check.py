@@ -34,6 +34,9 @@ from gradprobe.trainers.data.splits import (
     list_split,
 )
 
+__all__ = ["CheckResult", "check_data"]
+
+
 _DECODING_THREADS = min(4, os.cpu_count() or 1)
 
 

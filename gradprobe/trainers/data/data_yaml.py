@@ -14,6 +14,9 @@ from typing import Any
 from gradprobe.errors import DataError, MissingExtraError
 from gradprobe.whole_files import read
 
+__all__ = ["read_config"]
+
+
 SPLITS = ("train", "val", "test")
 _NAMES = ("names", "image_names")
 _VALUES = ("path", *SPLITS, "nc", "image_labels", "kpt_shape")

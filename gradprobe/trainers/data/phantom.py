@@ -32,6 +32,9 @@ from gradprobe.trainers.data.phantom_scene import (
     paint,
 )
 
+__all__ = ["BOX_NAMES", "N_TRAIN", "draw_phantom", "split_sizes", "write_phantoms"]
+
+
 IMAGE_NAMES = ("PSAX", "PLAX", "A4C")
 """Views: parasternal short axis (at the aortic valve), parasternal long axis, apical four-chamber."""
 

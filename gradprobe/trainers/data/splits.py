@@ -21,6 +21,9 @@ from gradprobe.trainers.data.data_yaml import (
 )
 from gradprobe.trainers.data.labels import LabelFile, one_hot_class
 
+__all__ = ["condensed", "errors", "list_split", "warnings"]
+
+
 _Severity = Literal["error", "warning"]
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from gradprobe.trainers.hyp import DetectionHyp
     from gradprobe.trainers.settings import Settings
 
+__all__ = ["Data", "Problem", "allow", "is_own", "kind_of", "problem_of"]
+
 
 @dataclass(frozen=True)
 class Metric:

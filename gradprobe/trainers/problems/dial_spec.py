@@ -9,6 +9,8 @@ from difflib import get_close_matches
 
 from gradprobe.errors import UsageError
 
+__all__ = ["parse_dial"]
+
 
 @dataclass(frozen=True)
 class DialSpec:
