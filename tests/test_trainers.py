@@ -76,9 +76,9 @@ def test_a_training_goes_on_from_its_state_as_if_it_had_not_stopped(trainer):
     first.model.train()
     for batch in steps[:2]:
         training.loop.train_step(first, batch)
-    state = training.loop.resumable(first)
+    state = training.loop.training_state(first)
     second = training.make(trainer, **options)
-    training.loop.load_state(second, state)
+    training.loop.load_training_state(second, state)
     second.model.train()
     for batch in steps[2:]:
         training.loop.train_step(second, batch)
