@@ -125,11 +125,3 @@ def test_over_no_layers_is_missing_and_not_zero():
 
 def test_conflict_is_a_sign_and_knows_what_it_does_not_know():
     np.testing.assert_equal(measures.conflict([-1e-9, 0.0, 1.0, np.nan]), [1, 0, 0, np.nan])
-
-
-def test_the_examples_in_the_docstrings_are_true():
-    import doctest
-
-    result = doctest.testmod(measures)
-    assert result.attempted >= 8
-    assert result.failed == 0

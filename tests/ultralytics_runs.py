@@ -79,7 +79,7 @@ class Twin(GradprobeCallback):
         super().__init__(out, every=2)
         self.naive: dict[int, list[dict[str, torch.Tensor]]] = {}
 
-    def _heard(self, criterion, predictions, batch, loss):
+    def _on_loss(self, criterion, predictions, batch, loss):
         named = {n: p for n, p in self._trainer.model.named_parameters() if p.requires_grad}
         gains = [7.5, 0.5, 1.5]
         step = self.recording.probe.step if self.recording.is_open else 0
@@ -96,7 +96,7 @@ class Twin(GradprobeCallback):
                 )
                 for part, gain in zip(loss, gains, strict=True)
             ]
-        super()._heard(criterion, predictions, batch, loss)
+        super()._on_loss(criterion, predictions, batch, loss)
 
 
 def attempt(error: type[BaseException], name: str) -> None:

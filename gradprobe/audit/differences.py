@@ -55,7 +55,8 @@ class _Distance:
 def bitwise_equal(a: Tensor | None, b: Tensor | None) -> bool:
     """Bitwise equality, but for the sign of zero and the payload of NaN, which no sum of a training carries on.
 
-    >>> equal(torch.tensor([0.0, float("nan")]), torch.tensor([-0.0, float("nan")])), equal(None, torch.zeros(1))
+    >>> signs = torch.tensor([0.0, float("nan")]), torch.tensor([-0.0, float("nan")])
+    >>> bitwise_equal(*signs), bitwise_equal(None, torch.zeros(1))
     (True, False)
     """
     if a is None or b is None:

@@ -57,7 +57,7 @@ class OwnStreams(TorchDispatchMode):
 def _seed(*parts: Any) -> int:
     """A number for a random generator that is a function of the parts alone.
 
-    >>> seed(1, "a") == seed(1, "a"), seed(1, "a") == seed(2, "a")
+    >>> _seed(1, "a") == _seed(1, "a"), _seed(1, "a") == _seed(2, "a")
     (True, False)
     """
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=6).digest(), "big")

@@ -385,7 +385,7 @@ def resumed_sessions(
         new: The provenance of the session that begins.
         step: The first step of the new session.
 
-    >>> [s["replaced"] for s in resumed([session()], "", {"a": 1, "b": 2}, {"a": 1, "b": 3}, 10)]
+    >>> [s["replaced"] for s in resumed_sessions([new_session()], "", {"a": 1, "b": 2}, {"a": 1, "b": 3}, 10)]
     [{'b': 2}, {}]
     """
     before = [dict(s) for s in earlier] or [new_session() | {"started": ""}]

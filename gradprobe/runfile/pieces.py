@@ -36,7 +36,7 @@ def parts_folder(run: Path) -> Path:
 def part_name(span: PartSpan) -> str:
     """The file name of a part.
 
-    >>> name((7, 7)), name((1, 32))
+    >>> part_name((7, 7)), part_name((1, 32))
     ('00000007.h5', '00000001-00000032.h5')
     """
     first, last = span
@@ -46,7 +46,7 @@ def part_name(span: PartSpan) -> str:
 def part_span(path: Path) -> PartSpan | None:
     """What a part stands for; None for any other file.
 
-    >>> span(Path("00000001-00000032.h5")), span(Path("00000007.h5")), span(Path("x.h5"))
+    >>> part_span(Path("00000001-00000032.h5")), part_span(Path("00000007.h5")), part_span(Path("x.h5"))
     ((1, 32), (7, 7), None)
     """
     first, dash, last = path.stem.partition("-")
@@ -81,7 +81,7 @@ def parts_due(widths: Sequence[int], fan: int) -> int:
         widths: How many numbers each part stands for, in order.
         fan: How many of a width make one of the next.
 
-    >>> due([1, 1, 1], 4), due([4, 1, 1, 1, 1], 4), due([4, 4, 4, 1, 1, 1, 1], 4)
+    >>> parts_due([1, 1, 1], 4), parts_due([4, 1, 1, 1, 1], 4), parts_due([4, 4, 4, 1, 1, 1, 1], 4)
     (0, 4, 7)
     """
     taken, width = 0, 1
@@ -127,6 +127,7 @@ class Piece:
 
     def __init__(self, path: Path, *, part: bool = False, lenient: bool = False) -> None:
         self.path = path
+        self._datasets: dict[str, h5py.Dataset | None] = {}
         self.span = require_span(path) if part else (0, 0)
         try:
             self.identity = _identity(path)
@@ -199,7 +200,8 @@ class Piece:
     def count(self, table: schema.Table) -> int:
         """Number of rows of a table; 0 where the file has no such table."""
         path = table.path(schema.STEP)
-        return int(self.file[path].shape[0]) if path in self else 0
+        dataset = self._dataset(path)
+        return 0 if dataset is None else int(dataset.shape[0])
 
     def column(
         self,
@@ -220,10 +222,11 @@ class Piece:
         """
         path = table.path(field.name)
         others = (layers,) if schema.LAYER in field.axes else ()
-        if path in self:
+        dataset = self._dataset(path)
+        if dataset is not None:
             if not others or among is None or among == len(self.layers):
-                return self.file[path][(rows, *others)]
-            return self._among(path, field, rows, layers, among)
+                return dataset[(rows, *others)]
+            return self._among(dataset, field, rows, layers, among)
         whole = list(lengths(field, self, self.count(table)))
         if others and among is not None:
             whole[1] = among
@@ -245,11 +248,10 @@ class Piece:
                 found[field.name] = _texts(dataset.asstr()[()]) if texts else dataset[()]
             return found
 
-    def _among(self, path: str, field: schema.Field, rows: slice, layers: slice | int, among: int) -> Any:
+    def _among(self, dataset: h5py.Dataset, field: schema.Field, rows: slice, layers: slice | int, among: int) -> Any:
         """Some layers of a run that has more of them than this file."""
         wanted = np.atleast_1d(np.arange(among)[layers])
         own = wanted[wanted < len(self.layers)]
-        dataset = self.file[path]
         count = len(range(*rows.indices(dataset.shape[0])))
         found = np.full((count, len(wanted), *dataset.shape[2:]), field.missing, field.dtype)
         if own.size:
@@ -294,14 +296,23 @@ class Piece:
             words = self.raw.error or str(error)
             raise RunFileError(f"{self.path}: is not a complete run file ({words}).") from error
 
+    def _dataset(self, name: str) -> h5py.Dataset | None:
+        """None where the file has none of that name. Looked up once: a file that is open does not change."""
+        if name not in self._datasets:
+            found = self.file.get(name)
+            self._datasets[name] = found if isinstance(found, h5py.Dataset) else None
+        return self._datasets[name]
+
     def __getitem__(self, name: str) -> Any:
-        return self.file[name]
+        found = self._dataset(name)
+        return self.file[name] if found is None else found
 
     def __contains__(self, name: str) -> bool:
-        return isinstance(self.file.get(name), h5py.Dataset)
+        return self._dataset(name) is not None
 
     def close(self) -> None:
         """Let go of the file. A second call does nothing."""
+        self._datasets.clear()
         if hasattr(self, "file"):
             self.file.close()
         self.raw.close()

@@ -71,7 +71,7 @@ def _names(given: Sequence[object], paired: bool = False) -> tuple[str, ...]:
         given: What they are called.
         paired: Each stands also in the names of pairs with all others, which are as short as that.
 
-    >>> names(["a", "a\\x1b", "", "a\ufffd"])
+    >>> _names(["a", "a\\x1b", "", "a\ufffd"])
     ('a', 'a\ufffd', '(no name)', 'a\ufffd (2)')
     """
     count = max(len(given), 1)

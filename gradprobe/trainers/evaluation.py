@@ -404,7 +404,7 @@ def leave_out(scores: SampleScores, clusters: Sequence[str]) -> TestClusters | N
 def _group_clusters(clusters: Sequence[str], most: int) -> list[tuple[str, ...]]:
     """At most ``most`` groups of whole clusters, as even in number as can be, dealt out in turn.
 
-    >>> grouped(["a", "b", "c", "d", "e"], 2)
+    >>> _group_clusters(["a", "b", "c", "d", "e"], 2)
     [('a', 'c', 'e'), ('b', 'd')]
     """
     count = min(most, len(clusters))

@@ -288,7 +288,7 @@ def candidate_paths(written: str, bases: Sequence[Path]) -> list[Path]:
     As written, relative to each of the bases; then with slashes for backslashes; then without a ``../`` in front, as
     YOLOv5 7.0 does for the data.yaml that Roboflow exports.
 
-    >>> [place.as_posix() for place in candidates("..\\\\train", [Path("set")])]
+    >>> [place.as_posix() for place in candidate_paths("..\\\\train", [Path("set")])]
     ['set/..\\\\train', 'set/../train', 'set/train']
     """
     spellings = list(_spellings(written))

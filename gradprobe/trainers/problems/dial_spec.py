@@ -55,7 +55,7 @@ _RANGES = {
 def parse_dial(data: str) -> DialSpec:
     """The dials of a ``--data`` that names the dial problem.
 
-    >>> parse("dial:angle=90,noise=0").angle, parse("dial").ratio
+    >>> parse_dial("dial:angle=90,noise=0").angle, parse_dial("dial").ratio
     (90.0, 1.0)
 
     Raises:
