@@ -23,7 +23,6 @@ from gradprobe.plots import divergence
 from gradprobe.runfile import open_run
 from gradprobe.trainers import audited, balancer
 from gradprobe.trainers.data.loading import load_data
-from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import resolve
 
 mean_and_dropout, clean = factory("mean", "dropout"), factory()
@@ -183,7 +182,7 @@ def test_the_bundled_trainers_doors(bundled, flags, opened, capsys):
     assert [door["door"] for door in found["doors"] if door["state"] == "open"] == opened
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", training.every_trainer())
 def test_every_trainer_is_audited_or_refused_with_a_reason(trainer, bundled):
     values = {"data": bundled[2], "imgsz": 32, "batch_size": 4}
     if trainer in audited.NOT_AUDITABLE:

@@ -11,7 +11,6 @@ from test_micro_trainers import available, options
 from gradprobe.errors import UsageError
 from gradprobe.ledger.windows import window
 from gradprobe.rows import LEDGER, MEASURED
-from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import TASKS, resolve
 from gradprobe.updates import loss_ledger as module
 
@@ -49,7 +48,7 @@ def columns(rows):
     return {**table, "status": np.array([int(row.status != MEASURED) for row in rows])}
 
 
-@pytest.mark.parametrize("trainer", list(TRAINERS))
+@pytest.mark.parametrize("trainer", training.every_trainer())
 def test_every_trainer_can_keep_one(trainer):
     if not available(trainer):
         pytest.skip("torchjd is not installed")

@@ -18,7 +18,6 @@ from gradprobe.errors import UsageError
 from gradprobe.rows import MEASURED
 from gradprobe.trainers import loop
 from gradprobe.trainers.data.dataset import micro_batches
-from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import resolve
 
 
@@ -59,7 +58,7 @@ def available(trainer):
     return not issubclass(kind, surgery) or importlib.util.find_spec("torchjd") is not None
 
 
-@pytest.mark.parametrize("trainer", list(TRAINERS))
+@pytest.mark.parametrize("trainer", training.every_trainer())
 def test_every_trainer_trains_and_is_measured_in_micro_batches(trainer):
     if not available(trainer):
         pytest.skip("torchjd is not installed")

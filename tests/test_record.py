@@ -24,6 +24,7 @@ from gradprobe.runfile.integrity import check_run
 
 COCO = Path(__file__).parents[1].parent / "shared/data/coco128/data.yaml"
 SMALL = ["--imgsz", "64", "--batch-size", "8", "--bn-batches", "2", "--every", "1"]
+DIALLED = ["--data", "dial:size=512", "--trainer", "gradnorm", "--batch-size", "8", "--every", "1", "--epochs", "2"]
 TIMES = {"time", "overhead"}
 
 
@@ -172,10 +173,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(recorded, data, tmp_path, mon
     assert_same(numbers(recorded), numbers(out))
 
 
+@pytest.fixture(scope="module")
+def dialled(tmp_path_factory):
+    """A whole run on the problem that needs no detector."""
+    out = tmp_path_factory.mktemp("dialled") / "whole.h5"
+    assert command(["record", *DIALLED, "--out", str(out)]) == 0
+    return out
+
+
 @pytest.mark.parametrize("sign_of_life", ["run.h5", "run.last.pt"], ids=["in the first epoch", "in the second"])
-def test_a_killed_run_is_resumed_without_a_gap(recorded, data, tmp_path, sign_of_life):
+def test_a_killed_run_is_resumed_without_a_gap(dialled, tmp_path, sign_of_life):
     """kill -9 right after the file began, or a checkpoint: no row before it may still have been in memory alone."""
-    process = warm("--data", data, *SMALL, "--trainer", "gradnorm", "--epochs", 2, "--out", "run.h5", cwd=tmp_path)
+    process = warm(*DIALLED, "--out", "run.h5", cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not (tmp_path / sign_of_life).exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
@@ -185,7 +194,7 @@ def test_a_killed_run_is_resumed_without_a_gap(recorded, data, tmp_path, sign_of
     with open_run(tmp_path / "run.h5") as run:
         assert not run.complete
     assert command(["record", "--resume", str(tmp_path / "run.h5")]) == 0
-    assert_same(numbers(recorded), numbers(tmp_path / "run.h5"))
+    assert_same(numbers(dialled), numbers(tmp_path / "run.h5"))
     with open_run(tmp_path / "run.h5") as run:
         assert [s["end"] for s in run.sessions] == ["", "finished"]
         assert "--epochs" in run.sessions[0]["replaced"]["argv"]

@@ -25,7 +25,13 @@ def recorded(path, trainer, steps=5, **options):
     return path
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "cagrad", "mgda", "upgrad", "imtl", "aligned", "fairgrad", "gradnorm"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("pcgrad", "upgrad", "gradnorm"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("cagrad", "mgda", "imtl", "aligned", "fairgrad")),
+    ],
+)
 def test_replayed_weights_are_those_of_the_live_run_at_the_same_parameters(method, tmp_path):
     static = (1.0, 0.7)
     path = recorded(tmp_path / "live.h5", method, task_weights=static)

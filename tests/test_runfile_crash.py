@@ -126,7 +126,7 @@ def test_cut_off_at_any_operation_by_a_kill_or_a_loss_of_power(recorded, tmp_pat
     assert kinds >= {"create", "write", "sync", "replace", "unlink", "mkdir", "rmdir", "sync_folder"}
     assert sum(o[0] == "replace" and o[2] == "run.h5" for o in log) >= 5  # start, merges, close, cut, close
     assert any(o[0] == "replace" and "-" in o[2] for o in log)
-    seen, resumed = replay(log, make(tmp_path / "left"), every=60, seed=0)
+    seen, resumed = replay(log, make(tmp_path / "left"), every=120, seed=0)
     assert seen > 150
     assert resumed > 10
 

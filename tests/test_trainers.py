@@ -41,7 +41,7 @@ def joint():
 
 
 @pytest.mark.parametrize("steps", [12, pytest.param(20, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("trainer", TRAINERS)
+@pytest.mark.parametrize("trainer", training.every_trainer())
 def test_some_steps_on_the_phantom_lower_a_loss(trainer, steps, joint):
     run = training.run(training.make(trainer, every=5, **OPTIONS.get(trainer, {})), steps)
     order, first = joint

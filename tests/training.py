@@ -6,14 +6,24 @@ import functools
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from zoo import Collector
 
 from gradprobe.trainers import loop
 from gradprobe.trainers.build import build
 from gradprobe.trainers.data.loading import load_data
+from gradprobe.trainers.registry import TRAINERS
 from gradprobe.trainers.settings import resolve
 
 BATCHES = 4  # of one epoch
+KINDS = ("joint", "single", "detach", "gradnorm", "uncertainty", "pcgrad", "dual", "split")
+"""Trainers that stand for the others where each trains on the phantom; the soak tries all, and so do the quicker tests
+of test_registries.py."""
+
+
+def every_trainer():
+    """Of every one, as a parameter of a test."""
+    return [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in TRAINERS]
 
 
 @functools.cache
