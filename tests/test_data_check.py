@@ -15,8 +15,8 @@ from data_set_factory import COCO128, labels_of, make_set, write_image
 from PIL import Image
 
 from gradprobe.errors import DataError, UsageError
+from gradprobe.trainers.data.check import check_data
 from gradprobe.trainers.data.clusters import clip_of
-from gradprobe.trainers.data.data_check import check_data
 from gradprobe.trainers.data.images import UnreadableImage, decode
 from gradprobe.trainers.data.splits import errors, warnings
 
@@ -380,7 +380,7 @@ def test_the_command_imports_nothing_heavy_and_checking_needs_no_torch(tmp_path:
     code = (
         "import sys, gradprobe.cli.data\n"
         "assert not {'numpy', 'torch', 'PIL', 'yaml', 'cv2'} & set(sys.modules)\n"
-        "from gradprobe.trainers.data.data_check import check_data\n"
+        "from gradprobe.trainers.data.check import check_data\n"
         "check_data(sys.argv[1])\n"
         "assert not {'torch', 'cv2'} & set(sys.modules)\n"
     )

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from gradprobe.errors import UsageError
+from gradprobe.trainers.data.check import check_data
 from gradprobe.trainers.data.clusters import parse_grouping
-from gradprobe.trainers.data.data_check import check_data
 from gradprobe.trainers.data.loading import load_data
 from gradprobe.trainers.problems import problem_of
 from gradprobe.trainers.settings import resolve

@@ -280,7 +280,7 @@ def test_counts_are_for_phantoms_and_positive(tmp_path: Path) -> None:
 
 
 def test_images_beyond_the_bound_are_read_anew_and_are_the_same(tmp_path: Path) -> None:
-    from gradprobe.trainers.data.data_check import check_data
+    from gradprobe.trainers.data.check import check_data
 
     yaml = make_set(tmp_path)
     plenty, none = ImageStore(64), ImageStore(64, limit=64 * 64 * 3 * 2)

@@ -16,7 +16,7 @@ from data_set_factory import YAML, labels_of, make_set, write_image
 from PIL import Image
 
 from gradprobe.errors import DataError
-from gradprobe.trainers.data.data_check import CheckResult, check_data
+from gradprobe.trainers.data.check import CheckResult, check_data
 from gradprobe.trainers.data.data_yaml import read_config
 from gradprobe.trainers.data.loading import load_data
 from gradprobe.trainers.data.splits import errors, warnings

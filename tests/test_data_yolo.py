@@ -9,7 +9,7 @@ import pytest
 from data_set_factory import labels_of, make_set, write_image
 
 from gradprobe.errors import DataError
-from gradprobe.trainers.data.data_check import CheckResult, check_data
+from gradprobe.trainers.data.check import CheckResult, check_data
 from gradprobe.trainers.data.data_yaml import read_config
 from gradprobe.trainers.data.labels import parse_labels
 from gradprobe.trainers.data.splits import errors, label_path

@@ -13,8 +13,8 @@ from rich.text import Text
 from gradprobe.cli.console import stderr, stdout
 
 if TYPE_CHECKING:
+    from gradprobe.trainers.data.check import CheckResult
     from gradprobe.trainers.data.clusters import Overlap
-    from gradprobe.trainers.data.data_check import CheckResult
 
 MOST = 10
 """Findings of a kind that are listed unless all are asked for."""
@@ -55,7 +55,7 @@ def check(
     ] = "auto",
 ) -> None:
     """List what is wrong with a data set; exit 1 if anything keeps it from being trained on."""
-    from gradprobe.trainers.data.data_check import check_data
+    from gradprobe.trainers.data.check import check_data
     from gradprobe.trainers.data.splits import errors
 
     with stderr().status(Text(f"checking {file.name}")):

@@ -13,8 +13,8 @@ import numpy as np
 
 from gradprobe.errors import DataError, UsageError
 from gradprobe.trainers.data import phantom
+from gradprobe.trainers.data.check import CheckedImage, CheckResult, check_data
 from gradprobe.trainers.data.clusters import AUTO, Grouping, parse_grouping
-from gradprobe.trainers.data.data_check import CheckedImage, CheckResult, check_data
 from gradprobe.trainers.data.data_yaml import SPLITS
 from gradprobe.trainers.data.dataset import ImageDataset, ImageStore, Item
 from gradprobe.trainers.data.images import Pixels
