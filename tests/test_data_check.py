@@ -250,7 +250,7 @@ def test_numbered_images_are_not_taken_for_a_clip(tmp_path: Path) -> None:
 
 
 def test_each_file_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gradprobe.trainers.data import data_check
+    from gradprobe.trainers.data import check
 
     yaml = make_set(tmp_path)
     yaml.write_text(yaml.read_text().replace("val: images/val", "val: [images/train, images/val]"))
@@ -260,7 +260,7 @@ def test_each_file_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         read.append(path)
         return decode(path)
 
-    monkeypatch.setattr(data_check, "decode", counting)
+    monkeypatch.setattr(check, "decode", counting)
     kept: list[Path] = []
     check_data(yaml, keep=lambda path, pixels: kept.append(path))
     assert len(read) == len(set(read)) == 6
