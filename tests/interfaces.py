@@ -70,9 +70,8 @@ def uses(code: ast.Module) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             if node.value.id in modules and node.value.id not in bound:
                 yield modules[node.value.id], node.attr
-        elif isinstance(node, ast.Constant) and isinstance(
-            node.value, str
-        ):  # what is imported only when it is asked for
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            # "gradprobe.module:Name" is imported when it is first used.
             module, _, name = node.value.partition(":")
             if module in MODULES and name.isidentifier():
                 yield module, name

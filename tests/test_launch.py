@@ -133,7 +133,37 @@ def test_a_first_process_that_is_killed_leaves_what_it_had_flushed_and_the_run_g
     first.kill()
     _, err = other.communicate(timeout=60)
     assert other.returncode not in (0, 130), err
+    check_left(run, capsys)
 
+    for process in ranks(tmp_path, "--resume", "run.h5"):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    check_done(run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
+def test_a_first_process_that_is_killed_under_the_launcher_ends_the_other_too(tmp_path, capsys):
+    run, last, state = (tmp_path / f"run.{end}" for end in ("h5", "last.pt", "checkpoint.pt"))
+    words = [*LONG, "--epochs", 8, "--out", "run.h5"]
+    process = start(tmp_path, "gradprobe", "record", *words, "--device", "cpu", "--processes", 2)
+    wait_for(lambda: last.exists() and state.stat().st_mtime_ns > last.stat().st_mtime_ns, process)
+    first, other = of_rank(0, tmp_path), of_rank(1, tmp_path)
+    os.kill(first, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode not in (0, 130), err
+    assert not Path(f"/proc/{other}").exists()
+    check_left(run, capsys)
+
+    process = start(tmp_path, "gradprobe", "record", "--resume", "run.h5")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    check_done(run)
+
+
+def check_left(run, capsys):
+    """What a kill left is every whole epoch, readable, and nothing but incomplete."""
     left = look(run)
     assert left["end"] == ""
     epoch = left["steps"] // 8
@@ -144,9 +174,8 @@ def test_a_first_process_that_is_killed_leaves_what_it_had_flushed_and_the_run_g
     assert {finding["kind"] for finding in report["findings"]} == {"incomplete"}
     assert report["rows"] == len(left["step"])
 
-    for process in ranks(tmp_path, "--resume", "run.h5"):
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+
+def check_done(run):
     done = look(run)
     assert (done["end"], done["processes"]) == ("finished", 2)
     assert done["step"].tolist() == list(range(done["steps"]))
