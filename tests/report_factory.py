@@ -66,6 +66,7 @@ def answer(
     decision = decide(contrast, margin)
     rule = int(decision.rule[0])
     names = ("low95", "high95", "low90", "high90", "p_material", "p_zero", "p_increased")
+    names += ("p_equivalent", "p_not_reduced", "p_equivalent_holm", "p_not_reduced_holm")
     names += ("p_material_holm", "p_zero_holm", "p_increased_holm")
     numbers = {name: float(getattr(decision, name)[0]) for name in names}
     values = base + (-d if question == OUTCOME else d)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gradprobe.statistics import paired, t_interval
-from gradprobe.verdict.answers import BY_RULE, INCREASED, REDUCED, UNCERTAIN
+from gradprobe.verdict.answers import BY_RULE, EQUIVALENT, INCREASED, REDUCED, UNCERTAIN
 from gradprobe.verdict.decision import decide
 
 SPREAD = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])  # of five seeds about their mean
@@ -76,6 +76,20 @@ def test_more_comparisons_make_a_claim_harder_and_leave_the_interval_alone():
     assert among.p_zero_holm[0] == pytest.approx(10 * alone.p_zero[0])
 
 
+def test_more_comparisons_make_it_harder_to_be_called_equivalent_too():
+    d = 0.04 + 0.05 * SPREAD
+    alone, among = decide(paired(d[None])), decide(paired(np.stack([d] + [0.4 * SPREAD] * 9)))
+    assert alone.rule[0] == 2
+    assert among.rule[0] == 5  # that it did not fall by the margin still stands
+    assert among.high90[0] == alone.high90[0] < 0.1
+    below = alone.p_not_reduced[0]
+    assert alone.p_equivalent[0] > 5 * below
+    assert among.p_equivalent_holm[0] == pytest.approx(10 * alone.p_equivalent[0])
+    assert among.p_not_reduced_holm[0] == pytest.approx(10 * below)
+    far = decide(paired(np.stack([d + 0.01 * SPREAD] + [0.4 * SPREAD] * 99)))
+    assert far.rule[0] == 6
+
+
 @pytest.mark.parametrize("seeds", [0, 1, 2])
 def test_fewer_than_three_seeds_have_no_verdict(seeds):
     d = np.full((1, 3), np.nan)
@@ -128,3 +142,14 @@ def test_an_effect_of_two_standard_deviations_is_found_with_five_seeds(sd):
     reduced = np.isin(found.rule, [BY_RULE.index(REDUCED), BY_RULE.index(UNCERTAIN)])
     assert reduced.mean() >= 0.87
     assert (found.rule == BY_RULE.index(INCREASED)).mean() == 0
+
+
+@pytest.mark.parametrize("effect", [-0.1, 0.1])
+def test_of_twenty_differences_of_exactly_the_margin_one_is_called_equivalent_in_five_percent_of_studies(effect):
+    rng = np.random.default_rng(3)
+    found = decide(paired(effect + 0.02 * rng.normal(size=(STUDIES, 20, 5))))
+    assert (found.rule == BY_RULE.index(EQUIVALENT)).any(axis=-1).mean() <= 0.055
+    unadjusted = (found.low90 > -0.1) & (found.high90 < 0.1)
+    assert unadjusted.any(axis=-1).mean() == pytest.approx(1 - 0.95**20, abs=0.01)
+    if effect < 0:
+        assert np.isin(found.rule, [2, 5]).any(axis=-1).mean() <= 0.055

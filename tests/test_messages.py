@@ -304,7 +304,8 @@ def comparisons():
 
 
 FAMILIES = ("refusal.", "caution.", "gate.", "remark.", "reason.", "plan.", "misleading.", "difference.", "rule.")
-ELSEWHERE = {"gate.passed", "gate.failed", "rule.held_back", "remark.skew", "reason.no_interval"}
+HELD_BACK = {"rule.held_back", "rule.alone_alike", "rule.alone_fell", "rule.alone_rose", "rule.alone_not_reduced"}
+ELSEWHERE = {"gate.passed", "gate.failed", "remark.skew", "reason.no_interval"} | HELD_BACK
 """Names of results, and what other tests make."""
 TAKEN_FROM_FILES = r"[\w.-]+\.h5|--[\w-]+( joint| single| val| \d| det| cls)?|gradprobe study"
 
@@ -325,20 +326,22 @@ def test_all_that_a_comparison_can_say_was_said_in_these(found):
     assert {key for key in LANGUAGES["en"] if key.startswith(FAMILIES)} - ELSEWHERE - said == set()
 
 
-def test_a_fall_that_holm_does_not_let_stand_is_inconclusive_and_says_why():
-    numbers = {"effect": -0.2, "low95": -0.4, "high95": -0.01, "n": 5, "margin": 0.1}
-    answer = Answer(
-        "interference",
-        "arm",
-        "cls>det",
-        Message("quantity.interference", task="det", by="cls"),
-        INCONCLUSIVE,
-        6,
-        **numbers,
-    )
-    assert reason_of_rule(answer).key == "rule.held_back"
-    assert reason_of_rule(replace(answer, high95=0.01)).key == "rule.6"
-    assert "includes both a meaningful reduction and no reduction" in str(reason_of_rule(replace(answer, high95=0.01)))
+@pytest.mark.parametrize(
+    ("low95", "low90", "high90", "high95", "said"),
+    [
+        (-0.4, -0.3, -0.02, -0.01, "the interval alone would say that it fell, but not with so many comparisons."),
+        (-0.12, -0.09, 0.09, 0.12, "alone would say that it changed by less than the margin of 0.1, but not"),
+        (0.01, 0.02, 0.3, 0.4, "alone would say that it rose, but not"),
+        (-0.12, -0.09, 0.3, 0.4, "alone would say that it did not fall by as much as the margin of 0.1, but not"),
+        (-0.4, -0.3, 0.02, 0.03, "includes both a meaningful reduction and no reduction."),
+    ],
+)
+def test_what_holm_does_not_let_stand_is_inconclusive_and_says_why(low95, low90, high90, high95, said):
+    quantity = Message("quantity.interference", task="det", by="cls")
+    numbers = {"low95": low95, "low90": low90, "high90": high90, "high95": high95, "n": 5, "margin": 0.1}
+    answer = Answer("interference", "arm", "cls>det", quantity, INCONCLUSIVE, 6, effect=-0.2, **numbers)
+    assert said in str(reason_of_rule(answer))
+    assert "無法定論" in Language("zh-TW").say(reason_of_rule(answer))
 
 
 def test_a_bare_table_is_said_wholly_in_chinese():

@@ -104,8 +104,10 @@ class Answer:
         low95, high95, low90, high90: Student's t intervals over seeds, not adjusted for the number of comparisons.
         p_material, p_zero, p_increased: One-sided, of the nulls that rules 1, 3 and 4 reject: "it fell by no more than
             the margin", "it did not fall", "it did not rise".
-        p_material_holm, p_zero_holm, p_increased_holm: Adjusted over the arms and subjects of the question; a rule
-            needs at most .025.
+        p_equivalent, p_not_reduced: The same of rules 2 and 5: "it changed by the margin or more" and "it fell by the
+            margin or more".
+        p_material_holm, p_zero_holm, p_increased_holm, p_equivalent_holm, p_not_reduced_holm: Adjusted over the arms
+            and subjects of the question; rules 1, 3 and 4 need at most .025, rules 2 and 5 at most .05.
         margin: Smaller differences do not matter; fixed before the runs.
         n: Seeds behind the interval.
         seeds: Of those.
@@ -133,9 +135,13 @@ class Answer:
     p_material: float = math.nan
     p_zero: float = math.nan
     p_increased: float = math.nan
+    p_equivalent: float = math.nan
+    p_not_reduced: float = math.nan
     p_material_holm: float = math.nan
     p_zero_holm: float = math.nan
     p_increased_holm: float = math.nan
+    p_equivalent_holm: float = math.nan
+    p_not_reduced_holm: float = math.nan
     margin: float = math.nan
     n: int = 0
     seeds: Sequence[int] = ()

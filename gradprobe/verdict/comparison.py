@@ -278,7 +278,8 @@ def _stacked(contrasts: Sequence[Contrast | None]) -> Contrast:
 
 _NUMBERS = (
     "low95", "high95", "low90", "high90",
-    "p_material", "p_zero", "p_increased", "p_material_holm", "p_zero_holm", "p_increased_holm",
+    "p_material", "p_zero", "p_increased", "p_equivalent", "p_not_reduced",
+    "p_material_holm", "p_zero_holm", "p_increased_holm", "p_equivalent_holm", "p_not_reduced_holm",
 )  # fmt: skip
 
 

@@ -31,7 +31,10 @@ MIN_SEEDS = 3
 """Fewer give a description and no verdict."""
 
 _LEVEL = 0.025
-"""Of a one-sided test: what an end of a 95 % interval stands for."""
+"""Of a one-sided test that something differs: what an end of a 95 % interval stands for."""
+
+_LEVEL_OF_ALIKE = 0.05
+"""Of a one-sided test that a difference stays within the margin: what an end of a 90 % interval stands for."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,9 @@ class Decision:
             6 inconclusive; 0: no verdict, since there are fewer than three seeds or no number.
         low95, high95, low90, high90: Of the effect; not adjusted.
         p_material, p_zero, p_increased: One-sided p-values of rules 1, 3 and 4.
-        p_material_holm, p_zero_holm, p_increased_holm: Adjusted over the F comparisons.
+        p_equivalent, p_not_reduced: Of rules 2 and 5; the former the larger of two one-sided ones.
+        p_material_holm, p_zero_holm, p_increased_holm, p_equivalent_holm, p_not_reduced_holm: Adjusted over the F
+            comparisons, rule by rule.
     """
 
     rule: NDArray[np.int64]
@@ -54,16 +59,20 @@ class Decision:
     p_material: Array
     p_zero: Array
     p_increased: Array
+    p_equivalent: Array
+    p_not_reduced: Array
     p_material_holm: Array
     p_zero_holm: Array
     p_increased_holm: Array
+    p_equivalent_holm: Array
+    p_not_reduced_holm: Array
 
 
 def decide(contrast: Contrast, margin: ArrayLike = MARGIN) -> Decision:
     """Decide on arm minus baseline of a quantity that is to fall.
 
-    The rules, in order; of 1, 3 and 4 also Holm's adjusted p-value has to be at most .025, which with a single
-    comparison says the same as the interval::
+    The rules, in order; Holm's adjusted p-value also has to be at most .025 for 1, 3 and 4, and .05 for 2 and 5. With a
+    single comparison that says the same as the interval::
 
         1  high95 < -margin                   reduced, materially
         2  the 90 % interval within +-margin  equivalent: not reduced
@@ -76,25 +85,36 @@ def decide(contrast: Contrast, margin: ArrayLike = MARGIN) -> Decision:
         contrast: (..., F); the last axis holds all comparisons that were planned for the question. Those without a
             number count in the family, and get no verdict.
         margin: () or (F,), above 0, in the unit of the effect.
+
+    Source of rule 2: Schuirmann, "A Comparison of the Two One-Sided Tests Procedure and the Power Approach for
+    Assessing the Equivalence of Average Bioavailability", 1987.
     """
     margin = np.broadcast_to(np.asarray(margin, dtype=np.float64), contrast.effect.shape)
     enough = (contrast.seeds >= MIN_SEEDS) & np.isfinite(contrast.effect) & np.isfinite(contrast.error)
     low95, high95 = contrast.interval(0.95)
     low90, high90 = contrast.interval(0.90)
+    not_reduced = contrast.p_above(-margin)
     p = [
         np.where(enough, one, np.nan)
-        for one in (contrast.p_below(-margin), contrast.p_below(0.0), contrast.p_above(0.0))
+        for one in (
+            contrast.p_below(-margin),
+            contrast.p_below(0.0),
+            contrast.p_above(0.0),
+            np.maximum(not_reduced, contrast.p_below(margin)),
+            not_reduced,
+        )
     ]
     adjusted = [holm(one) for one in p]
     with np.errstate(invalid="ignore"):
-        material, zero, above = (one <= _LEVEL for one in adjusted)
+        material, zero, above = (one <= _LEVEL for one in adjusted[:3])
+        alike, not_below = (one <= _LEVEL_OF_ALIKE for one in adjusted[3:])
         rules = [
             ~enough,
             (high95 < -margin) & material,
-            (low90 > -margin) & (high90 < margin),
+            (low90 > -margin) & (high90 < margin) & alike,
             (high95 < 0) & zero,
             (low95 > 0) & above,
-            low90 > -margin,
+            (low90 > -margin) & not_below,
         ]
     return Decision(np.select(rules, [0, 1, 2, 3, 4, 5], default=6), low95, high95, low90, high90, *p, *adjusted)
 
@@ -106,10 +126,24 @@ _NAMED_VERDICTS = ("reduced", "reduced_uncertain", "increased")
 def reason_of_rule(answer: Answer) -> Message:
     """The reason of an answer that a rule gave."""
     numbers = Message("rule.numbers", estimate=(answer.effect, answer.low95, answer.high95), n=answer.n)
-    if answer.rule == 6:
-        held_back = answer.high95 < 0
-        return Message("rule.held_back" if held_back else "rule.6", quantity=answer.quantity, numbers=numbers)
-    return Message(f"rule.{answer.rule}", quantity=answer.quantity, margin=answer.margin, numbers=numbers)
+    if answer.rule != 6:
+        return Message(f"rule.{answer.rule}", quantity=answer.quantity, margin=answer.margin, numbers=numbers)
+    alone = _held_back(answer)
+    if alone is None:
+        return Message("rule.6", quantity=answer.quantity, numbers=numbers)
+    return Message("rule.held_back", quantity=answer.quantity, numbers=numbers, alone=alone)
+
+
+def _held_back(answer: Answer) -> Message | None:
+    """What the interval alone would say where no rule holds, since there are so many comparisons; None: nothing."""
+    says = {
+        "alike": -answer.margin < answer.low90 and answer.high90 < answer.margin,
+        "fell": answer.high95 < 0,
+        "rose": answer.low95 > 0,
+        "not_reduced": answer.low90 > -answer.margin,
+    }
+    found = next((name for name, holds in says.items() if holds), None)
+    return None if found is None else Message(f"rule.alone_{found}", margin=answer.margin)
 
 
 def level_sentence(level: ArmLevel, margin: float) -> Message:

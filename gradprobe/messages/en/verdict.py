@@ -32,8 +32,12 @@ MESSAGES: dict[str, str] = {
     "rule.5": "{quantity:first} did not fall by as much as the margin of {margin}: {numbers}.",
     "rule.6": "{quantity:first} changed by {numbers}; inconclusive: the interval includes both a meaningful reduction "
     "and no reduction.",
-    "rule.held_back": "{quantity:first} changed by {numbers}; inconclusive: the interval alone would say that it fell, "
+    "rule.held_back": "{quantity:first} changed by {numbers}; inconclusive: the interval alone would say that {alone}, "
     "but not with so many comparisons.",
+    "rule.alone_fell": "it fell",
+    "rule.alone_rose": "it rose",
+    "rule.alone_alike": "it changed by less than the margin of {margin}",
+    "rule.alone_not_reduced": "it did not fall by as much as the margin of {margin}",
     "rule.numbers": "{estimate:signed estimate}, {n} seeds)",
     # ---- how large it is in an arm
     "level.none": "{arm}: {quantity} has no interval ({n} of {of} runs give a number).",

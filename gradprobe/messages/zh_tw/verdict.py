@@ -31,7 +31,11 @@ MESSAGES: dict[str, str] = {
     "rule.4": "{quantity}：升高：{numbers}。",
     "rule.5": "{quantity}：降低幅度未達容許差 {margin}：{numbers}。",
     "rule.6": "{quantity}：變化為 {numbers}；無法定論：信賴區間同時包含實質的降低與毫無降低。",
-    "rule.held_back": "{quantity}：變化為 {numbers}；無法定論：單看信賴區間為降低，但在這麼多項比較之中不足以定論。",
+    "rule.held_back": "{quantity}：變化為 {numbers}；無法定論：單看信賴區間{alone}，但在這麼多項比較之中不足以定論。",
+    "rule.alone_fell": "為降低",
+    "rule.alone_rose": "為升高",
+    "rule.alone_alike": "為變化小於容許差 {margin}",
+    "rule.alone_not_reduced": "為降低幅度未達容許差 {margin}",
     "rule.numbers": "{estimate:signed estimate}，{n} 個種子）",
     # ---- 各組的大小
     "level.none": "{arm}：{quantity}沒有信賴區間（{of} 次執行中有 {n} 次有數值）。",
