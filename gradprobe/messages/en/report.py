@@ -292,8 +292,8 @@ MESSAGES: dict[str, str] = {
     "validity.rule4": "INCREASED: the 95 % interval lies above 0.",
     "validity.rule5": "NOT REDUCED: the 90 % interval lies above −margin.",
     "validity.rule6": "INCONCLUSIVE: none of these.",
-    "validity.holm": "Intervals are Student's t over paired seeds, not adjusted. A verdict of rules 1 to 5 also has to hold "
-    "after Holm's correction over all comparisons of its question. Training loss is never an input.",
+    "validity.holm": "Intervals are Student's t over paired seeds, not adjusted. A verdict of rules 1 to 5 also has to "
+    "hold after Holm's correction over all comparisons of its question. Training loss is never an input.",
     "gate.passed": "passed",
     "gate.failed": "FAILED",
     "gate_name.self_check": "self-check",

@@ -273,8 +273,8 @@ MESSAGES: dict[str, str] = {
     "validity.rule4": "升高：95 % 信賴區間高於零。",
     "validity.rule5": "未降低：90 % 信賴區間高於 −容許差。",
     "validity.rule6": "無法定論：以上皆非。",
-    "validity.holm": "信賴區間為成對種子的 Student t 區間，未經調整；規則 1 至 5 的判定，還須在 Holm 對同一問題的所有比較校"
-    "正之後仍然成立。訓練損失從不作為輸入。",
+    "validity.holm": "信賴區間為成對種子的 Student t 區間，未經調整；規則 1 至 5 的判定，還須在 Holm 對同一問題的所有比"
+    "較校正之後仍然成立。訓練損失從不作為輸入。",
     "gate.passed": "通過",
     "gate.failed": "未通過",
     "gate_name.self_check": "自我檢查",
