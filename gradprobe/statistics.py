@@ -7,7 +7,7 @@ a difference between two trainers holds for seeds that were not run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -256,40 +256,69 @@ def _diagonal(gram: Array) -> Array:
 # ---- differences over seeds
 
 
+def _none() -> Array:
+    return np.zeros(())
+
+
 @dataclass(frozen=True)
 class Contrast:
-    """A difference between two trainers, and how far it is known. Arrays of one shape.
+    """A difference between two trainers, or a ratio, and how far it is known. Arrays of one shape.
 
     Attributes:
-        effect: The difference; NaN: not known.
-        error: Its standard error; NaN with a single seed.
+        effect: The difference, or the ratio; NaN: not known.
+        error: Its standard error; NaN with a single seed. Of a ratio, that of what is divided, in units of the divisor.
         freedom: Degrees of freedom of the error.
         seeds: How many differences went into it; of unpaired runs the smaller number.
+        divisor_variance: Of the mean that a ratio is divided by, as a part of its square; 0: it is no ratio.
+        covariance: Of what is divided and the divisor, in the same units.
     """
 
     effect: Array
     error: Array
     freedom: Array
     seeds: Counts
+    divisor_variance: Array = field(default_factory=_none)
+    covariance: Array = field(default_factory=_none)
 
     def interval(self, level: float = 0.95) -> tuple[Array, Array]:
-        """Student's t interval, both ends."""
-        half = special.stdtrit(self.freedom, 0.5 + level / 2) * self.error
-        return self.effect - half, self.effect + half
+        """Student's t interval, both ends; of a ratio, Fieller's.
+
+        From -inf to inf where a divisor cannot be told from 0 at this level: no ratio, however large, is ruled out in
+        at least one direction.
+
+        Source: Fieller, "Some Problems in Interval Estimation", 1954.
+        """
+        quantile = special.stdtrit(self.freedom, 0.5 + level / 2)
+        square, variance = np.square(quantile), np.square(self.error)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            room = 1 - square * self.divisor_variance
+            left = square * (variance * self.divisor_variance - np.square(self.covariance))
+            error = np.sqrt(np.maximum(np.square(self._error_at(self.effect)) - left, 0.0))
+            middle, half = (self.effect - square * self.covariance) / room, quantile * error / room
+            low, high = np.where(room <= 0, -np.inf, middle - half), np.where(room <= 0, np.inf, middle + half)
+        return low, high
 
     def p_below(self, value: ArrayLike) -> Array:
         """One-sided p-value of the null "the true effect is ``value`` or more"; NaN where nothing is known."""
-        return self._tail(self.effect - np.asarray(value, dtype=np.float64))
+        return self._tail(np.asarray(value, dtype=np.float64), 1.0)
 
     def p_above(self, value: ArrayLike) -> Array:
         """One-sided p-value of the null "the true effect is ``value`` or less"."""
-        return self._tail(np.asarray(value, dtype=np.float64) - self.effect)
+        return self._tail(np.asarray(value, dtype=np.float64), -1.0)
 
-    def _tail(self, over: Array) -> Array:
+    def _error_at(self, value: Array) -> Array:
+        """Standard error of what is divided less ``value`` times the divisor: 0 on average if that is the ratio."""
+        variance = np.square(self.error) - 2 * value * self.covariance + np.square(value) * self.divisor_variance
+        result: Array = np.where(self.divisor_variance == 0, self.error, np.sqrt(np.maximum(variance, 0.0)))
+        return result
+
+    def _tail(self, value: Array, side: float) -> Array:
+        over = side * (self.effect - value)
         with np.errstate(invalid="ignore", divide="ignore"):
-            tail = special.stdtr(self.freedom, over / self.error)
+            error = self._error_at(value)
+            tail = special.stdtr(self.freedom, over / error)
         sure = np.where(over < 0, 0.0, 1.0)  # without any spread there is nothing to weigh
-        result: Array = np.where(self.error == 0, sure, tail)
+        result: Array = np.where(error == 0, sure, tail)
         return result
 
 
@@ -300,6 +329,64 @@ def paired(differences: ArrayLike) -> Contrast:
     with np.errstate(invalid="ignore", divide="ignore"):
         error = np.sqrt(variance / count)
     return Contrast(mean, error, np.where(count > 1, count - 1.0, np.nan), count)
+
+
+def ratio_of_means(above: ArrayLike, below: ArrayLike) -> Contrast:
+    """``mean above / mean below`` from one pair per seed: (..., n) each -> (...). NaN in either: the seed is missing.
+
+    The divisor is a mean over seeds, so that one seed whose own divisor is near 0 does no harm. The effect is NaN where
+    that mean is 0; where it cannot be told from 0 the interval is unbounded (:meth:`Contrast.interval`).
+
+    >>> found = ratio_of_means([1.0, 1.2, 0.8], [2.0, 2.2, 1.9])
+    >>> print(*np.round([found.effect, *found.interval()], 3))
+    0.492 0.303 0.624
+    """
+    above, below = np.broadcast_arrays(np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64))
+    known = np.isfinite(above) & np.isfinite(below)
+    (top, top_variance, count), (bottom, bottom_variance, _) = (
+        _moments(np.where(known, one, np.nan)) for one in (above, below)
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        both = np.where(known, (above - top[..., None]) * (below - bottom[..., None]), 0.0).sum(axis=-1) / (count - 1)
+        unit = np.where(bottom == 0, np.nan, bottom)
+        scale = np.square(unit) * count
+        found = top / unit, np.sqrt(top_variance / scale), bottom_variance / scale, both / scale
+    effect, error, divisor, covariance = found
+    return Contrast(effect, error, np.where(count > 1, count - 1.0, np.nan), count, divisor, covariance)
+
+
+def ratio_parts(above: ArrayLike, below: ArrayLike) -> Array:
+    """What each seed adds to ``mean above / mean below``, (..., n): values whose mean is the ratio.
+
+    ``r + (above - r below) / mean below``: to the first order the ratio depends on a seed as their mean does.
+    """
+    above, below = np.asarray(above, dtype=np.float64), np.asarray(below, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        unit = below.mean(axis=-1, keepdims=True)
+        ratio = above.mean(axis=-1, keepdims=True) / unit
+        result: Array = ratio + (above - ratio * below) / unit
+    return result
+
+
+def difference_of_ratios(
+    arm_above: ArrayLike, arm_below: ArrayLike, base_above: ArrayLike, base_below: ArrayLike
+) -> Contrast:
+    """A ratio of means in the arm minus that in the baseline, paired: (..., n) each, one per seed -> (...).
+
+    With m the mean of both ratios, ``(arm - m) - (base - m)``, each over its own mean divisor, less the difference
+    times the mean of both divisors, is 0 on average: Fieller's argument. That m and both mean divisors are estimates is
+    neglected; docs/validity.md shows what that costs.
+    """
+    parts = [np.asarray(one, dtype=np.float64) for one in (arm_above, arm_below, base_above, base_below)]
+    missing = ~np.all([np.isfinite(one) for one in parts], axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        parts = [np.where(missing, np.nan, one) for one in parts]
+        top, bottom, other_top, other_bottom = parts
+        means = [_moments(one)[0][..., None] for one in parts]
+        middle = (means[0] / means[1] + means[2] / means[3]) / 2
+        apart = (top - middle * bottom) / means[1] - (other_top - middle * other_bottom) / means[3]
+        divisor = (bottom / means[1] + other_bottom / means[3]) / 2
+    return ratio_of_means(apart, divisor)
 
 
 def welch(arm: ArrayLike, baseline: ArrayLike) -> Contrast:

@@ -374,3 +374,115 @@ def test_skewed_differences_are_told():
     assert not stats.skewed(skewed[:, :3]).any()
     twin = scipy.stats.skew(skewed[0])
     assert stats.skewed(skewed[0]) == (abs(twin) > 1.96 * np.sqrt(6 * 6 / (9 * 11)))
+
+
+# ---- ratios over seeds
+
+
+def fieller_1954(above, below, level=0.95):
+    """The roots as the paper writes them, of means m1 / m2 with variances v11, v22 and covariance v12."""
+    n = len(above)
+    (v11, v12), (_, v22) = np.cov(above, below) / n
+    m1, m2 = np.mean(above), np.mean(below)
+    t = scipy.stats.t.ppf(0.5 + level / 2, n - 1)
+    g = t**2 * v22 / m2**2
+    root = t / m2 * np.sqrt(v11 - 2 * m1 / m2 * v12 + (m1 / m2) ** 2 * v22 - g * (v11 - v12**2 / v22))
+    return (m1 / m2 - g * v12 / v22 - root) / (1 - g), (m1 / m2 - g * v12 / v22 + root) / (1 - g)
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 8])
+def test_a_ratio_of_means_has_fiellers_interval_and_the_test_that_it_inverts(seeds):
+    rng = np.random.default_rng(seeds)
+    below = 10 + rng.normal(size=seeds)
+    above = 0.4 * below + rng.normal(size=seeds)
+    found = stats.ratio_of_means(above, below)
+    np.testing.assert_allclose(np.ravel(found.interval(0.9)), fieller_1954(above, below, 0.9))
+    for value in (*np.ravel(found.interval(0.9)), 0.0, 0.7):
+        twin = scipy.stats.ttest_1samp(above - value * below, 0, alternative="less").pvalue
+        assert found.p_below(value) == pytest.approx(twin, abs=1e-12)
+        assert found.p_above(value) == pytest.approx(1 - twin, abs=1e-12)
+    assert found.p_below(found.interval(0.9)[1]) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("resolved", [1.0, 2.0, 5.0], ids=lambda r: f"divisor={r}sd")
+@pytest.mark.parametrize("seeds", [3, 5, 8])
+def test_fiellers_interval_covers_where_a_divisor_is_near_zero(seeds, resolved):
+    rng = np.random.default_rng(12)
+    below = resolved + rng.normal(size=(20_000, seeds))
+    above = 0.5 * below + 0.5 * rng.normal(size=(20_000, seeds))
+    found = stats.ratio_of_means(above, below)
+    low, high = found.interval()
+    bounded = np.isfinite(low)
+    np.testing.assert_array_equal(bounded, np.isfinite(high))
+    assert 0.945 <= ((low <= 0.5) & (0.5 <= high)).mean() <= 0.98 + 0.02 * (not bounded.all())
+    assert (found.p_below(0.5) <= 0.025).mean() == pytest.approx(0.025, abs=0.004)
+    assert (found.p_above(0.5) <= 0.025).mean() == pytest.approx(0.025, abs=0.004)
+
+
+def test_a_divisor_that_cannot_be_told_from_zero_leaves_the_interval_unbounded():
+    found = stats.ratio_of_means([1.0, 1.1, 0.9], [1.0, -1.0, 0.3])
+    assert np.ravel(found.interval()).tolist() == [-np.inf, np.inf]
+    assert np.isfinite(found.effect)
+    narrow = stats.ratio_of_means([1.0, 1.1, 0.9], [1.0, 0.9, 1.2])
+    assert np.isfinite(narrow.interval()).all()
+    assert np.isnan(stats.ratio_of_means([1.0, 2.0], [1.0, -1.0]).effect)  # nothing to divide by
+    assert np.isnan(stats.ratio_of_means([1.0], [2.0]).interval()).all()
+    assert np.isnan(stats.ratio_of_means([np.nan], [2.0]).effect)
+
+
+@settings(deadline=None)
+@given(samples, st.floats(0.5, 2))
+def test_with_a_divisor_without_spread_it_is_students_t(d, divisor):
+    found, twin = stats.ratio_of_means(d * divisor, np.full_like(d, divisor)), stats.paired(d)
+    np.testing.assert_allclose(np.ravel(found.interval()), np.ravel(twin.interval()), rtol=1e-9, atol=1e-9)
+
+
+def test_a_seed_that_is_missing_in_either_is_left_out():
+    found = stats.ratio_of_means([1.0, 2.0, np.nan, 4.0, 1.5], [2.0, np.nan, 3.0, 5.0, 2.5])
+    twin = stats.ratio_of_means([1.0, 4.0, 1.5], [2.0, 5.0, 2.5])
+    assert (found.seeds, found.effect, found.error, found.covariance) == (
+        3,
+        twin.effect,
+        pytest.approx(twin.error),
+        pytest.approx(twin.covariance),
+    )
+    one = stats.difference_of_ratios([1.0, 2.0, np.nan, 2.0], [2.0, 3.0, 1.0, 2.5], [1.0] * 4, [2.0, 2.5, 1.0, 2.0])
+    other = stats.difference_of_ratios([1.0, 2.0, 2.0], [2.0, 3.0, 2.5], [1.0] * 3, [2.0, 2.5, 2.0])
+    assert one.effect == pytest.approx(other.effect)
+
+
+def ratios_of_two(rng, studies, seeds, resolved, arm, base):
+    """Numerators and divisors of an arm and a baseline: a divisor is ``resolved`` of its standard errors above 0."""
+    found = []
+    for ratio in (arm, base):
+        own = np.exp(0.2 * rng.normal(size=(studies, seeds)))
+        found += [
+            ratio * own + 0.05 * rng.normal(size=(studies, seeds)),
+            own + rng.normal(size=(studies, seeds)) / resolved,
+        ]
+    return found
+
+
+@pytest.mark.parametrize("resolved", [2.0, 3.0, 6.0])
+@pytest.mark.parametrize("seeds", [3, 5, 8])
+def test_a_difference_of_ratios_errs_as_often_as_it_says(seeds, resolved):
+    rng = np.random.default_rng(13)
+    for arm in (0.5, 0.2):
+        found = stats.difference_of_ratios(*ratios_of_two(rng, 20_000, seeds, resolved, arm, 0.5))
+        assert (found.p_below(arm - 0.5) <= 0.025).mean() <= 0.03
+        assert (found.p_above(arm - 0.5) <= 0.025).mean() <= 0.035
+
+
+def test_a_difference_of_ratios_is_that_of_the_means_and_turns_with_the_sides():
+    arm, arm_own, base, base_own = ratios_of_two(np.random.default_rng(14), 50, 5, 6.0, 0.2, 0.5)
+    found, back = (
+        stats.difference_of_ratios(*sides) for sides in ((arm, arm_own, base, base_own), (base, base_own, arm, arm_own))
+    )
+    by_hand = arm.mean(axis=1) / arm_own.mean(axis=1) - base.mean(axis=1) / base_own.mean(axis=1)
+    np.testing.assert_allclose(found.effect, by_hand)
+    np.testing.assert_allclose(back.interval()[0], -found.interval()[1])
+    parts = stats.ratio_parts(arm, arm_own) - stats.ratio_parts(base, base_own)
+    np.testing.assert_allclose(parts.mean(axis=1), found.effect)
+    same = stats.difference_of_ratios(arm, base_own, base, base_own)
+    one = stats.ratio_of_means(arm - base, base_own)  # one divisor: Fieller's own case
+    np.testing.assert_allclose(np.ravel(same.interval()), np.ravel(one.interval()))
