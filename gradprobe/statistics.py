@@ -110,7 +110,7 @@ def _half_width(variance: ArrayLike, rows: ArrayLike, level: float = 0.95) -> Ar
     rows = np.asarray(rows, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         freedom = np.where(rows >= _MIN_ROWS, 2 * np.square(rows - 1) / (3 * rows - 4), np.nan)
-        result: Array = special.stdtrit(freedom, 0.5 + level / 2) * np.sqrt(np.asarray(variance, dtype=np.float64))
+        result: Array = t_quantile(freedom, level) * np.sqrt(np.asarray(variance, dtype=np.float64))
     return result
 
 
@@ -256,6 +256,12 @@ def _diagonal(gram: Array) -> Array:
 # ---- differences over seeds
 
 
+def t_quantile(freedom: ArrayLike, level: float) -> Array:
+    """How many standard errors an interval of Student's t reaches to each side at a level such as .95."""
+    result: Array = special.stdtrit(freedom, 0.5 + level / 2)
+    return result
+
+
 def _none() -> Array:
     return np.zeros(())
 
@@ -288,7 +294,7 @@ class Contrast:
 
         Source: Fieller, "Some Problems in Interval Estimation", 1954.
         """
-        quantile = special.stdtrit(self.freedom, 0.5 + level / 2)
+        quantile = t_quantile(self.freedom, level)
         square, variance = np.square(quantile), np.square(self.error)
         with np.errstate(invalid="ignore", divide="ignore"):
             room = 1 - square * self.divisor_variance
@@ -524,7 +530,9 @@ def sign_flip(differences: ArrayLike) -> float:
 def skewed(differences: ArrayLike) -> Truth:
     """Whether differences lean to one side more than normal ones do in 95 % of cases: (..., n) -> (...).
 
-    Student's t then errs more often than it says: up to 13 % instead of 5. Never with fewer than four.
+    Student's t then errs more often than it says: of lognormal differences (sigma 1.5) of mean 0 it calls some 30 %
+    reduced at 3 to 8 seeds, instead of 2.5. Not seeing a lean shows nothing: with fewer than four differences none is
+    ever seen; docs/validity.md.
     """
     d = np.asarray(differences, dtype=np.float64)
     mean, variance, count = _moments(d)

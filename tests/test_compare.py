@@ -299,12 +299,15 @@ def no_progress(table):
     table["loss_change"] = table["term"].sum(axis=(1, 3)) + table["head"]
 
 
+def without_progress(run):
+    return with_ledger(run, no_progress)
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
         ("residual", lambda run: with_ledger(run, off_by_a_third)),
         ("rows", lambda run: with_ledger(run, much_from_before)),
-        ("own progress", lambda run: with_ledger(run, no_progress)),
         ("samples over noise scale", lambda run: but(run, data__train_images=20)),
         ("samples over noise scale", lambda run: but(run, data__train_images=None)),
         ("samples over noise scale", lambda run: replace(run, probed=None)),
@@ -324,6 +327,108 @@ def test_every_gate_closes_on_one_bad_run_of_many(name, change):
     assert str(closed.sentence) in str(one.reason)
     assert np.isnan(one.effect)
     assert found.open
+
+
+@pytest.mark.parametrize("file", ["joint-2.h5", "arm-1.h5"])
+def test_a_run_without_own_progress_closes_nothing_where_the_others_have_enough_to_divide_by(file):
+    less = BASE.but(cancelled={"cls>det": 0.1, "det>cls": 0.2})
+    sound = compare(study({"joint": BASE, "arm": less}))
+    found = compare(spoil(study({"joint": BASE, "arm": less}), without_progress, file))
+    one = answer(found, "interference", "cls>det")
+    assert one.verdict == REDUCED
+    assert one.of_means
+    assert not answer(sound, "interference", "cls>det").of_means
+    assert not answer(found, "interference", "det>cls").of_means
+    assert gates.passed(one.gates)
+    together = next(gate for gate in one.gates if gate.name == "own progress")
+    assert f"{file[:-5]}: over 5 runs together det's own progress is" in str(together.sentence)
+    assert "in one of them 0.0" in str(together.sentence)
+    assert one.effect == pytest.approx(np.mean(np.subtract(one.arm_values, one.baseline_values)))
+    arm = 0.5 if file.startswith("joint") else 0.1  # of five runs four make progress, and all cancel
+    assert one.effect == pytest.approx(-0.4 + (-1 if file.startswith("joint") else 1) * arm / 4, abs=0.05)
+    assert one.low95 < one.effect < one.high95 < 0
+    assert Message("remark.of_means", task="det", by="cls") in one.notes
+    assert all(layer.subject != "cls>det" for layer in found.layers if layer.question == "interference")
+    level = next(x for x in found.levels if (x.arm, x.subject) == (file[:-5], "cls>det"))
+    assert level.mean == pytest.approx(np.mean(one.baseline_values if file.startswith("joint") else one.arm_values))
+    assert level.low95 < level.mean < level.high95
+    assert np.isfinite(level.values).all()
+
+
+def test_where_no_run_makes_progress_what_is_cancelled_is_told_in_units_of_the_loss():
+    runs = study({"joint": BASE, "arm": BASE.but(cancelled={"cls>det": 0.1, "det>cls": 0.2})})
+    found = compare([without_progress(run) if run.arm == "arm" else run for run in runs])
+    one = answer(found, "interference", "cls>det")
+    assert one.verdict == UNDEFINED
+    closed = [gate for gate in one.gates if not gate.passed]
+    assert {gate.name for gate in closed} >= {"own progress"}
+    assert "arm: over 5 runs together det's own progress is 0.0 of its standard errors above 0" in str(one.reason)
+    (said,) = (note for note in one.notes if note.key == "remark.cancelled")
+    effect, low, high = dict(said.values)["estimate"]
+    assert effect == pytest.approx(-0.4 * 0.01, rel=0.1)  # a step's own progress of det is .01
+    assert low < effect < high < 0
+    assert not np.isfinite(next(x for x in found.levels if (x.arm, x.subject) == ("arm", "cls>det")).mean)
+
+
+def test_own_progress_that_seeds_do_not_share_leaves_the_ratio_without_an_interval():
+    """One run of three makes nearly all of the progress: rows tell the sum from 0, and seeds do not."""
+    runs = study({"joint": BASE, "arm": BASE}, range(3))
+    for file in ("arm-1.h5", "arm-2.h5"):
+        runs = spoil(runs, without_progress, file)
+    one = answer(compare(runs), "interference", "cls>det")
+    assert one.verdict == UNDEFINED
+    assert [gate.name for gate in one.gates if not gate.passed] == ["own progress over seeds"]
+    assert "det's mean own progress is" in str(one.reason)
+    assert "4.3 are asked for" in str(one.reason)
+
+
+def test_a_run_made_twice_is_held_against_itself_where_it_has_no_progress_of_its_own():
+    *runs, last = study({"joint": BASE, "arm": BASE})
+    runs = spoil(runs, without_progress, "joint-0.h5")
+    twin = without_progress(replace(last, content="almost"))
+    apart = with_ledger(twin, lambda table: table["term"].__setitem__((slice(None), slice(None), 0, 1), 0.02))
+    for again_, passes in ((twin, True), (apart, False)):
+        gate = twice(compare([*runs, again_]))
+        assert np.isfinite(gate.value)
+        assert gate.passed == passes
+
+
+def test_unpaired_runs_need_progress_each():
+    runs = spoil(study({"joint": BASE, "arm": BASE}), without_progress)
+    one = answer(compare(runs, Criteria(paired=False)), "interference", "cls>det")
+    assert (one.verdict, one.of_means) == (UNDEFINED, False)
+
+
+# ---- how far it reaches
+
+
+def test_what_a_study_of_one_data_set_can_claim_is_told_once():
+    runs = study({"joint": BASE, "arm": BASE, "other": BASE}, range(4))
+    found = compare(runs)
+    assert [line.key for line in found.scope] == ["scope.seeds", "scope.data", "scope.test_images"]
+    assert str(found.scope[0]).startswith("What happens in one seed of ten is absent from 4 seeds in 66 % of studies")
+    assert str(found.scope[1]).startswith("All runs learned from 1 data set, and verdicts hold for that data")
+    bare = [replace(run, tested=SplitScores(run.tested.values)) for run in runs]
+    assert [line.key for line in compare(bare).scope] == ["scope.seeds", "scope.data"]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (lambda seed: f"of seed {seed}", ["scope.seeds"]),
+        (lambda seed: f"{seed % 2}", ["scope.seeds", "scope.data", "scope.test_images"]),
+        (lambda seed: None, ["scope.seeds", "scope.data_unknown", "scope.test_images"]),
+    ],
+    ids=["each its own", "two", "not shown"],
+)
+def test_seeds_with_data_of_their_own_are_not_said_to_share_it(data, said):
+    runs = [but(run, data__fingerprint=data(run.seed)) for run in study({"joint": BASE, "arm": BASE})]
+    assert [line.key for line in compare(runs, Criteria(paired=True)).scope] == said
+
+
+def test_without_an_interval_nothing_is_said_of_how_far_it_reaches():
+    assert compare(study({"joint": BASE, "arm": BASE}, range(1))).scope == []
+    assert compare(study({"arm": BASE})).scope == []
 
 
 def test_a_ledger_on_a_fixed_probe_batch_needs_no_large_training_set():
@@ -355,16 +460,28 @@ def test_a_gradient_that_cannot_be_told_from_noise_leaves_direction_undefined():
     assert [gate.name for gate in one.gates if not gate.passed] == ["gradients resolved"]
 
 
-def test_a_gradient_that_cannot_be_told_from_noise_has_no_direct_effect():
-    def change(run):
-        noise = run.probed.noise.copy()
-        noise[..., 0, 0] = run.probed.gram[..., 0, 0]  # of det, in one of five runs of the baseline
-        return replace(run, probed=replace(run.probed, noise=noise))
+def all_noise(run):
+    """Nothing is left of the gradient of det."""
+    noise = run.probed.noise.copy()
+    noise[..., 0, 0] = run.probed.gram[..., 0, 0]
+    return replace(run, probed=replace(run.probed, noise=noise))
 
+
+def test_the_direct_effect_divides_by_what_the_baselines_runs_have_together():
     runs = study({"joint": BASE, "arm": BASE.but(weight=(1.0, 3.0))})
-    sound, found = compare(runs), compare(spoil(runs, change, "joint-1.h5"))
+    sound, found = compare(runs), compare(spoil(runs, all_noise, "joint-1.h5"))
+    one, other = (answer(x, "interference", "cls>det").direct for x in (sound, found))
+    assert one.effect > 0.3
+    assert other.effect == pytest.approx(one.effect * 5 / 4, rel=0.1)  # four of five have something to divide by
+    assert other.effect == pytest.approx(np.mean(np.subtract(other.arm_values, other.baseline_values)))
+    assert other.low95 < other.effect < other.high95
+
+
+def test_a_gradient_that_cannot_be_told_from_noise_has_no_direct_effect():
+    runs = study({"joint": BASE, "arm": BASE.but(weight=(1.0, 3.0))})
+    sound = compare(runs)
+    found = compare([all_noise(run) if run.file in ("joint-1.h5", "joint-2.h5", "joint-3.h5") else run for run in runs])
     into_det, into_cls = (answer(found, "interference", subject).direct for subject in ("cls>det", "det>cls"))
-    assert answer(sound, "interference", "cls>det").direct.effect > 0.3
     assert np.isnan([into_det.effect, into_det.low95, into_det.high95]).all()
     assert str(into_det.sentence) == (
         "At the baseline's checkpoints det's gradient cannot be distinguished from noise: there is no direct effect."

@@ -18,6 +18,8 @@ TASKS = ("det", "cls")
 MICRO = np.full(4, 0.25)
 METRICS = {"mAP50": 0.6, "mAP50-95": 0.35, "accuracy": 0.8}
 ALONE = {"mAP50": 0.7, "mAP50-95": 0.45, "accuracy": 0.9}
+SETTLED = 20
+"""The first steps of Adam, which a ledger's window leaves out."""
 OWNER = {"mAP50": "det", "mAP50-95": "det", "accuracy": "cls"}
 
 
@@ -31,6 +33,7 @@ class Truth:
         weight: In force throughout.
         metrics: On the test split.
         spread: Standard deviation over seeds of the paired differences of all of them.
+        resolved: How many of its standard errors a run's own progress is above 0; 0: very many.
     """
 
     cosine: float = -0.3
@@ -38,6 +41,7 @@ class Truth:
     weight: tuple[float, float] = (1.0, 1.0)
     metrics: Mapping[str, float] = field(default_factory=lambda: dict(METRICS))
     spread: float = 0.02
+    resolved: float = 0.0
 
     def but(self, **changes: Any) -> Truth:
         """The same with some of it otherwise."""
@@ -75,7 +79,9 @@ def gradients(rng: np.random.Generator, cosine: float, rows: int, layers: int, n
     return gram, noise_part(gram, within, MICRO)
 
 
-def ledger(rng: np.random.Generator, truth: Mapping[str, float], rows: int, layers: int) -> dict[str, Any]:
+def ledger(
+    rng: np.random.Generator, truth: Mapping[str, float], rows: int, layers: int, resolved: float = 0.0
+) -> dict[str, Any]:
     """A ledger whose C is that of ``truth``: what is measured is what the terms sum to, and a little beside."""
     own = np.array([0.01, 0.02])
     term = np.zeros((rows, layers, 2, 4))
@@ -83,6 +89,9 @@ def ledger(rng: np.random.Generator, truth: Mapping[str, float], rows: int, laye
         for j, by in enumerate(TASKS):
             part = -own[i] if i == j else own[i] * truth[f"{by}>{task}"]
             term[:, :, i, j] = part / layers * (1 + 0.05 * rng.normal(size=(rows, layers)))
+        if resolved:
+            noise = own[i] * np.sqrt((rows - SETTLED) / layers) / resolved
+            term[:, :, i, i] += noise * rng.normal(size=(rows, layers))
         term[:, :, i, 2] = 1e-4 / layers
     head = np.tile(-0.005, (rows, 2))
     change = term.sum(axis=(1, 3)) + head + 2e-4 * rng.normal(size=(rows, 2))
@@ -142,7 +151,7 @@ def make(
         content=f"{arm}-{seed}",
         made=f"{arm}-{seed}",
         probed=Rows(step, gram, noise, np.full(rows, 64)),
-        ledger=ledger(rng, {k: drawn(v) for k, v in truth.cancelled.items()}, 2 * rows, layers),
+        ledger=ledger(rng, {k: drawn(v) for k, v in truth.cancelled.items()}, 2 * rows, layers, truth.resolved),
         tested=SplitScores(metrics, tuple(f"clip-{k}" for k in range(clusters)), without),
     )
 

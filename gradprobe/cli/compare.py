@@ -243,7 +243,7 @@ def _closing(found: Comparison) -> str:
     if any(line.key == GOES_BY for line in found.disagreements):
         planned = "closing.planned_but"
     first = [SAY(over, n=len(found.common_layers), steps=steps)] if found.answers else []
-    return SAY.join([*first, SAY(planned), SAY("closing.reading")])
+    return SAY.join([*first, SAY(planned), SAY("closing.reading"), *(str(line) for line in found.scope)])
 
 
 def _tables(found: Comparison) -> Iterator[tuple[str, Sequence[str], Rows]]:

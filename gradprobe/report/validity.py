@@ -70,6 +70,7 @@ def limits(context: Context) -> Section:
     """Points that always hold, and those that hold here."""
     words = context.words
     points = [words(f"limits.{name}") for name in (*limits_here(context), *_ALWAYS)]
+    points += [words.say(line) for line in context.comparison.scope]
     return Section("limits", words("limits.title"), words("limits.lead"), [Prose(points, points=True)])
 
 

@@ -118,7 +118,9 @@ class Answer:
         notes: What has to be known beside it.
         direct: See :class:`Direct`; of interference only.
         sign_flip: p-value by flipping signs, of six seeds or more; NaN: fewer. A check, not used by the rules.
-        skewed: Whether the differences are skewed, so that the interval is too narrow.
+        skewed: Whether the differences are seen to be skewed, so that the interval is too narrow.
+        of_means: Whether the effect is a difference of ratios of means over seeds, since a run has nothing to divide by
+            of its own; the intervals are then Fieller's, and each run's value is what it adds to its arm's ratio.
     """
 
     question: str
@@ -154,6 +156,7 @@ class Answer:
     direct: Direct | None = None
     sign_flip: float = math.nan
     skewed: bool = False
+    of_means: bool = False
 
 
 @dataclass(frozen=True)
@@ -260,6 +263,7 @@ class Comparison:
         levels: How large each quantity is in each arm, the baseline first.
         similarities: How alike gradients are in length, by arm and pair, the baseline first.
         layers: Exploratory.
+        scope: What the intervals do not cover, for all answers alike.
         refusals: What was asked for and is not given, and why.
         warnings: What in the files misleads.
         disagreements: Where files, or this comparison, differ from the plan.
@@ -279,6 +283,7 @@ class Comparison:
     levels: Sequence[ArmLevel] = ()
     similarities: Sequence[Similarity] = ()
     layers: Sequence[LayerAnswer] = ()
+    scope: Sequence[Message] = ()
     refusals: Sequence[Message] = ()
     warnings: Sequence[Message] = ()
     disagreements: Sequence[Message] = ()

@@ -32,6 +32,7 @@ from gradprobe.verdict.conditions import ArmRuns
 from gradprobe.verdict.criteria import Criteria, Resolved, controls, resolve
 from gradprobe.verdict.evidence import Evidence, shared_layers
 from gradprobe.verdict.quantities import (
+    CLUSTERS,
     Deficit,
     Direction,
     Quantity,
@@ -95,10 +96,29 @@ def compare(evidence: Sequence[Evidence], options: Criteria | None = None) -> Co
             if isinstance(q, Direction) and _has(group, q)
         ],
         layers=_by_layer(laid, quantities, answers),
+        scope=_scope(baseline, answers) if baseline else [],
         refusals=refusals,
         warnings=_warnings(baseline, arms, evidence, chosen),
         disagreements=conditions.disagreements(evidence, groups, plan, chosen.by_the_plans_names()),
     )
+
+
+def _scope(baseline: ArmRuns, answers: Sequence[Answer]) -> list[Message]:
+    """What no interval over these seeds covers; nothing where there is no interval."""
+    told = [answer for answer in answers if math.isfinite(answer.low95)]
+    if not told:
+        return []
+    fewest, count = min(answer.n for answer in told), conditions.data_sets(baseline)
+    found = [Message("scope.seeds", n=fewest, part=_RARE_IS_ABSENT**fewest)]
+    if count >= len(baseline.runs):
+        return found
+    images = any(note.key == CLUSTERS for answer in told for note in answer.notes)
+    found.append(Message("scope.data", n=count) if count else Message("scope.data_unknown"))
+    return [*found, *([Message("scope.test_images")] if images else [])]
+
+
+_RARE_IS_ABSENT = 0.9
+"""How often what happens in one seed of ten does not happen in a seed."""
 
 
 def _tasks(evidence: Sequence[Evidence]) -> list[str]:
@@ -183,21 +203,20 @@ def _measure(s: Sides, quantity: Quantity) -> _Measured:
     if lacking is not None:
         return _Measured(replace(blank, verdict=NO_VERDICT, reason=lacking))
     layers = s.layers(quantity.tasks)
-    baseline, treated = (quantity.values(runs, layers) for runs in (s.baseline, s.treated))
-    found = [*quantity.gates(s.runs, layers), *quantity.same_twice(s, layers)]
+    found = quantity.reading(s, layers)
     answer = replace(
         blank,
-        baseline_values=baseline.tolist(),
-        arm_values=treated.tolist(),
-        gates=found,
+        baseline_values=found.baseline.tolist(),
+        arm_values=found.arm.tolist(),
+        gates=found.gates,
         notes=[*_layer_note(s, quantity, layers), *quantity.remarks(s, layers, found)],
         direct=quantity.direct(s, layers),
+        of_means=found.of_means,
     )
-    if not gates.passed(found):
-        return _Measured(replace(answer, verdict=UNDEFINED, reason=gates.closed(found)))
-    contrast = quantity.contrast(s, baseline, treated)
-    answer = replace(answer, effect=float(contrast.effect), n=int(contrast.seeds))
-    return _Measured(_checked(answer, treated - baseline) if s.same_seed else answer, contrast)
+    if found.contrast is None:
+        return _Measured(replace(answer, verdict=UNDEFINED, reason=gates.closed(found.gates)))
+    answer = replace(answer, effect=float(found.contrast.effect), n=int(found.contrast.seeds))
+    return _Measured(_checked(answer, found.arm - found.baseline) if s.same_seed else answer, found.contrast)
 
 
 def _not_shared(s: Sides, tasks: Sequence[str]) -> Message | None:
@@ -270,10 +289,11 @@ def _reason(answer: Answer) -> Message:
 def _stacked(contrasts: Sequence[Contrast | None]) -> Contrast:
     nothing = Contrast(np.array(math.nan), np.array(math.nan), np.array(math.nan), np.array(0))
     each = [one if one is not None else nothing for one in contrasts]
-    effect, error, freedom = (
-        np.array([float(getattr(one, name)) for one in each]) for name in ("effect", "error", "freedom")
+    effect, error, freedom, divisor_variance, covariance = (
+        np.array([float(getattr(one, name)) for one in each])
+        for name in ("effect", "error", "freedom", "divisor_variance", "covariance")
     )
-    return Contrast(effect, error, freedom, np.array([int(one.seeds) for one in each]))
+    return Contrast(effect, error, freedom, np.array([int(one.seeds) for one in each]), divisor_variance, covariance)
 
 
 _NUMBERS = (
@@ -298,15 +318,9 @@ def _has(group: ArmRuns, quantity: Quantity) -> bool:
 
 def _level(group: ArmRuns, quantity: Quantity, layers: Sequence[str]) -> ArmLevel:
     """How large a quantity is in an arm, over its seeds."""
-    needed = quantity.level_needs_gates
-    values = [
-        math.nan
-        if needed and not gates.passed(quantity.gates([run], layers))
-        else float(quantity.values([run], layers)[0])
-        for run in group.runs.values()
-    ]
+    values, estimate = quantity.level(list(group.runs.values()), layers)
     level = ArmLevel(
-        quantity.question, group.name, quantity.subject, quantity.name, *_over_seeds(values), values, list(group.runs)
+        quantity.question, group.name, quantity.subject, quantity.name, *estimate, values, list(group.runs)
     )
     return replace(level, sentence=decision.level_sentence(level, quantity.margin))
 
@@ -331,7 +345,8 @@ def _by_layer(laid: Sequence[Sides], quantities: Sequence[Quantity], answers: Se
         one
         for s in laid
         for answer in answers
-        if answer.arm == s.arm and answer.rule is not None and (answer.question, answer.subject) in apart
+        if answer.arm == s.arm and answer.rule is not None and not answer.of_means
+        if (answer.question, answer.subject) in apart
         for one in _layers(s, apart[answer.question, answer.subject])
     ]
     if not found:

@@ -49,6 +49,12 @@ class ArmRuns:
         return next(iter(self.runs.values())).single
 
 
+def data_sets(group: ArmRuns) -> int:
+    """From how many data sets the runs of an arm learned; 0: a file does not say."""
+    found = {str(run.provenance.get("data.fingerprint", "")) for run in group.runs.values()}
+    return 0 if "" in found else len(found)
+
+
 def runs_by_arm(evidence: Sequence[Evidence]) -> dict[str, ArmRuns]:
     """Runs by arm.
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gradprobe.ledger.windows import Window, window
 from gradprobe.measures import Array, first_settled_step, from_norms, over_counted
 from gradprobe.runfile import Run, schema
-from gradprobe.statistics import Estimate, Mean, pooled, pooled_ratio
+from gradprobe.statistics import Estimate, pooled, pooled_ratio, series_mean
 
 __all__ = ["Evidence", "read"]
 
@@ -370,14 +370,28 @@ def shares(run: Evidence, layers: Sequence[str], span: Span = None) -> Shares | 
     return Shares(share, float(share.max()))
 
 
-def direct_effect(
-    baseline: Evidence, arm: Evidence, pair: Pair, layers: Sequence[str], span: Span = None
-) -> Mean | None:
+@dataclass(frozen=True)
+class DirectEffect:
     """What an arm's weights would do at the baseline's own checkpoints: ``-sum w_j U_ij / sum w_i U_ii``.
 
-    On the scale of C: above 0, ``by`` cancels progress of ``task``. With ``arm`` the baseline itself, that of its own
-    weights. None: nothing was recorded in micro-batches, or the arm has no weights. NaN: the gradient of ``task``
-    cannot be distinguished from noise, so that what is divided by may be 0.
+    Attributes:
+        above, below: What is divided by what, means over rows.
+        value: The ratio, on the scale of C: above 0, ``by`` cancels progress of ``task``. NaN: the gradient of ``task``
+            cannot be distinguished from noise, so that what is divided by may be 0; or fewer than three rows.
+    """
+
+    above: float
+    below: float
+    value: float
+
+
+def direct_effect(
+    baseline: Evidence, arm: Evidence, pair: Pair, layers: Sequence[str], span: Span = None
+) -> DirectEffect | None:
+    """That of an arm's weights, at the checkpoints of one run of the baseline.
+
+    With ``arm`` the baseline itself, that of its own weights. None: nothing was recorded in micro-batches, or the arm
+    has no weights.
     """
     rows = gradient_rows(baseline)
     if rows is None or not len(arm.step):
@@ -388,7 +402,9 @@ def direct_effect(
     own, other = (weight[:, arm.tasks.index(task)] for task in (pair.task, pair.by))
     resolved = estimate(baseline, layers, (pair.task, pair.by), span)
     known = resolved is not None and bool(resolved.square_resolved[0])
-    return pooled_ratio(-other * true[:, 0, 1], own * true[:, 0, 0] if known else np.full(len(own), math.nan))
+    above, below = -other * true[:, 0, 1], own * true[:, 0, 0]
+    ratio = float(pooled_ratio(above, below).mean) if known else math.nan
+    return DirectEffect(float(series_mean(above).mean), float(series_mean(below).mean), ratio)
 
 
 def ledger_window(run: Evidence, layers: Sequence[str], span: Span = None) -> Window | None:
@@ -406,6 +422,32 @@ def _ledger_window(run: Evidence, layers: tuple[str, ...], span: Span) -> Window
     start, stop = span if span is not None else (0, np.inf)
     start = max(start, first_settled_step(str(run.setting.get("optimizer", ""))))
     return window(run.ledger, run.tasks, start=start, stop=stop, layers=[int(i) for i in layer_places(run, layers)])
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """What C of an ordered pair divides by what, in one run; both are means over the rows that count.
+
+    Attributes:
+        cancelled: What ``by`` took off the progress of ``task`` over some layers, in units of that loss per row.
+        own: What the task's own part of the updates of those layers took off its loss, in the same unit.
+        own_error: Its standard error.
+    """
+
+    cancelled: float
+    own: float
+    own_error: float
+
+
+def cancelled(run: Evidence, layers: Sequence[str], pair: Pair, span: Span = None) -> Cancelled:
+    """Both parts of C, whether or not a gate of the window is closed. The run must have a ledger."""
+    found = ledger_window(run, layers, span)
+    assert found is not None
+    i, j, rows = run.tasks.index(pair.task), run.tasks.index(pair.by), len(found.rows)
+    order = [run.layers.index(name) for name in layers]
+    term = np.asarray(run.ledger["term"], dtype=np.float64)[found.rows][:, order, i, j]
+    parts = (float(np.nansum(term)), float(found.own[i]), float(found.own_error[i]))
+    return Cancelled(*(part / rows if rows else math.nan for part in parts))
 
 
 def ledger_by_layer(run: Evidence, found: Window, pair: Pair, layers: Sequence[str]) -> Array:

@@ -10,7 +10,8 @@ import numpy as np
 
 from gradprobe.ledger.windows import Gate
 from gradprobe.messages import Message
-from gradprobe.verdict.evidence import Evidence, Pair, Span, estimate, ledger_window
+from gradprobe.statistics import Contrast, t_quantile
+from gradprobe.verdict.evidence import Cancelled, Evidence, Pair, Span, estimate, ledger_window
 
 _SELF_CHECK_TOLERANCE = 1e-3
 """How far the cosine of a task with its own copy may be from +1, and with its negative from -1."""
@@ -18,6 +19,9 @@ _SELF_CHECK_TOLERANCE = 1e-3
 _SAMPLES_PER_NOISE_SCALE = 10
 """So many times its noise scale a training set has to hold where it is gone through in shuffled epochs."""
 
+
+OWN_PROGRESS = "own progress"
+"""The gate of a ledger that closes where C would be divided by what may be 0."""
 
 _SAME_TWICE = "same run twice"
 
@@ -198,3 +202,29 @@ def of_the_ledger(runs: Sequence[Evidence], layers: Sequence[str], pair: Pair, s
         for gate in found.gates[run.tasks.index(pair.task)]:
             by_name.setdefault(gate.name, []).append(replace(gate, sentence=_of(run, gate.sentence)))
     return [worst(gates) for gates in by_name.values()]
+
+
+def own_progress_over_seeds(runs: Sequence[Evidence], parts: Sequence[Cancelled], task: str, limit: float) -> Gate:
+    """That of a ledger for all runs of an arm together, where C is a ratio of means over seeds.
+
+    Args:
+        runs: Of one arm.
+        parts: Of each run.
+        task: Whose progress.
+        limit: How many of its standard errors the sum over runs is to be above 0.
+    """
+    own, error = sum(part.own for part in parts), math.hypot(*(part.own_error for part in parts))
+    ratio = own / error if error else math.nan
+    least = min((part.own / part.own_error for part in parts if part.own_error), default=math.nan)
+    sentence = Message("gate.own_together", arm=runs[0].arm, n=len(runs), task=task, ratio=ratio, least=least)
+    return Gate(OWN_PROGRESS, ratio >= limit, ratio, limit, sentence)
+
+
+def bounded(contrast: Contrast, task: str) -> Gate:
+    """Seeds have to tell the mean own progress from 0 as well, or no ratio to it has an interval."""
+    freedom = float(contrast.freedom)
+    limit = float(t_quantile(freedom, 0.95)) if freedom > 0 else math.nan
+    error = math.sqrt(contrast.divisor_variance)
+    ratio = 1 / error if error else math.inf
+    sentence = Message("gate.own_over_seeds", task=task, ratio=ratio, n=int(contrast.seeds), limit=limit)
+    return Gate("own progress over seeds", ratio > limit, ratio, limit, sentence)

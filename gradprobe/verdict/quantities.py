@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -15,7 +15,17 @@ from gradprobe.ledger.windows import Gate
 from gradprobe.measures import Array
 from gradprobe.messages import Message
 from gradprobe.metric import MAIN, lower_is_better, task_of
-from gradprobe.statistics import Contrast, jackknife_variance, paired, welch, widened
+from gradprobe.statistics import (
+    Contrast,
+    difference_of_ratios,
+    jackknife_variance,
+    paired,
+    ratio_of_means,
+    ratio_parts,
+    t_interval,
+    welch,
+    widened,
+)
 from gradprobe.verdict import evidence, gates
 from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, OUTCOME, Direct
 from gradprobe.verdict.conditions import ArmRuns
@@ -67,6 +77,25 @@ def sides(baseline: ArmRuns, arm: ArmRuns, paired: bool | None) -> Sides:
 
 
 @dataclass(frozen=True, eq=False)
+class Reading:
+    """What the runs of both sides of a comparison give.
+
+    Attributes:
+        baseline, arm: (n,) of each run; NaN: none.
+        gates: What they had to pass.
+        contrast: Arm minus baseline; None: a gate is closed.
+        of_means: Whether the effect is a difference of ratios of means over seeds, and not a mean of differences; each
+            run's number is then what it adds to its arm's ratio.
+    """
+
+    baseline: Array
+    arm: Array
+    gates: Sequence[Gate]
+    contrast: Contrast | None = None
+    of_means: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Quantity(ABC):
     """One number of a run, which is to fall.
 
@@ -109,7 +138,23 @@ class Quantity(ABC):
         """What the number has to pass, of the worst run each."""
         return []
 
-    def same_twice(self, s: Sides, layers: Sequence[str]) -> list[Gate]:
+    def reading(self, s: Sides, layers: Sequence[str]) -> Reading:
+        """The numbers of all runs, their gates, and arm minus baseline."""
+        baseline, arm = (self.values(runs, layers) for runs in (s.baseline, s.treated))
+        found = [*self.gates(s.runs, layers), *self._same_twice(s, lambda run: self.read(run, layers))]
+        return Reading(baseline, arm, found, self.contrast(s, baseline, arm) if gates.passed(found) else None)
+
+    def level(self, runs: Sequence[Evidence], layers: Sequence[str]) -> tuple[list[float], tuple[float, float, float]]:
+        """The number of each run of an arm, NaN where a gate is closed; and mean and 95 % interval over them.
+
+        NaN where a run has no number: those are no random ones, and the others would be a selection.
+        """
+        open_ = [not self.level_needs_gates or gates.passed(self.gates([run], layers)) for run in runs]
+        values = np.where(open_, self.values(runs, layers), math.nan)
+        mean, low, high = map(float, t_interval(values))
+        return values.tolist(), (mean, low, high) if np.isfinite(values).all() else (math.nan,) * 3
+
+    def _same_twice(self, s: Sides, read: Callable[[Evidence], float | None]) -> list[Gate]:
         """The gate on a run made twice; none where runs are not paired."""
         if not s.same_seed:
             return []
@@ -117,13 +162,13 @@ class Quantity(ABC):
             return [gates.first_losses_equal(s.baseline, s.treated)]
         first = s.baseline[0]
         wanted = f"{first.arm}-s{first.seed}-again.h5"
-        return [gates.same_twice(s.again, lambda run: self.read(run, layers), self.margin, wanted)]
+        return [gates.same_twice(s.again, read, self.margin, wanted)]
 
     def contrast(self, s: Sides, baseline: Array, arm: Array) -> Contrast:
         """Arm minus baseline, of the numbers of each run."""
         return s.contrast(baseline, arm)
 
-    def remarks(self, s: Sides, layers: Sequence[str], found: Sequence[Gate]) -> list[Message]:
+    def remarks(self, s: Sides, layers: Sequence[str], found: Reading) -> list[Message]:
         """What has to be known to read a difference."""
         return []
 
@@ -192,7 +237,7 @@ class Direction(Quantity):
             gates.self_check(runs),
         ]
 
-    def remarks(self, s: Sides, layers: Sequence[str], found: Sequence[Gate]) -> list[Message]:
+    def remarks(self, s: Sides, layers: Sequence[str], found: Reading) -> list[Message]:
         """What it rests on."""
         streamed = [] if all(run.probed is not None for run in s.runs) else [Message("remark.stream")]
         return [*streamed, Message("remark.direction")]
@@ -233,7 +278,7 @@ class _Dominance(Quantity):
             *(gates.enough_samples(runs, layers, task, self.span) for task in self.tasks),
         ]
 
-    def remarks(self, s: Sides, layers: Sequence[str], found: Sequence[Gate]) -> list[Message]:
+    def remarks(self, s: Sides, layers: Sequence[str], found: Reading) -> list[Message]:
         """The shares of all tasks."""
         return [*self._shares(s, layers), Message("remark.dominance")]
 
@@ -279,11 +324,52 @@ class _Interference(Quantity):
             gates.self_check(runs),
         ]
 
-    def remarks(self, s: Sides, layers: Sequence[str], found: Sequence[Gate]) -> list[Message]:
+    def reading(self, s: Sides, layers: Sequence[str]) -> Reading:
+        """Where nothing but a run's own progress is in doubt, C is a ratio of means over seeds.
+
+        A run whose own progress is near 0 has no C of its own; over all seeds there may be enough to divide by.
+        """
+        found = self.gates(s.runs, layers)
+        own = next((gate for gate in found if gate.name == gates.OWN_PROGRESS and not gate.passed), None)
+        others = [gate for gate in found if gate.name != gates.OWN_PROGRESS]
+        if own is None or not s.same_seed or not gates.passed(others):
+            return super().reading(s, layers)
+        sides = [_Together(self, runs, layers) for runs in (s.baseline, s.treated)]
+        baseline, arm = sides
+        contrast = difference_of_ratios(arm.above, arm.below, baseline.above, baseline.below)
+        together = gates.worst(side.gate(own.limit) for side in sides)
+        twice = self._same_twice(s, lambda run: sides[run.arm == s.arm].read(run))
+        found = [*others, together, gates.bounded(contrast, self.pair.task), *twice]
+        return Reading(baseline.values, arm.values, found, contrast if gates.passed(found) else None, of_means=True)
+
+    def level(self, runs: Sequence[Evidence], layers: Sequence[str]) -> tuple[list[float], tuple[float, float, float]]:
+        """As of a comparison: a ratio of means where nothing but a run's own progress is in doubt."""
+        found = self.gates(runs, layers)
+        shut = [gate for gate in found if not gate.passed]
+        if len(runs) < 2 or [gate.name for gate in shut] != [gates.OWN_PROGRESS]:
+            return super().level(runs, layers)
+        side = _Together(self, runs, layers)
+        ratio = ratio_of_means(side.above, side.below)
+        if not gates.passed([side.gate(shut[0].limit), gates.bounded(ratio, self.pair.task)]):
+            return super().level(runs, layers)
+        low, high = ratio.interval()
+        return side.values.tolist(), (float(ratio.effect), float(low), float(high))
+
+    def remarks(self, s: Sides, layers: Sequence[str], found: Reading) -> list[Message]:
         """What the terms do not explain, and whether weights are the same."""
-        worst = next((gate for gate in found if gate.name == "residual" and math.isfinite(gate.value)), None)
+        worst = next((gate for gate in found.gates if gate.name == "residual" and math.isfinite(gate.value)), None)
         residual = [] if worst is None else [Message("remark.residual", task=self.pair.task, part=worst.value)]
-        return [*residual, *([Message("remark.same_weights")] if _same_weights(s) else [])]
+        means = [self._of_means(s, layers, found)] if found.of_means else []
+        return [*residual, *means, *([Message("remark.same_weights")] if _same_weights(s) else [])]
+
+    def _of_means(self, s: Sides, layers: Sequence[str], found: Reading) -> Message:
+        """What the ratio is; where nothing can be divided by, what C would divide, arm minus baseline."""
+        if found.contrast is not None:
+            return Message("remark.of_means", task=self.pair.task, by=self.pair.by)
+        baseline, arm = (_Together(self, runs, layers).above for runs in (s.baseline, s.treated))
+        apart = s.contrast(baseline, arm)
+        estimate = tuple(float(one) for one in (apart.effect, *apart.interval()))
+        return Message("remark.cancelled", task=self.pair.task, by=self.pair.by, estimate=estimate)
 
     def by_layer(self, run: Evidence, layers: Sequence[str]) -> Array:
         """They sum to C."""
@@ -299,17 +385,54 @@ class _Interference(Quantity):
             [evidence.direct_effect(one, run, self.pair, layers, self.span) for run in (one, other)]
             for one, other in zip(s.baseline, s.treated, strict=True)
         ]
-        if any(found is None for row in values for found in row):
+        found = [[one for one in side if one is not None] for side in zip(*values, strict=True)]
+        if any(len(side) < len(values) for side in found):
             return None
-        own, under = (np.array([float(row[k].mean) for row in values]) for k in (0, 1))  # type: ignore[union-attr]
-        apart = under - own
-        contrast = paired(apart if np.isfinite(apart).all() else np.full_like(apart, math.nan))
-        low, high = contrast.interval()
+        own, under = (np.array([one.value for one in side]) for side in found)
+        contrast, told = paired(under - own), np.isfinite([own, under]).all()
+        if not told:
+            (above, below), (arm_above, arm_below) = (
+                np.array([(one.above, one.below) for one in side]).T for side in found
+            )
+            contrast = difference_of_ratios(arm_above, arm_below, above, below)
+            own, under = ratio_parts(above, below), ratio_parts(arm_above, arm_below)
+            told = np.isfinite(contrast.interval()).all() and min(below.mean(), arm_below.mean()) > 0
+        if not told:
+            nothing, message = [math.nan] * len(values), Message("direct.none", task=self.pair.task)
+            return Direct(math.nan, math.nan, math.nan, nothing, nothing, message)
+        low, high = map(float, contrast.interval())
         effect = float(contrast.effect)
         message = Message("direct.effect", arm=s.arm, by=self.pair.by, task=self.pair.task, effect=effect)
-        if not math.isfinite(effect):
-            message = Message("direct.none", task=self.pair.task)
-        return Direct(effect, float(low), float(high), own.tolist(), under.tolist(), message)
+        return Direct(effect, low, high, own.tolist(), under.tolist(), message)
+
+
+class _Together:
+    """C of an arm as a ratio of means over its runs.
+
+    Attributes:
+        above, below: (n,) what C divides, and by what, in units of the loss per measured step.
+        values: (n,) what each run adds to the ratio.
+    """
+
+    def __init__(self, quantity: _Interference, runs: Sequence[Evidence], layers: Sequence[str]) -> None:
+        self._quantity, self._runs, self._layers = quantity, runs, layers
+        self._parts = [self._of(run) for run in runs]
+        self.above = np.array([part.cancelled for part in self._parts])
+        self.below = np.array([part.own for part in self._parts])
+        self.values = ratio_parts(self.above, self.below)
+
+    def gate(self, limit: float) -> Gate:
+        """On the own progress of all runs together."""
+        return gates.own_progress_over_seeds(self._runs, self._parts, self._quantity.pair.task, limit)
+
+    def read(self, run: Evidence) -> float:
+        """What this run would add to the ratio."""
+        part, own = self._of(run), float(self.below.mean())
+        ratio = float(self.above.mean()) / own if own else math.nan
+        return ratio + (part.cancelled - ratio * part.own) / own if own else math.nan
+
+    def _of(self, run: Evidence) -> evidence.Cancelled:
+        return evidence.cancelled(run, self._layers, self._quantity.pair, self._quantity.span)
 
 
 def _same_weights(s: Sides) -> bool:
@@ -320,11 +443,14 @@ def _same_weights(s: Sides) -> bool:
     )
 
 
+CLUSTERS = "remark.clusters"
+"""The key of what is said of an interval that also covers other test images."""
+
 OUTCOME_MARGIN = 0.02
 """The default of the smallest difference of a metric that matters."""
 
 _DELTA_M = "Delta-m"
-"""Mean over tasks of the relative deficit against the task alone.
+"""Mean over tasks of the deficit against the task alone, relative to what tasks alone reach on average over seeds.
 
 Source: Maninis et al., "Attentive Single-Tasking of Multiple Tasks", 2019, equation 4, with the sign of a deficit.
 """
@@ -389,10 +515,10 @@ class Deficit(Quantity):
         apart = _column_means(other - one) if s.same_seed else _column_means(other) - _column_means(one)
         return widened(found, jackknife_variance(apart), clusters - 1.0)
 
-    def remarks(self, s: Sides, layers: Sequence[str], found: Sequence[Gate]) -> list[Message]:
+    def remarks(self, s: Sides, layers: Sequence[str], found: Reading) -> list[Message]:
         """On how many independent parts of the test split it rests."""
         count = len(self._clusters(s.treated))
-        known = Message("remark.no_clusters") if count < 2 else Message("remark.clusters", n=count)
+        known = Message("remark.no_clusters") if count < 2 else Message(CLUSTERS, n=count)
         return [known, Message("remark.outcome")]
 
     @property
@@ -415,7 +541,8 @@ class Deficit(Quantity):
             alone = self._reached_alone(task, run.seed, metric, left_out)
             lost = alone - _value(run, metric, left_out)
             if len(self.chosen) > 1:
-                lost = lost / alone if alone else math.nan
+                whole = self._mean_alone(task, metric, left_out)
+                lost = lost / whole if whole else math.nan
             by_task.setdefault(task, []).append(lost)
         return float(np.mean([np.mean(lost) for lost in by_task.values()]))
 
@@ -423,7 +550,11 @@ class Deficit(Quantity):
         runs = self.controls[task]
         if self.same_seed:
             return _value(runs[seed], metric, left_out) if seed is not None and seed in runs else math.nan
-        return float(np.mean([_value(run, metric, left_out) for run in runs.values()]))
+        return self._mean_alone(task, metric, left_out)
+
+    def _mean_alone(self, task: str, metric: str, left_out: int | None) -> float:
+        """Over all seeds: a seed at which the task alone reached nothing is no reason to divide by 0."""
+        return float(np.mean([_value(run, metric, left_out) for run in self.controls[task].values()]))
 
 
 def deficits(
