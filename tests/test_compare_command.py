@@ -64,7 +64,8 @@ def test_arms_seeds_and_controls_come_from_the_files(folder, capsys):
 
 
 def test_what_is_planted_in_files_is_attributed_to_the_right_answer_and_to_no_other(folder, capsys):
-    _, said = as_json(capsys, folder, "--pairs", "cls>det", "--metrics", "accuracy", "--outcome-margin", "0.05")
+    margins = ("--margin", "0.15", "--outcome-margin", "0.05")  # room for what five arms ask for more than one
+    _, said = as_json(capsys, folder, "--pairs", "cls>det", "--metrics", "accuracy", *margins)
     same = dict.fromkeys(("gradnorm", "worse", "lighter", "better", "lopsided"), SAME)
     assert verdicts(said, "direction") == {**same, "gradnorm": "REDUCED", "worse": "INCREASED"}
     assert verdicts(said, "interference") == {**same, "lighter": "REDUCED"}

@@ -269,6 +269,7 @@ OF_ALL = {
 }
 ONCE = {
     "as they are": lambda run: run,
+    "data not shown": lambda run: saying(run, data__fingerprint=None),
     "other losses": lambda run: replace(run, loss=run.loss * (0.5 if run.arm == "arm" else 1)),
     "later and higher": lambda run: replace(
         run, step=run.step + (run.arm == "arm"), loss=run.loss * (1 + (run.arm == "arm"))
@@ -291,6 +292,8 @@ def comparisons():
     yield compare(study({"joint": BASE.but(spread=0), "arm": BASE.but(spread=0)}, range(2), **SMALL))
     yield compare([run for run in few if run.arm != "joint"])
     yield compare([run for run in few if run.single != "cls"], Criteria(margin=0.3))
+    yield compare(study({"joint": BASE.but(resolved=2.0), "arm": BASE.but(resolved=2.0)}, **SMALL))
+    yield compare(study({"joint": BASE, "arm": BASE.but(resolved=0.3)}, range(3), **SMALL))
     for change in OF_THE_ARM.values():
         yield compare([change(run) if run.arm == "arm" else run for run in few])
     for change in OF_ALL.values():
@@ -303,7 +306,10 @@ def comparisons():
     yield compare([replace(run, finished=run.arm != "arm") for run in mixed], Criteria(paired=False))
 
 
-FAMILIES = ("refusal.", "caution.", "gate.", "remark.", "reason.", "plan.", "misleading.", "difference.", "rule.")
+FAMILIES = (
+    *("refusal.", "caution.", "gate.", "remark.", "reason."),
+    *("plan.", "misleading.", "difference.", "rule.", "scope."),
+)
 HELD_BACK = {"rule.held_back", "rule.alone_alike", "rule.alone_fell", "rule.alone_rose", "rule.alone_not_reduced"}
 ELSEWHERE = {"gate.passed", "gate.failed", "remark.skew", "reason.no_interval"} | HELD_BACK
 """Names of results, and what other tests make."""

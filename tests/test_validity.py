@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
+
+from gradprobe.messages.language import LANGUAGES
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "validity.py"
@@ -33,13 +37,47 @@ def rate(cell):
 
 
 def look(text, slack):
-    null, power, margin, *rest = tables(text)
+    null, power, margin, equal, leaning, shared, ratios, *rest = tables(text)
     assert all(rate(cell) <= 0.055 + slack for row in null for cell in row[3:])
     found = {int(row[0]): [rate(cell) for cell in row[1:]] for row in power}
     assert found[5][1] >= 0.87 - slack
     assert found[3][1] < found[5][1] < found[8][1]
     assert all(rate(row[1]) <= 0.03 + slack for row in margin)
+    look_at_equivalence(equal, slack)
+    look_at_lean(leaning, slack)
+    look_at_shared_data(shared, slack)
+    for _, _, false, _, material in ratios:
+        assert rate(false) <= 0.055 + slack
+        assert rate(material) <= 0.03 + slack
     return rest
+
+
+def look_at_equivalence(rows, slack):
+    for _, count, by_intervals, equivalent, apart, not_reduced, _ in rows:
+        assert rate(by_intervals) == pytest.approx(1 - 0.95 ** int(count), abs=0.01 + slack)
+        assert rate(apart) >= rate(by_intervals)
+        assert rate(equivalent) <= rate(not_reduced) <= 0.055 + slack
+
+
+def look_at_lean(rows, slack):
+    """Nothing holds its rate for three to eight seeds, and finds what there is: that is what is said."""
+    of = {(row[0], row[1]): [rate(cell) for cell in row[2:] if cell != "-"] for row in rows}
+    assert all(of["normal", seeds][0] <= 0.03 + slack for seeds in "358")
+    assert all(of["lognormal, 1.5", seeds][0] > 0.25 for seeds in "358")
+    assert of["lognormal, 1.5", "3"][1] == 0  # of three differences no lean can be seen
+    for name in ("exponential", "lognormal, 1.5", "one seed in ten far off"):
+        assert all(of[name, seeds][2] > 0.5 for seeds in "358")  # most false claims come without a remark
+    assert of["a fall of 2 sd", "5"][0] > of["a fall of 2 sd", "5"][2] + 0.2  # what Johnson's t costs
+
+
+def look_at_shared_data(rows, slack):
+    """A t statistic is too large by sqrt(1 + n r / (1 - r)), with r the part of the variance that n seeds share."""
+    for seeds, *cells, with_clusters in rows:
+        n = int(seeds)
+        for part, cell in zip((0.0, 0.1, 0.25, 0.5), cells, strict=True):
+            limit = scipy.stats.t.ppf(0.975, n - 1) / np.sqrt(1 + n * part / (1 - part))
+            assert rate(cell) == pytest.approx(2 * scipy.stats.t.sf(limit, n - 1), abs=0.01 + slack)
+        assert rate(with_clusters) <= 0.06 + slack
 
 
 def test_a_short_form():
@@ -47,12 +85,23 @@ def test_a_short_form():
 
 
 def test_the_documented_tables_say_what_is_asked_for():
-    attribution, *rest = look((ROOT / "docs" / "validity.md").read_text(encoding="utf-8"), slack=0.0)
+    ledgers, attribution, *rest = look((ROOT / "docs" / "validity.md").read_text(encoding="utf-8"), slack=0.0)
     questions = ("direction", "interference", "dominance", "outcome")
+    for _, each, open_, false, _ in ledgers:
+        assert rate(open_) > 0.85 > 0.3 > rate(each)
+        assert rate(false) <= 0.06
     for planted, *cells in attribution:
         for question, cell in zip(questions, cells, strict=True):
             assert rate(cell) >= 0.87 if planted == question else rate(cell) <= 0.07
     look_at_estimates(*rest)
+
+
+def test_what_is_said_of_a_lean_is_the_worst_that_was_measured():
+    leaning = tables((ROOT / "docs" / "validity.md").read_text(encoding="utf-8"))[4]
+    worst = max(rate(row[2]) for row in leaning if row[0] != "a fall of 2 sd")
+    for language in LANGUAGES.values():
+        for key in ("remark.skew", "scope.seeds"):
+            assert f" {100 * worst:.0f} %" in language[key]
 
 
 def look_at_estimates(covered, flipped, ledger):

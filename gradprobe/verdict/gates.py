@@ -227,4 +227,4 @@ def bounded(contrast: Contrast, task: str) -> Gate:
     error = math.sqrt(contrast.divisor_variance)
     ratio = 1 / error if error else math.inf
     sentence = Message("gate.own_over_seeds", task=task, ratio=ratio, n=int(contrast.seeds), limit=limit)
-    return Gate("own progress over seeds", ratio > limit, ratio, limit, sentence)
+    return Gate("progress over seeds", ratio > limit, ratio, limit, sentence)

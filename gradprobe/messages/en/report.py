@@ -304,7 +304,7 @@ MESSAGES: dict[str, str] = {
     "gate_name.residual": "residual",
     "gate_name.earlier_momentum": "earlier momentum",
     "gate_name.own_progress": "own progress",
-    "gate_name.own_progress_over_seeds": "own progress over seeds",
+    "gate_name.progress_over_seeds": "progress over seeds",
     "left_out.arms": "{n} more arms are in the files and not drawn; the verdicts include them.",
     "left_out.tasks": "{n} more tasks are in the files and not drawn; the verdicts include them.",
     "left_out.pairs": "{n} more pairs of tasks are in the files and not drawn: those with the lowest cosines are.",

@@ -285,7 +285,7 @@ MESSAGES: dict[str, str] = {
     "gate_name.residual": "殘差",
     "gate_name.earlier_momentum": "先前的動量",
     "gate_name.own_progress": "自身進展",
-    "gate_name.own_progress_over_seeds": "各種子的自身進展",
+    "gate_name.progress_over_seeds": "各種子的自身進展",
     "left_out.arms": "檔案中另有 {n} 組未繪出；判定已納入。",
     "left_out.tasks": "檔案中另有 {n} 個任務未繪出；判定已納入。",
     "left_out.pairs": "檔案中另有 {n} 個任務對未繪出：僅繪出餘弦最低者。",
