@@ -73,6 +73,16 @@ def test_what_is_planted_in_files_is_attributed_to_the_right_answer_and_to_no_ot
     assert verdicts(said, "outcome") == {**same, "better": "REDUCED"}
 
 
+def test_how_far_verdicts_reach_is_told_once_and_not_per_line(folder, capsys):
+    _, shown, _ = compare(capsys, folder)
+    assert shown.count("How far the verdicts reach:") == 1
+    assert shown.count("All runs learned from 1 data set, and verdicts hold for that data") == 1
+    assert shown.count("absent from 4 seeds in 66 % of studies") == 1
+    _, said = as_json(capsys, folder)
+    assert len(said["scope"]) == 3
+    assert said["answers"][0]["of_means"] is False
+
+
 def test_a_folder_is_all_its_files(folder, capsys):
     assert as_json(capsys, folder) == as_json(capsys, *sorted(folder.glob("*.h5")))
 

@@ -610,6 +610,14 @@ def test_limits_name_what_these_files_lack(context):
     assert not {"no_control", "one_arm", "few_seeds", "unfinished"} & set(found)
 
 
+def test_the_limits_say_how_far_the_verdicts_reach(study):
+    said = Message("scope.data", n=1)
+    for words, text in ((PAGE, "All runs learned from 1 data set"), (Language("zh-TW", page=True), "1 個資料集")):
+        section = validity.limits(context_of(study, make_comparison(study, scope=[said]), words))
+        points = [point for block in section.blocks for point in block.paragraphs]
+        assert sum(text in point for point in points) == 1
+
+
 # ---- strangers' names
 
 

@@ -203,6 +203,7 @@ def _show(found: Comparison, table_format: str) -> None:
         print()
         _draw(title, columns, rows, table_format)
     _listed(SAY("compare.known"), list(_remarks(found)))
+    _listed(SAY("compare.scope"), found.scope)
     print(f"\n{_closing(found)}")
 
 
@@ -243,7 +244,7 @@ def _closing(found: Comparison) -> str:
     if any(line.key == GOES_BY for line in found.disagreements):
         planned = "closing.planned_but"
     first = [SAY(over, n=len(found.common_layers), steps=steps)] if found.answers else []
-    return SAY.join([*first, SAY(planned), SAY("closing.reading"), *(str(line) for line in found.scope)])
+    return SAY.join([*first, SAY(planned), SAY("closing.reading")])
 
 
 def _tables(found: Comparison) -> Iterator[tuple[str, Sequence[str], Rows]]:

@@ -242,6 +242,7 @@ MESSAGES: dict[str, str] = {
     "compare.not_planned": "Not as planned:",
     "compare.warnings": "Warnings:",
     "compare.known": "Remarks:",
+    "compare.scope": "How far the verdicts reach:",
     "compare.remark": "{question}: {remark}",
     "compare.remark_of": "{question}, {arms}: {remark}",
     "compare.why": "Why",

@@ -212,6 +212,7 @@ MESSAGES: dict[str, str] = {
     "compare.not_planned": "與計畫不符：",
     "compare.warnings": "警告：",
     "compare.known": "須知：",
+    "compare.scope": "判定適用的範圍：",
     "compare.remark": "{question}：{remark}",
     "compare.remark_of": "{question}，{arms}：{remark}",
     "compare.why": "理由",
