@@ -183,7 +183,7 @@ class ArmLevel:
     Attributes:
         question, arm, subject, quantity: As in :class:`Answer`.
         mean, low95, high95: Over seeds.
-        values, seeds: Per run; NaN: a gate is closed there.
+        values, seeds: Per run; NaN: a gate is closed there. Of a ratio of means over seeds, what each run adds to it.
         sentence: In words.
     """
 
