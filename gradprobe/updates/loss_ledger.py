@@ -40,6 +40,7 @@ class _OpenRow:
     Attributes:
         row: All else.
         left: (L, T, S) of each layer, with its correction.
+        alone: (L, T) the same of what each task alone would have made.
         head: (T,) the same of the private parameters.
         pieces: The parts of the update.
         moved: (T) the update of the private parameters.
@@ -47,6 +48,7 @@ class _OpenRow:
 
     row: LedgerRow
     left: Array
+    alone: Array
     head: Array
     pieces: Sequence[UpdateParts]
     moved: heads.ByTask
@@ -241,7 +243,11 @@ class Ledger(Reader):
     ) -> _OpenRow:
         assert self._heads is not None
         left = self._nothing() if taken is None else taken.effect
-        added = self._nothing() if taken is None else self._correction(at, taken)
+        added, added_alone = self._nothing(), _own(self._nothing())
+        if taken is not None:
+            added, added_alone = self._correction(at, taken)
+        pieces = taken.pieces if taken is not None else ()
+        alone = self._alone(at.gradients or [], pieces, left) + added_alone
         head = heads.private_effects(self._mean, moved)
         head += self._heads.correction(self._now.optimizer, self._micro, at.shares, self._mean)
         status = row.status
@@ -250,7 +256,7 @@ class Ledger(Reader):
         elif status == MEASURED and not np.isfinite(head).all():
             status = _FOREIGN_HEAD
         row = replace(row, left=_over_layers(left), correction=_over_layers(added), status=status)
-        return _OpenRow(row, left + added, head, taken.pieces if taken is not None else (), moved)
+        return _OpenRow(row, left + added, alone, head, pieces, moved)
 
     def _right(self, waiting: _OpenRow, gradients: Sequence[Gradients]) -> LedgerRow:
         right = self._effects(gradients, waiting.pieces)
@@ -258,6 +264,7 @@ class Ledger(Reader):
             waiting.row,
             right=_over_layers(right),
             term=term(waiting.left, np.zeros_like(right), right),
+            alone=0.5 * (waiting.alone + self._alone(gradients, waiting.pieces, right)),
             head=0.5 * (waiting.head + heads.private_effects(self._mean, waiting.moved)),
         )
 
@@ -272,12 +279,16 @@ class Ledger(Reader):
         ends = [self._effects(end.gradients or [], pieces) for end in (left, right)]
         first, last = (heads.private_effects(end.private or [], moved) for end in (left, right))
         nothing = np.zeros_like(ends[0])
+        alone = [
+            self._alone(end.gradients or [], pieces, found) for end, found in zip((left, right), ends, strict=True)
+        ]
         return replace(
             row,
             left=_over_layers(ends[0]),
             correction=_over_layers(nothing),
             right=_over_layers(ends[1]),
             term=term(ends[0], nothing, ends[1]),
+            alone=0.5 * (alone[0] + alone[1]),
             head=0.5 * (first + last),
         )
 
@@ -291,14 +302,39 @@ class Ledger(Reader):
         reach = np.array(shared.reach, dtype=bool).reshape(found.shape[:2])
         return np.where(reach[:, :, None], found, np.nan)
 
-    def _correction(self, at: MeasuredStep, taken: TakenApart) -> Array:
+    def _alone(self, gradients: Sequence[Gradients], pieces: Sequence[UpdateParts], made: Array) -> Array:
+        """(L, T) as :meth:`_effects`, of what each task alone would have made; ``made``: of what was."""
+        if all(piece.alone is None for piece in pieces):
+            return _own(made)
+        shared, found = self._now.shared, _own(self._nothing())
+        for piece in pieces:
+            sizes = numbers_by_layer(shared, piece.places)
+            rows = side_by_side(gradients, shared.parameters, piece.places)
+            parts = piece.made[: len(rows)] if piece.alone is None else piece.alone
+            for task in range(len(rows)):
+                own = slice(task, task + 1)
+                found[list(sizes), task] += effects(rows[own], parts[own], list(sizes.values()))[:, 0, 0]
+        return np.where(np.isnan(_own(made)), np.nan, found)
+
+    def _correction(self, at: MeasuredStep, taken: TakenApart) -> tuple[Array, Array]:
+        """(L, T, S), and (L, T) of what each task alone would have made."""
         shared, tasks = self._now.shared, len(self._tasks)
         noise = np.zeros((len(shared.layers), tasks, tasks))
+        alone = _own(noise)
         for piece in taken.pieces:
-            sizes, every = numbers_by_layer(shared, piece.places), [at.gradients or [], *at.micro]
+            layers, sizes = zip(*numbers_by_layer(shared, piece.places).items(), strict=True)
+            every = [at.gradients or [], *at.micro]
             mean, *micro = (side_by_side(tasks_, shared.parameters, piece.places) for tasks_ in every)
-            noise[list(sizes)] += noise_products(mean, micro, at.shares, list(sizes.values()), piece.factor)
-        return correction(noise, at.weights, taken.scale, tasks + len(EARLIER_SOURCES))
+            added = noise_products(mean, micro, at.shares, sizes, piece.factor)
+            noise[list(layers)] += added
+            if piece.alone_factor is None:
+                alone[list(layers)] += _own(added)
+                continue
+            for task, factor in enumerate(piece.alone_factor):
+                rows = [one[task : task + 1] for one in (mean, *micro)]
+                alone[list(layers), task] += noise_products(rows[0], rows[1:], at.shares, sizes, factor)[:, 0, 0]
+        found = correction(noise, at.weights, taken.scale, tasks + len(EARLIER_SOURCES))
+        return found, alone * (taken.scale * at.weights)
 
     def _value(self, at: MeasuredStep) -> ProbeBatchValue:
         assert self._probe is not None
@@ -350,10 +386,16 @@ class Ledger(Reader):
             correction=np.full(unknown.shape[1:], np.nan),
             right=np.full(unknown.shape[1:], np.nan),
             head=np.full(tasks, np.nan),
+            alone=_own(unknown),
             loss_change=np.full(tasks, np.nan),
             drift=np.full(tasks, np.nan),
             status=at.status,
         )
+
+
+def _own(values: Array) -> Array:
+    """(L, T) from (L, T, S): of each task, what its own source did."""
+    return np.diagonal(values[..., : values.shape[1]], axis1=1, axis2=2).copy()
 
 
 def _over_layers(values: Array) -> Array:

@@ -89,6 +89,22 @@ class Direct:
 
 
 @dataclass(frozen=True)
+class AgainstAlone:
+    """A task's progress held against what its own gradients alone would have made at the same states; per run.
+
+    Attributes:
+        baseline_shrunk, arm_shrunk: The part of its lone progress that is gone as its own steps are shorter; in the
+            order of ``baseline_values`` and ``arm_values``. NaN: not known.
+        baseline_lost, arm_lost: The same with what all other tasks' parts of the updates take.
+    """
+
+    baseline_shrunk: Sequence[float]
+    arm_shrunk: Sequence[float]
+    baseline_lost: Sequence[float]
+    arm_lost: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Answer:
     """One question about one arm: arm minus baseline of a quantity that is to fall.
 
@@ -115,6 +131,7 @@ class Answer:
         task: Of an outcome: whose metric it is; empty: of all.
         notes: What has to be known beside it.
         direct: See :class:`Direct`; of interference only.
+        alone: See :class:`AgainstAlone`; of interference only.
         sign_flip: p-value by flipping signs, of six seeds or more; NaN: fewer. A check, not used by the rules.
         skewed: Whether the differences are skewed, so that the interval is too narrow.
     """
@@ -146,6 +163,7 @@ class Answer:
     task: str = ""
     notes: Sequence[Message] = ()
     direct: Direct | None = None
+    alone: AgainstAlone | None = None
     sign_flip: float = math.nan
     skewed: bool = False
 

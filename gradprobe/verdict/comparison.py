@@ -192,6 +192,7 @@ def _measure(s: Sides, quantity: Quantity) -> _Measured:
         gates=found,
         notes=[*_layer_note(s, quantity, layers), *quantity.remarks(s, layers, found)],
         direct=quantity.direct(s, layers),
+        alone=quantity.against_alone(s, layers),
     )
     if not gates.passed(found):
         return _Measured(replace(answer, verdict=UNDEFINED, reason=gates.closed(found)))

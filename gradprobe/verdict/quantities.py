@@ -11,13 +11,13 @@ from typing import ClassVar
 import numpy as np
 
 from gradprobe.errors import UsageError
-from gradprobe.ledger.windows import Gate
+from gradprobe.ledger.windows import Gate, Window
 from gradprobe.measures import Array
 from gradprobe.messages import Message
 from gradprobe.metric import MAIN, lower_is_better, task_of
 from gradprobe.statistics import Contrast, jackknife_variance, paired, welch, widened
 from gradprobe.verdict import evidence, gates
-from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, OUTCOME, Direct
+from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, OUTCOME, AgainstAlone, Direct
 from gradprobe.verdict.conditions import ArmRuns
 from gradprobe.verdict.evidence import Evidence, Pair, Span
 
@@ -129,6 +129,10 @@ class Quantity(ABC):
 
     def direct(self, s: Sides, layers: Sequence[str]) -> Direct | None:
         """See :class:`gradprobe.verdict.answers.Direct`; None: there is none."""
+        return None
+
+    def against_alone(self, s: Sides, layers: Sequence[str]) -> AgainstAlone | None:
+        """See :class:`gradprobe.verdict.answers.AgainstAlone`; None: there is none."""
         return None
 
     def by_layer(self, run: Evidence, layers: Sequence[str]) -> Array:
@@ -283,7 +287,35 @@ class _Interference(Quantity):
         """What the terms do not explain, and whether weights are the same."""
         worst = next((gate for gate in found if gate.name == "residual" and math.isfinite(gate.value)), None)
         residual = [] if worst is None else [Message("remark.residual", task=self.pair.task, part=worst.value)]
-        return [*residual, *([Message("remark.same_weights")] if _same_weights(s) else [])]
+        same = [Message("remark.same_weights")] if _same_weights(s) else []
+        return [*residual, *same, *self._shortened(s, layers)]
+
+    def _windows(self, runs: Sequence[Evidence], layers: Sequence[str]) -> list[Window]:
+        found = [evidence.ledger_window(run, layers, self.span) for run in runs]
+        return [one for one in found if one is not None]
+
+    def against_alone(self, s: Sides, layers: Sequence[str]) -> AgainstAlone | None:
+        """Of the task that loses."""
+        numbers = [
+            [float(values[run.tasks.index(self.pair.task)]) for run, values in zip(runs, found, strict=True)]
+            for runs in (s.baseline, s.treated)
+            for windows in [self._windows(runs, layers)]
+            for found in ([w.shrunk for w in windows], [w.lost for w in windows])
+        ]
+        return AgainstAlone(numbers[0], numbers[2], numbers[1], numbers[3])
+
+    def _shortened(self, s: Sides, layers: Sequence[str]) -> list[Message]:
+        """How much of its lone progress the task loses in each arm and by what, which C alone does not tell."""
+        task, told, dominated = self.pair.task, [], []
+        for name, runs in ((Message("term.baseline"), s.baseline), (s.arm, s.treated)):
+            found = [(w, run.tasks.index(task)) for w, run in zip(self._windows(runs, layers), runs, strict=True)]
+            shrunk, cancelled = (np.mean([w.shrunk[i] for w, i in found]), np.mean([w.cancelled(i) for w, i in found]))
+            if not (np.isfinite(shrunk) and np.isfinite(cancelled)):
+                return [Message("remark.alone_unknown", task=task)]
+            told.append(Message("remark.alone_of", arm=name, shrunk=float(shrunk), cancelled=float(cancelled)))
+            dominated += [name] * all(w.dominated(i, self.margin) for w, i in found)
+        named = [Message("remark.shortened", task=task, arms=dominated)] if dominated else []
+        return [Message("remark.alone", task=task, arms=told), *named]
 
     def by_layer(self, run: Evidence, layers: Sequence[str]) -> Array:
         """They sum to C."""
