@@ -207,16 +207,16 @@ def test_steps_that_were_shortened_to_nothing_are_told_where_c_is_not():
 STEPS, BATCH = 96, 16
 
 
-def dial(path, spec, optimizer, tasks=("a", "b")):
+def dial(path, spec, optimizer, tasks=("a", "b"), seed=0):
     """Training on a dial problem; the loss of a before and after, of all samples."""
-    data = make_dial_data(spec, seed=0)
+    data = make_dial_data(spec, seed=seed)
     parts = data.spec
-    model = DialModel(parts.layers, parts.dim, (parts.ratio, 1.0), 0)
+    model = DialModel(parts.layers, parts.dim, (parts.ratio, 1.0), seed)
     opt = optimizer(model.parameters())
     images = data.train.images
     losses = lambda x: model.losses(model(x), None)  # noqa: E731
     ledger = gradprobe.Ledger(lambda: losses(images), ends="probe")
-    stream = torch.Generator().manual_seed(3)
+    stream = torch.Generator().manual_seed(3 + seed)
     before = losses(images)["a"].item()
     with gradprobe.attach(model, ("a", "b"), path, optimizer=opt, ledger=ledger if path else False) as probe:
         for _ in range(STEPS):
