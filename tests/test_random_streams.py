@@ -1,4 +1,4 @@
-"""The global random streams go on after a measurement as without one, with the normal number that numpy keeps waiting."""
+"""The global random streams go on after a measurement as without one, the waiting normal of numpy included."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -154,7 +155,7 @@ class RandomStreams:
 
 def where_random_streams_are() -> tuple[Any, ...]:
     """Another value where the global random numbers of Python, numpy, or torch have gone on."""
-    memory = _memory_of(np.random.get_bit_generator()) or str(np.random.get_state(legacy=False))
+    memory = _memory_of(mtrand.get_bit_generator()) or str(np.random.get_state(legacy=False))
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     on_torch = [state.numpy().tobytes() for state in (torch.get_rng_state(), *gpus)]
     return random.getstate(), memory, *on_torch
@@ -169,8 +170,9 @@ class _NumpyStream:
     """
 
     def __init__(self) -> None:
-        self._generator = np.random.get_bit_generator()
-        self._memory, self._state = _memory_of(self._generator), None
+        self._generator = mtrand.get_bit_generator()
+        self._memory = _memory_of(self._generator)
+        self._state: dict[str, Any] = {}
         if self._memory and self._memory == _held.no_normal_waits:
             return
         self._state = np.random.get_state(legacy=False)
@@ -180,8 +182,8 @@ class _NumpyStream:
             _held.no_normal_waits = self._memory
 
     def back(self) -> None:
-        if np.random.get_bit_generator() is not self._generator:
-            np.random.set_bit_generator(self._generator)
+        if mtrand.get_bit_generator() is not self._generator:
+            mtrand.set_bit_generator(self._generator)
         if not self._memory:
             np.random.set_state(self._state)
         elif _memory_of(self._generator) != self._memory:
@@ -200,8 +202,8 @@ def _holds(memory: bytes, state: Mapping[str, Any]) -> bool:
     """Whether memory is laid out as is thought."""
     if not memory:
         return False
-    *key, used = np.frombuffer(memory, dtype=np.uint32)
-    return bool(np.array_equal(key, state["state"]["key"]) and used == state["state"]["pos"])
+    numbers = np.frombuffer(memory, dtype=np.uint32)
+    return bool(np.array_equal(numbers[:-1], state["state"]["key"]) and numbers[-1] == state["state"]["pos"])
 
 
 def _as_it_is(generator: Any) -> Callable[[], None]:
