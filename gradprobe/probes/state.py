@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.random import mtrand
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from gradprobe.probes.graph import Node, is_leaf
 from gradprobe.processes import reduction_kept
 
-__all__ = ["parameters_of", "sow", "state_kept", "undisturbed", "walked_once", "where_random_streams_are"]
+__all__ = ["parameters_of", "sow", "state_kept", "undisturbed", "where_random_streams_are"]
 
 
 _SMALL = 1 << 16
@@ -82,7 +80,7 @@ class _State:
         # Through .data: a graph that saved a buffer must not think that it changed.
         self._tensors = [memory(t.data) for t in plain]
         self._before = [t.clone() for t in self._tensors]
-        self._random = RandomStreams()
+        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state()
         self._on_gpus = {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
 
     def _attached(self, held: dict[str, Any]) -> None:
@@ -135,75 +133,12 @@ class _State:
             _put_back(self._tensors, self._before)
         for restore in self._generators:
             restore()
-        self._random.back()
+        python, legacy, on_cpu = self._random
+        random.setstate(python)
+        np.random.set_state(legacy)
+        torch.set_rng_state(on_cpu)
         for device, state in self._on_gpus.items():
             torch.cuda.set_rng_state(state, device)
-
-
-class RandomStreams:
-    """The global random numbers of Python, numpy, and torch on the CPU, at one moment."""
-
-    def __init__(self) -> None:
-        self._python, self._numpy, self._torch = random.getstate(), _NumpyStream(), torch.get_rng_state()
-
-    def back(self) -> None:
-        """Let them go on from there."""
-        random.setstate(self._python)
-        self._numpy.back()
-        torch.set_rng_state(self._torch)
-
-
-def where_random_streams_are() -> tuple[Any, ...]:
-    """Another value where the global random numbers of Python, numpy, or torch have gone on."""
-    memory = _memory_of(mtrand.get_bit_generator()) or str(np.random.get_state(legacy=False))
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    on_torch = [state.numpy().tobytes() for state in (torch.get_rng_state(), *gpus)]
-    return random.getstate(), memory, *on_torch
-
-
-class _NumpyStream:
-    """Numpy's global stream at one moment.
-
-    Numpy hands its 624 numbers out, and takes them in, one by one, which lasts as long as a step of a small network.
-    They are one piece of memory, whose address it tells. Beside them it keeps a normal number that was drawn and not
-    yet asked for, which only the slow way tells of: once for each measured row, within which nobody puts one there.
-    """
-
-    def __init__(self) -> None:
-        self._generator = mtrand.get_bit_generator()
-        self._memory = _memory_of(self._generator)
-        self._state: dict[str, Any] = {}
-        if self._memory and self._memory == _held.no_normal_waits:
-            return
-        self._state = np.random.get_state(legacy=False)
-        if self._state["has_gauss"] or not _holds(self._memory, self._state):
-            self._memory = b""
-        elif _held.modules:
-            _held.no_normal_waits = self._memory
-
-    def back(self) -> None:
-        if mtrand.get_bit_generator() is not self._generator:
-            mtrand.set_bit_generator(self._generator)
-        if not self._memory:
-            np.random.set_state(self._state)
-        elif _memory_of(self._generator) != self._memory:
-            np.random.seed(0)  # with no normal number waiting
-            ctypes.memmove(self._generator.ctypes.state_address, self._memory, len(self._memory))
-
-
-def _memory_of(generator: Any) -> bytes:
-    """Of a Mersenne Twister: its numbers, and how many of them were used; empty: it is another generator."""
-    if type(generator) is not np.random.MT19937:
-        return b""
-    return ctypes.string_at(generator.ctypes.state_address, 625 * 4)
-
-
-def _holds(memory: bytes, state: Mapping[str, Any]) -> bool:
-    """Whether memory is laid out as is thought."""
-    if not memory:
-        return False
-    numbers = np.frombuffer(memory, dtype=np.uint32)
-    return bool(np.array_equal(numbers[:-1], state["state"]["key"]) and numbers[-1] == state["state"]["pos"])
 
 
 def _as_it_is(generator: Any) -> Callable[[], None]:
@@ -266,7 +201,6 @@ def _large_attributes(model: nn.Module) -> dict[str, Tensor]:
 class _Held(threading.local):
     def __init__(self) -> None:
         self.modules: dict[int, list[nn.Module]] = {}
-        self.no_normal_waits = b""  # memory of numpy's stream in the present row
 
 
 _held = _Held()
@@ -278,16 +212,12 @@ _held = _Held()
 
 @contextmanager
 def walked_once(model: nn.Module) -> Iterator[None]:
-    """Within it the modules of a model are walked through once; a measured row asks for them ten times.
-
-    So is numpy's random stream looked at, see :class:`_NumpyStream`.
-    """
-    _held.modules[id(model)], _held.no_normal_waits = [], b""
+    """Within it the modules of a model are walked through once; a measured row asks for them ten times."""
+    _held.modules[id(model)] = []
     try:
         yield
     finally:
         _held.modules.pop(id(model), None)
-        _held.no_normal_waits = b""
 
 
 def _modules_of(model: nn.Module) -> list[nn.Module]:
@@ -497,7 +427,7 @@ def sow(seed: int) -> None:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back what forwards of a training may change: buffers, modes, and the global random streams of every GPU."""
+    """Put back what forwards of a training may change: what passes may, modes among it, and the streams of all GPUs."""
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         with state_kept(model):
@@ -505,3 +435,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         if on_gpus:
             torch.cuda.set_rng_state_all(on_gpus)
+
+
+def where_random_streams_are() -> tuple[Any, ...]:
+    """Another value where the global random numbers of Python, numpy, or torch have gone on."""
+    _, key, *rest = np.random.get_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    on_torch = [state.numpy().tobytes() for state in (torch.get_rng_state(), *gpus)]
+    return random.getstate(), np.asarray(key).tobytes(), *rest, *on_torch

@@ -17,7 +17,6 @@ from gradprobe.measures import Array
 from gradprobe.probes.calls import is_present
 from gradprobe.probes.clock import whole
 from gradprobe.probes.passes import Gradients
-from gradprobe.probes.state import walked_once
 from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import EARLIER_SOURCES, MEASURED, LedgerRow
 from gradprobe.updates import heads
@@ -206,9 +205,8 @@ class Ledger(Reader):
             return
         row, left, right = replace(self._row, status=self._doubt()), self._valued, None
         if self._probe is not None and left is not None:
-            with walked_once(self._model):
-                right = self._value(at, remember=self._held.wants_forwards(left))
-                kept = self._held.losses(self._model, self._tasks, self._probe, left, right)
+            right = self._value(at, remember=self._held.wants_forwards(left))
+            kept = self._held.losses(self._model, self._tasks, self._probe, left, right)
             self._valued, self._point = replace(right, forwards=None), self._where()
             row = replace(row, loss_change=right.losses - left.losses, drift=right.losses - kept)
         pieces, moved = taken.pieces if taken is not None else (), self._heads.moved()
