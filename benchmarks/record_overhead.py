@@ -1,9 +1,10 @@
 """What measuring costs in `gradprobe record`: the same training loop with and without the probe, step by step in turn.
 
-    OMP_WAIT_POLICY=passive python benchmarks/record_overhead.py [--steps 30] [--default]
+    OMP_WAIT_POLICY=passive python benchmarks/record_overhead.py [--steps 30] [--default] [--ledger]
 
 Prints ratios of means within one run: absolute times change with the machine and its load. With --default it also
-times the whole of `gradprobe record` with its default settings, evaluation included.
+times the whole of `gradprobe record` with its default settings, evaluation included. With --ledger it is the table of
+docs/ledger.md instead: medians of ratios of the same round.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from timing import in_turn, machine, show
 
 from gradprobe.cli.progress import Display
 from gradprobe.runfile import RunWriter
@@ -35,7 +37,7 @@ class NoProbe:
     def __init__(self) -> None:
         self.step, self.epoch = 0, 0
 
-    def backward(self, losses, weights, *, batch_size):
+    def backward(self, losses, weights, *, batch_size, micro=None):
         sum(weights[task] * losses[task] for task in losses).backward()
         self.step += 1
 
@@ -76,6 +78,28 @@ def compare(settings, data, steps, folder):
     return times, same
 
 
+def with_ledgers(rounds, folder):
+    """Steps without a probe, measured, and with ledgers of several sizes, taken in turn past the first rows."""
+    settings = dataclasses.replace(Settings(), every=1, imgsz=64, trainer="joint")
+    data = load_data("phantom", imgsz=64, seed=0, n_train=64, n_val=16)
+    probes = []
+
+    def step(name, probe=None, **changes):
+        made = make_training(dataclasses.replace(settings, **changes), data, folder / f"{name}.h5")
+        probes.append(made.probe)
+        if probe is not None:
+            made.probe.close()
+            made = dataclasses.replace(made, probe=probe)
+        batches = _endless(made.train_loader)
+        return lambda: loop.train_step(made, next(batches))
+
+    sizes = {f"ledger of {n}": step(f"ledger{n}", ledger=True, ledger_images=n) for n in (16, 64)}
+    steps = {"bare": step("bare", NoProbe()), "measured": step("measured"), **sizes}
+    show("YOLOv5n, 64 px, batch 16, AdamW", in_turn(steps, rounds, warm=9))
+    for one in probes:
+        one.close()
+
+
 def _endless(loader):
     while True:
         yield from loader
@@ -85,7 +109,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--default", action="store_true")
+    parser.add_argument("--ledger", action="store_true")
     arguments = parser.parse_args()
+    if arguments.ledger:
+        with tempfile.TemporaryDirectory() as folder:
+            print(machine())
+            with_ledgers(arguments.steps, Path(folder))
+        return
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
         f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', 'unset')}"

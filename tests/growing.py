@@ -53,6 +53,7 @@ def others(step, layers, among=None):
     parts = rng.normal(size=(len(LAYERS), 4, 6))[:layers]
     effect, term = rng.normal(size=(2, len(LAYERS), 2, 4))[:, :layers]
     whole, pair = rng.normal(size=(3, 2, 4)), rng.normal(size=(3, 2))
+    alone = np.random.default_rng([10, step]).normal(size=(len(LAYERS), 2))[:layers]
     return (
         UpdateRow(
             step,
@@ -70,7 +71,7 @@ def others(step, layers, among=None):
             filled(parts @ parts.transpose(0, 2, 1), among),
             filled(effect, among),
         ),
-        LedgerRow(step, step // 10, step * 0.5, 0, filled(term, among), *whole, *pair),
+        LedgerRow(step, step // 10, step * 0.5, 0, filled(term, among), *whole, *pair, filled(alone, among)),
         ProbeLoaderRow(
             step,
             step // 10,

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
-from verdict_factory import TASKS, Truth, again, alone, make, study
+from verdict_factory import TASKS, Truth, again, alone, make, shortened, study
 
 from gradprobe.errors import UsageError
 from gradprobe.messages import Message
@@ -810,6 +810,33 @@ def longer(run, factor=2.0):
 def alike(found, arm):
     (one,) = (x for x in found.similarities if x.arm == arm)
     return one
+
+
+def test_a_loss_by_shorter_steps_is_told_beside_c_and_named_dominance_where_it_is_larger():
+    runs = study({"joint": BASE, "arm": BASE}, range(4))
+    found = compare([shortened(run) if run.arm == "arm" else shortened(run, 0.0) for run in runs])
+    told = answer(found, "interference", "cls>det")
+    np.testing.assert_allclose(told.alone.baseline_shrunk, 0, atol=1e-12)
+    np.testing.assert_allclose(told.alone.arm_shrunk, 0.8)
+    c = np.array(told.arm_values)
+    np.testing.assert_allclose(told.alone.arm_lost, 1 - 0.2 * (1 - c))
+    (note,) = (str(one) for one in told.notes if one.key == "remark.alone")
+    assert note.startswith("Of the progress that det's own gradients would have made without those of others")
+    assert "in baseline 0 % is lost as its steps are shorter, and" in note
+    assert "in arm 80 % is lost as its steps are shorter, and" in note
+    (named,) = (one for one in told.notes if one.key == "remark.shortened")
+    assert dict(named.values)["arms"] == ("arm",)  # the baseline's loss is cancellation
+    assert json.loads(json.dumps(plain(found)))["answers"][0].keys() >= {"alone", "direct"}
+    other = answer(found, "interference", "det>cls")
+    assert not [one for one in other.notes if one.key == "remark.shortened"]
+    assert answer(found, "direction", "det|cls").alone is None
+
+
+def test_runs_that_do_not_know_whether_steps_were_shortened_say_so():
+    found = compare(study({"joint": BASE, "arm": BASE}, range(3)))
+    told = answer(found, "interference", "cls>det")
+    assert np.isnan(told.alone.arm_shrunk).all()
+    assert "remark.alone_unknown" in [one.key for one in told.notes]
 
 
 def test_the_magnitude_similarity_of_each_arm_is_that_of_the_window_over_its_seeds():

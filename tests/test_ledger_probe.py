@@ -283,6 +283,24 @@ def test_a_foreign_gradient_and_a_skipped_step_leave_their_rows_empty(tmp_path):
     assert np.isfinite(found["term"][[0, 2, 4]]).all()
 
 
+def test_what_momentum_keeps_fades_once_for_every_step_that_is_nobody_s(tmp_path):
+    """Three clipped by number in a row: of what the tasks brought before, 0.9^4 is left one step later."""
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    model = nn.ModuleDict({"trunk": nn.Linear(4, 4, bias=False), "a": nn.Linear(4, 1), "b": nn.Linear(4, 1)})
+    opt = torch.optim.SGD(model.trunk.parameters(), 1e-6, momentum=0.9)
+    losses = lambda on: {t: on * model[t](model.trunk(x)).sum() for t in TASKS}  # noqa: E731
+    ledger = gradprobe.Ledger(lambda: losses(1.0), ends="probe")
+    with gradprobe.attach(model, TASKS, tmp_path / "run.h5", optimizer=opt, ledger=ledger) as probe:
+        for step in range(6):
+            probe.backward(losses(1e-6 if step == 5 else 1.0))
+            if step in (2, 3, 4):
+                nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+            opt.step()
+            opt.zero_grad()
+    term = ledger_of(tmp_path / "run.h5")[0]["term"][:, 0, 0, 0]
+    np.testing.assert_allclose(term[[1, 5]] / term[0], [1.9, 1.9 * 0.9**4], rtol=1e-3)
+
+
 def test_a_probe_batch_that_fails_ends_no_training(tmp_path):
     model, data, calls = Net(), population(), []
 
@@ -402,7 +420,9 @@ def test_a_run_that_is_gone_on_with_has_every_row_but_the_one_before(tmp_path):
     assert found["step"].tolist() == expected["step"].tolist() == list(range(8))
     assert statuses(tmp_path / "run.h5")[4] == module._NO_RIGHT_END  # closed before the next step was measured
     rows = [0, 1, 2, 3, 5, 6]
-    np.testing.assert_allclose(found["term"][rows], expected["term"][rows], rtol=1e-5, atol=1e-9)
+    for name in ("term", "alone"):
+        assert np.isfinite(expected[name][rows]).all()
+        np.testing.assert_allclose(found[name][rows], expected[name][rows], rtol=1e-5, atol=1e-9, err_msg=name)
     assert whole is not None
 
 

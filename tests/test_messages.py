@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from run_factory import make_run
-from verdict_factory import Truth, study
+from verdict_factory import Truth, shortened, study
 
 import gradprobe
 from gradprobe.errors import UsageError
@@ -265,6 +265,7 @@ OF_ALL = {
     "no clusters": lambda run: replace(run, tested=replace(run.tested, clusters=(), without={})),
     "partial batches": partial_batches,
     "noise": noisy,
+    "shortened steps": shortened,
     "a plan": lambda run: run if run.single else planned(run),
 }
 ONCE = {

@@ -79,6 +79,14 @@ def gradients(rng: np.random.Generator, cosine: float, rows: int, layers: int, n
     return gram, noise_part(gram, within, MICRO)
 
 
+def shortened(run: Evidence, shrunk: float = 0.8) -> Evidence:
+    """The same run, of whose first task's lone progress so much is lost as its steps are shorter."""
+    if not run.ledger:
+        return run
+    own = np.diagonal(run.ledger["term"][..., : len(TASKS)], axis1=2, axis2=3)
+    return replace(run, ledger={**run.ledger, "alone": own / np.array([1 - shrunk, 1.0])})
+
+
 def ledger(
     rng: np.random.Generator, truth: Mapping[str, float], rows: int, layers: int, resolved: float = 0.0
 ) -> dict[str, Any]:
@@ -257,6 +265,6 @@ def ledger_rows(run: Evidence) -> Iterator[LedgerRow]:
         whole = table["term"][k].sum(axis=0)
         ends = (whole, 0 * whole, whole)
         change = table["loss_change"][k]
-        yield LedgerRow(
-            int(step), 0, float(k), 0, table["term"][k], *ends, table["head"][k], change, np.zeros_like(change)
-        )
+        term, head = table["term"][k], table["head"][k]
+        alone = table["alone"][k] if "alone" in table else np.full(term.shape[:2], np.nan)
+        yield LedgerRow(int(step), 0, float(k), 0, term, *ends, head, change, np.zeros_like(change), alone)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradprobe.measures import Array
 
-__all__ = ["correction", "effects", "noise_products", "products", "term"]
+__all__ = ["correction", "effects", "in_float64", "noise_products", "own_effects", "products", "term"]
 
 
 _TINY = 1e-30
@@ -51,10 +51,21 @@ def effects(gradients: Tensor, parts: Tensor, sizes: Sequence[int]) -> Array:
     Returns:
         (layers, T, S) float64, in units of loss.
     """
-    wide = torch.float32 if parts.device.type == "mps" else torch.float64
+    gradients, parts = in_float64(gradients), in_float64(parts)
     pieces = zip(gradients.split(list(sizes), dim=1), parts.split(list(sizes), dim=1), strict=True)
-    found = torch.stack([g.to(wide) @ p.to(wide).T for g, p in pieces])
+    found = torch.stack([g @ p.T for g, p in pieces])
     return found.cpu().double().numpy()
+
+
+def in_float64(numbers: Tensor) -> Tensor:
+    """Themselves where they are; in float32 on a device that has no wider type."""
+    return numbers.to(torch.float32 if numbers.device.type == "mps" else torch.float64)
+
+
+def own_effects(gradients: Tensor, parts: Tensor, sizes: Sequence[int]) -> Array:
+    """The diagonal of :func:`effects`, of parts of the tasks: (layers, T)."""
+    found = [piece.sum(dim=1) for piece in (in_float64(gradients) * in_float64(parts)).split(list(sizes), dim=1)]
+    return torch.stack(found).cpu().double().numpy()
 
 
 def noise_products(

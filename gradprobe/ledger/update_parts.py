@@ -13,7 +13,20 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-__all__ = ["Moments", "Rule", "begin", "dot", "first_moment", "fit", "own_factor", "rules", "take_apart", "why_not"]
+__all__ = [
+    "Alone",
+    "Moments",
+    "Rule",
+    "alone_factors",
+    "begin",
+    "dot",
+    "first_moment",
+    "fit",
+    "own_factor",
+    "rules",
+    "take_apart",
+    "why_not",
+]
 
 
 Moments = list[Tensor]
@@ -141,12 +154,68 @@ def own_factor(rule: Rule, second: Tensor | None = None) -> Tensor | float:
     return rule.lr * (1 + rule.keep * rule.take if rule.nesterov else rule.take)
 
 
-def _precondition(rule: Rule, second: Tensor | None) -> Tensor:
+def _precondition(rule: Rule, second: Tensor | None, weight: float | None = None) -> Tensor:
+    """``weight``: of the squares in ``second``; None: of all steps since the first."""
     assert second is not None
     count = rule.steps + 1
-    denominator = second.sqrt() / (1 - rule.beta2**count) ** 0.5 + rule.eps
+    weight = 1 - rule.beta2**count if weight is None else weight
+    denominator = second.sqrt() / weight**0.5 + rule.eps
     result: Tensor = rule.lr / (1 - rule.keep**count) / denominator
     return result
+
+
+_LEAST_KNOWN = 0.99
+"""Of the weight of Adam's second moment, how much has to be of steps whose gradients are known by task."""
+
+
+@dataclass
+class Alone:
+    """The second moments that Adam would have, had each task been alone with its share of the gradients.
+
+    Under Adam a task's own part of an update is divided by what all tasks' gradients made of the second moment. The
+    task alone would have divided by its own, so that another task's gradients shorten its steps without opposing them.
+
+    Attributes:
+        squares: (T) averages of the squared shares, of the steps that were seen.
+        weight: Of these steps in the averages, from 0; Adam's own have ``1 - beta2**steps``.
+
+    Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015, algorithm 1.
+    """
+
+    squares: list[Tensor]
+    weight: float = 0.0
+
+    @classmethod
+    def begin(cls, like: Tensor, tasks: int) -> Alone:
+        """Nothing was seen yet."""
+        return cls([torch.zeros_like(like) for _ in range(tasks)])
+
+    def faded(self, rule: Rule, passed: int) -> Alone:
+        """What is left after so many steps whose gradients by task are not known."""
+        left = rule.beta2**passed
+        return Alone([square * left for square in self.squares], self.weight * left) if passed else self
+
+    def look(self, rule: Rule, shares: Sequence[Tensor], before: Tensor) -> None:
+        """At a step; arguments as for :func:`take_apart`."""
+        self.weight = rule.beta2 * self.weight + (1 - rule.beta2)
+        for square, share in zip(self.squares, shares, strict=True):
+            given = share if rule.decoupled or not rule.decay else share + before * rule.decay
+            square.mul_(rule.beta2).addcmul_(given, given, value=1 - rule.beta2)
+
+    def known(self, rule: Rule) -> bool:
+        """Whether nearly all of what the optimizer's own second moment remembers was seen here, too, and no more."""
+        part = self.weight / (1 - rule.beta2 ** (rule.steps + 1))
+        return _LEAST_KNOWN <= part <= 2 - _LEAST_KNOWN
+
+
+def alone_factors(rule: Rule, alone: Alone) -> list[Tensor]:
+    """(T) what each task's first moment would be multiplied with, had the task been alone; below 0.
+
+    After the step was looked at. NaN where too little of the history is known.
+    """
+    if not alone.known(rule):
+        return [torch.full_like(square, float("nan")) for square in alone.squares]
+    return [-_precondition(rule, square, alone.weight) for square in alone.squares]
 
 
 def fit(given: Sequence[Tensor | None], combined: Sequence[Tensor | None]) -> tuple[float, float]:

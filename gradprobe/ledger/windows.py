@@ -32,6 +32,10 @@ _LEAST_ROWS = 8
 """Rows without which a window has no standard errors, and says nothing."""
 
 
+_MATTERS = 0.10
+"""Less of its lone progress is no loss to speak of."""
+
+
 @dataclass(frozen=True)
 class Gate:
     """A condition without which a number supports no claim.
@@ -71,6 +75,16 @@ class Window:
         interference: (T, T) C: the part of row i's own progress that column j cancelled (> 0) or added (< 0); -1 on
             the diagonal. NaN where one of the task's gates is shut.
         gates: (T) of each task, four each.
+        alone: (T,) what the same gradients of its own would have taken off each task's loss without those of others,
+            over the rows that tell. Under SGD the same as ``own``.
+        shrunk: (T,) 1 - own / alone over these rows: the part of its lone progress that a task does not make itself.
+            Under Adam all tasks share one second moment, so that a larger gradient of another task shortens its steps.
+            0: its steps are as long as alone; 0.5 for a task beside its own copy, which makes the other half.
+            NaN: no eight rows tell, ``alone`` is less than 1.96 of its standard errors above 0, or a gate other than
+            that of own progress is shut.
+        shrunk_error: (T,) its standard error from the rows' noise.
+        lost: (T,) the part of its lone progress that it does not make with what others do to it: with C summed over
+            all others ``1 - (1 - shrunk) (1 - C)``. Below 0: together it makes more. NaN: as ``shrunk``.
     """
 
     rows: NDArray[np.int64]
@@ -86,10 +100,24 @@ class Window:
     own_error: Array
     interference: Array
     gates: Sequence[Sequence[Gate]]
+    alone: Array
+    shrunk: Array
+    shrunk_error: Array
+    lost: Array
 
     def passed(self, task: int) -> bool:
         """Whether what the window says of a task can be believed."""
         return all(gate.passed for gate in self.gates[task])
+
+    def cancelled(self, task: int) -> float:
+        """Of its lone progress, what all others' parts of the updates take: ``lost`` less ``shrunk``."""
+        return float(self.lost[task] - self.shrunk[task])
+
+    def dominated(self, task: int, margin: float = _MATTERS) -> bool:
+        """Whether a task loses more than ``margin`` of its lone progress, and more by shorter steps than by what others
+        cancel.
+        """
+        return bool(self.lost[task] > margin and self.shrunk[task] > self.cancelled(task))
 
 
 def window(
@@ -103,8 +131,9 @@ def window(
     """The sums of a ledger, its measure C and the gates of both.
 
     Args:
-        ledger: ``run.ledger``: ``step``, ``burst`` (n,), ``term`` (n, L, T, S), ``head``, ``loss_change``, ``drift``
-            (n, T; where it is missing nothing drifts) and ``status`` (n,); 0 is a row that counts.
+        ledger: ``run.ledger``: ``step``, ``burst`` (n,), ``term`` (n, L, T, S), ``alone`` (n, L, T; missing: unknown),
+            ``head``, ``loss_change``, ``drift`` (n, T; where it is missing nothing drifts) and ``status`` (n,); 0 is a
+            row that counts.
         tasks: (T,) names.
         start, stop: Steps ``start <= step < stop``.
         layers: Over which C is; None: all that two tasks reach, by the terms. A layer that one task has for itself is
@@ -128,7 +157,9 @@ def window(
     rows = np.flatnonzero(settled)
     chosen = whole if len(layers) == term.shape[1] else np.nansum(term[:, layers], axis=1)
     counts = {reason: int(which.sum()) for reason, which in left_out.items() if which.any()}
-    return _summed(whole[rows], chosen[rows], head[rows], change[rows], drift[rows], tasks, rows, counts)
+    found = _summed(whole[rows], chosen[rows], head[rows], change[rows], drift[rows], tasks, rows, counts)
+    alone = np.asarray(ledger.get("alone", np.full(term.shape[:3], np.nan)), dtype=np.float64)
+    return _held_against_alone(found, term[rows][:, layers], alone[rows][:, layers])
 
 
 def _shared(term: Array) -> list[int]:
@@ -202,12 +233,32 @@ def _summed(
         own_error=own_error,
         interference=np.full((count, count), np.nan),
         gates=(),
+        **{name: np.full(count, np.nan) for name in ("alone", "shrunk", "shrunk_error", "lost")},
     )
     gates = [_gates(found, index, task) for index, task in enumerate(tasks)]
     shut = np.array([not all(gate.passed for gate in each) for each in gates])
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = chosen.sum(axis=0)[:, :count] / own[:, None]
     return replace(found, interference=np.where(shut[:, None], np.nan, ratio), gates=gates)
+
+
+def _held_against_alone(w: Window, term: Array, alone: Array) -> Window:
+    """With what every task would have done alone; (k, L', T, S) and (k, L', T) of the rows that counted."""
+    numbers = np.full((4, len(w.own)), np.nan)
+    for task in range(len(w.own)):
+        reached = np.isfinite(term[:, :, task, task])  # a layer that it does not reach adds nothing
+        would = -np.where(reached, alone[:, :, task], 0.0).sum(axis=1)
+        rows = np.isfinite(would)
+        if rows.sum() < _LEAST_ROWS:
+            continue
+        would, made = would[rows], -np.nansum(term[rows][:, :, task, : len(w.own)], axis=1)
+        total, own, all_tasks = would.sum(), made[:, task].sum(), made.sum()
+        numbers[0, task] = total
+        gates = [gate for gate in w.gates[task] if gate.name != "own progress"]
+        if all(gate.passed for gate in gates) and total > 0 and total >= _RESOLVED * standard_error(would):
+            error = standard_error(made[:, task] - own / total * would) / total
+            numbers[1:, task] = 1 - own / total, error, 1 - all_tasks / total
+    return replace(w, alone=numbers[0], shrunk=numbers[1], shrunk_error=numbers[2], lost=numbers[3])
 
 
 def _gates(w: Window, index: int, task: str) -> list[Gate]:

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from gradprobe.probes.graph import Node, is_leaf
 from gradprobe.processes import reduction_kept
 
-__all__ = ["parameters_of", "sow", "state_kept", "undisturbed"]
+__all__ = ["parameters_of", "sow", "state_kept", "undisturbed", "where_random_streams_are"]
 
 
 _SMALL = 1 << 16
@@ -427,19 +427,19 @@ def sow(seed: int) -> None:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back what forwards of a training may change: buffers, modes, and the global random streams."""
-    modules = _modules_of(model)
-    modes, buffers = [m.training for m in modules], [dict(m._buffers) for m in modules]
-    python, legacy = random.getstate(), np.random.get_state()
+    """Put back what forwards of a training may change: what passes may, modes among it, and the streams of all GPUs."""
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         with state_kept(model):
             yield
     finally:
-        for module, mode, held in zip(modules, modes, buffers, strict=True):
-            module.training = mode
-            module._buffers.update(held)  # a forward may have put another tensor there
-        random.setstate(python)
-        np.random.set_state(legacy)
         if on_gpus:
             torch.cuda.set_rng_state_all(on_gpus)
+
+
+def where_random_streams_are() -> tuple[Any, ...]:
+    """Another value where the global random numbers of Python, numpy, or torch have gone on."""
+    _, key, *rest = np.random.get_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    on_torch = [state.numpy().tobytes() for state in (torch.get_rng_state(), *gpus)]
+    return random.getstate(), np.asarray(key).tobytes(), *rest, *on_torch

@@ -34,6 +34,17 @@ LEDGER = Table(
             export="ledger_terms",
         ),
         field(
+            "alone",
+            "step layer task",
+            "<f4",
+            "what the layer's update would have changed the task's unweighted loss by at this point, had all gradients "
+            "so far been the task's own: as term; NaN: as term, or the optimizer's history is not known by task",
+            "loss",
+            finite=True,
+            optional=True,
+            export="ledger_alone",
+        ),
+        field(
             "left",
             "step task source",
             "<f4",
@@ -100,6 +111,8 @@ class LedgerRow:
         burst: Of which burst of neighbouring steps the row is.
         term: (L, T, S) change of each task's unweighted loss by each part of the update of each layer: the mean of both
             ends of the step, corrected.
+        alone: (L, T) as the task's own part in ``term``, of the update that the same gradients of its own would have
+            made without those of others: another one under Adam alone, whose second moment all tasks share.
         left, correction, right: (T, S) over all layers: to first order at the left end as it was measured; what that
             lacks for sharing its batch with the update; at the right end. ``term`` is half their sum.
         head: (T,) as ``term``, by the whole update of what the task has for itself.
@@ -109,8 +122,8 @@ class LedgerRow:
     """
 
     table: ClassVar[Table] = LEDGER
-    by_layer: ClassVar = ("term",)
-    brings: ClassVar = (LEDGER.name,)
+    by_layer: ClassVar = ("term", "alone")
+    brings: ClassVar = (LEDGER.name, LEDGER.path("alone"))
 
     step: int
     epoch: int
@@ -123,5 +136,6 @@ class LedgerRow:
     head: Array
     loss_change: Array
     drift: Array
+    alone: Array
     overhead: float = 0.0
     status: str = MEASURED

@@ -380,6 +380,11 @@ def _ledger(run: Run) -> dict[str, Any] | None:
                 "residual": measures.known(found.residual[i]),
                 "size": measures.known(found.size[i]),
                 "own_progress": measures.known(found.own[i]),
+                "alone_progress": measures.known(found.alone[i]),
+                "shrunk": measures.known(found.shrunk[i]),
+                "shrunk_error": measures.known(found.shrunk_error[i]),
+                "lost": measures.known(found.lost[i]),
+                "dominated": found.dominated(i),
                 "gates": [
                     {
                         "name": gate.name,

@@ -320,6 +320,11 @@ def _ledger(found: dict[str, Any] | None) -> list[Message]:
             key = "summary.cancelled" if c > 0 else "summary.added"
             messages.append(Message(key, by=pair["by"], task=pair["task"], part=abs(c), c=c))
     for task, about in found["tasks"].items():
+        if about["shrunk"] is not None:
+            cancelled = about["lost"] - about["shrunk"]
+            messages.append(Message("summary.alone", task=task, shrunk=about["shrunk"], cancelled=cancelled))
+        if about["dominated"]:
+            messages.append(Message("summary.dominated", task=task))
         shut = [gate["sentence"] for gate in about["gates"] if not gate["passed"]]
         if shut:
             messages.append(Message("summary.ledger_shut", task=task, gates=shut))

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from gradprobe.errors import ProbeError
-from gradprobe.ledger.terms import correction, effects, noise_products, term
+from gradprobe.ledger.terms import correction, effects, in_float64, noise_products, own_effects, term
 from gradprobe.ledger.update_parts import rules
 from gradprobe.measures import Array
 from gradprobe.probes.calls import is_present
@@ -21,7 +21,7 @@ from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import EARLIER_SOURCES, MEASURED, LedgerRow
 from gradprobe.updates import heads
 from gradprobe.updates.optimizer_watch import NOTHING_SHARED, MeasuredStep, OptimizerWatch, Reader
-from gradprobe.updates.probe_batch import ProbeBatch, ProbeBatchValue, losses_as_detached_before, value_probe_batch
+from gradprobe.updates.probe_batch import HeldLosses, ProbeBatch, ProbeBatchValue, value_probe_batch
 from gradprobe.updates.taking_apart import TakenApart, UpdateBefore, UpdateParts, numbers_by_layer, side_by_side
 
 _ENDS = ("batch", "probe")
@@ -40,6 +40,7 @@ class _OpenRow:
     Attributes:
         row: All else.
         left: (L, T, S) of each layer, with its correction.
+        alone: (L, T) the same of what each task alone would have made.
         head: (T,) the same of the private parameters.
         pieces: The parts of the update.
         moved: (T) the update of the private parameters.
@@ -47,6 +48,7 @@ class _OpenRow:
 
     row: LedgerRow
     left: Array
+    alone: Array
     head: Array
     pieces: Sequence[UpdateParts]
     moved: heads.ByTask
@@ -121,6 +123,7 @@ class Ledger(Reader):
             raise ProbeError(f"burst={burst} is longer than every={every}: leave both out to measure all steps.")
         self.ends, self.samples, self._probe = ends, whole("samples", samples, least=0), probe
         self._watch: OptimizerWatch | None = None
+        self._held = HeldLosses()
         # Of the present step, and of the one whose right end is to come.
         self._open: _OpenRow | None = None
         self._row: LedgerRow | None = None
@@ -202,9 +205,9 @@ class Ledger(Reader):
             return
         row, left, right = replace(self._row, status=self._doubt()), self._valued, None
         if self._probe is not None and left is not None:
-            self._valued = right = self._value(at)
-            self._point = self._where()
-            kept = losses_as_detached_before(self._model, self._tasks, self._probe, left, right)
+            right = self._value(at, remember=self._held.wants_forwards(left))
+            kept = self._held.losses(self._model, self._tasks, self._probe, left, right)
+            self._valued, self._point = replace(right, forwards=None), self._where()
             row = replace(row, loss_change=right.losses - left.losses, drift=right.losses - kept)
         pieces, moved = taken.pieces if taken is not None else (), self._heads.moved()
         if self.ends == "batch":
@@ -241,7 +244,11 @@ class Ledger(Reader):
     ) -> _OpenRow:
         assert self._heads is not None
         left = self._nothing() if taken is None else taken.effect
-        added = self._nothing() if taken is None else self._correction(at, taken)
+        added, added_alone = self._nothing(), _own(self._nothing())
+        if taken is not None:
+            added, added_alone = self._correction(at, taken)
+        pieces = taken.pieces if taken is not None else ()
+        alone = self._alone_at_the_left(at.gradients or [], pieces, left) + added_alone
         head = heads.private_effects(self._mean, moved)
         head += self._heads.correction(self._now.optimizer, self._micro, at.shares, self._mean)
         status = row.status
@@ -250,14 +257,15 @@ class Ledger(Reader):
         elif status == MEASURED and not np.isfinite(head).all():
             status = _FOREIGN_HEAD
         row = replace(row, left=_over_layers(left), correction=_over_layers(added), status=status)
-        return _OpenRow(row, left + added, head, taken.pieces if taken is not None else (), moved)
+        return _OpenRow(row, left + added, alone, head, pieces, moved)
 
     def _right(self, waiting: _OpenRow, gradients: Sequence[Gradients]) -> LedgerRow:
-        right = self._effects(gradients, waiting.pieces)
+        ((right, alone),) = self._effects([gradients], waiting.pieces)
         return replace(
             waiting.row,
             right=_over_layers(right),
             term=term(waiting.left, np.zeros_like(right), right),
+            alone=0.5 * (waiting.alone + alone),
             head=0.5 * (waiting.head + heads.private_effects(self._mean, waiting.moved)),
         )
 
@@ -269,41 +277,70 @@ class Ledger(Reader):
         pieces: Sequence[UpdateParts],
         moved: heads.ByTask,
     ) -> LedgerRow:
-        ends = [self._effects(end.gradients or [], pieces) for end in (left, right)]
-        first, last = (heads.private_effects(end.private or [], moved) for end in (left, right))
-        nothing = np.zeros_like(ends[0])
+        (begin, alone), (end, alone_after) = self._effects([left.gradients or [], right.gradients or []], pieces)
+        first, last = (heads.private_effects(value.private or [], moved) for value in (left, right))
+        nothing = np.zeros_like(begin)
         return replace(
             row,
-            left=_over_layers(ends[0]),
+            left=_over_layers(begin),
             correction=_over_layers(nothing),
-            right=_over_layers(ends[1]),
-            term=term(ends[0], nothing, ends[1]),
+            right=_over_layers(end),
+            term=term(begin, nothing, end),
+            alone=0.5 * (alone + alone_after),
             head=0.5 * (first + last),
         )
 
-    def _effects(self, gradients: Sequence[Gradients], pieces: Sequence[UpdateParts]) -> Array:
-        """(L, T, S); NaN where a task does not reach a layer."""
-        shared, found = self._now.shared, self._nothing()
+    def _effects(self, ends: Sequence[Sequence[Gradients]], pieces: Sequence[UpdateParts]) -> list[tuple[Array, Array]]:
+        """At each end (L, T, S) of the parts, and (L, T) of what each task alone would have made.
+
+        NaN where a task does not reach a layer.
+        """
+        shared = self._now.shared
+        found = [(self._nothing(), _own(self._nothing())) for _ in ends]
         for piece in pieces:
             sizes = numbers_by_layer(shared, piece.places)
-            rows = side_by_side(gradients, shared.parameters, piece.places)
-            found[list(sizes)] += effects(rows, piece.made, list(sizes.values()))
-        reach = np.array(shared.reach, dtype=bool).reshape(found.shape[:2])
-        return np.where(reach[:, :, None], found, np.nan)
+            layers, counts, made = list(sizes), list(sizes.values()), in_float64(piece.made)
+            for gradients, (effect, alone) in zip(ends, found, strict=True):
+                rows = in_float64(side_by_side(gradients, shared.parameters, piece.places))
+                added = effects(rows, made, counts)
+                effect[layers] += added
+                alone[layers] += _own(added) if piece.alone is None else own_effects(rows, piece.alone, counts)
+        reach = np.array(shared.reach, dtype=bool).reshape(len(shared.layers), len(self._tasks))
+        return [
+            (np.where(reach[:, :, None], effect, np.nan), np.where(reach, alone, np.nan)) for effect, alone in found
+        ]
 
-    def _correction(self, at: MeasuredStep, taken: TakenApart) -> Array:
+    def _alone_at_the_left(self, gradients: Sequence[Gradients], pieces: Sequence[UpdateParts], made: Array) -> Array:
+        """(L, T) of what each task alone would have made; ``made``: (L, T, S) of the parts, which are known there."""
+        if all(piece.alone is None for piece in pieces):
+            return _own(made)
+        ((_, found),) = self._effects([gradients], pieces)
+        return found
+
+    def _correction(self, at: MeasuredStep, taken: TakenApart) -> tuple[Array, Array]:
+        """(L, T, S), and (L, T) of what each task alone would have made."""
         shared, tasks = self._now.shared, len(self._tasks)
         noise = np.zeros((len(shared.layers), tasks, tasks))
+        alone = _own(noise)
         for piece in taken.pieces:
-            sizes, every = numbers_by_layer(shared, piece.places), [at.gradients or [], *at.micro]
+            layers, sizes = zip(*numbers_by_layer(shared, piece.places).items(), strict=True)
+            every = [at.gradients or [], *at.micro]
             mean, *micro = (side_by_side(tasks_, shared.parameters, piece.places) for tasks_ in every)
-            noise[list(sizes)] += noise_products(mean, micro, at.shares, list(sizes.values()), piece.factor)
-        return correction(noise, at.weights, taken.scale, tasks + len(EARLIER_SOURCES))
+            added = noise_products(mean, micro, at.shares, sizes, piece.factor)
+            noise[list(layers)] += added
+            if piece.alone_factor is None:
+                alone[list(layers)] += _own(added)
+                continue
+            for task, factor in enumerate(piece.alone_factor):
+                rows = [one[task : task + 1] for one in (mean, *micro)]
+                alone[list(layers), task] += noise_products(rows[0], rows[1:], at.shares, sizes, factor)[:, 0, 0]
+        found = correction(noise, at.weights, taken.scale, tasks + len(EARLIER_SOURCES))
+        return found, alone * (taken.scale * at.weights)
 
-    def _value(self, at: MeasuredStep) -> ProbeBatchValue:
+    def _value(self, at: MeasuredStep, *, remember: bool = False) -> ProbeBatchValue:
         assert self._probe is not None
         shared = self._now.shared.parameters if self.ends == "probe" else None
-        return value_probe_batch(self._model, self._tasks, self._probe, shared, at.private)
+        return value_probe_batch(self._model, self._tasks, self._probe, shared, at.private, remember=remember)
 
     def _where(self) -> tuple[int, int]:
         """Changes with the parameters, and with the step."""
@@ -350,10 +387,16 @@ class Ledger(Reader):
             correction=np.full(unknown.shape[1:], np.nan),
             right=np.full(unknown.shape[1:], np.nan),
             head=np.full(tasks, np.nan),
+            alone=_own(unknown),
             loss_change=np.full(tasks, np.nan),
             drift=np.full(tasks, np.nan),
             status=at.status,
         )
+
+
+def _own(values: Array) -> Array:
+    """(L, T) from (L, T, S): of each task, what its own source did."""
+    return np.diagonal(values[..., : values.shape[1]], axis1=1, axis2=2).copy()
 
 
 def _over_layers(values: Array) -> Array:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradprobe.errors import ProbeError
-from gradprobe.ledger.update_parts import why_not
+from gradprobe.ledger.update_parts import Alone, why_not
 from gradprobe.measures import Array
 from gradprobe.probes.clock import Stopwatch
 from gradprobe.probes.feature_gradients import GradientLevel
@@ -27,7 +27,15 @@ from gradprobe.probes.shared_layers import Layer, SharedLayers
 from gradprobe.probes.task_gradients import TaskGradients
 from gradprobe.rows import EARLIER_SOURCES, MEASURED
 from gradprobe.updates.heads import private_parameters
-from gradprobe.updates.taking_apart import MOST_MISSING, KeptMoments, TakenApart, UpdateBefore, look_after, look_before
+from gradprobe.updates.taking_apart import (
+    MOST_MISSING,
+    Kept,
+    KeptMoments,
+    TakenApart,
+    UpdateBefore,
+    look_after,
+    look_before,
+)
 
 _T = TypeVar("_T")
 
@@ -228,14 +236,14 @@ class OptimizerWatch:
         return {
             "skipped": self._skipped,
             "passed": self._passed,
-            "kept": [[list(places), moments] for places, moments in self._kept.items()],
+            "kept": [[list(places), _stored(kept)] for places, kept in self._kept.items()],
             **{key: value for reader in self.readers for key, value in reader.state_dict().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         device = self.now.gradients.device
         self._skipped, self._passed = state["skipped"], state["passed"]
-        self._kept = {tuple(places): [m.to(device) for m in moments] for places, moments in state["kept"]}
+        self._kept = {tuple(places): _restored(kept, device) for places, kept in state["kept"]}
         for reader in self.readers:
             reader.load_state_dict(state)
         self._at = self._before = None
@@ -253,6 +261,10 @@ class OptimizerWatch:
     def shared(self) -> SharedLayers:
         """The shared layers; none before they are found."""
         return self.now.gradients.shared or SharedLayers((), ())
+
+    @property
+    def _keeps(self) -> bool:
+        return any(reader.keeps for reader in self.readers)
 
     def private(self, losses: Sequence[Tensor]) -> list[list[nn.Parameter]]:
         """(T): what each task alone reaches; looked for once."""
@@ -343,7 +355,14 @@ class OptimizerWatch:
             return None
         foreign, parameters = why_not(self.optimizer), self.shared.parameters
         before = look_before(
-            self.optimizer, parameters, at.gradients, at.weights, self._kept, self._passed - 1, foreign
+            self.optimizer,
+            parameters,
+            at.gradients,
+            at.weights,
+            self._kept,
+            self._passed - 1,
+            foreign,
+            alone=self._keeps,
         )
         if not before.unexplained <= MOST_MISSING:
             at.status = SEVERAL_CALLS if at.calls > 1 else FOREIGN_GRADIENT
@@ -365,9 +384,8 @@ class OptimizerWatch:
 
     def _take_apart(self, at: MeasuredStep, before: UpdateBefore) -> TakenApart | None:
         assert at.gradients is not None
-        keep = any(reader.keeps for reader in self.readers)
         with torch.no_grad():
-            found = look_after(self.optimizer, self.shared, before, at.gradients, at.weights, keep=keep)
+            found = look_after(self.optimizer, self.shared, before, at.gradients, at.weights, keep=self._keeps)
         if not found.missing <= MOST_MISSING:
             self._kept, at.status = {}, FOREIGN_UPDATE
             return None
@@ -395,6 +413,19 @@ class OptimizerWatch:
             reader.seconds += watch.seconds
             if status != MEASURED:
                 failed[reader.name] = status
+
+
+def _stored(kept: Kept) -> dict[str, Any]:
+    alone = kept.alone
+    return {"moments": kept.moments, "squares": alone and alone.squares, "weight": alone and alone.weight}
+
+
+def _restored(state: Any, device: torch.device) -> Kept:
+    """Of a list, as files of earlier versions have it: the first moments, and no others."""
+    if not isinstance(state, Mapping):
+        return Kept([m.to(device) for m in state])
+    moments, squares = ([m.to(device) for m in state[name] or ()] for name in ("moments", "squares"))
+    return Kept(moments, Alone(squares, state["weight"]) if squares else None)
 
 
 def _unscaled(tasks: Sequence[Gradients], factor: float) -> list[Gradients]:

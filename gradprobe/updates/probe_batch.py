@@ -8,6 +8,7 @@ no part of any gradient. Held at what it was, the loss is what is really descend
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from gradprobe.measures import Array
 from gradprobe.probes.passes import Gradients
 from gradprobe.probes.state import sow, undisturbed
 from gradprobe.updates.heads import ByTask, PrivateParameters, as_vector
+from gradprobe.updates.remembered_forwards import RememberedForwards
 
 _CALLS = (torch.Tensor.detach, torch.detach)
 
@@ -93,12 +95,14 @@ class ProbeBatchValue:
         gradients: (T) on the shared parameters; None: not asked for.
         private: (T) on what each task alone reaches, as one long vector each.
         detached: What the losses detached, in order; see :mod:`gradprobe.updates.probe_batch`.
+        forwards: What the model's forwards gave; None: it was not to be kept.
     """
 
     losses: Array
     gradients: list[Gradients] | None = None
     private: ByTask | None = None
     detached: Sequence[Tensor] = ()
+    forwards: RememberedForwards | None = None
 
 
 def value_probe_batch(
@@ -107,10 +111,18 @@ def value_probe_batch(
     batch: ProbeBatch,
     shared: Sequence[nn.Parameter] | None = None,
     private: PrivateParameters = (),
+    *,
+    remember: bool = False,
 ) -> ProbeBatchValue:
     """The losses, and the gradients where ``shared`` parameters are given.
 
     Parameters, ``.grad``, buffers, modes and random streams (of torch, numpy and Python) end as they were.
+
+    Args:
+        model, tasks, batch: Of the ledger.
+        shared: See above.
+        private: What each task alone reaches.
+        remember: Keep what the model's forwards give.
 
     Raises:
         ProbeError: A task has no loss, or there is no micro-batch.
@@ -119,8 +131,12 @@ def value_probe_batch(
     parameters = [[*(shared or ()), *own] for own in private] if shared is not None else []
     sums: list[Gradients] = [[None] * len(wanted) for wanted in parameters]
     recorded = _DetachedRecorder()
-    with undisturbed(model), torch.set_grad_enabled(shared is not None):
+    forwards = RememberedForwards(model, lambda: len(recorded.values)) if remember else None
+    remembering = forwards.remembering() if forwards is not None else nullcontext()
+    with undisturbed(model), torch.set_grad_enabled(shared is not None), remembering:
         for losses in _micro_losses(batch, recorded):
+            if forwards is not None:
+                forwards.let_go_of_graphs()
             total += _values(tasks, losses)
             count += 1
             for task, wanted, added in zip(tasks, parameters, sums, strict=False):
@@ -128,23 +144,56 @@ def value_probe_batch(
     if not count:
         raise ProbeError("ledger=: the probe batch gave no losses.")
     if shared is None:
-        return ProbeBatchValue(total / count, detached=recorded.values)
+        return ProbeBatchValue(total / count, detached=recorded.values, forwards=forwards)
     means = [[None if g is None else g / count for g in task] for task in sums]
     own = [as_vector(task[len(shared) :], of) for task, of in zip(means, private, strict=True)]
-    return ProbeBatchValue(total / count, [task[: len(shared)] for task in means], own, recorded.values)
+    gradients = [task[: len(shared)] for task in means]
+    return ProbeBatchValue(total / count, gradients, own, recorded.values, forwards)
 
 
-def losses_as_detached_before(
-    model: nn.Module, tasks: Sequence[str], batch: ProbeBatch, left: ProbeBatchValue, right: ProbeBatchValue
-) -> Array:
-    """(T,) the losses at the right end, with what is detached as it was at the left end.
+class HeldLosses:
+    """The losses at the right end of a step, with what is detached as it was at the left end.
 
-    The right end's own where nothing is detached; NaN where other things are than were.
+    A loss needs the model's forward again only where what is detached goes into it. So what the forwards of the right
+    end gave is handed out in their place. At the 1st, 2nd, 4th, 8th, ... step they run all the same: where a loss is
+    then another one in any bit, they do at every step from there on.
     """
-    if not left.detached and not right.detached:
-        return right.losses
-    before = _DetachedReplay(left.detached)
-    with undisturbed(model), torch.no_grad():
+
+    def __init__(self) -> None:
+        self._steps, self._run_anyway = 0, False
+
+    def wants_forwards(self, left: ProbeBatchValue) -> bool:
+        """Whether the right end's are to be kept."""
+        return bool(left.detached) and not self._run_anyway
+
+    def losses(
+        self, model: nn.Module, tasks: Sequence[str], batch: ProbeBatch, left: ProbeBatchValue, right: ProbeBatchValue
+    ) -> Array:
+        """(T,): the right end's own where nothing is detached; NaN where other things are than were."""
+        if not left.detached and not right.detached:
+            return right.losses
+        remembered = None if self._run_anyway or not right.forwards else right.forwards
+        short = None if remembered is None else _held(model, tasks, batch, left.detached, remembered)
+        if remembered is not None:
+            self._steps += 1
+        if short is not None and self._steps & (self._steps - 1):
+            return short
+        found = _held(model, tasks, batch, left.detached)
+        self._run_anyway |= short is not None and not np.array_equal(short, found, equal_nan=True)
+        return found
+
+
+def _held(
+    model: nn.Module,
+    tasks: Sequence[str],
+    batch: ProbeBatch,
+    detached: Sequence[Tensor],
+    remembered: RememberedForwards | None = None,
+) -> Array:
+    """(T,) losses with these values in the place of what they detach; NaN where other things are detached."""
+    before = _DetachedReplay(detached)
+    handing_out = remembered.handing_out() if remembered is not None else nullcontext()
+    with undisturbed(model), torch.no_grad(), handing_out:
         found = [_values(tasks, losses) for losses in _micro_losses(batch, before)]
     return np.mean(found, axis=0) if before.fits else np.full(len(tasks), np.nan)
 

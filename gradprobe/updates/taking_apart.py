@@ -12,7 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradprobe.ledger.terms import products
-from gradprobe.ledger.update_parts import Moments, Rule, begin, first_moment, fit, own_factor, rules, take_apart
+from gradprobe.ledger.update_parts import (
+    Alone,
+    Moments,
+    Rule,
+    alone_factors,
+    begin,
+    first_moment,
+    fit,
+    own_factor,
+    rules,
+    take_apart,
+)
 from gradprobe.measures import Array
 from gradprobe.probes.passes import Gradients, combined
 from gradprobe.probes.shared_layers import SharedLayers
@@ -21,8 +32,21 @@ from gradprobe.rows import EARLIER_SOURCES
 _Places = tuple[int, ...]
 """Which of the shared parameters."""
 
-KeptMoments = dict[_Places, Moments]
-"""First moments of parameters that are updated by one rule, side by side in one long vector."""
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept from step to step of parameters that are updated by one rule, side by side in one long vector.
+
+    Attributes:
+        moments: First moments by source.
+        alone: Second moments of each task alone; None: there are none, or nobody asked.
+    """
+
+    moments: Moments
+    alone: Alone | None = None
+
+
+KeptMoments = dict[_Places, Kept]
 
 _PLAIN_RULE = Rule(adam=False, lr=0.0, decay=0.0, decoupled=False, keep=0.0, take=1.0)
 """Stands for the rule of an optimizer that is not known."""
@@ -59,13 +83,13 @@ class UpdateBefore:
 
     Attributes:
         groups: Of the shared parameters that will be updated.
-        moments: First moments of each group by source, before the step.
+        kept: What was known of each group before the step.
         scale: The given gradient over the weighted sum of the tasks' gradients.
         unexplained: What that leaves, over the length of the given gradient.
     """
 
     groups: list[_Group]
-    moments: list[Moments]
+    kept: list[Kept]
     scale: float
     unexplained: float
 
@@ -78,6 +102,8 @@ def look_before(
     kept: KeptMoments,
     passed: int,
     foreign: str = "",
+    *,
+    alone: bool = False,
 ) -> UpdateBefore:
     """What must be known before the optimizer's step; ``.grad`` is read and not changed.
 
@@ -89,6 +115,7 @@ def look_before(
         kept: Moments of the last step that was taken apart.
         passed: Updates that were made since, and not taken apart: their gradients go to the earlier momentum.
         foreign: Why updates of this optimizer cannot be taken apart; then the gradient alone is looked at.
+        alone: Also keep what Adam's second moments of each task alone would be.
     """
     known: list[Rule | None] = [_PLAIN_RULE] * len(parameters) if foreign else rules(optimizer, parameters)
     groups = _groups(known, parameters, gradients)
@@ -96,8 +123,8 @@ def look_before(
     scale, unexplained = fit([group.given for group in groups], sums)
     if foreign:
         return UpdateBefore(groups, [], scale, unexplained)
-    moments = [_moments(optimizer, parameters, group, kept.get(group.places), passed) for group in groups]
-    return UpdateBefore(groups, moments, scale, unexplained)
+    now = [_kept(optimizer, parameters, group, kept.get(group.places), passed, alone=alone) for group in groups]
+    return UpdateBefore(groups, now, scale, unexplained)
 
 
 def _groups(
@@ -123,6 +150,24 @@ def _groups(
     ]
 
 
+def _kept(
+    optimizer: Optimizer,
+    parameters: Sequence[nn.Parameter],
+    group: _Group,
+    kept: Kept | None,
+    passed: int,
+    *,
+    alone: bool,
+) -> Kept:
+    moments = _moments(optimizer, parameters, group, None if kept is None else kept.moments, passed)
+    if not (alone and group.rule.adam):
+        return Kept(moments)
+    seconds = kept.alone if kept is not None else None
+    if seconds is None:
+        return Kept(moments, Alone.begin(group.before, len(group.own)))
+    return Kept(moments, seconds.faded(group.rule, passed))
+
+
 def _moments(
     optimizer: Optimizer, parameters: Sequence[nn.Parameter], group: _Group, kept: Moments | None, passed: int
 ) -> Moments:
@@ -130,7 +175,8 @@ def _moments(
     now = long_vector([first_moment(optimizer, parameters[i]) for i in group.places])
     if kept is None or group.rule.begins:
         return begin(now, len(group.own))
-    faded = [moment.mul_(group.rule.keep**passed) for moment in kept[:-1]]
+    # Not in place: this update may yet turn out to be none that can be taken apart, and one that passed, too.
+    faded = [moment * group.rule.keep**passed for moment in kept[:-1]] if passed else kept[:-1]
     for moment in faded:
         now.sub_(moment)
     return [*faded, now]
@@ -155,11 +201,16 @@ class UpdateParts:
         places: Which of the shared parameters.
         made: (S, n) by source; they sum to the update.
         factor: (n,) or a number: by how much the step's own gradient entered it.
+        alone: (T, n) what each task alone would have made at this point; NaN: its history is not known. None: no other
+            than its part, as in SGD, where no task changes what another one's gradient becomes.
+        alone_factor: (T, n) as ``factor``, of ``alone``.
     """
 
     places: _Places
     made: Tensor
     factor: Tensor | float
+    alone: Tensor | None = None
+    alone_factor: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -199,10 +250,10 @@ def look_after(
     gram = np.zeros((len(shared.layers), sources + tasks, sources + tasks))
     left = square = allowed = 0.0
     pieces = []
-    for group, moments in zip(before.groups, before.moments, strict=True):
+    for group, kept in zip(before.groups, before.kept, strict=True):
         shares = _shares(group, weights, before.scale)
         second = second_moment(optimizer, [parameters[i] for i in group.places], group.rule)
-        made = take_apart(group.rule, moments, shares, group.before, second)
+        made = take_apart(group.rule, kept.moments, shares, group.before, second)
         update = long_vector([parameters[i] for i in group.places]).sub_(group.before)
         square += vector_norm(update) ** 2
         # Each parameter is rounded when the update is added to it.
@@ -213,15 +264,25 @@ def look_after(
         sizes = numbers_by_layer(shared, group.places)
         gram[list(sizes)] += products(torch.stack([*made, *group.own]), list(sizes.values()))
         if keep:
-            pieces.append(UpdateParts(group.places, torch.stack(made), own_factor(group.rule, second)))
+            lone = _alone(group, kept, shares)
+            pieces.append(UpdateParts(group.places, torch.stack(made), own_factor(group.rule, second), *lone))
     there = np.array(
         [[any(g[i] is not None for i, o in enumerate(owner) if o == layer) for g in gradients] for layer in set(owner)]
     ).reshape(len(shared.layers), tasks)
     beyond = max(math.sqrt(left) - 2 * math.sqrt(allowed), 0.0)
     missing = beyond / math.sqrt(square) if square else float(beyond > 0)
-    kept = {group.places: moments for group, moments in zip(before.groups, before.moments, strict=True)}
+    by_places = {group.places: kept for group, kept in zip(before.groups, before.kept, strict=True)}
     effect = np.where(there[:, :, None], gram[:, sources:, :sources], np.nan)
-    return TakenApart(gram[:, :sources, :sources], effect, missing, kept, pieces, before.scale)
+    return TakenApart(gram[:, :sources, :sources], effect, missing, by_places, pieces, before.scale)
+
+
+def _alone(group: _Group, kept: Kept, shares: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    """See :class:`UpdateParts`; brings the second moments up to date."""
+    if kept.alone is None:
+        return None, None
+    kept.alone.look(group.rule, shares, group.before)
+    factors = torch.stack(alone_factors(group.rule, kept.alone))
+    return torch.stack(kept.moments[: len(shares)]) * factors, factors * -group.rule.take
 
 
 def _owners(shared: SharedLayers) -> list[int]:

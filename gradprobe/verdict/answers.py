@@ -89,6 +89,22 @@ class Direct:
 
 
 @dataclass(frozen=True)
+class AgainstAlone:
+    """A task's progress held against what its own gradients alone would have made at the same states; per run.
+
+    Attributes:
+        baseline_shrunk, arm_shrunk: The part of its lone progress that is gone as its own steps are shorter; in the
+            order of ``baseline_values`` and ``arm_values``. NaN: not known.
+        baseline_lost, arm_lost: The same with what all other tasks' parts of the updates take.
+    """
+
+    baseline_shrunk: Sequence[float]
+    arm_shrunk: Sequence[float]
+    baseline_lost: Sequence[float]
+    arm_lost: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Answer:
     """One question about one arm: arm minus baseline of a quantity that is to fall.
 
@@ -117,6 +133,7 @@ class Answer:
         task: Of an outcome: whose metric it is; empty: of all.
         notes: What has to be known beside it.
         direct: See :class:`Direct`; of interference only.
+        alone: See :class:`AgainstAlone`; of interference only.
         sign_flip: p-value by flipping signs, of six seeds or more; NaN: fewer. A check, not used by the rules.
         skewed: Whether the differences are seen to be skewed, so that the interval is too narrow.
         of_means: Whether the effect is a difference of ratios of means over seeds, since a run has nothing to divide by
@@ -154,6 +171,7 @@ class Answer:
     task: str = ""
     notes: Sequence[Message] = ()
     direct: Direct | None = None
+    alone: AgainstAlone | None = None
     sign_flip: float = math.nan
     skewed: bool = False
     of_means: bool = False

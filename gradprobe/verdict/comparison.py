@@ -212,6 +212,7 @@ def _measure(s: Sides, quantity: Quantity) -> _Measured:
         notes=[*_layer_note(s, quantity, layers), *quantity.remarks(s, layers, found)],
         direct=quantity.direct(s, layers),
         of_means=found.of_means,
+        alone=quantity.against_alone(s, layers),
     )
     if found.contrast is None:
         return _Measured(replace(answer, verdict=UNDEFINED, reason=gates.closed(found.gates)))

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from gradprobe.errors import UsageError
-from gradprobe.ledger.windows import Gate
+from gradprobe.ledger.windows import Gate, Window
 from gradprobe.measures import Array
 from gradprobe.messages import Message
 from gradprobe.metric import MAIN, lower_is_better, task_of
@@ -27,7 +27,7 @@ from gradprobe.statistics import (
     widened,
 )
 from gradprobe.verdict import evidence, gates
-from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, OUTCOME, Direct
+from gradprobe.verdict.answers import DIRECTION, DOMINANCE, INTERFERENCE, OUTCOME, AgainstAlone, Direct
 from gradprobe.verdict.conditions import ArmRuns
 from gradprobe.verdict.evidence import Evidence, Pair, Span
 
@@ -174,6 +174,10 @@ class Quantity(ABC):
 
     def direct(self, s: Sides, layers: Sequence[str]) -> Direct | None:
         """See :class:`gradprobe.verdict.answers.Direct`; None: there is none."""
+        return None
+
+    def against_alone(self, s: Sides, layers: Sequence[str]) -> AgainstAlone | None:
+        """See :class:`gradprobe.verdict.answers.AgainstAlone`; None: there is none."""
         return None
 
     def by_layer(self, run: Evidence, layers: Sequence[str]) -> Array:
@@ -360,7 +364,8 @@ class _Interference(Quantity):
         worst = next((gate for gate in found.gates if gate.name == "residual" and math.isfinite(gate.value)), None)
         residual = [] if worst is None else [Message("remark.residual", task=self.pair.task, part=worst.value)]
         means = [self._of_means(s, layers, found)] if found.of_means else []
-        return [*residual, *means, *([Message("remark.same_weights")] if _same_weights(s) else [])]
+        same = [Message("remark.same_weights")] if _same_weights(s) else []
+        return [*residual, *means, *same, *self._shortened(s, layers)]
 
     def _of_means(self, s: Sides, layers: Sequence[str], found: Reading) -> Message:
         """What the ratio is; where nothing can be divided by, what C would divide, arm minus baseline."""
@@ -370,6 +375,33 @@ class _Interference(Quantity):
         apart = s.contrast(baseline, arm)
         estimate = tuple(float(one) for one in (apart.effect, *apart.interval()))
         return Message("remark.cancelled", task=self.pair.task, by=self.pair.by, estimate=estimate)
+
+    def _windows(self, runs: Sequence[Evidence], layers: Sequence[str]) -> list[Window]:
+        found = [evidence.ledger_window(run, layers, self.span) for run in runs]
+        return [one for one in found if one is not None]
+
+    def against_alone(self, s: Sides, layers: Sequence[str]) -> AgainstAlone | None:
+        """Of the task that loses."""
+        numbers = [
+            [float(values[run.tasks.index(self.pair.task)]) for run, values in zip(runs, found, strict=True)]
+            for runs in (s.baseline, s.treated)
+            for windows in [self._windows(runs, layers)]
+            for found in ([w.shrunk for w in windows], [w.lost for w in windows])
+        ]
+        return AgainstAlone(numbers[0], numbers[2], numbers[1], numbers[3])
+
+    def _shortened(self, s: Sides, layers: Sequence[str]) -> list[Message]:
+        """How much of its lone progress the task loses in each arm and by what, which C alone does not tell."""
+        task, told, dominated = self.pair.task, [], []
+        for name, runs in ((Message("term.baseline"), s.baseline), (s.arm, s.treated)):
+            found = [(w, run.tasks.index(task)) for w, run in zip(self._windows(runs, layers), runs, strict=True)]
+            shrunk, cancelled = (np.mean([w.shrunk[i] for w, i in found]), np.mean([w.cancelled(i) for w, i in found]))
+            if not (np.isfinite(shrunk) and np.isfinite(cancelled)):
+                return [Message("remark.alone_unknown", task=task)]
+            told.append(Message("remark.alone_of", arm=name, shrunk=float(shrunk), cancelled=float(cancelled)))
+            dominated += [name] * all(w.dominated(i, self.margin) for w, i in found)
+        named = [Message("remark.shortened", task=task, arms=dominated)] if dominated else []
+        return [Message("remark.alone", task=task, arms=told), *named]
 
     def by_layer(self, run: Evidence, layers: Sequence[str]) -> Array:
         """They sum to C."""

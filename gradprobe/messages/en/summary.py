@@ -82,6 +82,11 @@ MESSAGES: dict[str, str] = {
     "this run alone.",
     "summary.added": "{by}'s part of the updates added {part:.0%} of {task}'s own progress (C = {c:+.2f}), of this run "
     "alone.",
+    "summary.alone": "Of the progress that {task}'s own gradients would have made without those of others at the same "
+    "states, {shrunk:.0%} is lost as its steps are shorter, and {cancelled:.0%} to what other tasks' parts of the "
+    "updates do.",
+    "summary.dominated": "What {task} loses is mostly dominance and not cancellation: other tasks' gradients fill the "
+    "second moment that {task}'s steps are divided by. C does not contain that.",
     "summary.ledger_shut": "What others did to {task} is not known: {gates:semicolons}.",
     # ---- the probe loader
     "summary.probe": "On independent samples ({rows} rows of the probe loader), less their noise, over all steps: "

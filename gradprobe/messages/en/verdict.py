@@ -150,6 +150,14 @@ MESSAGES: dict[str, str] = {
     "seeds: what {by} cancels on average, as a part of {task}'s average own progress. The interval is Fieller's.",
     "remark.cancelled": "What {by} cancels of {task}'s loss at a measured step, arm minus baseline, is "
     "{estimate:signed estimate}, in units of that loss). No margin was fixed for it, so it carries no verdict.",
+    "remark.alone": "Of the progress that {task}'s own gradients would have made without those of others at the same "
+    "states: {arms:semicolons}.",
+    "remark.alone_of": "in {arm} {shrunk:.0%} is lost as its steps are shorter, and {cancelled:.0%} to what other "
+    "tasks' parts of the updates do",
+    "remark.alone_unknown": "Whether other tasks' gradients shorten {task}'s own steps, as they can under Adam, is not "
+    "known for all runs; C does not contain it.",
+    "remark.shortened": "What {task} loses in {arms:and} is mostly dominance and not cancellation: other tasks' "
+    "gradients fill the second moment that {task}'s steps are divided by. C does not contain that.",
     "remark.same_weights": "Both arms have the same weights: no difference can come from weights.",
     "remark.no_clusters": "The interval is over seeds alone: which images of one clip or patient belong together is "
     "not in the files, so it does not cover other images.",

@@ -75,6 +75,10 @@ MESSAGES: dict[str, str] = {
     "summary.ledger": "損失帳：{rows} 列中有 {n} 列可計入。",
     "summary.cancelled": "{by} 在更新中的份額抵銷了 {task} 自身進展的 {part:.0%}（C = {c:+.2f}），僅就這次執行而言。",
     "summary.added": "{by} 在更新中的份額增加了 {task} 自身進展的 {part:.0%}（C = {c:+.2f}），僅就這次執行而言。",
+    "summary.alone": "在相同狀態下，{task} 的梯度若沒有其他任務的梯度，原本可有的進展中，因步伐縮短而失去 "
+    "{shrunk:.0%}，因其他任務在更新中的份額而失去 {cancelled:.0%}。",
+    "summary.dominated": "{task} 的損失主要來自主導而非抵銷：{task} 的步伐所除以的二階動量，大多是其他任務的梯度。C 不"
+    "含這一項。",
     "summary.ledger_shut": "無從得知其他任務對 {task} 做了什麼：{gates:semicolons}。",
     # ---- 探測資料
     "summary.probe": "在獨立樣本上（探測資料 {rows} 列），扣除雜訊，以所有訓練步計算：餘弦 {cosines:semicolons}。雜"

@@ -139,6 +139,12 @@ MESSAGES: dict[str, str] = {
     "平均自身進展的比例。此區間為 Fieller 區間。",
     "remark.cancelled": "每個量測步中，{by} 抵銷 {task} 損失的量（該組減基準組）為 {estimate:signed estimate}，以該損失"
     "為單位）。未曾為它定下容許差，因此不作判定。",
+    "remark.alone": "在相同狀態下，{task} 的梯度若沒有其他任務的梯度，原本可有的進展中：{arms:semicolons}。",
+    "remark.alone_of": "{arm}因步伐縮短而失去 {shrunk:.0%}，因其他任務在更新中的份額而失去 {cancelled:.0%}",
+    "remark.alone_unknown": "其他任務的梯度是否縮短了 {task} 自身的步伐（在 Adam 下可能如此），並非每次執行都知道；C "
+    "不含這一項。",
+    "remark.shortened": "{task} 在{arms:and}的損失，主要來自主導而非抵銷：{task} 的步伐所除以的二階動量，大多是其他任務"
+    "的梯度。C 不含這一項。",
     "remark.same_weights": "兩組的權重相同：差異不可能來自權重。",
     "remark.no_clusters": "此區間只涵蓋種子：檔案未註明哪些影像屬於同一片段或病人，因此不能推論到其他影像。",
     "remark.clusters": "此區間涵蓋種子與測試集的 {n} 個獨立群集。",
