@@ -146,6 +146,17 @@ def test_streams_do_not_depend_on_the_folder_that_the_code_is_in(tmp_path):
     assert torch.equal(*drawn)
 
 
+@pytest.mark.parametrize(("module", "same"), [("gradprobe.audit.arm", True), ("training", False)])
+def test_streams_depend_on_the_lines_of_the_training_and_not_on_the_audit_s_own(module, same):
+    drawn = []
+    for above in ("", "\n\n"):
+        within = {"__name__": module}
+        exec(compile(f"{above}def through(draw):\n    return draw()", f"{module}.py", "exec"), within)
+        with OwnStreams(0, []):
+            drawn.append(within["through"](lambda: torch.rand(4)))
+    assert torch.equal(*drawn) is same
+
+
 def test_what_no_door_explains_is_said():
     one = np.ones(1)
     outcome = PairOutcome("material", 1, one, one, acted=1)

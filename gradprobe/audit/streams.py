@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_OWN = __name__.rpartition(".")[0] + "."
 _ARM = str(Path("gradprobe", "audit", "arm.py"))
 
 
@@ -66,11 +67,13 @@ def _seed(*parts: Any) -> int:
 def _lines() -> Iterator[str]:
     """The lines that led here, from within the step: what called the step differs between the arms.
 
-    Of a file only its name counts: an audit must not depend on the folder that the code is in.
+    Of a file only its name counts: an audit must not depend on the folder that the code is in. The audit's own lines do
+    not count at all: another version of it would draw other numbers.
     """
     frame = sys._getframe(3)
     while frame is not None and not (frame.f_code.co_name == "advance" and frame.f_code.co_filename.endswith(_ARM)):
-        yield f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        if not frame.f_globals.get("__name__", "").startswith(_OWN):
+            yield f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
 
 
