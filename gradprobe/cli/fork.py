@@ -75,7 +75,7 @@ def fork(
         with whole_files.telling(out):
             whole_files.target(out)
         out = out.absolute()  # the experiment may change its folder
-    options = ForkOptions(steps, checkpoints, horizon, tuple(task or ()), dict(map(_arm, arm or ())), controls)
+    options = ForkOptions(steps, checkpoints, horizon, tuple(task or ()), _arms(arm or ()), controls)
     began, found = time.perf_counter(), []
     makers = _of_named(target, request, seeds) if target else _of_bundled(request, seeds)
     for seed, make in makers:
@@ -91,6 +91,15 @@ def fork(
 
 def _say(seed: int, what: str) -> None:
     stderr().print(f"seed {seed}: {what}", style="dim")
+
+
+def _arms(texts: Sequence[str]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for name, weights in map(_arm, texts):
+        if name in found:
+            raise UsageError(f"--arm: {name!r} is given twice.")
+        found[name] = weights
+    return found
 
 
 def _arm(text: str) -> tuple[str, dict[str, float]]:
@@ -168,8 +177,8 @@ def _show(found: Sequence[ForkedTraining], lost: Sequence[LostProgress], seconds
         for each in lost
     ]
     title = (
-        f"{len(found)} trainings, {len(first.places)} checkpoints, branches of {first.horizon} steps: "
-        "means over seeds, 95 %"
+        f"{len(found)} training{'s' * (len(found) > 1)}, {len(first.places)} checkpoints, "
+        f"branches of {first.horizon} steps: means over seeds, 95 %"
     )
     console.print(titled_table(title, [*columns, *(f"{name} gives back" for name in first.arms)], rows, names=2))
     for each in lost:

@@ -96,6 +96,8 @@ def _check(experiment: Experiment, options: ForkOptions) -> None:
         if task not in tasks:
             raise UsageError(f"--task {task!r}: the experiment has no such task (it has: {', '.join(tasks)}).")
     for name, weights in options.arms.items():
+        if name.startswith(("without ", "joint")):
+            raise UsageError(f"--arm {name}: a branch of the command's own is called so; choose another name.")
         if set(weights) != set(tasks) or not all(0 <= w < math.inf for w in weights.values()):
             raise UsageError(
                 f"--arm {name}: give a weight of 0 or more for every task, such as "
