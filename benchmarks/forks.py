@@ -12,7 +12,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +165,11 @@ PROBLEMS = [
     Problem("MLP, b has random labels", mlp(easy=True, random_labels=True), options(300, 6)),
     Problem("convolutions", conv(), options(300, 6, ("shape", "place"))),
 ]
-PHANTOM = Problem("phantom, YOLOv5n, 64 px", dial("phantom", imgsz=64, epochs=6), options(144, 4, ("det", "cls")))
+PHANTOM = Problem(
+    "phantom, YOLOv5n, 64 px",
+    dial("phantom", imgsz=64, epochs=6),
+    replace(options(144, 4, ("det", "cls")), without=("cls",), controls=False),
+)
 
 
 # ---- full trainings
@@ -244,7 +248,8 @@ def outcomes(problem: Problem, seeds: int) -> tuple[dict[tuple[str, str], Outcom
     for seed in range(seeds):
         joint = {task: float(w) for task, w in problem.make(seed).weights.items()}
         found.append(fork(lambda seed=seed: problem.make(seed), problem.options))
-        arms = {"joint": joint, **{j: {**joint, j: 0.0} for j in joint}, **problem.options.arms}
+        removed = problem.options.without or joint
+        arms = {"joint": joint, **{j: {**joint, j: 0.0} for j in removed}, **problem.options.arms}
         whole.append({name: trained(problem.make, seed, w, problem.options.steps) for name, w in arms.items()})
         print(f"  {problem.name}: seed {seed}", file=sys.stderr, flush=True)
     pairs = {}
@@ -444,7 +449,7 @@ def main() -> None:
         parts += [titled(section, section(found)) for section in (outcome, arms, across, controls, cost)]
     if "phantom" in wanted:  # some minutes per seed
         found = {PHANTOM.name: outcomes(PHANTOM, chosen.seeds)}
-        parts += [section(found) for section in (outcome, arms, controls, cost)]
+        parts += [section(found) for section in (outcome, arms, cost)]
     if "horizon" in wanted:
         parts.append(titled(horizon, horizon(chosen.seeds)))
     text = "\n\n".join(parts)

@@ -145,9 +145,15 @@ def test_the_training_is_the_one_that_runs_without_forks():
             plain_step(trace, batch, weights)
             schedule.step()
 
+        def evaluate(tasks):
+            torch.rand(5, generator=training.draw)  # from the stream that the batches come from
+            return training.losses(training.x)
+
         training.step = step
         made.append(training)
-        return training.experiment(schedule=schedule)
+        found = training.experiment(schedule=schedule)
+        found.evaluate = evaluate
+        return found
 
     found = fork(make, SHORT)
     assert found.same_twice == 0

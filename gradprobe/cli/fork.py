@@ -165,6 +165,10 @@ def _interval(values: Any) -> str:
     return number(mean) if low != low else f"{number(mean)} ({number(low)} to {number(high)})"
 
 
+def _count(number: int, of: str) -> str:
+    return f"{number} {of}{'s' * (number != 1)}"
+
+
 def _show(found: Sequence[ForkedTraining], lost: Sequence[LostProgress], seconds: float) -> None:
     first, console = found[0], stdout()
     controls = lost[0].by_direction is not None
@@ -177,7 +181,7 @@ def _show(found: Sequence[ForkedTraining], lost: Sequence[LostProgress], seconds
         for each in lost
     ]
     title = (
-        f"{len(found)} training{'s' * (len(found) > 1)}, {len(first.places)} checkpoints, "
+        f"{_count(len(found), 'training')}, {_count(len(first.places), 'checkpoint')}, "
         f"branches of {first.horizon} steps: means over seeds, 95 %"
     )
     console.print(titled_table(title, [*columns, *(f"{name} gives back" for name in first.arms)], rows, names=2))
