@@ -400,11 +400,11 @@ def nulls(trainings: int) -> str:
         found = []
         for seed in range(trainings):
             found.append(fork(lambda seed=seed, make=make: make(seed), ForkOptions(60, 4, 10)))
-        for lost in over_seeds(found):
+        for place, lost in enumerate(over_seeds(found)):
             cells = []
             for size in (3, 5, 8):
-                studies = lost.lost[: len(lost.lost) // size * size].reshape(-1, size)
-                _, low_end, high = t_interval(studies)
+                studies = [found[k : k + size] for k in range(0, len(found) - size + 1, size)]
+                _, low_end, high = t_interval([over_seeds(study)[place].lost for study in studies])
                 cells.append(f"{100 * float(((low_end > 0) | (high < 0)).mean()):.1f} % of {len(studies)}")
             rows.append([name, f"{lost.task} to {lost.by}", interval(lost.lost), *cells])
     return table(["null", "task loses to", "R", "3 seeds", "5 seeds", "8 seeds"], rows)

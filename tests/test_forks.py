@@ -40,13 +40,19 @@ def pair(found, task, by):
 
 
 def test_the_part_of_progress_that_is_lost():
-    assert lost_part([2.0], [2.0], [1.0]) == 1.0, "all of it"
-    assert lost_part([2.0], [1.0], [1.0]) == 0.0
-    assert lost_part([2.0], [0.5], [1.0]) == -0.5, "the other task helps"
-    assert lost_part([2.0, 1.0], [1.5, 1.0], [1.0, 0.5]) == pytest.approx(2 / 3), "a ratio of sums"
-    assert np.isnan(lost_part([1.0], [1.0], [1.0])), "no progress of its own"
-    assert np.isnan(lost_part([1.0], [1.0], [2.0]))
-    assert np.isnan(lost_part([1.0], [np.nan], [0.5]))
+    assert lost_part([1.0], [1.0]) == [1.0], "all of it"
+    assert lost_part([0.0], [1.0]) == [0.0]
+    assert lost_part([-0.5], [1.0]) == [-0.5], "the other task helps"
+    assert np.isnan(lost_part([1.0], [0.0])).all(), "no progress of its own"
+    assert np.isnan(lost_part([1.0, 1.0], [1.0, -2.0])).all()
+    assert np.isnan(lost_part([np.nan, 1.0], [1.0, 1.0])).all()
+
+
+def test_over_seeds_it_is_a_ratio_of_means_and_every_seed_adds_to_it():
+    lost, own = np.array([0.5, 0.4, 0.6, 0.5]), np.array([1.0, 1.1, 1.2, 0.001])
+    found = lost_part(lost, own)
+    assert found.mean() == pytest.approx(lost.sum() / own.sum())
+    assert found.max() < 2, "the last seed alone would say 500"
 
 
 def test_a_task_without_a_gradient_takes_nothing_but_rounding():
@@ -124,7 +130,7 @@ def test_progress_that_is_not_above_its_noise_leaves_r_undefined():
     for other, own in zip(others, (1e-3, 0.3), strict=True):
         other.branches["without b"][:, place] = other.start[:, place] - own
     lost = pair([found, *others], "a", "b")
-    assert "not above its noise" in lost.undefined
+    assert "not well above its noise" in lost.undefined
     assert np.isnan(lost.lost).all()
     assert np.isfinite(lost.cost).all(), "in units of loss it is known"
 

@@ -190,6 +190,12 @@ def _show(found: Sequence[ForkedTraining], lost: Sequence[LostProgress], seconds
             console.print(f"{each.task} to {each.by}: undefined, {each.undefined}.", soft_wrap=True)
     cost = max(training.shadow_cost for training in found)
     error = max(training.state_error for training in found)
+    if twice := max(training.same_twice for training in found):
+        console.print(
+            f"A branch that changes nothing ended up to {twice:.2g} of a loss's movement beside the training: so much "
+            "of every difference is chance.",
+            soft_wrap=True,
+        )
     console.print(
         f"A step with shadow moments took {cost:.2g} times a plain one. Their state was {error:.1g} of the optimizer's "
         f"away from it. {seconds:.0f} s in all.",

@@ -6,8 +6,7 @@ over trainings of several seeds.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,26 +21,29 @@ _DIGITS = 1e-6
 """Progress below this part of the loss is rounding."""
 
 
-def lost_part(start: ArrayLike, with_it: ArrayLike, without: ArrayLike) -> float:
-    """The part of a task's own progress that another task takes: ``sum(with - without) / sum(start - without)``.
+def lost_part(lost: ArrayLike, own: ArrayLike) -> _Array:
+    """The part of a task's own progress that it loses: R, ``mean lost / mean own`` over S trainings; what each adds.
+
+    The divisor is a mean over trainings, so that one of them that makes hardly any progress of its own does no harm.
 
     Args:
-        start: (K,) the task's losses at the checkpoints.
-        with_it: (K,) after the steps of a branch with the other task.
-        without: (K,) after those of a branch without it.
+        lost: (S,) in units of the task's loss, such as ``L_joint - L_without``.
+        own: (S,) the progress ``L_start - L_without``.
 
     Returns:
-        Dimensionless. 0: takes nothing; 1: takes all; above 1: the loss rises; below 0: the other task helps. NaN:
-        a loss is not finite, or the task makes no progress of its own.
+        (S,) dimensionless: values whose mean is R, ``R + (lost - R own) / mean own``; of one training R itself. To the
+        first order R depends on a training as their mean does. R is 0 where nothing is lost, 1 where all is, above 1
+        where the loss rises, below 0 where the other task helps. NaN: there is no progress, or a loss is not finite.
 
-    >>> lost_part([1.0, 0.75], [0.75, 0.5], [0.5, 0.25])
-    0.5
+    >>> lost_part([1.0, 0.5], [2.0, 1.0])
+    array([0.5, 0.5])
     """
-    start, with_it, without = (np.asarray(v, dtype=np.float64) for v in (start, with_it, without))
-    own = float((start - without).sum())
-    if not own > _DIGITS * float(np.abs(start).sum()):
-        return math.nan
-    return float((with_it - without).sum()) / own
+    lost, own = np.asarray(lost, dtype=np.float64), np.asarray(own, dtype=np.float64)
+    if not own.mean() > 0:
+        return np.full(own.shape, np.nan)
+    ratio = lost.mean() / own.mean()
+    result: _Array = ratio + (lost - ratio * own) / own.mean()
+    return result
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class LostProgress:
         own: Mean over the checkpoints of ``L_start - L_without``, in units of task i's loss.
         cost: Mean over the checkpoints of ``L_joint - L_without``, in the same units.
         lost: R, see :func:`lost_part`; NaN: undefined.
-        given_back: Arm -> R of the training less R of the arm.
+        given_back: Arm -> R of the training less R of the arm, in such values.
         by_direction: What is lost where steps are as long as j's second moment makes them; the rest of ``lost`` is
             lost by shorter steps. None without controls.
         by_direction_alone: What is lost where j has no part in the second moment. None without controls.
@@ -78,8 +80,8 @@ class LostProgress:
 def over_seeds(trainings: Sequence[ForkedTraining]) -> list[LostProgress]:
     """Every task's loss of progress to every task that a branch did without.
 
-    R is undefined for a pair, in all seeds, where the task's own progress is not above its noise: where Student's 95 %
-    interval of it over the seeds reaches 0, or one seed has none. With one seed it has to be above 0 alone.
+    R is undefined for a pair where the task's own progress is not well above its noise: where Student's 95 % interval
+    of it over the seeds reaches below half of it. With one seed it has to be above 0 alone.
     """
     first = trainings[0]
     return [
@@ -92,40 +94,42 @@ def over_seeds(trainings: Sequence[ForkedTraining]) -> list[LostProgress]:
 
 
 def _lost_to(trainings: Sequence[ForkedTraining], task: str, by: str) -> LostProgress:
-    place = trainings[0].tasks.index(task)
-    start, joint = (np.array([getattr(t, name)[:, place] for t in trainings]) for name in ("start", "joint"))
-    ends = {name: np.array([t.branches[name][:, place] for t in trainings]) for name in trainings[0].branches}
+    first, place = trainings[0], trainings[0].tasks.index(task)
+
+    def mean(of: Callable[[ForkedTraining], _Array]) -> _Array:
+        """(S,) of the task's losses over the checkpoints."""
+        return np.array([of(training)[:, place].mean() for training in trainings])
+
+    start, joint = mean(lambda training: training.start), mean(lambda training: training.joint)
+    ends = {name: mean(lambda training, name=name: training.branches[name]) for name in first.branches}  # type: ignore[misc]
     without = ends[without_name(by)]
-
-    def part(worse: _Array, better: _Array) -> _Array:
-        """Of the task's own progress, what lies between two branches."""
-        return np.array([lost_part(s, w + b - r, w) for s, b, r, w in zip(start, worse, better, without, strict=True)])
-
-    own = (start - without).mean(axis=1)
+    own = start - without
     undefined = _undefined(start, own)
-    known = np.nan if undefined else 1.0
+
+    def part(lost: _Array) -> _Array:
+        return np.full(own.shape, np.nan) if undefined else lost_part(lost, own)
+
     controls = direction_name(by) in ends
-    arms = [name for name in ends if name in trainings[0].arms]
     return LostProgress(
         task=task,
         by=by,
         own=own,
-        cost=(joint - without).mean(axis=1),
-        lost=known * part(joint, without),
-        given_back={name: known * part(joint, ends[name]) for name in arms},
-        by_direction=known * part(joint, ends[direction_name(by)]) if controls else None,
-        by_direction_alone=known * part(ends[step_name(by)], without) if controls else None,
+        cost=joint - without,
+        lost=part(joint - without),
+        given_back={name: part(joint - ends[name]) for name in first.arms},
+        by_direction=part(joint - ends[direction_name(by)]) if controls else None,
+        by_direction_alone=part(ends[step_name(by)] - without) if controls else None,
         undefined=undefined,
     )
 
 
 def _undefined(start: _Array, own: _Array) -> str:
-    """Why R of (S, K) losses and the own progress (S,) is undefined."""
+    """Why R of (S,) losses and own progress is undefined."""
     if not np.isfinite(own).all():
         return "a loss of a branch is not finite"
     mean, low, _ = (float(v) for v in t_interval(own))
-    if none := int((own <= _DIGITS * np.abs(start).mean(axis=1)).sum()):
-        return f"it makes no progress of its own in {none} of {len(own)} seeds ({mean:.3g} per checkpoint on average)"
-    if low <= 0:
-        return f"its own progress is not above its noise ({mean:.3g} per checkpoint, 95 % from {low:.3g})"
+    if not mean > _DIGITS * float(np.abs(start).mean()):
+        return f"it makes no progress of its own in these steps ({mean:.3g} per checkpoint)"
+    if low < mean / 2:
+        return f"its own progress is not well above its noise ({mean:.3g} per checkpoint, 95 % from {low:.3g})"
     return ""
