@@ -393,21 +393,28 @@ def nulls(trainings: int) -> str:
     """A task takes nothing: how often the 95 % interval of R over the seeds of a study excludes 0. The rate is 5 %.
 
     Orthogonal straight lines share their parameters and their batches, and neither changes the other's loss but by
-    noise. The mean of R is over all trainings.
+    noise. R is over all trainings; the outcome is that of forty whole trainings of as many steps, part of the loss.
     """
     rows = []
     for name, make in NULLS.items():
-        found = []
-        for seed in range(trainings):
-            found.append(fork(lambda seed=seed, make=make: make(seed), ForkOptions(60, 4, 10)))
+        steps = 60
+        found = [fork(lambda seed=seed, make=make: make(seed), ForkOptions(steps, 4, 10)) for seed in range(trainings)]
+        whole = {}
+        for which, weights in (("joint", (1.0, 1.0)), ("b", (1.0, 0.0)), ("a", (0.0, 1.0))):
+            static = dict(zip("ab", weights, strict=True))
+            whole[which] = np.array(
+                [trained(make, seed, static, steps)[:, [0, -1]] for seed in range(min(40, trainings))]
+            )
         for place, lost in enumerate(over_seeds(found)):
             cells = []
             for size in (3, 5, 8):
                 studies = [found[k : k + size] for k in range(0, len(found) - size + 1, size)]
                 _, low_end, high = t_interval([over_seeds(study)[place].lost for study in studies])
                 cells.append(f"{100 * float(((low_end > 0) | (high < 0)).mean()):.1f} % of {len(studies)}")
-            rows.append([name, f"{lost.task} to {lost.by}", interval(lost.lost), *cells])
-    return table(["null", "task loses to", "R", "3 seeds", "5 seeds", "8 seeds"], rows)
+            joint, alone = (whole[which][:, "ab".index(lost.task)] for which in ("joint", lost.by))
+            outcome_of = (joint - alone)[:, 1] / (alone[:, 0] - alone[:, 1])
+            rows.append([name, f"{lost.task} to {lost.by}", interval(lost.lost), *cells, interval(outcome_of)])
+    return table(["null", "task loses to", "R", "3 seeds", "5 seeds", "8 seeds", "outcome"], rows)
 
 
 def exact() -> str:

@@ -325,6 +325,23 @@ def test_clipping_that_shows_at_a_branchs_weights_alone_is_refused():
         fork(make, SHORT)
 
 
+def test_a_branch_that_diverges_leaves_the_others():
+    def explosive(p):
+        return torch.optim.SGD(p, lr=0.01)
+
+    options = ForkOptions(steps=40, checkpoints=2, horizon=6, arms={"wild": {"a": 1e20, "b": 1.0}})
+    found = fork(factory({"a": 1.0, "b": 1.0}, explosive), options)
+    assert np.isnan(found.branches["wild"]).all()
+    lost = pair([found], "a", "b")
+    assert np.isfinite(lost.lost).all()
+    assert np.isnan(lost.given_back["wild"]).all()
+
+
+def test_a_training_that_diverges_is_refused():
+    with pytest.raises(TrainingError, match="not finite"):
+        fork(factory({"a": 1.0, "b": 1.0}, lambda p: torch.optim.SGD(p, lr=1e30), norm=False), SHORT)
+
+
 def test_trainers_that_move_weights_or_cut_gradients_are_refused():
     with pytest.raises(TrainingError, match="gradients"):
         fork(dial("dial", trainer="gradnorm"), SHORT)

@@ -55,7 +55,7 @@ def test_the_documented_tables_say_what_is_asked_for():
     look_at_estimates(*rest)
 
 
-def look_at_estimates(covered, flipped, ledger):
+def look_at_estimates(covered, flipped, ledger, *_):
     for _, hits, _, naive, corrected in covered:
         assert 0.92 <= rate(hits) <= 0.98
         assert float(naive) > 10 * float(corrected)

@@ -28,7 +28,7 @@ from gradprobe.forks.branches import (
     without_name,
 )
 from gradprobe.forks.shadow_moments import ByParameter, ShadowMoments
-from gradprobe.forks.watched_step import PlainTrace, WatchedSteps
+from gradprobe.forks.watched_step import GradientNotFiniteError, PlainTrace, WatchedSteps
 from gradprobe.ledger.update_parts import Rule, own_factor, rules
 
 _Progress = Callable[[str], None]
@@ -179,7 +179,14 @@ class _Forks:
         self._watched_seconds.append(time.perf_counter() - began)
 
     def _end_of(self, branch: Branch, here: Snapshot, batches: Sequence[Any], *, matched: bool = True) -> Losses:
-        """The losses (T,) after the steps of a branch."""
+        """The losses (T,) after the steps of a branch; NaN where its gradients are no longer finite."""
+        try:
+            self._go(branch, here, batches, matched)
+        except GradientNotFiniteError:
+            return np.full(len(self._tasks), np.nan)
+        return self._losses()
+
+    def _go(self, branch: Branch, here: Snapshot, batches: Sequence[Any], matched: bool) -> None:
         here.put_back(self._experiment)
         if matched:
             second = None if branch.second is None else self._list(branch.second)
@@ -196,7 +203,6 @@ class _Forks:
                 began = time.perf_counter()
                 self._experiment.step(PlainTrace(), batch, dict(branch.weights))
                 self._plain_seconds.append(time.perf_counter() - began)
-        return self._losses()
 
     # ---- losses
 

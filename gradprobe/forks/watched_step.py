@@ -23,6 +23,10 @@ MOST_LEFT = 1e-3
 _HISTORY = "a branch needs the history that other static weights would have had, and here there is none"
 
 
+class GradientNotFiniteError(TrainingError):
+    """A gradient is NaN or infinite, so that nothing can be said of it."""
+
+
 class PlainTrace:
     """The trace of a step at which nobody looks, see :class:`gradprobe.audit.Trace`."""
 
@@ -118,6 +122,8 @@ class WatchedSteps:
     def _refuse(self, found: list[Tensor], summed: list[Tensor], factor: float, weights: Mapping[str, float]) -> None:
         now, left = fit(found, summed)
         at = ", ".join(f"{task}={weight:g}" for task, weight in weights.items())
+        if left != left:
+            raise GradientNotFiniteError(f"at the weights {at} a gradient is not finite. Lower the learning rate.")
         if left <= MOST_LEFT:
             raise TrainingError(
                 f"at the weights {at} the optimizer finds {now / factor:.4g} times the weighted sum of the tasks' "
