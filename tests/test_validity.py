@@ -20,7 +20,8 @@ def run(*words):
 
 
 def tables(text):
-    """Each table as rows of cells, without its head."""
+    """Each table as rows of cells, without its head; those of forked trainings have a test of their own."""
+    text = text.partition("<!-- tables of benchmarks/forks.py -->")[0]
     found = re.findall(r"((?:^\|.*\|\n?)+)", text, re.MULTILINE)
     return [
         [[cell.strip() for cell in row.strip("| \n").split(" | ")] for row in one.strip().splitlines()][2:]
@@ -55,7 +56,7 @@ def test_the_documented_tables_say_what_is_asked_for():
     look_at_estimates(*rest)
 
 
-def look_at_estimates(covered, flipped, ledger, *_):
+def look_at_estimates(covered, flipped, ledger):
     for _, hits, _, naive, corrected in covered:
         assert 0.92 <= rate(hits) <= 0.98
         assert float(naive) > 10 * float(corrected)
