@@ -30,7 +30,8 @@ def without_infinities(text):
     return json.loads(text, parse_constant=pytest.fail)
 
 
-def test_the_file_holds_what_python_finds(tmp_path, capsys):
+def test_the_file_holds_what_python_finds(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     out = tmp_path / "forks.json"
     words = ["fork", "test_fork_command:make", *SHORT, "--seeds", "2", "--seed", "5", "--arm", "low=a=1,b=0.1"]
     assert run([*words, "--controls", "--out", str(out)]) == 0
@@ -48,7 +49,7 @@ def test_the_file_holds_what_python_finds(tmp_path, capsys):
         assert mine["lost"] == [None if value != value else value for value in theirs.lost.tolist()]
         assert mine["given_back"].keys() == {"low"}
     shown = capsys.readouterr().out
-    assert re.search(r"low gives\s+back", shown)
+    assert "low gives back" in shown
     assert "times a plain one" in shown
     assert str(out) in shown.replace("\n", "")
 
