@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from gradprobe.audit.experiment import STAGES, Experiment, RandomState
 from gradprobe.errors import UsageError
 
+__all__ = ["patched"]
+
 
 @contextmanager
 def patched(owner: Any, name: str, new: Any) -> Iterator[None]:

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 
 from gradprobe.errors import GradprobeError, UsageError
 
+__all__ = ["Factory", "Snapshot", "experiment_from", "random_state_kept"]
+
 STAGES = ("data", "forward", "backward", "clip", "scaler", "optimizer", "schedule", "decision")
 """The stages of a step, in the order in which they are compared.
 

@@ -20,6 +20,7 @@ from gradprobe.cli.compare import compare
 from gradprobe.cli.console import guarded
 from gradprobe.cli.data import app as data_app
 from gradprobe.cli.doctor import doctor
+from gradprobe.cli.fork import fork
 from gradprobe.cli.record import record
 from gradprobe.cli.replay import replay
 from gradprobe.cli.report import report
@@ -150,6 +151,7 @@ app.command()(export)
 app.command()(check)
 app.command()(doctor)
 app.command()(audit)
+app.command()(fork)
 for each in (*app.registered_commands, *data_app.registered_commands):
     each.cls = _CheckedCommand
 app.add_typer(data_app, name="data", help="Make the embedded data set, or check one of your own.")

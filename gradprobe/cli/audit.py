@@ -15,7 +15,7 @@ from gradprobe import whole_files
 from gradprobe.cli import GATE_TRIPPED
 from gradprobe.cli.command_options import Hyp, Preset, Source, flag_of, given, takes_settings
 from gradprobe.cli.console import stderr, stdout
-from gradprobe.cli.request import Request, make_plan
+from gradprobe.cli.request import Plan, Request, make_plan
 from gradprobe.errors import UsageError
 from gradprobe.named_code import named_function
 from gradprobe.plots import FORMATS
@@ -23,7 +23,6 @@ from gradprobe.trainers.problems import problem_of
 
 if TYPE_CHECKING:
     from gradprobe.audit import Audit
-    from gradprobe.cli.request import Request
 
 
 @takes_settings(audit=True)
@@ -68,7 +67,7 @@ def audit(
         raise UsageError(f"--fail-on {fail_on!r}: one of {', '.join(CLASSES[1:])}.")
     request = Request(given(flags), preset=preset, hyp=hyp, source=source)
     if target:
-        _refuse_flags(target, request)
+        refuse_flags(target, request)
     if out is not None:
         if out.exists():
             raise UsageError(f"--out {out}: exists already; the audit writes a new file.")
@@ -87,7 +86,7 @@ def audit(
     return GATE_TRIPPED if reached else 0
 
 
-def _refuse_flags(target: str, request: Request) -> None:
+def refuse_flags(target: str, request: Request) -> None:
     """A factory makes its own training.
 
     Raises:
@@ -119,6 +118,14 @@ def _check_format(figure: Path) -> None:
 
 
 def _bundled(request: Request) -> Any:
+    from gradprobe.trainers import audited
+
+    plan = bundled_plan(request)
+    return audited.experiment_factory(plan.settings, problem_of(plan.settings).load(plan.settings), plan.hyp)
+
+
+def bundled_plan(request: Request) -> Plan:
+    """What the flags of a bundled training ask for, with the settings that an experiment takes; joint by default."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from gradprobe.trainers import audited
 
@@ -127,8 +134,7 @@ def _bundled(request: Request) -> Any:
     plan = make_plan(dataclasses.replace(request, flags={**request.flags, "trainer": trainer}))
     for note in plan.notes:
         stderr().print(f"note: {note}")
-    settings = audited.audit_settings(plan.settings)
-    return audited.experiment_factory(settings, problem_of(settings).load(settings), plan.hyp)
+    return dataclasses.replace(plan, settings=audited.audit_settings(plan.settings))
 
 
 def _progress() -> Any:

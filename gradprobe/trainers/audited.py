@@ -34,14 +34,20 @@ NOT_AUDITABLE = {
 """Trainers of which there is nothing to audit, and why."""
 
 
-def experiment_factory(settings: Settings, data: Data, hyp: DetectionHyp | None = None) -> Callable[[], Experiment]:
+def experiment_factory(
+    settings: Settings, data: Data, hyp: DetectionHyp | None = None, *, evaluated: int | None = _EVALUATED_BATCHES
+) -> Callable[[], Experiment]:
     """Makes the training that ``gradprobe record`` makes with these settings, without a probe and a file.
+
+    Args:
+        settings, data, hyp: Of the training.
+        evaluated: On how many of the first validation batches it is evaluated; None: on all.
 
     Raises:
         UsageError: As :func:`gradprobe.trainers.build.build`; or this trainer cannot be audited, and why.
     """
     check_auditable(settings.trainer)
-    return lambda: _Audited(settings, data, hyp or DetectionHyp()).experiment()
+    return lambda: _Audited(settings, data, hyp or DetectionHyp(), evaluated).experiment()
 
 
 def check_auditable(trainer: str | None) -> None:
@@ -106,8 +112,8 @@ class _NoWatcher:
 
 
 class _Audited:
-    def __init__(self, settings: Settings, data: Data, hyp: DetectionHyp) -> None:
-        self._settings, self._device = settings, check_device(settings.device)
+    def __init__(self, settings: Settings, data: Data, hyp: DetectionHyp, evaluated: int | None) -> None:
+        self._settings, self._device, self._evaluated = settings, check_device(settings.device), evaluated
         self._problem = problem_of(settings)
         self._tasks = self._problem.kind.tasks
         self._kind = find_balancer(settings.trainer)
@@ -124,6 +130,7 @@ class _Audited:
         self._engine = make_engine(self._model, settings.precision, self._device)
         self._probe = _TracedBackward(self._engine.scaler)
         self._training: loop.Training | None = None
+        self._weights: dict[str, float] = {}  # that it was made for
         self._epoch = 0
 
     def experiment(self) -> Experiment:
@@ -144,8 +151,8 @@ class _Audited:
         return iter(self._loader)
 
     def _step(self, trace: Trace, batch: Any, weights: Mapping[str, float]) -> None:
-        if self._training is None:
-            self._training = self._training_of(weights)
+        if self._training is None or self._weights != weights:
+            self._training, self._weights = self._training_of(weights), dict(weights)
         self._probe.trace = trace
         loop.train_step(self._training, batch.to(self._device))
 
@@ -170,7 +177,7 @@ class _Audited:
 
     def _evaluate(self, tasks: Sequence[str]) -> dict[str, float]:
         """Losses on the first validation batches, and in evaluation mode the main metrics of each task."""
-        batches = list(itertools.islice(self._val, _EVALUATED_BATCHES))
+        batches = list(itertools.islice(self._val, self._evaluated))
         total = dict.fromkeys(tasks, 0.0)
         for batch in batches:
             moved = batch.to(self._device)
